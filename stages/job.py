@@ -1,0 +1,91 @@
+"""What every stage shares: reading its job, and the JSON lines it prints (docs/formats.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one stage. Folders under `inputs` and `sources` are read-only; `output` starts empty."""
+
+    stage: str
+    params: dict[str, Any]
+    inputs: dict[str, Path]
+    output: Path
+    scratch: Path
+    seed: int
+    sources: dict[str, list[Path]] = field(default_factory=dict)
+    secrets: dict[str, Path] = field(default_factory=dict)
+    device: str = "cpu"
+    provenance: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+class StageError(Exception):
+    """A failure the user can mend: what was found, what was expected, what to do."""
+
+    def __init__(self, found: str, expected: str, remedy: str):
+        super().__init__(f"{found}; expected {expected}. {remedy}")
+        self.found, self.expected, self.remedy = found, expected, remedy
+
+
+def read(path: str | Path) -> Job:
+    raw = json.loads(Path(path).read_text())
+    return Job(
+        stage=raw["stage"],
+        params=raw["params"],
+        inputs={name: Path(p) for name, p in raw["inputs"].items()},
+        output=Path(raw["output"]),
+        scratch=Path(raw["scratch"]),
+        seed=raw["seed"],
+        sources={name: [Path(p) for p in paths] for name, paths in raw.get("sources", {}).items()},
+        secrets={name: Path(p) for name, p in raw.get("secrets", {}).items()},
+        device=raw.get("device", "cpu"),
+        provenance=raw.get("provenance", {}),
+    )
+
+
+_events = sys.stdout
+
+
+def _emit(event: str, **values: Any) -> None:
+    _events.write(json.dumps({"event": event, **values}) + "\n")
+    _events.flush()
+
+
+def progress(done: float, total: float | None, unit: str, note: str = "") -> None:
+    _emit("progress", done=done, total=total, unit=unit, note=note)
+
+
+def metric(name: str, value: float, step: int | None = None) -> None:
+    _emit("metric", name=name, value=value, step=step)
+
+
+def warning(message: str, remedy: str = "") -> None:
+    _emit("warning", message=message, remedy=remedy)
+
+
+def main(run: Callable[[Job], None]) -> None:
+    """Runs a stage from `python -m stages.<name> job.json`: exit 0, or an `error` event and exit 1."""
+    global _events
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python -m stages.{Path(sys.argv[0]).parent.name} job.json")
+    # Libraries print to stdout as they like; the events keep the real one for themselves.
+    _events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        run(read(sys.argv[1]))
+    except StageError as error:
+        _emit("error", found=error.found, expected=error.expected, remedy=error.remedy)
+        sys.exit(1)
+    except Exception as error:
+        traceback.print_exc()
+        _emit("error", found=f"{type(error).__name__}: {error}", expected="the stage to finish", remedy="the traceback is in this stage's log")
+        sys.exit(1)
