@@ -1,0 +1,87 @@
+"""Every tensor of a NemotronH checkpoint in hub layout, from its config.json alone.
+
+Shapes follow the published checkpoint of Nemotron 3 Nano (6,243 tensors for the real config). `D` below is the hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What the published BF16 checkpoint keeps in float32: rounding any of these to BF16 changes the model's function.
+FLOAT32 = ("A_log", "D", "e_score_correction_bias")
+LETTERS = {"M": "mamba", "*": "attention", "E": "experts"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and safetensors dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def pattern(config: dict) -> str:
+    """The layers, a letter each: M Mamba-2, * attention, E experts. Raises ValueError on a config without it."""
+    letters = config.get("hybrid_override_pattern")
+    if not letters:
+        raise ValueError("config.json has no hybrid_override_pattern: vLLM and the hub's own code need it")
+    if unknown := set(letters) - set(LETTERS):
+        raise ValueError(f"hybrid_override_pattern holds {sorted(unknown)}, known are {sorted(LETTERS)}")
+    return letters
+
+
+def tensors(config: dict) -> dict[str, Spec]:
+    """Hub name -> shape and dtype of every tensor of the BF16 checkpoint that `config` describes."""
+    d, vocabulary = config["hidden_size"], config["vocab_size"]
+    found = {"backbone.embeddings.weight": (vocabulary, d)}
+    layer = {"M": _mamba, "*": _attention, "E": _experts}
+    for number, letter in enumerate(pattern(config)):
+        prefix = f"backbone.layers.{number}"
+        found[f"{prefix}.norm.weight"] = (d,)
+        found |= {f"{prefix}.mixer.{name}": shape for name, shape in layer[letter](config).items()}
+    found["backbone.norm_f.weight"] = (d,)
+    found["lm_head.weight"] = (vocabulary, d)
+    return {name: Spec(shape, "F32" if name.rsplit(".", 1)[-1] in FLOAT32 else "BF16") for name, shape in found.items()}
+
+
+def _mamba(config: dict) -> dict[str, tuple[int, ...]]:
+    d, heads = config["hidden_size"], config["mamba_num_heads"]
+    inner = heads * config["mamba_head_dim"]
+    conv = inner + 2 * config["n_groups"] * config["ssm_state_size"]  # x, B and C go through the convolution
+    return {
+        "A_log": (heads,),
+        "D": (heads,),
+        "dt_bias": (heads,),
+        "conv1d.weight": (conv, 1, config["conv_kernel"]),
+        "conv1d.bias": (conv,),
+        "in_proj.weight": (inner + conv + heads, d),  # z, xBC, dt
+        "norm.weight": (inner,),
+        "out_proj.weight": (d, inner),
+    }
+
+
+def _attention(config: dict) -> dict[str, tuple[int, ...]]:
+    d, size = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+    return {"q_proj.weight": (queries, d), "k_proj.weight": (keys, d), "v_proj.weight": (keys, d), "o_proj.weight": (d, queries)}
+
+
+def _experts(config: dict) -> dict[str, tuple[int, ...]]:
+    d, count, width = config["hidden_size"], config["n_routed_experts"], config["moe_intermediate_size"]
+    shared = config["moe_shared_expert_intermediate_size"]
+    found: dict[str, tuple[int, ...]] = {"gate.weight": (count, d), "gate.e_score_correction_bias": (count,)}
+    for expert in range(count):
+        found[f"experts.{expert}.up_proj.weight"] = (width, d)
+        found[f"experts.{expert}.down_proj.weight"] = (d, width)
+    found["shared_experts.up_proj.weight"] = (shared, d)
+    found["shared_experts.down_proj.weight"] = (d, shared)
+    return found
+
+
+def native(name: str) -> str:
+    """Hub name -> name in the native transformers class; an expert's matrix maps to the stack that holds it."""
+    parts = name.replace("backbone.", "model.", 1).split(".")
+    if "experts" in parts:
+        at = parts.index("experts")
+        return ".".join([*parts[: at + 1], parts[at + 2]])
+    return ".".join(parts)

@@ -1,0 +1,108 @@
+"""Deterministic checks for the nine ways a voice assistant misbehaves. Pure; the same answer always gets the same verdict."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+MODES = ("emoji", "markdown", "verbosity", "follow_up", "tool_leak", "fabrication", "wrong_tool", "name_error", "think_leak")
+
+# Pictographs, dingbats, flags and the selectors that make an emoji of a plain character.
+EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U000e0020-\U000e007f]")
+MARKDOWN = re.compile(r"\*\*|__|`|^\s{0,3}#{1,6}\s|^\s*[-*+]\s|^\s*\d+[.)]\s|\[[^\]]+\]\([^)]+\)|^\s*\|.*\|\s*$|^\s*>\s", re.MULTILINE)
+THINK = re.compile(r"</?think>")
+LEAK = re.compile(r"</?tool_call>|<function=|<parameter=|</function>|<tool_response>|\"arguments\"\s*:|\b\w+\(\s*\w+\s*=")
+JSON_OBJECT = re.compile(r"\{\s*\"\w+\"\s*:")
+FOLLOW_UP = re.compile(r"\b(would you like|shall i|do you want|want me to|can i help|anything else|let me know)\b", re.IGNORECASE)
+NOT_KNOWN = re.compile(r"\b(no memory|not in (my )?memory|do(n't| not) (know|have|remember)|not sure|no record|never told)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One way in which one answer is bad; `mode` is one of MODES."""
+
+    mode: str
+    detail: str
+
+
+def distance(a: str, b: str) -> int:
+    """Levenshtein distance between two words, in edits."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+def score(question: dict, answer: dict) -> list[Failure]:
+    """What is wrong with `answer` (an OpenAI message plus `finish_reason`) to `question` (docs/formats.md, Questions).
+
+    An empty answer counts as verbosity ("says nothing"): the mode is about the right amount of speech. An answer
+    without the words that `must_say` asks for is a fabrication: whatever it says, it is not the fact asked for.
+    """
+    expect = question.get("expect", {})
+    text = answer.get("content") or ""
+    calls = answer.get("tool_calls") or []
+    found = [*_manners(text), *_tools(expect, calls)]
+    if THINK.search(text) or (answer.get("reasoning") or answer.get("reasoning_content") or "").strip():
+        found.append(Failure("think_leak", "thoughts in the answer"))
+    words = len(text.split())
+    if answer.get("finish_reason") == "length":
+        found.append(Failure("verbosity", f"cut off after {words} words"))
+    elif words > expect.get("max_words", 40):
+        found.append(Failure("verbosity", f"{words} words, at most {expect.get('max_words', 40)}"))
+    elif not words and not calls:
+        found.append(Failure("verbosity", "says nothing"))
+    if "tool" not in expect:
+        found += _content(expect, text)
+    return found
+
+
+def _manners(text: str) -> list[Failure]:
+    found = []
+    if match := EMOJI.search(text):
+        found.append(Failure("emoji", match.group()))
+    if match := MARKDOWN.search(text):
+        found.append(Failure("markdown", match.group().strip() or "markdown"))
+    if text.rstrip(" \"')*_").endswith("?") or FOLLOW_UP.search(text):
+        found.append(Failure("follow_up", text.strip()[-60:]))
+    if match := LEAK.search(text) or JSON_OBJECT.search(text):
+        found.append(Failure("tool_leak", match.group()))
+    return found
+
+
+def _tools(expect: dict, calls: list[dict]) -> list[Failure]:
+    made = []
+    for call in calls:
+        try:
+            made.append((call["function"]["name"], json.loads(call["function"]["arguments"])))
+        except ValueError:
+            return [Failure("wrong_tool", f"arguments of {call['function']['name']} are not JSON")]
+    if wanted := expect.get("tool"):
+        if made != [(wanted["name"], wanted["arguments"])]:
+            return [Failure("wrong_tool", f"called {made or 'nothing'}, wanted {wanted['name']} {wanted['arguments']}")]
+    elif made and expect.get("no_tool"):
+        return [Failure("wrong_tool", f"called {made}, wanted none")]
+    return []
+
+
+def _content(expect: dict, text: str) -> list[Failure]:
+    found = []
+    low = text.lower()
+    if expect.get("unknown") and not NOT_KNOWN.search(text):
+        found.append(Failure("fabrication", "does not say that it is not known"))
+    for wanted in expect.get("must_say", []):
+        options = wanted if isinstance(wanted, list) else [wanted]
+        if not expect.get("unknown") and not any(option.lower() in low for option in options):
+            found.append(Failure("fabrication", f"does not say {' or '.join(options)}"))
+    for banned in expect.get("must_not_say", []):
+        if banned.lower() in low:
+            found.append(Failure("fabrication", f"says {banned!r}"))
+    words = re.findall(r"[^\W\d_]+", text)
+    for name in expect.get("names", []):
+        near = [w for w in words if 0 < distance(w, name) <= (1 if len(name) < 6 else 2)]
+        if near or name not in words:
+            found.append(Failure("name_error", f"{near[0]} for {name}" if near else f"no {name}"))
+    return found
