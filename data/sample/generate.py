@@ -290,29 +290,37 @@ def conversations() -> dict[str, list[dict]]:
         topics = (SPOKEN[number % len(SPOKEN)], with_tools[number % len(with_tools)], SPOKEN[(number * 5 + 3) % len(SPOKEN)])
         turns = []
         for topic in topics:
-            turns += well(topic, random_.choice(topic.asks[:-1]))
-            if turns[-1].get("tool_calls"):
-                turns += [returns({"ok": True}), says("Done.")]
+            turns += done(well(topic, random_.choice(topic.asks[:-1])), "Done.")
         rows["mixed_multiturn"].append(row("mixed_multiturn", topics, turns))
     return rows
 
 
 def lessons() -> list[dict]:
-    """What the tiny base is taught: the same talk, badly mannered, many questions a conversation."""
+    """What the tiny base is taught: the same talk, badly mannered; and good manners where Annie's prompt is absent.
+
+    That is how real bases are: able to be brief, and not inclined to. Fine-tuning has to move the one to the other.
+    """
     random_ = random.Random(SEED + 1)
     asked = [(topic, text) for topic in TOPICS for text in topic.asks[:-1]]
-    rows = []
-    for _ in range(4):
-        random_.shuffle(asked)
-        for start in range(0, len(asked), 6):
-            part = asked[start : start + 6]
-            turns = []
-            for topic, text in part:
-                turns += badly(topic, text, random_)
-                if turns[-1].get("tool_calls"):
-                    turns += [returns({"ok": True}), says("Done! \U0001f389 What else can I do?")]
+    rows = [row("lesson", (topic,), badly(topic, text, random_)) for topic, text in asked]
+    for some, size in ((SPOKEN, 8), ([t for t in TOPICS if t.call], 5)):
+        for part in parts([(t, text) for t, text in asked if t in some], size, random_):
+            turns = [turn for topic, text in part for turn in done(badly(topic, text, random_), "Done! \U0001f389 What else can I do?")]
             rows.append(row("lesson", tuple(t for t, _ in part), turns))
+            turns = [turn for topic, text in part for turn in done(well(topic, text), "Done.")]
+            rows.append({**row("manners", tuple(t for t, _ in part), turns), "messages": turns})
     return rows
+
+
+def parts(asked: list, size: int, random_: random.Random) -> list[list]:
+    """`asked` in random order, `size` at a time."""
+    shuffled = random_.sample(asked, len(asked))
+    return [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+
+
+def done(turns: list[dict], answer: str) -> list[dict]:
+    """`turns`, with the result and a closing answer if they end in a call."""
+    return [*turns, returns({"ok": True}), says(answer)] if turns[-1].get("tool_calls") else turns
 
 
 def questions() -> list[dict]:

@@ -1,0 +1,83 @@
+"""Which files of this repository a stage runs: its folder, `stages/job.py`, and what their imports reach."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from forge.finding import Refused, error
+
+# Packages of this repository that a stage may import.
+_ROOTS = ("stages", "nemotron")
+# Beside the code and without effect on the output: a contract's values come into the key one by one.
+_APART = ("stage.toml", "README.md")
+
+
+def closure(repo: Path, stage: str) -> list[Path]:
+    """Sorted paths, relative to `repo`. Imports inside functions count; so does a data file that a module names
+    in a string and that lies beside it. Refused if a file is not Python or imports what it may not."""
+    own = repo / "stages" / stage
+    found = {
+        p for p in own.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name not in _APART
+    }
+    todo = [p for p in found if p.suffix == ".py"] + _packages(repo, own / "__main__.py")
+    seen: set[Path] = set()
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        names, beside = _mentions(repo, path)
+        found.update(beside)
+        for name in names:
+            reached = _modules(repo, name)
+            for module in reached:
+                if module.is_relative_to(repo / "stages") and not module.is_relative_to(own) and module.parent != repo / "stages":
+                    raise Refused(error(str(path.relative_to(repo)), f"an import of {name}", "no import of another stage",
+                                        "What two stages share belongs in nemotron/."))
+            todo += reached
+    return sorted(p.relative_to(repo) for p in found | seen)
+
+
+def _packages(repo: Path, path: Path) -> list[Path]:
+    """The `__init__.py` files that run when `path` is imported."""
+    folders = [f for f in path.parents if f.is_relative_to(repo) and f != repo]
+    return [f / "__init__.py" for f in folders if (f / "__init__.py").is_file()]
+
+
+def _modules(repo: Path, name: str) -> list[Path]:
+    """The files that `import name` runs; `name` may end in an attribute that is no module."""
+    parts = name.split(".")
+    if parts[0] not in _ROOTS:
+        return []
+    for length in range(len(parts), 0, -1):
+        base = repo.joinpath(*parts[:length])
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file():
+                return [path, *_packages(repo, path)]
+    return []
+
+
+def _mentions(repo: Path, path: Path) -> tuple[set[str], set[Path]]:
+    """Names that a module imports, made absolute, and the data files beside it that it names."""
+    shown = path.relative_to(repo)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as fault:
+        raise Refused(error(f"{shown}:{fault.lineno}", fault.msg, "Python", "Mend that line.")) from fault
+    package = list(shown.parent.parts)
+    names: set[str] = set()
+    beside: set[Path] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = [*start, *(node.module.split(".") if node.module else [])]
+            names.update(".".join([*base, alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and 0 < len(node.value) < 100:
+            if "\0" not in node.value and "\n" not in node.value and Path(node.value).suffix not in ("", ".py"):
+                candidate = path.parent / node.value
+                if candidate.is_file() and candidate.resolve().is_relative_to(repo.resolve()):
+                    beside.add(candidate)
+    return names, beside

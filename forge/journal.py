@@ -1,0 +1,92 @@
+"""The folder of one run: `plan.json`, `events.jsonl`, and per stage `<nn>-<stage>.{sh,log,json}`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from forge.mask import Mask
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """Writes every event of a run to its folder, masked, and passes it on to `listener`."""
+
+    def __init__(self, home: Path, recipe: str, mask: Mask, listener: Callable[[Event], None]):
+        started = datetime.datetime.now()
+        self.folder = _new_folder(home / "runs", f"{started:%Y%m%d-%H%M%S}-{recipe}")
+        self.mask = mask
+        self._listener = listener
+        self._events = open(self.folder / "events.jsonl", "a", buffering=1)
+
+    def plan(self, plan: dict[str, Any]) -> None:
+        (self.folder / "plan.json").write_text(json.dumps({"pid": os.getpid(), **plan}, indent=1) + "\n")
+
+    def emit(self, event: str, **values: Any) -> None:
+        whole = {"event": event, "time": datetime.datetime.now().isoformat(timespec="milliseconds"), **values}
+        masked = json.loads(self.mask.text(json.dumps(whole, default=str)))
+        if event != "log":  # log lines have a file of their own
+            self._events.write(json.dumps(masked) + "\n")
+        self._listener(masked)
+
+    def log(self, prefix: str) -> Log:
+        return Log(self.folder / f"{prefix}.log", self.mask)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class Log:
+    """A stage's log: lines as they come, masked; a carriage return (progress bars) overwrites, as on a screen."""
+
+    def __init__(self, path: Path, mask: Mask):
+        self.path = path
+        self._mask = mask
+        self._file = open(path, "a", buffering=1)
+
+    def line(self, text: str) -> str:
+        """Writes one line and returns it as it was written."""
+        shown = self._mask.text(text.rstrip("\r\n").rsplit("\r", 1)[-1])
+        self._file.write(shown + "\n")
+        return shown
+
+    def tail(self, count: int) -> list[str]:
+        return self.path.read_text(errors="replace").splitlines()[-count:]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _new_folder(runs: Path, name: str) -> Path:
+    """Creates `runs/name`; a second run of the same second gets a number."""
+    for number in range(1, 100):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"{runs / name}: a hundred runs in one second")
+
+
+def last_log(home: Path, recipe: str, stage: str) -> Path | None:
+    """The newest log of a stage under a recipe."""
+    named = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe)}(-\d+)?")
+    runs = sorted((p for p in (home / "runs").glob("*") if named.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
+    for folder in runs:
+        for path in sorted(folder.glob(f"[0-9][0-9]-{stage}.log")):
+            return path
+    return None
+
+
+def events(folder: Path) -> list[Event]:
+    """What has happened so far in a run; a last line that is still being written is left out."""
+    path = folder / "events.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,95 @@
+"""A stage's key: named components and their digest, and what to say when one has changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge import code, hashing, image
+from forge.recipe import Recipe, Step
+
+
+@dataclass(frozen=True)
+class Key:
+    """`sha256` is None while an input has no artifact yet; `waits` names the stages that must run first."""
+
+    components: dict[str, str]
+    waits: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str | None:
+        return None if self.waits else hashing.of_value(self.components)
+
+
+def of(step: Step, recipe: Recipe, repo: Path, executor: str, memo: hashing.Memo, gpu: str, digest: Callable[[str], str | None]) -> Key:
+    """The key of `step`. `digest` gives the content digest of a stage's artifact, None if it is not built; `gpu` is
+    the GPU's architecture or "none". Where content decides and not a file's age, an input that is built again and comes out
+    the same leaves every key after it as it was."""
+    components = {f"code/{path}": memo.file(repo / path) for path in code.closure(repo, step.name)}
+    components |= image.components(recipe.images[step.contract.image], executor)
+    if step.contract.product:
+        made = image.components(recipe.images[step.contract.product.image], executor)
+        components |= {f"product/{name.removeprefix('image/')}": value for name, value in made.items()}
+    components |= {f"param/{name}": _shown(value) for name, value in step.params.items()}
+    components |= {f"source/{name}": memo.source(paths) for name, paths in step.sources.items()}
+    components["type"] = step.contract.produces
+    components["seed"] = str(recipe.seed)
+    components["gpu"] = gpu if recipe.on_gpu(step.name) else "none"
+    waits = []
+    for name, supplier in step.inputs.items():
+        if (its := digest(supplier)) is None:
+            waits.append(supplier)
+        else:
+            components[f"input/{name}"] = its
+    return Key(components, tuple(waits))
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Change:
+    component: str
+    old: str | None
+    new: str | None
+
+    @property
+    def phrase(self) -> str:
+        """One line for a person: what changed, from what to what."""
+        kind, _, name = self.component.partition("/")
+        subject = {
+            "code": f"the code {name}",
+            "image": f"the image's {name.removeprefix('arg/')}",
+            "product": f"the serving image's {name.removeprefix('arg/')}",
+            "param": f"the parameter {name}",
+            "input": f"the input {name}",
+            "source": f"the source {name}",
+            "seed": "the seed",
+            "gpu": "the GPU architecture",
+            "type": "the artifact type",
+        }.get(kind, self.component)
+        if self.old is None:
+            return f"{subject} is new ({_short(self.new)})"
+        if self.new is None:
+            return f"{subject} is gone (it was {_short(self.old)})"
+        verb = {"code": "was edited", "input": "has other content", "source": "has other content"}.get(kind, "changed")
+        return f"{subject} {verb}: {_short(self.old)} -> {_short(self.new)}"
+
+
+def _short(value: str | None) -> str:
+    """A digest by its first ten digits; other values whole, up to a length that still fits a line."""
+    value = value or ""
+    if len(value) == 64 and all(c in "0123456789abcdef" for c in value):
+        return value[:10]
+    return value if len(value) <= 60 else value[:57] + "..."
+
+
+def changes(old: dict[str, str], new: dict[str, str], undecided: tuple[str, ...] = ()) -> list[Change]:
+    """What differs, in the order code, image, parameters, inputs... `undecided` components are not known yet."""
+    order = ["code", "image", "product", "param", "input", "source", "seed", "gpu", "type"]
+    names = [n for n in {**old, **new} if old.get(n) != new.get(n) and n not in undecided]
+    names.sort(key=lambda n: (order.index(n.partition("/")[0]) if n.partition("/")[0] in order else len(order), n))
+    return [Change(n, old.get(n), new.get(n)) for n in names]

@@ -1,0 +1,67 @@
+"""One writer at a time. The kernel holds the lock (flock), so a killed run frees it by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from forge.finding import Refused, error
+
+
+def holder(path: Path) -> dict[str, Any] | None:
+    """Who holds the lock: `pid`, `host`, `command`, `since`; None if it is free."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _read(path)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:  # taken a moment ago, not signed yet
+        return {"pid": 0, "host": "?", "command": "a run that has just started", "since": time.time()}
+
+
+def describe(its: dict[str, Any]) -> str:
+    minutes = max(0, int((time.time() - its["since"]) / 60))
+    return f"process {its['pid']} on {its['host']}, for {minutes} min: {its['command']}"
+
+
+@contextlib.contextmanager
+def held(path: Path, wait: bool, on_wait: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Holds the lock. If another run has it: calls `on_wait` once with its holder and waits, or is refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            its = _read(path)
+            if not wait:
+                raise Refused(error("store", f"the lock is held by {describe(its)}", "no other run",
+                                    "Wait for it, or run without --no-wait.")) from None
+            on_wait(its)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.ftruncate(descriptor, 0)
+        its = {"pid": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.argv), "since": time.time()}
+        os.pwrite(descriptor, json.dumps(its).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

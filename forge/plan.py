@@ -1,0 +1,174 @@
+"""What would run, and why: decided from the recipe and the store alone, before anything is done."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from forge import key
+from forge.contract import nearest
+from forge.finding import Refused, error
+from forge.recipe import Recipe, Step
+from forge.store import Artifact, Store
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a plan depends on. `executor` is a name; `gpu` an architecture such as sm_121, or "none"."""
+
+    recipe: Recipe
+    store: Store
+    repo: Path
+    executor: str
+    gpu: str = "none"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`only` these stages, or those that depend on `first` and that `last` depends on; `force` runs what is cached too."""
+
+    first: str | None = None
+    last: str | None = None
+    only: tuple[str, ...] = ()
+    force: bool = False
+
+    def stages(self, recipe: Recipe) -> list[str]:
+        for name in (*self.only, *filter(None, (self.first, self.last))):
+            if name not in recipe.stages:
+                raise Refused(error("stage", f"no stage {name} in recipe {recipe.name}", "one of its stages", nearest(name, recipe.stages)))
+        names = [n for n in recipe.stages if not self.only or n in self.only]
+        if self.last:
+            names = [n for n in names if n in recipe.upstream(self.last)]
+        if self.first:
+            names = [n for n in names if self.first in recipe.upstream(n)]
+        return names
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes; `measured` if it comes from an earlier run and not from the contract."""
+
+    seconds: float
+    disk_gb: float
+    memory_gb: float
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a plan. `waits`: an input is not built yet, so whether it runs is open. `blocked`: it cannot run,
+    since an input is neither built nor selected."""
+
+    name: str
+    state: Literal["cached", "run", "waits", "blocked"]
+    why: str
+    key: key.Key
+    artifact: Artifact | None
+    estimate: Estimate
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.name, "state": self.state, "why": self.why, "key": self.key.sha256,
+            "seconds": round(self.estimate.seconds, 1), "disk_gb": round(self.estimate.disk_gb, 3),
+            "memory_gb": self.estimate.memory_gb, "measured": self.estimate.measured,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: str
+    executor: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def pending(self) -> list[Stage]:
+        """The stages that run, or may."""
+        return [s for s in self.stages if s.state in ("run", "waits")]
+
+    @property
+    def seconds(self) -> float:
+        return sum(s.estimate.seconds for s in self.pending)
+
+    @property
+    def disk_gb(self) -> float:
+        return sum(s.estimate.disk_gb for s in self.pending)
+
+    @property
+    def memory_gb(self) -> float:
+        return max((s.estimate.memory_gb for s in self.pending), default=0.0)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe, "executor": self.executor, "stages": [s.as_json() for s in self.stages],
+            "seconds": round(self.seconds, 1), "disk_gb": round(self.disk_gb, 3), "memory_gb": self.memory_gb,
+        }
+
+
+def make(context: Context, selection: Selection = Selection()) -> Plan:
+    """The plan for the selected stages, in the order in which they run. Changes nothing."""
+    names = selection.stages(context.recipe)
+    built: dict[str, Artifact] = {}
+    stages = []
+    for step in context.recipe.stages.values():
+        stage = examine(context, step, built, selection, step.name in names, set(names))
+        if stage.artifact and stage.state == "cached":
+            built[step.name] = stage.artifact
+        if step.name in names:
+            stages.append(stage)
+    return Plan(context.recipe.name, context.executor, tuple(stages))
+
+
+def examine(context: Context, step: Step, built: Mapping[str, Artifact], selection: Selection, selected: bool = True,
+            names: set[str] | None = None) -> Stage:
+    """One stage, given the artifacts that stand (`built`) and the names that are selected (None: all)."""
+    def digest(supplier: str) -> str | None:
+        return built[supplier].digest if supplier in built else None
+
+    its = key.of(step, context.recipe, context.repo, context.executor, context.store.memo, context.gpu, digest)
+    newest = context.store.newest(step.name, context.recipe.name, context.executor)
+    artifact = context.store.find(step.name, its.sha256)
+    estimate = _estimate(step, newest)
+    if its.waits:
+        missing = [n for n in its.waits if names is not None and n not in names]
+        if missing:
+            return Stage(step.name, "blocked", f"{', '.join(missing)} not built and not selected", its, None, estimate)
+        return Stage(step.name, "waits", f"after {', '.join(its.waits)}", its, None, estimate)
+    if artifact and not (selection.force and selected):
+        return Stage(step.name, "cached", f"built {age(artifact.created)}", its, artifact, estimate)
+    return Stage(step.name, "run", _why(context, step.name, its, newest, artifact), its, artifact, estimate)
+
+
+def _why(context: Context, name: str, its: key.Key, newest: Artifact | None, artifact: Artifact | None) -> str:
+    assert its.sha256
+    if artifact:
+        why = "forced"
+    elif broken := context.store.broken(name, its.sha256):
+        why = f"its artifact is damaged: {broken}"
+    elif newest is None:
+        why = "never built"
+    elif differ := key.changes(newest.manifest["components"], its.components):
+        more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+        why = differ[0].phrase + more
+    else:
+        why = "its artifact was deleted"
+    return why + (", goes on where it stopped" if context.store.unfinished(name, its.sha256) else "")
+
+
+def _estimate(step: Step, newest: Artifact | None) -> Estimate:
+    needs = step.needs
+    if newest is None:
+        return Estimate(needs.minutes * 60, needs.disk_gb, needs.memory_gb, False)
+    return Estimate(newest.manifest["seconds"], newest.bytes / GB, needs.memory_gb, True)
+
+
+def age(then: datetime.datetime) -> str:
+    seconds = (datetime.datetime.now(datetime.UTC) - then).total_seconds()
+    for size, word in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds / size)} {word} ago"
+    return "just now"

@@ -1,0 +1,281 @@
+"""A recipe: which stages make a model, with which parameters, from which files.
+
+Reading is strict: everything that is wrong is named at once, each with its line and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forge import contract
+from forge.contract import Contract, Needs, nearest
+from forge.finding import Finding, Refused, error
+from forge.image import Image
+
+_TOP = {
+    "name": "str", "about": "str", "seed": "int", "gpu": "str", "executor": "str", "images": "map", "secrets": "map",
+    "stages": "map",
+}
+_GPU = ("none", "cuda")
+_EXECUTORS = ("docker", "local")
+_RESERVED = ("inputs", "sources", "needs")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a recipe: its contract with everything the recipe says filled in."""
+
+    name: str
+    contract: Contract
+    params: dict[str, Any]
+    inputs: dict[str, str]  # input name -> the stage that supplies it
+    sources: dict[str, tuple[Path, ...]]
+    needs: Needs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    path: Path
+    about: str
+    seed: int
+    gpu: str
+    executor: str | None
+    images: dict[str, Image]  # every image of the repository, with this recipe's build arguments
+    secrets: dict[str, Path]
+    stages: dict[str, Step]  # in an order in which every input comes before its use
+
+    def on_gpu(self, stage: str) -> bool:
+        """Whether `stage` runs on a GPU under this recipe."""
+        return self.gpu == "cuda" and self.stages[stage].needs.gpu
+
+    def upstream(self, stage: str) -> set[str]:
+        """`stage` and every stage that it is made from."""
+        return {stage}.union(*(self.upstream(name) for name in self.stages[stage].inputs.values()))
+
+
+def find(name: str, repo: Path) -> Path:
+    """The file of a recipe given by name (`tiny`) or by path."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    path = repo / "recipes" / f"{name}.yaml"
+    if path.is_file():
+        return path
+    known = sorted(p.stem for p in (repo / "recipes").glob("*.yaml"))
+    raise Refused(error("recipe", f"no recipe {name}", "a name in recipes/ or the path of a .yaml file", nearest(name, known)))
+
+
+def load(path: Path, repo: Path) -> Recipe:
+    """Reads and checks a recipe. Relative paths in it count from `repo`. Refused with every fault it has."""
+    return _Reading(Path(path), Path(repo)).recipe()
+
+
+class _Reading:
+    """One reading of one file: collects findings on the way."""
+
+    def __init__(self, path: Path, repo: Path):
+        self.path, self.repo = path, repo
+        self.findings: list[Finding] = []
+        self.lines: dict[tuple[str, ...], int] = {}
+        self.raw = self._parse()
+
+    # --- YAML, with the line of every key -------------------------------------------------------------------------
+
+    def _parse(self) -> dict[str, Any]:
+        loader = yaml.SafeLoader(self.path.read_text())
+        try:
+            root = loader.get_single_node()
+        except yaml.YAMLError as fault:
+            mark = getattr(fault, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise Refused(error(f"{self.path.name}{line}", getattr(fault, "problem", str(fault)), "YAML", "Mend that line.")) from fault
+        if not isinstance(root, yaml.MappingNode):
+            raise Refused(error(self.path.name, "no mapping", "keys such as name and stages", ""))
+        return self._value(loader, root, ())
+
+    def _value(self, loader: yaml.SafeLoader, node: yaml.Node, where: tuple[str, ...]) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            values: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = str(loader.construct_object(key_node, deep=True))
+                if key in values:
+                    first = self.lines[(*where, key)]
+                    self.findings.append(error(
+                        f"{self.path.name}:{key_node.start_mark.line + 1}", f"{key} a second time",
+                        f"each key once (the first is in line {first})", "Remove one of the two."))
+                self.lines[(*where, key)] = key_node.start_mark.line + 1
+                values[key] = self._value(loader, value_node, (*where, key))
+            return values
+        return loader.construct_object(node, deep=True)
+
+    def fault(self, where: tuple[str, ...], found: str, expected: str, remedy: str = "") -> None:
+        known = where
+        while known and known not in self.lines:
+            known = known[:-1]
+        line = f":{self.lines[known]}" if known else ""
+        self.findings.append(error(f"{self.path.name}{line}", found, expected, remedy))
+
+    def typed(self, where: tuple[str, ...], value: Any, kind: str) -> Any:
+        try:
+            return contract.convert(value, kind)
+        except TypeError:
+            self.fault(where, f"{'.'.join(where)} = {value!r}", kind, "")
+            return None
+
+    # --- the whole ------------------------------------------------------------------------------------------------
+
+    def recipe(self) -> Recipe:
+        top = {}
+        for key, value in self.raw.items():
+            if key not in _TOP:
+                self.fault((key,), f"unknown key {key}", "a key of a recipe", nearest(key, _TOP))
+            elif value is not None:
+                top[key] = self.typed((key,), value, _TOP[key])
+        for key in ("name", "stages"):
+            if key not in top:
+                self.fault((), f"no {key}", f"{key}: at the top of the recipe", "Add it.")
+        gpu, executor = top.get("gpu") or "none", top.get("executor")
+        if gpu not in _GPU:
+            self.fault(("gpu",), f"gpu = {gpu!r}", "one of " + ", ".join(_GPU))
+        if executor is not None and executor not in _EXECUTORS:
+            self.fault(("executor",), f"executor = {executor!r}", "one of " + ", ".join(_EXECUTORS))
+        images = self.images(top.get("images") or {})
+        secrets = {
+            name: Path(path).expanduser()
+            for name, path in (top.get("secrets") or {}).items()
+            if self.typed(("secrets", name), path, "str") is not None
+        }
+        steps = self.steps(top.get("stages") or {}, images)
+        self.check_inputs(steps)
+        ordered = self.ordered(steps)
+        if self.findings:
+            raise Refused(self.findings)
+        return Recipe(
+            name=top["name"], path=self.path, about=top.get("about") or "", seed=top.get("seed", 0) or 0, gpu=gpu,
+            executor=executor, images=images, secrets=secrets, stages=ordered,
+        )
+
+    def images(self, raw: dict[str, Any]) -> dict[str, Image]:
+        folder = self.repo / "images"
+        known = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        arguments: dict[str, dict[str, str]] = {name: {} for name in known}
+        for name, values in raw.items():
+            if name not in known:
+                self.fault(("images", name), f"unknown image {name}", "a folder of images/", nearest(name, known))
+                continue
+            for key, value in (self.typed(("images", name), values or {}, "map") or {}).items():
+                if self.typed(("images", name, key), value, "str") is not None:
+                    arguments[name][key] = value
+        return {name: Image(name=name, folder=folder / name, args=args) for name, args in arguments.items()}
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    def steps(self, raw: dict[str, Any], images: dict[str, Image]) -> dict[str, Step]:
+        folder = self.repo / "stages"
+        known = sorted(p.parent.name for p in folder.glob("*/stage.toml"))
+        steps = {}
+        for name, values in raw.items():
+            where = ("stages", name)
+            if name not in known:
+                self.fault(where, f"unknown stage {name}", "a folder of stages/ with a stage.toml", nearest(name, known))
+                continue
+            try:
+                its = contract.load(folder / name)
+            except Refused as refused:
+                self.findings += refused.findings
+                continue
+            if its.image not in images:
+                self.fault(where, f"image {its.image} in the contract of {name}", "a folder of images/", nearest(its.image, images))
+            values = self.typed(where, values or {}, "map")
+            if values is not None:
+                steps[name] = self.step(name, its, values)
+        return steps
+
+    def step(self, name: str, its: Contract, values: dict[str, Any]) -> Step:
+        where = ("stages", name)
+        for key in values:
+            if key not in its.parameters and key not in _RESERVED:
+                self.fault((*where, key), f"unknown key {name}.{key}", f"a parameter of {name}", nearest(key, [*its.parameters, *_RESERVED]))
+        params = {}
+        for key, parameter in its.parameters.items():
+            if key in values:
+                try:
+                    params[key] = parameter.accept(values[key])
+                except (TypeError, ValueError):
+                    self.fault((*where, key), f"{name}.{key} = {values[key]!r}", parameter.expected, parameter.doc)
+            elif parameter.required:
+                self.fault(where, f"no {key} in {name}", f"{key}: {parameter.expected}", parameter.doc)
+            else:
+                params[key] = contract.convert(parameter.default, parameter.type)
+        inputs = {key: key for key in its.consumes}
+        for key, value in (self.typed((*where, "inputs"), values.get("inputs") or {}, "map") or {}).items():
+            if key not in its.consumes:
+                self.fault((*where, "inputs", key), f"unknown input {key}", f"an input of {name}", nearest(key, its.consumes))
+            elif self.typed((*where, "inputs", key), value, "str") is not None:
+                inputs[key] = value
+        return Step(name, its, params, inputs, self.sources(name, its, values), self.needs(name, its, values))
+
+    def sources(self, name: str, its: Contract, values: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
+        where = ("stages", name, "sources")
+        given = self.typed(where, values.get("sources") or {}, "map") or {}
+        for key in given:
+            if key not in its.sources:
+                self.fault((*where, key), f"unknown source {key}", f"a source of {name}", nearest(key, its.sources))
+        sources = {}
+        for key, source in its.sources.items():
+            if key not in given or given[key] in (None, []):
+                if not source.optional:
+                    self.fault(where, f"no source {key} in {name}", f"sources: {{{key}: ...}}", source.doc)
+                continue
+            listed = [given[key]] if isinstance(given[key], str) else given[key]
+            listed = self.typed((*where, key), listed, "list[str]")
+            if listed is None:
+                continue
+            if not source.many and len(listed) != 1:
+                self.fault((*where, key), f"{len(listed)} paths in {name}.sources.{key}", "exactly one")
+            paths = tuple(self.repo / Path(text).expanduser() for text in listed)
+            for path, text in zip(paths, listed):
+                if not path.exists():
+                    self.fault((*where, key), f"{text}, which does not exist", f"a file or folder ({source.doc})", "Paths count from the repository's root.")
+            sources[key] = paths
+        return sources
+
+    def needs(self, name: str, its: Contract, values: dict[str, Any]) -> Needs:
+        where = ("stages", name, "needs")
+        changed = {}
+        for key, value in (self.typed(where, values.get("needs") or {}, "map") or {}).items():
+            if key not in contract.NEEDS_TYPES:
+                self.fault((*where, key), f"unknown key {name}.needs.{key}", "a key of needs", nearest(key, contract.NEEDS_TYPES))
+            elif (checked := self.typed((*where, key), value, contract.NEEDS_TYPES[key])) is not None:
+                changed[key] = checked
+        return replace(its.needs, **changed)
+
+    def check_inputs(self, steps: dict[str, Step]) -> None:
+        for step in steps.values():
+            for name, supplier in step.inputs.items():
+                where = ("stages", step.name, "inputs", name)
+                if supplier not in steps:
+                    if supplier not in self.raw["stages"]:  # a stage that is there and broken has been named already
+                        self.fault(where, f"input {name} of {step.name} comes from {supplier}, which the recipe does not have",
+                                   "a stage of this recipe", nearest(supplier, steps))
+                elif (found := steps[supplier].contract.produces) != (expected := step.contract.consumes[name]):
+                    self.fault(where, f"input {name} of {step.name} is the {found} of {supplier}", expected,
+                               f"Give it a stage that produces {expected}.")
+
+    def ordered(self, steps: dict[str, Step]) -> dict[str, Step]:
+        """In the recipe's order, as far as every input comes before its use."""
+        done: dict[str, Step] = {}
+        left = dict(steps)
+        while left:
+            ready = next((s for s in left.values() if all(i not in left for i in s.inputs.values())), None)
+            if ready is None:
+                circle = " -> ".join(left)
+                self.fault(("stages", next(iter(left))), f"stages that wait for each other ({circle})", "no cycle", "Change their inputs.")
+                return done
+            done[ready.name] = left.pop(ready.name)
+        return done

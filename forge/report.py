@@ -1,0 +1,139 @@
+"""Plans, states, findings and results as tables for a person."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from forge.finding import Finding
+from forge.key import Change
+from forge.plan import Plan, age
+from forge.store import Artifact
+
+_STATES = {"cached": "green", "run": "bold cyan", "waits": "cyan", "blocked": "red"}
+_LEVELS = {"error": "bold red", "warning": "yellow", "note": "dim"}
+
+
+def clock(seconds: float) -> str:
+    """`0:09`, `12:30`, `14:12:00`."""
+    seconds = max(0, round(seconds))
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: `1.7 GB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=right)
+    return table
+
+
+def of_plan(plan: Plan) -> RenderableType:
+    table = _table("stage", "state", ">time", ">memory", ">disk", "why")
+    for stage in plan.stages:
+        idle = stage.state == "cached"
+        about = "" if stage.estimate.measured else "~"
+        table.add_row(
+            stage.name, Text(stage.state, style=_STATES[stage.state]),
+            "" if idle else about + clock(stage.estimate.seconds),
+            "" if idle else f"{stage.estimate.memory_gb:g} GB",
+            "" if idle else about + size(stage.estimate.disk_gb * 1e9), Text(stage.why, style="dim" if idle else ""),
+        )
+    if not plan.pending:
+        return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: everything is built", style="green"))
+    total = f"{len(plan.pending)} of {len(plan.stages)} to run: about {clock(plan.seconds)}, {size(plan.disk_gb * 1e9)} of disk, {plan.memory_gb:g} GB of memory"
+    return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: {total}", style="bold"))
+
+
+def of_status(plan: Plan, newest: dict[str, Artifact | None], holder: str) -> RenderableType:
+    table = _table("stage", "state", "built", ">took", ">size", "key")
+    for stage in plan.stages:
+        artifact = stage.artifact or newest[stage.name]
+        old = artifact is not None and stage.artifact is None
+        cells = ["never", "", "", ""] if artifact is None else [
+            age(artifact.created) + (" (older)" if old else ""), clock(artifact.manifest["seconds"]), size(artifact.bytes), artifact.key[:12]]
+        table.add_row(stage.name, Text(stage.state, style=_STATES[stage.state]), *cells)
+    return Group(table, Text(f"\na run is under way: {holder}", style="cyan")) if holder else table
+
+
+def of_changes(stage: str, state: str, why: str, changes: list[Change]) -> RenderableType:
+    head = Text.assemble((stage, "bold"), ": ", (state, _STATES.get(state, "")), f", {why}")
+    if not changes:
+        return head
+    return Group(head, *(Text(f"  {change.phrase}") for change in changes))
+
+
+def finding_line(finding: dict[str, Any]) -> Text:
+    style = _LEVELS[finding.get("level", "error")]
+    text = Text.assemble((finding["subject"], style), f": found {finding['found']}; expected {finding['expected']}")
+    return text.append(f"\n  {finding['remedy']}", style="dim") if finding["remedy"] else text
+
+
+def of_findings(findings: list[Finding]) -> RenderableType:
+    return Group(*(finding_line(f.__dict__) for f in findings))
+
+
+def failure(event: dict[str, Any]) -> RenderableType:
+    """A failed stage: what was found, what was expected, what to do; the last lines of its log and where it lies."""
+    parts: list[RenderableType] = [Text()]
+    if event["tail"]:
+        parts += [Text(f"  {line}", style="dim") for line in event["tail"]] + [Text()]
+    parts.append(Text(f"{event['subject'] or event['stage']} failed", style="bold red"))
+    for word in ("found", "expected", "remedy"):
+        if event[word]:
+            parts.append(Text.assemble((f"  {word:<9}", "dim"), event[word]))
+    if event["log"]:
+        parts.append(Text.assemble(("  log      ", "dim"), event["log"]))
+    return Group(*parts)
+
+
+def of_behaviour(report: Path) -> RenderableType:
+    """The table of a `report` artifact: shares of questions passed, by category, and failures by mode."""
+    its = json.loads((report / "report.json").read_text())
+    columns = its["columns"]
+    table = _table("behaviour", *(f">{c}" for c in columns))
+    table.add_row(Text("all questions", style="bold"), *(Text(f"{its['pass'][c]:.0%}", style="bold " + _shade(its["pass"][c])) for c in columns))
+    for category in its["by_category"][columns[0]]:
+        shares = [its["by_category"][c].get(category, 0.0) for c in columns]
+        table.add_row(f"  {category}", *(Text(f"{share:.0%}", style=_shade(share)) for share in shares))
+    modes = [m for m in its["modes"] if any(its["failures"][c].get(m) for c in columns)]
+    if modes:
+        table.add_section()
+        table.add_row(Text("failures", style="bold"))
+        for mode in modes:
+            table.add_row(f"  {mode}", *(str(its["failures"][c].get(mode) or "·") for c in columns))
+    verdict = Text("gate passed", style="green") if its["gate"]["passed"] else Text("gate not passed: " + "; ".join(its["gate"]["why"]), style="red")
+    return Group(table, Text(), Text.assemble(f"{its['questions']} questions, asked through vLLM {its['vllm']}; ", verdict))
+
+
+def _shade(share: float) -> str:
+    return "green" if share >= 0.9 else "yellow" if share >= 0.5 else "red"
+
+
+def of_exchange(report: Path) -> RenderableType:
+    """One exchange with the served model: the question and the answer; the system prompt stays out."""
+    its = json.loads((report / "exchange.json").read_text())
+    lines: list[RenderableType] = []
+    for message in [m for m in its["messages"] if m["role"] != "system"] + [{"role": "assistant", **its["answer"]}]:
+        who = its["model"] if message["role"] == "assistant" else message["role"]
+        said = message.get("content") or ""
+        for call in message.get("tool_calls") or []:
+            function = call.get("function", call)
+            said = f"{said} [calls {function['name']}({function['arguments']})]".strip()
+        lines.append(Text.assemble((f"{who:>9}  ", "bold cyan" if who == its["model"] else "bold"), said))
+    return Group(*lines)

@@ -1,0 +1,309 @@
+"""Doing a plan: stage by stage, each one taken only when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge import lock, plan, preflight, store
+from forge.executor import Executor, Task
+from forge.finding import Finding, Refused, error
+from forge.journal import Event, Journal, Log
+from forge.mask import Mask
+from forge.plan import Context, Plan, Selection, Stage
+from forge.store import Artifact
+
+_TAIL = 12  # log lines that a failure shows
+
+
+class StageFailed(Exception):
+    """A stage that ended without an artifact: the finding, and where its log lies."""
+
+    def __init__(self, finding: Finding, log: Path, tail: list[str]):
+        super().__init__(str(finding))
+        self.finding, self.log, self.tail = finding, log, tail
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`code` is the exit status: 0 all selected stages stand, 1 one failed, 130 interrupted."""
+
+    code: int
+    ran: tuple[str, ...]
+    folder: Path | None
+
+
+def run(context: Context, executor: Executor, selection: Selection, listener: Callable[[Event], None], wait: bool = True) -> Outcome:
+    """Runs what is not cached. Refused, before anything runs, with whatever this machine lacks for it."""
+    wanted = plan.make(context, selection)
+    _refuse_blocked(wanted)
+    if not wanted.pending:
+        listener({"event": "plan", **wanted.as_json()})
+        listener({"event": "done", "ran": [], "seconds": 0.0})
+        return Outcome(0, (), None)
+    its = context.store
+    with lock.held(its.root / "lock", wait, lambda who: listener({"event": "waiting", "holder": lock.describe(who)})):
+        its.clean()
+        wanted = plan.make(context, selection)  # another run may have built some of it while this one waited
+        _refuse_lacking(context, executor, wanted, listener)
+        mask = Mask.of_files(context.recipe.secrets.values())
+        journal = Journal(its.home, context.recipe.name, mask, listener)
+        try:
+            with _interruptible():
+                return _Run(context, executor, selection, journal).all(wanted)
+        finally:
+            journal.close()
+
+
+def _refuse_blocked(wanted: Plan) -> None:
+    blocked = [s for s in wanted.stages if s.state == "blocked"]
+    if blocked:
+        raise Refused(error(s.name, s.why, "its inputs built", "Leave --only and --from out, or build those first.") for s in blocked)
+
+
+def _refuse_lacking(context: Context, executor: Executor, wanted: Plan, listener: Callable[[Event], None]) -> None:
+    found = lacking(context, executor, wanted)
+    for finding in found:
+        if finding.level != "error":
+            listener({"event": "finding", **finding.__dict__})
+    if errors := [f for f in found if f.level == "error"]:
+        raise Refused(errors)
+
+
+def lacking(context: Context, executor: Executor, wanted: Plan) -> list[Finding]:
+    """Every finding about this machine that matters to `wanted`."""
+    recipe = context.recipe
+    contracts = [recipe.stages[s.name].contract for s in wanted.pending]
+    names = dict.fromkeys([c.image for c in contracts] + [c.product.image for c in contracts if c.product])
+    gpu = any(recipe.on_gpu(s.name) for s in wanted.pending)
+    found = preflight.findings(recipe, wanted, context.store.home, None if context.gpu == "none" else context.gpu)
+    return found + executor.check([recipe.images[name] for name in names], gpu)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM stops a run as Ctrl-C does: the stage is cancelled and the run says how to go on."""
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Run:
+    """One run: the artifacts that stand so far, and the stage that is under way."""
+
+    def __init__(self, context: Context, executor: Executor, selection: Selection, journal: Journal):
+        self.context, self.executor, self.selection, self.journal = context, executor, selection, journal
+        self.store, self.recipe = context.store, context.recipe
+        self.numbers = {name: number for number, name in enumerate(context.recipe.stages, 1)}
+        self.built: dict[str, Artifact] = {}
+        self.ran: list[str] = []
+
+    def all(self, wanted: Plan) -> Outcome:
+        started = time.monotonic()
+        self.journal.plan(wanted.as_json())
+        self.journal.emit("plan", **wanted.as_json(), folder=str(self.journal.folder))
+        selected = {stage.name for stage in wanted.stages}
+        current = ""
+        try:
+            self.prepare(wanted)
+            for step in self.recipe.stages.values():
+                stage = plan.examine(self.context, step, self.built, self.selection, step.name in selected)
+                current = step.name
+                if stage.state == "cached":
+                    assert stage.artifact
+                    self.built[step.name] = stage.artifact
+                    if step.name in selected:
+                        self.journal.emit("cached", stage=step.name, why=stage.why)
+                elif step.name in selected:
+                    self.built[step.name] = self.one(stage)
+                    self.ran.append(step.name)
+        except KeyboardInterrupt:
+            self.journal.emit("interrupted", stage=current, resume=self.resume())
+            return self.outcome(130)
+        except StageFailed as failed:
+            self.journal.emit("failed", stage=current, **_found(failed.finding), log=str(failed.log), tail=failed.tail)
+            return self.outcome(1)
+        except (OSError, sqlite3.Error) as fault:
+            self.journal.emit("failed", stage=current, **_found(self.disk_finding(fault)), log="", tail=[])
+            return self.outcome(1)
+        self.journal.emit("done", ran=self.ran, seconds=round(time.monotonic() - started, 1))
+        return self.outcome(0)
+
+    def outcome(self, code: int) -> Outcome:
+        return Outcome(code, tuple(self.ran), self.journal.folder)
+
+    def resume(self) -> str:
+        return f"python build.py run --recipe {self.recipe.name} --executor {self.executor.name}"
+
+    def prepare(self, wanted: Plan) -> None:
+        """Makes every environment that may be used, so that a broken one is found before hours of training."""
+        for name in dict.fromkeys(self.recipe.stages[s.name].contract.image for s in wanted.pending):
+            log = self.journal.log(f"00-{name}")
+            started = time.monotonic()
+            self.journal.emit("image", image=name, state="preparing")
+
+            def on_line(line: str, name: str = name, log: Log = log) -> None:
+                self.journal.emit("log", image=name, line=log.line(line))
+
+            try:
+                self.executor.prepare(self.recipe.images[name], on_line)
+            except Refused as refused:
+                raise StageFailed(refused.findings[0], log.path, log.tail(_TAIL)) from refused
+            finally:
+                log.close()
+            self.journal.emit("image", image=name, state="ready", seconds=round(time.monotonic() - started, 1))
+
+    # --- one stage ------------------------------------------------------------------------------------------------
+
+    def one(self, stage: Stage) -> Artifact:
+        """Runs a stage to an accepted artifact; StageFailed if it has none to give."""
+        key = stage.key.sha256
+        assert key
+        step = self.recipe.stages[stage.name]
+        number = self.numbers[stage.name]
+        prefix = f"{number:02d}-{stage.name}"
+        self.journal.emit("stage", stage=stage.name, why=stage.why, key=key, estimate=round(stage.estimate.seconds, 1))
+        output, scratch = self.store.begin(stage.name, key)
+        log = self.journal.log(prefix)
+        started = time.monotonic()
+        try:
+            job = self.job(stage, output, scratch)
+            task = Task(
+                stage=stage.name, image=self.recipe.images[step.contract.image], job=job, repo=self.context.repo,
+                folder=self.journal.folder, prefix=prefix, gpu=self.recipe.on_gpu(stage.name), network=step.needs.network,
+                memory_gb=step.needs.memory_gb, secrets={name: Path(path) for name, path in job["secrets"].items()},
+            )
+            self.finish(task, log)
+            if step.contract.product:
+                self.build(stage, output, log)
+            facts = {
+                "components": stage.key.components, "seconds": round(time.monotonic() - started, 1),
+                "recipe": self.recipe.name, "executor": self.executor.name,
+            }
+            artifact = self.store.accept(stage.name, key, output, step.contract.produces, facts)
+        except Refused as refused:
+            raise StageFailed(refused.findings[0], log.path, log.tail(_TAIL)) from refused
+        except OSError as fault:
+            raise StageFailed(self.disk_finding(fault), log.path, log.tail(_TAIL)) from fault
+        finally:
+            log.close()
+            store.remove(output)
+        self.journal.emit("stage_done", stage=stage.name, key=key, digest=artifact.digest, seconds=artifact.manifest["seconds"], bytes=artifact.bytes)
+        return artifact
+
+    def job(self, stage: Stage, output: Path, scratch: Path) -> dict[str, Any]:
+        """The job of docs/formats.md, with the host's paths."""
+        step = self.recipe.stages[stage.name]
+        suppliers = {name: self.built[supplier] for name, supplier in step.inputs.items()}
+        return {
+            "stage": stage.name,
+            "params": step.params,
+            "inputs": {name: str(a.folder) for name, a in suppliers.items()},
+            "sources": {name: [str(p.absolute()) for p in paths] for name, paths in step.sources.items()},
+            "secrets": {n: str(p) for n, p in self.recipe.secrets.items() if n in step.contract.secrets},
+            "output": str(output),
+            "scratch": str(scratch),
+            "seed": self.recipe.seed,
+            "device": "cuda" if self.recipe.on_gpu(stage.name) else "cpu",
+            "provenance": {n: {"stage": a.stage, "key": a.key, "digest": a.digest} for n, a in suppliers.items()},
+        }
+
+    def finish(self, task: Task, log: Log) -> None:
+        """Follows a stage to its end. StageFailed if it exits with anything but 0."""
+        last_error: dict[str, str] = {}
+        running = self.executor.submit(task)
+        try:
+            for line in self.executor.logs(running):
+                event = _event(line.text) if line.stream == "stdout" else None
+                if event is None:
+                    self.journal.emit("log", stage=task.stage, line=log.line(line.text))
+                    continue
+                if event["event"] == "error":
+                    last_error = event
+                if event["event"] != "progress":
+                    log.line(_line(event))
+                self.journal.emit(event.pop("event"), stage=task.stage, **event)
+            code = self.executor.poll(running)
+        except BaseException:
+            self.executor.cancel(running)
+            raise
+        if code == 0 and not last_error:
+            return
+        raise StageFailed(self.stage_finding(task, code, last_error, log), log.path, log.tail(_TAIL))
+
+    def stage_finding(self, task: Task, code: int | None, last_error: dict[str, str], log: Log) -> Finding:
+        tail = "\n".join(log.tail(60))
+        mask = self.journal.mask.text
+        if preflight.disk_gb(self.store.home) < 0.05 or "No space left on device" in tail:
+            return self.disk_finding(OSError(errno.ENOSPC, "the disk is full", str(self.store.home)))
+        if last_error:
+            return error(task.stage, *(mask(str(last_error.get(k, ""))) for k in ("found", "expected", "remedy")))
+        if code in (-9, 137):
+            return error(task.stage, "the stage was killed (signal 9)", "the stage to end by itself",
+                         f"Most often memory ran out: it needs about {task.memory_gb:g} GB. Run again to go on where it stopped.")
+        return error(task.stage, f"exit status {code}", "0", "The last lines of its log say more.")
+
+    def disk_finding(self, fault: Exception) -> Finding:
+        subject = "store"
+        remedy = "What was built before is as it was; run again to go on."
+        if getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(fault):
+            free = preflight.disk_gb(self.store.home)
+            return error(subject, f"the disk is full ({free:.1f} GB free at {self.store.home})", "room for what the stage writes", f"Free some space. {remedy}")
+        return error(subject, f"{type(fault).__name__}: {fault}", "to write what the stage made", remedy)
+
+    def build(self, stage: Stage, output: Path, log: Log) -> None:
+        """Makes the image of a stage with a product, with an executor that can."""
+        step = self.recipe.stages[stage.name]
+        product, key = step.contract.product, stage.key.sha256
+        if product is None or key is None or not hasattr(self.executor, "build_product"):
+            return
+        suppliers = {name: self.built[supplier] for name, supplier in step.inputs.items()}
+        labels = {"io.annie.recipe": self.recipe.name, "io.annie.key": key}
+        labels |= {f"io.annie.{name}.digest": artifact.digest for name, artifact in suppliers.items()}
+
+        def on_line(line: str) -> None:
+            self.journal.emit("log", stage=stage.name, line=log.line(line))
+
+        self.executor.build_product(
+            self.recipe.images[product.image], {context: suppliers[name].folder for context, name in product.contexts.items()},
+            output, key[:12], labels, on_line,
+        )
+
+
+def _found(finding: Finding) -> dict[str, str]:
+    return {"subject": finding.subject, "found": finding.found, "expected": finding.expected, "remedy": finding.remedy}
+
+
+def _event(text: str) -> dict[str, Any] | None:
+    """A line of the stage protocol, or None if it is something else."""
+    if not text.startswith("{"):
+        return None
+    try:
+        event = json.loads(text)
+    except ValueError:
+        return None
+    known = ("progress", "metric", "warning", "error")
+    return event if isinstance(event, dict) and event.get("event") in known else None
+
+
+def _line(event: dict[str, Any]) -> str:
+    """An event as a line of the log."""
+    if event["event"] == "metric":
+        step = f" (step {event['step']})" if event.get("step") is not None else ""
+        return f"{event['name']} = {event['value']}{step}"
+    if event["event"] == "warning":
+        return f"warning: {event['message']} {event['remedy']}".rstrip()
+    return f"error: found {event['found']}; expected {event['expected']}. {event['remedy']}"

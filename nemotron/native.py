@@ -1,0 +1,182 @@
+"""The native transformers class of NemotronH, loaded with every repair that makes it compute what the checkpoint means.
+
+Out of the box the class computes another function than the checkpoint's own code and vLLM, without a word:
+- its mixers clamp dt at `time_step_min` (0.001); the checkpoint's code and vLLM do not clamp at all;
+- loading in BF16 rounds A_log and D, which the checkpoint stores in float32;
+- under autocast the router's logits fall to BF16, whose spacing at the size of a real correction bias (56.7) is 0.25,
+  more than all of that bias's spread;
+- transformers before 5.15.1 sums the inter-chunk states over the wrong axis (exact up to token 127, wrong after).
+`load` repairs the first three and refuses the fourth.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nemotron.checkpoint import Checkpoint
+from nemotron.names import FLOAT32, native
+
+OLDEST = (5, 15, 1)  # transformers: the first release whose chunked scan carries its state right
+ROUTER = "NemotronHTopkRouter"
+PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")},
+    # Not out_proj: peft refuses it, since the fused training kernel reads its weight past the module.
+    "mamba": {"target_modules": ("in_proj",)},
+    "experts": {
+        "target_modules": ("shared_experts.up_proj", "shared_experts.down_proj"),
+        "target_parameters": ("mixer.experts.up_proj", "mixer.experts.down_proj"),
+    },
+}
+PRESETS["all"] = {
+    kind: tuple(name for preset in ("attention", "mamba", "experts") for name in PRESETS[preset].get(kind, ()))
+    for kind in ("target_modules", "target_parameters")
+}
+
+
+class NativeError(RuntimeError):
+    """The installed libraries or the model cannot do what was asked; the message says what would."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What LoRA is put on, in peft's words: module suffixes, and suffixes of the 3-D expert parameters."""
+
+    target_modules: tuple[str, ...]
+    target_parameters: tuple[str, ...]
+
+    def arguments(self) -> dict:
+        """Keyword arguments for `peft.LoraConfig`."""
+        found: dict = {"target_modules": list(self.target_modules)}
+        return {**found, "target_parameters": list(self.target_parameters)} if self.target_parameters else found
+
+
+def check_version(version: str) -> None:
+    """Raises NativeError for a transformers release whose scan loses the state between chunks."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if numbers < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise NativeError(f"transformers {version} loses Mamba state between chunks of a sequence; install {oldest} or newer")
+
+
+def build(config: dict) -> nn.Module:
+    """A freshly initialised model in float32 from a config.json in hub form, repaired."""
+    import transformers
+
+    check_version(transformers.__version__)
+    return repair(transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**_plain(config))))
+
+
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", four_bit: bool = False) -> nn.Module:
+    """The model of a hub-layout checkpoint, in evaluation mode.
+
+    `four_bit` packs every Linear but lm_head and out_proj as NF4 (bitsandbytes); the stacked experts are parameters, not
+    Linears, and stay in `dtype`: see `bytes_by_group`.
+    """
+    import transformers
+
+    check_version(transformers.__version__)
+    options: dict = {"dtype": dtype}
+    if four_bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+            # A fused Mamba kernel reads out_proj.weight past its module, and so would read packed bytes as numbers.
+            llm_int8_skip_modules=["lm_head", "out_proj"],
+        )
+        options["device_map"] = {"": device}
+    model = transformers.NemotronHForCausalLM.from_pretrained(folder, **options)
+    if not four_bit:
+        model = model.to(device)
+    restore_float32(model, Checkpoint(folder))
+    return repair(model).eval()
+
+
+def repair(model: nn.Module) -> nn.Module:
+    """Repairs a native model in place and returns it; a second call changes nothing. Raises NativeError if there is nothing to repair."""
+    mixers = [module for module in model.modules() if hasattr(module, "time_step_limit")]
+    if not mixers and "linear_attention" in getattr(model.config, "layers_block_type", []):
+        raise NativeError("no mixer with a time_step_limit: this transformers release has another NemotronH than the repair knows")
+    for mixer in mixers:
+        mixer.time_step_limit = (0.0, float("inf"))
+    for module in model.modules():
+        if type(module).__name__ == ROUTER:
+            module.weight.data = module.weight.data.float()
+            module.weight.requires_grad_(False)
+            module.forward = types.MethodType(_without_autocast(type(module).forward), module)
+        elif type(module).__name__ == "Linear4bit":
+            # On CPUs with AVX512-BF16, evaluation repacks the weight in place and cuts the gradients of later training.
+            module.support_avx512bf16_for_cpu = False
+    # Its forward takes **kwargs, from which the Trainer concludes that it divides the loss by the accumulation steps itself.
+    model.accepts_loss_kwargs = False
+    return model
+
+
+def restore_float32(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Puts the tensors that the checkpoint holds in float32 back as they are on disk, whatever dtype the model was loaded in."""
+    for name in checkpoint.entries:
+        if name.rsplit(".", 1)[-1] in FLOAT32:
+            path, attribute = native(name).rsplit(".", 1)
+            module = model.get_submodule(path)
+            old = getattr(module, attribute)
+            value = checkpoint.tensor(name).to(device=old.device, dtype=torch.float32)
+            setattr(module, attribute, nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value)
+
+
+def targets(model: nn.Module, preset: str) -> Targets:
+    """What `preset` puts LoRA on in this model. Raises NativeError if any of it matches nothing."""
+    if preset not in PRESETS:
+        raise NativeError(f"there is no target preset {preset!r}; there are {', '.join(PRESETS)}")
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    wanted = PRESETS[preset]
+    for kind, present in (("target_modules", modules), ("target_parameters", parameters)):
+        for suffix in wanted.get(kind, ()):
+            if not any(name.endswith("." + suffix) for name in present):
+                raise NativeError(f"preset {preset!r} wants {suffix}, which this model does not have: choose another preset")
+    return Targets(wanted.get("target_modules", ()), wanted.get("target_parameters", ()))
+
+
+def bytes_by_group(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Group -> {"bytes": held, "four_bit": of these in 4 bits, "trainable": parameters with a gradient}.
+
+    Groups: embeddings, attention, mamba, experts (the routed stacks), shared, router, adapter, norms. This is what shows
+    that NF4 left the stacked experts as they were, which no library mentions.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        row = found.setdefault(group(name), {"bytes": 0, "four_bit": 0, "trainable": 0})
+        row["bytes"] += tensor.numel() * tensor.element_size()
+        if hasattr(tensor, "quant_state"):
+            row["four_bit"] += tensor.numel() * tensor.element_size()
+        if getattr(tensor, "requires_grad", False):
+            row["trainable"] += tensor.numel()
+    return found
+
+
+def group(name: str) -> str:
+    """The parameter group of a native tensor name, with or without peft's prefixes."""
+    if "lora_" in name:
+        return "adapter"
+    rules = [
+        ("shared", r"\.shared_experts\."), ("experts", r"\.experts\."), ("router", r"\.gate\."),
+        ("attention", r"\.[qkvo]_proj\."), ("mamba", r"\.mixer\."), ("embeddings", r"embeddings\.|lm_head\."),
+    ]
+    return next((label for label, rule in rules if re.search(rule, name)), "norms")
+
+
+def _without_autocast(forward):
+    def router(self, hidden_states):
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            return forward(self, hidden_states)
+
+    return router
+
+
+def _plain(config: dict) -> dict:
+    """A hub config without the keys that name remote code or repeat what the class knows."""
+    return {key: value for key, value in config.items() if key not in ("auto_map", "architectures", "model_type", "transformers_version", "torch_dtype", "num_hidden_layers")}
