@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -30,21 +31,26 @@ def of_entries(entries: Iterable[tuple[str, str]]) -> str:
     return of_value(sorted(entries))
 
 
+_TABLE = (
+    "create table if not exists digest (device int, inode int, size int, mtime int, ctime int, sha256 text,"
+    " primary key (device, inode)) without rowid"
+)
+
+
 class Memo:
     """File digests by device, inode, size, mtime and ctime, in one SQLite file.
 
-    Losing the file costs time and nothing else, so it is not synced; a crash in the middle of a write is SQLite's to mend.
+    Losing the file costs time and nothing else: it is not synced, and on a full disk digests are remembered for this process alone.
     """
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=10, isolation_level=None)
-        self._db.execute("pragma journal_mode = wal")
-        self._db.execute("pragma synchronous = off")
-        self._db.execute(
-            "create table if not exists digest (device int, inode int, size int, mtime int, ctime int, sha256 text,"
-            " primary key (device, inode)) without rowid"
-        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = _connect(path)
+        except (OSError, sqlite3.OperationalError) as fault:
+            if not _full(fault):
+                raise
+            self._db = _connect(":memory:")
 
     def file(self, path: Path) -> str:
         """SHA-256 of a file's content; OSError if it cannot be read."""
@@ -64,7 +70,11 @@ class Memo:
         return sha256
 
     def remember(self, stat: os.stat_result, sha256: str) -> None:
-        self._db.execute("insert or replace into digest values (?, ?, ?, ?, ?, ?)", (*_identity(stat), sha256))
+        try:
+            self._db.execute("insert or replace into digest values (?, ?, ?, ?, ?, ?)", (*_identity(stat), sha256))
+        except sqlite3.OperationalError as fault:
+            if not _full(fault):
+                raise
 
     def source(self, paths: Iterable[Path]) -> str:
         """Digest of the user's files and folders, in their order: names and content, not where they lie."""
@@ -82,3 +92,18 @@ class Memo:
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int, int, int]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _connect(path: Path | str) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=10, isolation_level=None)
+    database.execute("pragma synchronous = off")
+    database.execute(_TABLE)
+    return database
+
+
+def _full(fault: OSError | sqlite3.OperationalError) -> bool:
+    """Whether something could not be written for want of room."""
+    if isinstance(fault, OSError):
+        return fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return fault.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE) or (
+        fault.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CANTOPEN)

@@ -6,10 +6,13 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from forge.contract import nearest
+from forge.finding import Refused, error
 from forge.mask import Mask
 
 Event = dict[str, Any]
@@ -90,3 +93,32 @@ def events(folder: Path) -> list[Event]:
     path = folder / "events.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
+
+
+def read_log(home: Path, recipe: str, stage: str, stages: list[str], follow: bool) -> Iterator[str]:
+    """The newest log of a stage in pieces; with `follow`, until the stage or its run ends."""
+    path = last_log(home, recipe, stage)
+    if path is None:
+        remedy = nearest(stage, stages) if stage not in stages else f"python build.py run --recipe {recipe} --until {stage}"
+        raise Refused(error(stage, f"no log under recipe {recipe}", "a stage that has run", remedy))
+    with open(path, errors="replace") as stream:
+        while True:
+            over = not follow or _over(path.parent, stage)  # asked before the rest is read, so that nothing is lost
+            yield from iter(lambda: stream.read(1 << 16), "")
+            if over:
+                return
+            time.sleep(0.3)
+
+
+def _over(folder: Path, stage: str) -> bool:
+    """Whether a stage of a run has ended, or its run's process is gone."""
+    for event in events(folder):
+        if event["event"] in ("done", "failed", "interrupted") or (event["event"] == "stage_done" and event["stage"] == stage):
+            return True
+    try:
+        os.kill(json.loads((folder / "plan.json").read_text())["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, and is another user's
+        return False
+    return False

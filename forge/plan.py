@@ -172,3 +172,42 @@ def age(then: datetime.datetime) -> str:
         if seconds >= size:
             return f"{int(seconds / size)} {word} ago"
     return "just now"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A stage against the newest artifact of it: `old` is that artifact's key, `new` the present one (None: not known yet)."""
+
+    stage: Stage
+    old: str | None
+    changes: tuple[key.Change, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        changes = [{"component": c.component, "old": c.old, "new": c.new, "phrase": c.phrase} for c in self.changes]
+        return {**self.stage.as_json(), "old_key": self.old, "changes": changes, "components": self.stage.key.components}
+
+
+def explain(context: Context, name: str) -> Explanation:
+    """Why a stage runs or does not. Inputs that are not built yet are left out of the comparison."""
+    stage = one(context, name)
+    newest = context.store.newest(name, context.recipe.name, context.executor)
+    if newest is None or stage.state == "cached":
+        return Explanation(stage, newest.key if newest else None, ())
+    inputs = context.recipe.stages[name].inputs.items()
+    undecided = tuple(f"input/{n}" for n, supplier in inputs if supplier in stage.key.waits)
+    differ = key.changes(newest.manifest["components"], stage.key.components, undecided)
+    return Explanation(stage, newest.key, tuple(differ))
+
+
+def one(context: Context, name: str) -> Stage:
+    """The plan of a single stage as it stands, its inputs being what they are."""
+    return next(s for s in make(context, Selection(last=name)).stages if s.name == name)
+
+
+def artifact(context: Context, name: str) -> Artifact:
+    """The artifact of a stage under the present recipe and code. Refused if it is not built."""
+    stage = one(context, name)
+    if stage.artifact is None:
+        raise Refused(error(name, f"no artifact ({stage.why})", "a stage that is built",
+                            f"python build.py run --recipe {context.recipe.name} --executor {context.executor} --until {name}"))
+    return stage.artifact

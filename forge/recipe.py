@@ -146,7 +146,7 @@ class _Reading:
             self.fault(("executor",), f"executor = {executor!r}", "one of " + ", ".join(_EXECUTORS))
         images = self.images(top.get("images") or {})
         secrets = {
-            name: Path(path).expanduser()
+            name: self.repo / Path(path).expanduser()
             for name, path in (top.get("secrets") or {}).items()
             if self.typed(("secrets", name), path, "str") is not None
         }

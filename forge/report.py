@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forge.finding import Finding
-from forge.key import Change
-from forge.plan import Plan, age
+from forge.plan import Context, Explanation, Plan, age
 from forge.store import Artifact
 
 _STATES = {"cached": "green", "run": "bold cyan", "waits": "cyan", "blocked": "red"}
@@ -69,13 +68,6 @@ def of_status(plan: Plan, newest: dict[str, Artifact | None], holder: str) -> Re
             age(artifact.created) + (" (older)" if old else ""), clock(artifact.manifest["seconds"]), size(artifact.bytes), artifact.key[:12]]
         table.add_row(stage.name, Text(stage.state, style=_STATES[stage.state]), *cells)
     return Group(table, Text(f"\na run is under way: {holder}", style="cyan")) if holder else table
-
-
-def of_changes(stage: str, state: str, why: str, changes: list[Change]) -> RenderableType:
-    head = Text.assemble((stage, "bold"), ": ", (state, _STATES.get(state, "")), f", {why}")
-    if not changes:
-        return head
-    return Group(head, *(Text(f"  {change.phrase}") for change in changes))
 
 
 def finding_line(finding: dict[str, Any]) -> Text:
@@ -137,3 +129,34 @@ def of_exchange(report: Path) -> RenderableType:
             said = f"{said} [calls {function['name']}({function['arguments']})]".strip()
         lines.append(Text.assemble((f"{who:>9}  ", "bold cyan" if who == its["model"] else "bold"), said))
     return Group(*lines)
+
+
+def of_result(plan: Plan, ran: tuple[str, ...], folder: Path | None) -> RenderableType:
+    """How a run that succeeded left things: one line, or two."""
+    last = next((s for s in reversed(plan.stages) if s.artifact), None)
+    done = f"ran {', '.join(ran)}" if ran else f"nothing to do: {len(plan.stages)} stages are built"
+    text = Text.assemble((f"{plan.recipe} · {plan.executor}: ", "bold"), (done, "green"))
+    if ran and last and last.artifact:
+        text.append(f"\n{last.name}: {last.artifact.folder}\nlogs: {folder}", style="dim")
+    return text
+
+
+def of_demo(report: Path) -> RenderableType:
+    return Group(Text(), of_behaviour(report), Text(), of_exchange(report))
+
+
+def of_explanation(its: Explanation) -> RenderableType:
+    """A stage, its state, and each changed component in one line."""
+    stage = its.stage
+    head = Text.assemble((stage.name, "bold"), ": ", (stage.state, _STATES[stage.state]), f", {stage.why}")
+    keys = f"  key {(its.old or 'none')[:12]} -> {(stage.key.sha256 or 'open')[:12]}"
+    if stage.state == "cached" or its.old is None:
+        return Group(head, Text(f"  key {(stage.key.sha256 or 'open')[:12]}", style="dim"))
+    return Group(head, Text(keys, style="dim"), *(Text(f"  {change.phrase}") for change in its.changes))
+
+
+def of_doctor(findings: list[Finding], context: Context) -> RenderableType:
+    subject = f"{context.recipe.name} · {context.executor}"
+    if not findings:
+        return Text(f"{subject}: this machine has what it takes", style="green")
+    return Group(Text(subject, style="bold"), of_findings(findings))

@@ -1,64 +1,75 @@
-"""Teaches the tiny base its manners: plain full training on the lessons, as fast as two cores allow."""
+"""Full training of the tiny model on the lessons, in plain torch: the manners that fine-tuning is to mend."""
 
 from __future__ import annotations
 
 import math
 import random
-import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from nemotron.chat import IGNORED, PAD, Rendered
-from stages import job
 
 
-def batches(rows: list[Rendered], tokens: int, shuffle: random.Random) -> list[list[Rendered]]:
-    """Rows of like length together, at most `tokens` tokens with their padding, in random order."""
-    ordered = sorted(rows, key=lambda row: (len(row.input_ids), shuffle.random()))
-    made: list[list[Rendered]] = [[]]
-    for row in ordered:
-        if made[-1] and (len(made[-1]) + 1) * len(row.input_ids) > tokens:
-            made.append([])
-        made[-1].append(row)
-    shuffle.shuffle(made)
-    return made
+def batches(rows: list[Rendered], tokens: int, random_: random.Random) -> Iterator[list[Rendered]]:
+    """Endless batches of rows of similar length, each of about `tokens` tokens with its padding; every row once a round."""
+    while True:
+        order = sorted(rows, key=lambda row: len(row.input_ids) + random_.random() * 64)
+        made: list[list[Rendered]] = [[]]
+        for row in order:
+            if made[-1] and (len(made[-1]) + 1) * len(row.input_ids) > tokens:
+                made.append([])
+            made[-1].append(row)
+        random_.shuffle(made)
+        yield from made
 
 
-def loss(model: nn.Module, batch: list[Rendered]) -> torch.Tensor:
-    """Mean cross-entropy over the trained tokens; logits are formed for those alone."""
-    length = max(len(row.input_ids) for row in batch)
-    ids = torch.tensor([row.input_ids + [PAD] * (length - len(row.input_ids)) for row in batch])
-    labels = torch.tensor([row.labels + [IGNORED] * (length - len(row.labels)) for row in batch])[:, 1:]
+def collate(rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both (rows, longest). Padding is on the right, where causal layers never see it, and has no label."""
+    longest = max(len(row.input_ids) for row in rows)
+    ids = torch.full((len(rows), longest), PAD)
+    labels = torch.full((len(rows), longest), IGNORED)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        labels[index, : len(row.labels)] = torch.tensor(row.labels)
+    return ids, labels
+
+
+def answer_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the labelled tokens; logits are formed for those only."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    trained = labels != IGNORED
-    return F.cross_entropy(model.lm_head(hidden[trained]), labels[trained])
+    following = labels[:, 1:]
+    where = following != IGNORED
+    return functional.cross_entropy(model.lm_head(hidden[where]).float(), following[where])
 
 
-def teach(model: nn.Module, rows: list[Rendered], epochs: int, learning_rate: float, tokens: int, seed: int) -> float:
-    """Trains in place; returns the mean loss of the last epoch. One-cycle cosine with warm-up, AdamW."""
-    shuffle = random.Random(seed)
-    steps = sum(len(batches(rows, tokens, random.Random(epoch))) for epoch in range(epochs))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    step, seen, began, last = 0, 0, time.monotonic(), 0.0
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine down to a twentieth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def teach(
+    model: nn.Module, rows: list[Rendered], steps: int, batch_tokens: int, learning_rate: float, seed: int,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Trains `model` in place with AdamW. `on_step` gets the number of steps done and the loss in nats per answer token."""
     model.train()
-    for _ in range(epochs):
-        total, parts = 0.0, batches(rows, tokens, shuffle)
-        for batch in parts:
-            warm = min(1.0, (step + 1) / 20)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-            value = loss(model, batch)
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            total += value.item()
-            step += 1
-            seen += sum(len(row.input_ids) for row in batch)
-            job.metric("loss", value.item(), step)
-            job.progress(step, steps, "step", f"loss {value.item():.2f}, {seen / (time.monotonic() - began):,.0f} tokens/s")
-        last = total / len(parts)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps, warmup=max(1, steps // 20)))
+    source = batches(rows, batch_tokens, random.Random(seed))
+    for step in range(1, steps + 1):
+        loss = answer_loss(model, *collate(next(source)))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        on_step(step, loss.item())
     model.eval()
-    return last

@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""Annie's build: from conversations and a base model to one image that serves the fine-tuned model in NVFP4."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from forge.executor import Executor
+    from forge.plan import Context
+
+REPO = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What every command starts from."""
+
+    context: Context
+    executor: Executor
+
+
+def home() -> Path:
+    return Path(os.environ.get("ANNIE_HOME") or REPO / ".annie").absolute()
+
+
+def opened(recipe: str, executor: str | None) -> Opened:
+    from forge import executor as executors
+    from forge import plan, preflight
+    from forge import recipe as recipes
+    from forge.store import Store
+
+    its = recipes.load(recipes.find(recipe, REPO), REPO)
+    its_executor = executors.make(executor or its.executor, REPO, home())
+    gpu = preflight.gpu_architecture() if its.gpu == "cuda" else None
+    return Opened(plan.Context(its, Store(home()), REPO, its_executor.name, gpu or "none"), its_executor)
+
+
+def show(renderable: Any, *, to_stderr: bool = False) -> None:
+    from rich.console import Console
+
+    Console(stderr=to_stderr, soft_wrap=False).print(renderable)
+
+
+def command(*decorators: Callable[[Any], Any], executor: bool = True) -> Callable[[Callable[..., None]], click.Command]:
+    """A click command with --recipe and --executor; findings go to stderr and end it with exit 1."""
+    shared = [click.option("--recipe", default="tiny", envvar="ANNIE_RECIPE", show_default=True, help="A name in recipes/ or a .yaml file.")]
+    if executor:
+        shared.append(click.option("--executor", type=click.Choice(["docker", "local"]), help="Default: the recipe's, else docker where an engine answers."))
+
+    def make(function: Callable[..., None]) -> click.Command:
+        @wraps(function)
+        def guarded(*args: Any, **values: Any) -> None:
+            from forge.finding import Refused
+
+            try:
+                function(*args, **values)
+            except Refused as refused:
+                from forge import report
+
+                show(report.of_findings(refused.findings), to_stderr=True)
+                sys.exit(1)
+
+        wrapped: Any = guarded
+        for decorator in reversed([*decorators, *shared]):
+            wrapped = decorator(wrapped)
+        return cli.command()(wrapped)
+
+    return make
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="JSON, for a program.")
+on_stage = click.argument("stage")
+selecting = [
+    click.option("--from", "first", metavar="STAGE", help="This stage and those that are made from it."),
+    click.option("--until", "last", metavar="STAGE", help="This stage and those that it is made from."),
+    click.option("--only", multiple=True, metavar="STAGE", help="This stage alone; may be given again."),
+    click.option("--force", is_flag=True, help="Run the selected stages even if they are built."),
+]
+
+
+@click.group(help=__doc__)
+def cli() -> None:
+    pass
+
+
+@command(*selecting, as_json)
+def plan(recipe: str, executor: str | None, as_json: bool, **selected: Any) -> None:
+    """What would run, why, and what it would take."""
+    from forge import plan, report
+
+    its = plan.make(opened(recipe, executor).context, plan.Selection(**selected))
+    print(json.dumps(its.as_json(), indent=1)) if as_json else show(report.of_plan(its))
+
+
+@command(*selecting, as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."))
+def run(recipe: str, executor: str | None, as_json: bool, no_wait: bool, **selected: Any) -> None:
+    """Runs what is not built. Ctrl-C stops it; the next run goes on where it stopped."""
+    sys.exit(run_stages(recipe, executor, as_json, not no_wait, **selected))
+
+
+def run_stages(recipe: str, executor: str | None, as_json: bool, wait: bool, **selected: Any) -> int:
+    from forge import plan, report, run, watch
+
+    its = opened(recipe, executor)
+    with watch.watcher(as_json) as watcher:
+        outcome = run.run(its.context, its.executor, plan.Selection(**selected), watcher, wait)
+    if outcome.code == 0 and not as_json:
+        wanted = plan.make(its.context, plan.Selection(**{**selected, "force": False}))
+        show(report.of_result(wanted, outcome.ran, outcome.folder))
+    return outcome.code
+
+
+@command()
+def demo(recipe: str, executor: str | None) -> None:
+    """The whole line, then the behaviour of every model on the way and one exchange with the last."""
+    from forge import plan, report
+
+    if code := run_stages(recipe, executor, False, True):
+        sys.exit(code)
+    stages = {s.name: s for s in plan.make(opened(recipe, executor).context).stages}
+    folder = stages["evaluate"].artifact.folder
+    show(report.of_demo(folder))
+
+
+@command(on_stage, as_json)
+def explain(stage: str, recipe: str, executor: str | None, as_json: bool) -> None:
+    """Which component of STAGE's key changed since it was last built, from what to what."""
+    from forge import plan, report
+
+    its = plan.explain(opened(recipe, executor).context, stage)
+    if as_json:
+        print(json.dumps(its.as_json(), indent=1))
+    else:
+        show(report.of_explanation(its))
+
+
+@command(as_json)
+def status(recipe: str, executor: str | None, as_json: bool) -> None:
+    """The state of every stage, and whether a run is under way."""
+    from forge import lock, plan, report
+
+    context = opened(recipe, executor).context
+    its = plan.make(context)
+    newest = {s.name: context.store.newest(s.name, its.recipe, its.executor) for s in its.stages}
+    holder = lock.holder(context.store.root / "lock")
+    if as_json:
+        print(json.dumps({**its.as_json(), "running": holder}, indent=1))
+    else:
+        show(report.of_status(its, newest, lock.describe(holder) if holder else ""))
+
+
+@command(on_stage, click.option("--follow", "-f", is_flag=True, help="Go on until the stage ends."), executor=False)
+def logs(stage: str, recipe: str, follow: bool) -> None:
+    """STAGE's newest log."""
+    from forge import journal
+    from forge import recipe as recipes
+
+    its = recipes.load(recipes.find(recipe, REPO), REPO)
+    for text in journal.read_log(home(), its.name, stage, list(its.stages), follow):
+        print(text, end="", flush=True)
+
+
+@command(on_stage)
+def path(stage: str, recipe: str, executor: str | None) -> None:
+    """The folder of STAGE's artifact, and nothing else; exit 1 if it is not built."""
+    from forge import plan
+
+    print(plan.artifact(opened(recipe, executor).context, stage).folder)
+
+
+@command(as_json)
+def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
+    """What this machine lacks for the recipe; exit 1 if that stops it."""
+    from forge import plan, report, run
+
+    its = opened(recipe, executor)
+    findings = run.lacking(its.context, its.executor, plan.make(its.context))
+    if as_json:
+        print(json.dumps([f.__dict__ for f in findings], indent=1))
+    else:
+        show(report.of_doctor(findings, its.context))
+    sys.exit(any(f.level == "error" for f in findings))
+
+
+@command(
+    click.option("--port", default=8000, show_default=True),
+    click.option("--detach", is_flag=True, help="Leave it running and come back."),
+    click.option("--stop", is_flag=True, help="Stop what is served."),
+)
+def serve(recipe: str, executor: str | None, port: int, detach: bool, stop: bool) -> None:
+    """Serves the recipe's model on 127.0.0.1."""
+    from forge import serving
+
+    its = opened(recipe, executor)
+    sys.exit(serving.serve(its.context, its.executor, port=port, detach=detach, stop=stop))
+
+
+@cli.command()
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True)
+@click.argument("prompt", required=False)
+def chat(url: str, prompt: str | None) -> None:
+    """A chat with what is being served, under the system prompt of production."""
+    from forge import chat
+
+    sys.exit(chat.chat(url, prompt))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,113 @@
+"""Where stages run. Five calls: prepare an image, submit a task, poll it, read its logs, cancel it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+from forge.finding import Finding, Refused, error
+from forge.image import Image
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of one stage. `job` holds the host's paths; the files `<folder>/<prefix>.{json,sh}` are written by `submit`."""
+
+    stage: str
+    image: Image
+    job: dict[str, Any]
+    repo: Path
+    folder: Path
+    prefix: str
+    gpu: bool = False
+    network: bool = False
+    memory_gb: float = 1.0
+    secrets: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Line:
+    stream: Literal["stdout", "stderr"]
+    text: str
+
+
+class Executor(Protocol):
+    name: str
+
+    def check(self, images: list[Image], gpu: bool) -> list[Finding]:
+        """What this machine lacks for these images."""
+
+    def prepare(self, image: Image, on_line: Callable[[str], None]) -> None:
+        """Makes the environment or the image; does nothing if it is there. Refused if it cannot be made."""
+
+    def submit(self, task: Task) -> Any:
+        """Starts a task and returns a handle for the other calls."""
+
+    def poll(self, running: Any) -> int | None:
+        """Exit status, or None while it runs."""
+
+    def logs(self, running: Any) -> Iterator[Line]:
+        """Its lines as they come; ends when the task has ended."""
+
+    def cancel(self, running: Any) -> None:
+        """Ends the task and everything it started."""
+
+
+def make(name: str | None, repo: Path, home: Path) -> Executor:
+    """The executor called `name`; without a name docker where an engine answers, else local."""
+    if name == "local":
+        from forge.executor.local import Local
+
+        return Local(repo, home)
+    from forge.executor.docker import Docker, answers
+
+    if name == "docker":
+        return Docker(repo, home)
+    if name is None:
+        return make("docker" if answers() else "local", repo, home)
+    raise Refused(error("executor", f"no executor {name}", "docker or local", "Name one of the two with --executor."))
+
+
+def run_logged(command: list[str], on_line: Callable[[str], None], subject: str, remedy: str, **options: Any) -> None:
+    """Runs a command to its end, each line of its output to `on_line`. Refused, with its last words, if it fails."""
+    last: list[str] = []
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options) as process:
+        assert process.stdout
+        for text in process.stdout:
+            if text := text.rstrip():
+                on_line(text)
+                last = [*last[-7:], text]
+    if process.returncode:
+        raise Refused(error(subject, f"{' '.join(command[:4])} ... ended with {process.returncode}: {' | '.join(last)}", "exit status 0", remedy))
+
+
+def merged(streams: dict[Literal["stdout", "stderr"], IO[str]]) -> Iterator[Line]:
+    """Lines of several pipes in the order in which they come."""
+    lines: queue.Queue[Line | None] = queue.Queue()
+
+    def read(name: Literal["stdout", "stderr"], stream: IO[str]) -> None:
+        for text in stream:
+            lines.put(Line(name, text.rstrip("\n")))
+        lines.put(None)
+
+    for name, stream in streams.items():
+        threading.Thread(target=read, args=(name, stream), daemon=True).start()
+    open_ = len(streams)
+    while open_:
+        line = lines.get()
+        if line is None:
+            open_ -= 1
+        else:
+            yield line
+
+
+def write_script(path: Path, lines: list[str]) -> None:
+    """A script that does by hand what the executor does."""
+    path.write_text("\n".join(["#!/usr/bin/env bash", "set -euo pipefail", *lines, ""]))
+    os.chmod(path, 0o755)

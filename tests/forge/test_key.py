@@ -1,0 +1,84 @@
+"""What a key holds, and what changes it."""
+
+from __future__ import annotations
+
+import pytest
+import toy
+
+from forge import code, plan
+from forge.finding import Refused
+
+
+def names(its, stage):
+    return set(plan.one(its.context(), stage).key.components)
+
+
+def test_a_key_holds_what_the_stage_reaches_and_nothing_else(its):
+    its.run(last="words")
+    assert {"code/stages/words/__main__.py", "code/stages/job.py", "code/stages/__init__.py", "code/nemotron/__init__.py",
+            "code/nemotron/spelling.py", "code/nemotron/letters.py", "param/upper", "param/times", "source/files", "seed",
+            "gpu"} <= names(its, "words")
+    assert "code/nemotron/unused.py" not in names(its, "words")
+    assert not any(name.startswith("code/nemotron") for name in names(its, "count"))
+    assert "input/words" in names(its, "count")
+
+
+def test_imports_are_followed_however_they_are_written(its):
+    package = its.repo / "nemotron" / "deep"
+    package.mkdir()
+    for name, text in {"__init__": "", "a": "from .b import x\nfrom . import c\n", "b": "x = 1\n", "c": "", "table": ""}.items():
+        (package / f"{name}.py").write_text(text)
+    (package / "shapes.json").write_text("{}")
+    (package / "b.py").write_text("TABLE = 'shapes.json'\n")
+    toy.edit(its.repo / "stages/count/__main__.py", "def run(its):", "def run(its):\n    import nemotron.deep.a as deep")
+    reached = {str(p) for p in code.closure(its.repo, "count")}
+    assert {f"nemotron/deep/{n}" for n in ("__init__.py", "a.py", "b.py", "c.py", "shapes.json")} <= reached
+    assert "nemotron/deep/table.py" not in reached
+
+
+def test_a_stage_that_imports_another_is_refused(its):
+    toy.edit(its.repo / "stages/count/__main__.py", "from stages import job", "from stages import job\nimport stages.words.__main__")
+    with pytest.raises(Refused, match="no import of another stage"):
+        code.closure(its.repo, "count")
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "phrase"),
+    [
+        ("recipes/toy.yaml", "upper: false", "upper: true", "the parameter upper changed: false -> true"),
+        ("recipes/toy.yaml", "seed: 3", "seed: 4", "the seed changed: 3 -> 4"),
+        ("nemotron/letters.py", "UPPER", "# why\nUPPER", "the code nemotron/letters.py was edited"),
+        ("data/b/c.txt", "gamma", "delta", "the source files has other content"),
+    ],
+)
+def test_explain_says_what_changed_in_one_phrase(its, path, old, new, phrase):
+    assert its.run().code == 0
+    before = its.plan().stages[0].key.sha256
+    toy.edit(its.repo / path, old, new)
+    explained = plan.explain(its.context(), "words")
+    assert explained.old == before != explained.stage.key.sha256
+    assert [c.phrase.startswith(phrase) for c in explained.changes] == [True]
+
+
+def test_an_input_that_comes_out_the_same_stops_the_change(its):
+    its.run()
+    toy.edit(its.repo / "nemotron/letters.py", "UPPER = {}", "UPPER = dict()")
+    assert its.states() == {"words": "run", "count": "waits", "slow": "waits"}
+    assert its.run().ran == ("words",)
+    assert its.states() == dict.fromkeys(("words", "count", "slow"), "cached")
+
+
+def test_going_back_finds_the_old_artifact(its):
+    its.run()
+    toy.edit(its.recipe, "upper: false", "upper: true")
+    assert its.run().ran == ("words", "count")  # the count is the same in capitals, so slow stays
+    toy.edit(its.recipe, "upper: true", "upper: false")
+    assert set(its.states().values()) == {"cached"}
+
+
+def test_a_moved_source_is_the_same_source(its):
+    its.run()
+    (its.repo / "data" / "moved").mkdir()
+    (its.repo / "data/a.txt").rename(its.repo / "data/moved/a.txt")
+    toy.edit(its.recipe, "data/a.txt", "data/moved/a.txt")
+    assert set(its.states().values()) == {"cached"}

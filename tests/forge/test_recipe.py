@@ -1,0 +1,80 @@
+"""Recipes: what is refused, and how the refusal reads."""
+
+from __future__ import annotations
+
+import pytest
+import toy
+
+from forge.finding import Refused
+
+
+def faults(its):
+    with pytest.raises(Refused) as refused:
+        its.plan()
+    return [str(f) for f in refused.value.findings]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("upper: false", "uper: false", "toy.yaml:7: found unknown key words.uper; expected a parameter of words. Did you mean upper?"),
+        ("upper: false", "upper: 3", "toy.yaml:7: found words.upper = 3; expected bool. shout"),
+        ("upper: false", "upper: false\n    times: 12", "toy.yaml:8: found words.times = 12; expected int at least 1 and at most 9."),
+        ("upper: false", "upper: false\n    times: true", "toy.yaml:8: found words.times = True; expected int at least 1"),
+        ("    upper: false\n", "", "toy.yaml:6: found no upper in words; expected upper: bool. shout"),
+        ("steps: 3", "steps: 3\n    how: wel", "toy.yaml:12: found slow.how = 'wel'; expected one of well, badly"),
+        ("seed: 3", "seeed: 3", "toy.yaml:3: found unknown key seeed; expected a key of a recipe. Did you mean seed?"),
+        ("seed: 3", "seed: 3\nseed: 4", "toy.yaml:4: found seed a second time; expected each key once (the first is in line 3)"),
+        ("  slow:", "  slwo:", "toy.yaml:10: found unknown stage slwo; expected a folder of stages/ with a stage.toml. Did you mean slow?"),
+        ("data/a.txt", "data/z.txt", "toy.yaml:8: found data/z.txt, which does not exist; expected a file or folder (text files)"),
+        ("files:", "file:", "toy.yaml:8: found unknown source file; expected a source of words. Did you mean files?"),
+        ("{minutes: 0.5}", "{minute: 0.5}", "toy.yaml:12: found unknown key slow.needs.minute; expected a key of needs. Did you mean minutes?"),
+        ("  count: {}", "  count: {inputs: {words: wrds}}", "comes from wrds, which the recipe does not have; expected a stage of this recipe. Did you mean words?"),
+        ("  count: {}", "  count: {inputs: {words: slow}}", "found stages that wait for each other (count -> slow); expected no cycle"),
+        ("plain: {base", "plane: {base", "toy.yaml:4: found unknown image plane; expected a folder of images/. Did you mean plain?"),
+        ("name: toy", "name: [toy", "toy.yaml:2: found"),
+    ],
+)
+def test_a_fault_names_its_line_and_the_nearest_valid_word(its, old, new, said):
+    toy.edit(its.recipe, old, new)
+    assert any(said in fault for fault in faults(its)), faults(its)
+
+
+def test_every_fault_is_named_at_once(its):
+    toy.edit(its.recipe, "upper: false", "uper: 1")
+    toy.edit(its.recipe, "steps: 3", "steps: many")
+    toy.edit(its.recipe, "data/a.txt", "data/z.txt")
+    assert len(faults(its)) == 4  # the unknown key, the parameter that it leaves out, the path, the type
+
+
+def test_an_input_of_another_type_is_refused(its):
+    toy.edit(its.repo / "stages/count/stage.toml", 'words = "text"', 'words = "report"')
+    assert "toy.yaml:9: found input words of count is the text of words; expected report" in faults(its)[0]
+
+
+def test_a_faulty_contract_is_named_by_its_file(its):
+    toy.edit(its.repo / "stages/slow/stage.toml", "choices", "choises")
+    toy.edit(its.repo / "stages/count/stage.toml", 'produces = "text"', 'produces = "txet"')
+    said = "\n".join(faults(its))
+    assert "stages/slow/stage.toml: found unknown key parameters.how.choises" in said and "Did you mean choices?" in said
+    assert "stages/count/stage.toml: found produces = 'txet'" in said and "Did you mean text?" in said
+
+
+def test_numbers_that_yaml_reads_as_words_are_numbers(its):
+    toy.edit(its.recipe, "steps: 3", "steps: 3\n    seconds: 1e-3")
+    assert its.context().recipe.stages["slow"].params["seconds"] == 1e-3
+
+
+def test_stages_may_stand_in_any_order(its):
+    text = its.recipe.read_text()
+    head, stages = text.split("stages:\n")
+    words, rest = stages.split("  count: {}\n")
+    its.recipe.write_text(f"{head}stages:\n{rest.rstrip()}\n  count: {{}}\n{words}")
+    assert list(its.context().recipe.stages) == ["words", "count", "slow"]
+
+
+def test_the_recipes_of_this_repository_read(its):
+    from forge import recipe
+
+    for path in sorted((toy.REPO / "recipes").glob("*.yaml")):
+        assert recipe.load(path, toy.REPO).name == path.stem
