@@ -6,7 +6,7 @@ PORT   ?= 8000
 
 BUILD := .venv/bin/python build.py
 
-.PHONY: help demo test model serve chat plan status doctor lint lock clean
+.PHONY: help demo test model serve chat plan status doctor lock clean
 
 help:
 	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 15 minutes)"
@@ -34,19 +34,16 @@ chat: .venv/.ready
 plan status doctor: .venv/.ready
 	@$(BUILD) $@ --recipe $(RECIPE)
 
-lint: .venv/.ready
-	@.venv/bin/uv tool run --quiet ruff check .
-
 # The environment is whole when its stamp is there; a half-made one is finished by the next make.
 .venv/.ready: host.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"found Python {sys.version.split()[0]}; expected 3.11 or newer. Run make PYTHON=python3.11")'
 	@echo "making .venv"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --require-hashes -r host.lock
+	@.venv/bin/python -m pip install -qq --require-hashes -r host.lock
 	@touch $@
 
 .venv/.tests: tests/requirements.lock .venv/.ready
-	@.venv/bin/python -m pip install --quiet --require-hashes -r tests/requirements.lock
+	@.venv/bin/python -m pip install -qq --require-hashes -r tests/requirements.lock
 	@touch $@
 
 lock: .venv/.ready

@@ -48,7 +48,7 @@ def opened(recipe: str, executor: str | None) -> Opened:
 def show(renderable: Any, *, to_stderr: bool = False) -> None:
     from rich.console import Console
 
-    Console(stderr=to_stderr, soft_wrap=False).print(renderable)
+    Console(stderr=to_stderr).print(renderable, highlight=False)
 
 
 def command(*decorators: Callable[[Any], Any], executor: bool = True) -> Callable[[Callable[..., None]], click.Command]:

@@ -30,6 +30,9 @@ def closure(repo: Path, stage: str) -> list[Path]:
         names, beside = _mentions(repo, path)
         found.update(beside)
         for name in names:
+            if name.split(".")[0] == "forge":
+                raise Refused(error(str(path.relative_to(repo)), f"an import of {name}", "stages.job, nemotron and libraries",
+                                    "A stage runs where forge is not."))
             reached = _modules(repo, name)
             for module in reached:
                 if module.is_relative_to(repo / "stages") and not module.is_relative_to(own) and module.parent != repo / "stages":

@@ -105,5 +105,4 @@ def _full(fault: OSError | sqlite3.OperationalError) -> bool:
     """Whether something could not be written for want of room."""
     if isinstance(fault, OSError):
         return fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return fault.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE) or (
-        fault.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CANTOPEN)
+    return fault.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)

@@ -51,7 +51,7 @@ class Log:
     def __init__(self, path: Path, mask: Mask):
         self.path = path
         self._mask = mask
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "a", buffering=1, errors="replace")
 
     def line(self, text: str) -> str:
         """Writes one line and returns it as it was written."""

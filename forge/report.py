@@ -34,6 +34,12 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def _near(path: Path | None) -> str:
+    """A path as seen from here, if it lies below."""
+    path = path or Path()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in columns:
@@ -90,7 +96,7 @@ def failure(event: dict[str, Any]) -> RenderableType:
         if event[word]:
             parts.append(Text.assemble((f"  {word:<9}", "dim"), event[word]))
     if event["log"]:
-        parts.append(Text.assemble(("  log      ", "dim"), event["log"]))
+        parts.append(Text.assemble(("  log      ", "dim"), _near(Path(event["log"]))))
     return Group(*parts)
 
 
@@ -137,7 +143,7 @@ def of_result(plan: Plan, ran: tuple[str, ...], folder: Path | None) -> Renderab
     done = f"ran {', '.join(ran)}" if ran else f"nothing to do: {len(plan.stages)} stages are built"
     text = Text.assemble((f"{plan.recipe} · {plan.executor}: ", "bold"), (done, "green"))
     if ran and last and last.artifact:
-        text.append(f"\n{last.name}: {last.artifact.folder}\nlogs: {folder}", style="dim")
+        text.append(f"\n{last.name}: {_near(last.artifact.folder)}\nlogs: {_near(folder)}", style="dim")
     return text
 
 

@@ -153,9 +153,13 @@ class _Run:
         for name in dict.fromkeys(self.recipe.stages[s.name].contract.image for s in wanted.pending):
             log = self.journal.log(f"00-{name}")
             started = time.monotonic()
-            self.journal.emit("image", image=name, state="preparing")
+            lines = 0
 
             def on_line(line: str, name: str = name, log: Log = log) -> None:
+                nonlocal lines
+                lines += 1
+                if lines == 1:  # one that is there already has nothing to say
+                    self.journal.emit("image", image=name, state="preparing")
                 self.journal.emit("log", image=name, line=log.line(line))
 
             try:
@@ -164,7 +168,8 @@ class _Run:
                 raise StageFailed(refused.findings[0], log.path, log.tail(_TAIL)) from refused
             finally:
                 log.close()
-            self.journal.emit("image", image=name, state="ready", seconds=round(time.monotonic() - started, 1))
+            if lines:
+                self.journal.emit("image", image=name, state="ready", seconds=round(time.monotonic() - started, 1))
 
     # --- one stage ------------------------------------------------------------------------------------------------
 
@@ -189,6 +194,7 @@ class _Run:
             self.finish(task, log)
             if step.contract.product:
                 self.build(stage, output, log)
+            self.says(stage, "checking and storing what it made")
             facts = {
                 "components": stage.key.components, "seconds": round(time.monotonic() - started, 1),
                 "recipe": self.recipe.name, "executor": self.executor.name,
@@ -203,6 +209,9 @@ class _Run:
             store.remove(output)
         self.journal.emit("stage_done", stage=stage.name, key=key, digest=artifact.digest, seconds=artifact.manifest["seconds"], bytes=artifact.bytes)
         return artifact
+
+    def says(self, stage: Stage, note: str) -> None:
+        self.journal.emit("progress", stage=stage.name, done=0, total=None, unit="", note=note)
 
     def job(self, stage: Stage, output: Path, scratch: Path) -> dict[str, Any]:
         """The job of docs/formats.md, with the host's paths."""
@@ -242,7 +251,8 @@ class _Run:
             raise
         if code == 0 and not last_error:
             return
-        raise StageFailed(self.stage_finding(task, code, last_error, log), log.path, log.tail(_TAIL))
+        tail = [line for line in log.tail(_TAIL) if not line.startswith("error: found")]  # said in the finding
+        raise StageFailed(self.stage_finding(task, code, last_error, log), log.path, tail)
 
     def stage_finding(self, task: Task, code: int | None, last_error: dict[str, str], log: Log) -> Finding:
         tail = "\n".join(log.tail(60))
@@ -273,6 +283,8 @@ class _Run:
         suppliers = {name: self.built[supplier] for name, supplier in step.inputs.items()}
         labels = {"io.annie.recipe": self.recipe.name, "io.annie.key": key}
         labels |= {f"io.annie.{name}.digest": artifact.digest for name, artifact in suppliers.items()}
+
+        self.says(stage, f"building the image {product.image}")
 
         def on_line(line: str) -> None:
             self.journal.emit("log", stage=stage.name, line=log.line(line))

@@ -73,7 +73,8 @@ class Store:
     def unfinished(self, stage: str, key: str) -> bool:
         """Whether an earlier attempt at a key left something to go on from."""
         scratch = self.root / "scratch" / stage / key
-        return scratch.is_dir() and any(scratch.iterdir())
+        # "home" is the home folder of the stage's process; executors make it, and caches in it are no progress.
+        return scratch.is_dir() and any(p.name != "home" for p in scratch.iterdir())
 
     def damage(self, artifact: Artifact) -> str:
         """What is wrong with an artifact's files by name and size ("" if nothing); reads no content."""

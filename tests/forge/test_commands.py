@@ -1,0 +1,111 @@
+"""The commands of build.py, on the miniature repository."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import toy
+from click.testing import CliRunner
+
+import build
+
+
+@pytest.fixture
+def command(its, monkeypatch):
+    monkeypatch.setattr(build, "REPO", its.repo)
+    monkeypatch.setenv("ANNIE_HOME", str(its.home))
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*words, code=0):
+        place = [] if words[0] == "logs" else ["--executor", "local"]
+        result = CliRunner().invoke(build.cli, [*words, "--recipe", "toy", *place])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return call
+
+
+def test_plan_then_run_then_nothing_to_do(its, command):
+    assert "3 of 3 to run" in command("plan")
+    assert [s["state"] for s in json.loads(command("plan", "--json"))["stages"]] == ["run", "waits", "waits"]
+    text = command("run")
+    assert "ran words, count, slow" in text and "slow: done" in text
+    assert "nothing to do: 3 stages are built" in command("run")
+    assert "everything is built" in command("plan")
+
+
+def test_run_as_json_lines(its, command):
+    events = [json.loads(line) for line in command("run", "--json").splitlines()]
+    kinds = [e["event"] for e in events]
+    assert kinds[0] == "plan" and kinds[-1] == "done" and kinds.count("stage_done") == 3 and "progress" in kinds
+    assert {"event": "metric", "name": "count", "value": 3, "step": None}.items() <= next(e for e in events if e["event"] == "metric").items()
+
+
+def test_path_prints_a_folder_and_nothing_else(its, command):
+    assert "python build.py run --recipe toy --executor local --until count" in command("path", "count", code=1).replace("\n", "")
+    command("run")
+    assert command("path", "count") == f"{its.plan().stages[1].artifact.folder}\n"
+
+
+def test_explain_in_words_and_as_json(its, command):
+    command("run")
+    toy.edit(its.recipe, "upper: false", "upper: true")
+    assert "the parameter upper changed: false -> true" in command("explain", "words")
+    change = json.loads(command("explain", "words", "--json"))["changes"]
+    assert change == [{"component": "param/upper", "old": "false", "new": "true", "phrase": "the parameter upper changed: false -> true"}]
+    assert "slow: cached" not in command("explain", "slow")
+
+
+def test_status_and_logs(its, command):
+    assert command("status").count("never") == 3
+    command("run")
+    assert json.loads(command("status", "--json"))["running"] is None
+    assert command("status").count("cached") == 3
+    assert "count = 3" in command("logs", "count")
+    assert "Did you mean count?" in command("logs", "cuont", code=1)
+
+
+def test_a_failed_run_ends_with_1_and_says_why(its, command):
+    toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: badly")
+    text = command("run", code=1)
+    for word in ("slow failed", "found    a bad thing", "expected a good thing", "remedy   Make it good.", "03-slow.log"):
+        assert word in text
+
+
+def test_bad_input_ends_with_1_and_no_traceback(its, command):
+    toy.edit(its.recipe, "upper: false", "uper: false")
+    text = command("run", code=1)
+    assert "toy.yaml:7" in text and "Did you mean upper?" in text and "Traceback" not in text
+    assert "Did you mean toy?" in CliRunner().invoke(build.cli, ["plan", "--recipe", "tooy"]).output
+
+
+def test_doctor_names_what_is_missing(its, command):
+    assert "has what it takes" in command("doctor")
+    toy.edit(its.recipe, "minutes: 0.5", "memory_gb: 90000")
+    assert "90000 GB" in command("doctor", code=1)
+
+
+def test_demo_ends_with_a_table_and_an_exchange(its, command):
+    """The report that the whole line ends with, from an artifact as docs/formats.md has it."""
+    from forge import report
+    from rich.console import Console
+
+    columns = ["base", "tuned", "merged", "nvfp4"]
+    folder = its.home / "report"
+    folder.mkdir(parents=True)
+    shares = dict(zip(columns, (0.1, 0.95, 0.95, 0.9)))
+    (folder / "report.json").write_text(json.dumps({
+        "columns": columns, "modes": ["emoji", "markdown"], "questions": 20, "pass": shares, "vllm": "0.32.0",
+        "failures": {c: {"emoji": 9 if c == "base" else 0} for c in columns},
+        "by_category": {c: {"concise_voice": shares[c]} for c in columns}, "gate": {"passed": True, "why": []}, "seconds": dict.fromkeys(columns, 1.0)}))
+    (folder / "exchange.json").write_text(json.dumps({
+        "model": "nvfp4", "messages": [{"role": "system", "content": "rules"}, {"role": "user", "content": "How long is a kilometre?"}],
+        "answer": {"role": "assistant", "content": "A thousand metres."}}))
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console.print(report.of_demo(folder))
+    text = console.export_text()
+    assert ["all", "questions", "10%", "95%", "95%", "90%"] in [line.split() for line in text.splitlines()]
+    for word in ("concise_voice", "emoji", "20 questions", "gate passed", "How long is a kilometre?", "A thousand metres."):
+        assert word in text
+    assert "rules" not in text and "markdown" not in text
