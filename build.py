@@ -147,7 +147,7 @@ def explain(stage: str, recipe: str, executor: str | None, as_json: bool) -> Non
 @command(as_json)
 def status(recipe: str, executor: str | None, as_json: bool) -> None:
     """The state of every stage, and whether a run is under way."""
-    from forge import lock, plan, report
+    from forge import journal, lock, plan, report
 
     context = opened(recipe, executor).context
     its = plan.make(context)
@@ -156,7 +156,8 @@ def status(recipe: str, executor: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**its.as_json(), "running": holder}, indent=1))
     else:
-        show(report.of_status(its, newest, lock.describe(holder) if holder else ""))
+        ending = journal.last_ending(home(), its.recipe)
+        show(report.of_status(its, newest, lock.describe(holder) if holder else "", ending))
 
 
 @command(on_stage, click.option("--follow", "-f", is_flag=True, help="Go on until the stage ends."), executor=False)

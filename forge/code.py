@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 from forge.finding import Refused, error
@@ -65,22 +66,31 @@ def _mentions(repo: Path, path: Path) -> tuple[set[str], set[Path]]:
     """Names that a module imports, made absolute, and the data files beside it that it names."""
     shown = path.relative_to(repo)
     try:
-        tree = ast.parse(path.read_bytes())
+        imports, words = _parsed(path.read_bytes())
     except SyntaxError as fault:
         raise Refused(error(f"{shown}:{fault.lineno}", fault.msg, "Python", "Mend that line.")) from fault
-    package = list(shown.parent.parts)
-    names: set[str] = set()
-    beside: set[Path] = set()
-    for node in ast.walk(tree):
+    package = shown.parent.parts
+    names = set()
+    for level, dotted in imports:
+        start = package[: len(package) - level + 1] if level else ()
+        names.add(".".join([*start, dotted]))
+    beside = {path.parent / word for word in words}
+    return names, {p for p in beside if p.is_file() and p.resolve().is_relative_to(repo.resolve())}
+
+
+@functools.lru_cache(maxsize=None)  # stages share most of what they import
+def _parsed(source: bytes) -> tuple[frozenset[tuple[int, str]], frozenset[str]]:
+    """(level, dotted name) of each import, and the strings that could name a data file."""
+    imports, words = set(), set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            imports.update((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) - node.level + 1] if node.level else []
-            base = [*start, *(node.module.split(".") if node.module else [])]
-            names.update(".".join([*base, alias.name]) for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and 0 < len(node.value) < 100:
-            if "\0" not in node.value and "\n" not in node.value and Path(node.value).suffix not in ("", ".py"):
-                candidate = path.parent / node.value
-                if candidate.is_file() and candidate.resolve().is_relative_to(repo.resolve()):
-                    beside.add(candidate)
-    return names, beside
+            imports.update((node.level, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _file_like(node.value):
+            words.add(node.value)
+    return frozenset(imports), frozenset(words)
+
+
+def _file_like(text: str) -> bool:
+    return 2 < len(text) < 100 and text.isprintable() and Path(text).suffix not in ("", ".py")

@@ -16,6 +16,7 @@ from forge.finding import Refused, error
 from forge.mask import Mask
 
 Event = dict[str, Any]
+ENDINGS = ("done", "failed", "interrupted")
 
 
 class Journal:
@@ -78,14 +79,21 @@ def _new_folder(runs: Path, name: str) -> Path:
     raise FileExistsError(f"{runs / name}: a hundred runs in one second")
 
 
+def runs(home: Path, recipe: str) -> list[Path]:
+    """The run folders of a recipe, newest first."""
+    named = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe)}(-\d+)?")
+    return sorted((p for p in (home / "runs").glob("*") if named.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
+
+
 def last_log(home: Path, recipe: str, stage: str) -> Path | None:
     """The newest log of a stage under a recipe."""
-    named = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe)}(-\d+)?")
-    runs = sorted((p for p in (home / "runs").glob("*") if named.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
-    for folder in runs:
-        for path in sorted(folder.glob(f"[0-9][0-9]-{stage}.log")):
-            return path
-    return None
+    return next((path for folder in runs(home, recipe) for path in folder.glob(f"[0-9][0-9]-{stage}.log")), None)
+
+
+def last_ending(home: Path, recipe: str) -> Event | None:
+    """How the newest run of a recipe ended: its `done`, `failed` or `interrupted` event; None if it did not say."""
+    newest = runs(home, recipe)[:1]
+    return next((e for folder in newest for e in events(folder) if e["event"] in ENDINGS), None)
 
 
 def events(folder: Path) -> list[Event]:
@@ -113,7 +121,7 @@ def read_log(home: Path, recipe: str, stage: str, stages: list[str], follow: boo
 def _over(folder: Path, stage: str) -> bool:
     """Whether a stage of a run has ended, or its run's process is gone."""
     for event in events(folder):
-        if event["event"] in ("done", "failed", "interrupted") or (event["event"] == "stage_done" and event["stage"] == stage):
+        if event["event"] in ENDINGS or (event["event"] == "stage_done" and event["stage"] == stage):
             return True
     try:
         os.kill(json.loads((folder / "plan.json").read_text())["pid"], 0)

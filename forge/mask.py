@@ -12,14 +12,12 @@ from pathlib import Path
 SHOWN = "[secret]"
 # Access tokens of the Hugging Face hub, whether or not a recipe names the file they came from.
 _HUB_TOKEN = r"hf_[A-Za-z0-9]{16,}"
-# An unfinished line longer than this is shown in parts; a part that is held back is longer than any token.
-_LINE, _HELD = 65536, 8192
 # A shorter "secret" would blot out ordinary words.
 _SHORTEST = 4
 
 
 class Mask:
-    """Replaces secrets in text. Each secret is known as it is, URL-quoted, as a JSON string, and in base64."""
+    """Replaces secrets in whole lines. Each secret is known as it is, URL-quoted, as a JSON string, and in base64."""
 
     def __init__(self, secrets: Iterable[str] = ()):
         forms: set[str] = set()
@@ -32,7 +30,6 @@ class Mask:
         # Longest first, so that a secret that contains another is replaced whole.
         known = [re.escape(form) for form in sorted(forms, key=len, reverse=True)]
         self._pattern = re.compile("|".join([*known, _HUB_TOKEN]))
-        self._pending: dict[str, str] = {}
 
     @classmethod
     def of_files(cls, paths: Iterable[Path]) -> Mask:
@@ -40,20 +37,5 @@ class Mask:
         return cls(path.read_text() for path in paths if path.is_file())
 
     def text(self, text: str) -> str:
-        """`text` with every whole secret replaced."""
+        """`text` with every secret replaced; executors hand on whole lines, so none is cut in two."""
         return self._pattern.sub(SHOWN, text)
-
-    def feed(self, chunk: str, stream: str = "") -> str:
-        """The part of `stream` that can be shown now: whole lines, since a secret may go on in the next chunk."""
-        pending = self._pending.get(stream, "") + chunk
-        cut = pending.rfind("\n") + 1
-        shown, rest = self.text(pending[:cut]), pending[cut:]
-        if len(rest) > _LINE:
-            rest = self.text(rest)
-            shown, rest = shown + rest[:-_HELD], rest[-_HELD:]
-        self._pending[stream] = rest
-        return shown
-
-    def flush(self, stream: str = "") -> str:
-        """What `feed` has held back."""
-        return self.text(self._pending.pop(stream, ""))

@@ -65,7 +65,8 @@ def of_plan(plan: Plan) -> RenderableType:
     return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: {total}", style="bold"))
 
 
-def of_status(plan: Plan, newest: dict[str, Artifact | None], holder: str) -> RenderableType:
+def of_status(plan: Plan, newest: dict[str, Artifact | None], holder: str, ending: dict[str, Any] | None) -> RenderableType:
+    """Every stage and its newest artifact; who is running (`holder`), or how the last run ended unless well."""
     table = _table("stage", "state", "built", ">took", ">size", "key")
     for stage in plan.stages:
         artifact = stage.artifact or newest[stage.name]
@@ -73,7 +74,13 @@ def of_status(plan: Plan, newest: dict[str, Artifact | None], holder: str) -> Re
         cells = ["never", "", "", ""] if artifact is None else [
             age(artifact.created) + (" (older)" if old else ""), clock(artifact.manifest["seconds"]), size(artifact.bytes), artifact.key[:12]]
         table.add_row(stage.name, Text(stage.state, style=_STATES[stage.state]), *cells)
-    return Group(table, Text(f"\na run is under way: {holder}", style="cyan")) if holder else table
+    if holder:
+        return Group(table, Text(f"\na run is under way: {holder}", style="cyan"))
+    if ending and ending["event"] == "failed":
+        return Group(table, Text(f"\nthe last run failed in {ending['stage'] or 'preparation'}: {ending['found']}", style="red"))
+    if ending and ending["event"] == "interrupted":
+        return Group(table, Text(f"\nthe last run was stopped in {ending['stage'] or 'preparation'}; to go on: {ending['resume']}", style="yellow"))
+    return table
 
 
 def finding_line(finding: dict[str, Any]) -> Text:

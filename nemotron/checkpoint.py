@@ -61,29 +61,11 @@ def header(file: Path) -> tuple[dict[str, Entry], dict]:
     return entries, metadata
 
 
-class Checkpoint:
-    """A folder of safetensors, read lazily. Files and tensors keep the order in which they stand on disk."""
+class Tensors:
+    """Named tensors of safetensors files, read one at a time."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        index = self.folder / INDEX
-        if index.exists():
-            self.files = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
-        elif (self.folder / SINGLE).exists():
-            self.files = [SINGLE]
-        else:
-            raise CheckpointError(f"{self.folder} holds neither {INDEX} nor {SINGLE}")
-        self.entries: dict[str, Entry] = {}
-        self.metadata: dict[str, dict] = {}
-        for name in self.files:
-            if not (self.folder / name).exists():
-                raise CheckpointError(f"{name} is in {INDEX} but not in the folder")
-            entries, self.metadata[name] = header(self.folder / name)
-            self.entries |= entries
-
-    @property
-    def config(self) -> dict:
-        return json.loads((self.folder / "config.json").read_text())
+    def __init__(self, entries: dict[str, Entry]):
+        self.entries = entries
 
     @property
     def bytes(self) -> int:
@@ -105,6 +87,31 @@ class Checkpoint:
         if not entry.bytes:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         return torch.frombuffer(self.raw(name), dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+class Checkpoint(Tensors):
+    """A folder of safetensors. Files and tensors keep the order in which they stand on disk."""
+
+    def __init__(self, folder: str | Path):
+        super().__init__({})
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        if index.exists():
+            self.files = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+        elif (self.folder / SINGLE).exists():
+            self.files = [SINGLE]
+        else:
+            raise CheckpointError(f"{self.folder} holds neither {INDEX} nor {SINGLE}")
+        self.metadata: dict[str, dict] = {}
+        for name in self.files:
+            if not (self.folder / name).exists():
+                raise CheckpointError(f"{name} is in {INDEX} but not in the folder")
+            entries, self.metadata[name] = header(self.folder / name)
+            self.entries |= entries
+
+    @property
+    def config(self) -> dict:
+        return json.loads((self.folder / "config.json").read_text())
 
     def in_file(self, file: str) -> Iterator[str]:
         """Names of the tensors of one file, in the order of their bytes."""

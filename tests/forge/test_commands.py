@@ -71,6 +71,7 @@ def test_a_failed_run_ends_with_1_and_says_why(its, command):
     text = command("run", code=1)
     for word in ("slow failed", "found    a bad thing", "expected a good thing", "remedy   Make it good.", "03-slow.log"):
         assert word in text
+    assert "the last run failed in slow: a bad thing" in command("status")
 
 
 def test_bad_input_ends_with_1_and_no_traceback(its, command):

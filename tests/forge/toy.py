@@ -76,7 +76,8 @@ FILES = {
             for number, word in enumerate(words, 1):
                 job.progress(number, len(words), "words", word)
             if "token" in its.secrets:
-                print("the token is", its.secrets["token"].read_text())
+                for part in ["the token is ", *its.secrets["token"].read_text()]:  # a letter at a time
+                    print(part, end="", flush=True)
             (its.output / "text.txt").write_text(" ".join(words * its.params["times"]))
 
         if __name__ == "__main__":

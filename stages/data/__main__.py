@@ -1,0 +1,4 @@
+from stages.data.prepare import run
+from stages.job import main
+
+main(run)
