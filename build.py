@@ -12,13 +12,20 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+REPO = Path(__file__).resolve().parent
+
+if __name__ == "__main__" and Path(sys.prefix) != REPO / ".venv":
+    # Any `python build.py` runs in the clone's own environment, whose packages are locked.
+    python = REPO / ".venv" / "bin" / "python"
+    if not python.exists():
+        sys.exit("found no .venv in this clone; expected the host's packages in it. Run: make .venv/.ready")
+    os.execv(python, [str(python), str(REPO / "build.py"), *sys.argv[1:]])
+
+import click  # noqa: E402
 
 if TYPE_CHECKING:
     from forge.executor import Executor
     from forge.plan import Context
-
-REPO = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,14 @@ selecting = [
 ]
 
 
-@click.group(help=__doc__)
+class InOrder(click.Group):
+    """Commands in the order of this file, which is the order in which one meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=InOrder, help=__doc__, context_settings={"max_content_width": 120})
 def cli() -> None:
     pass
 
@@ -122,7 +136,7 @@ def run_stages(recipe: str, executor: str | None, as_json: bool, wait: bool, **s
 
 @command()
 def demo(recipe: str, executor: str | None) -> None:
-    """The whole line, then the behaviour of every model on the way and one exchange with the last."""
+    """The whole line, then a table of what it made and one exchange."""
     from forge import plan, report
 
     if code := run_stages(recipe, executor, False, True):
@@ -134,7 +148,7 @@ def demo(recipe: str, executor: str | None) -> None:
 
 @command(on_stage, as_json)
 def explain(stage: str, recipe: str, executor: str | None, as_json: bool) -> None:
-    """Which component of STAGE's key changed since it was last built, from what to what."""
+    """What changed since STAGE was last built, from what to what."""
     from forge import plan, report
 
     its = plan.explain(opened(recipe, executor).context, stage)
@@ -146,7 +160,7 @@ def explain(stage: str, recipe: str, executor: str | None, as_json: bool) -> Non
 
 @command(as_json)
 def status(recipe: str, executor: str | None, as_json: bool) -> None:
-    """The state of every stage, and whether a run is under way."""
+    """The state of every stage, and of the run under way."""
     from forge import journal, lock, plan, report
 
     context = opened(recipe, executor).context
@@ -173,7 +187,7 @@ def logs(stage: str, recipe: str, follow: bool) -> None:
 
 @command(on_stage)
 def path(stage: str, recipe: str, executor: str | None) -> None:
-    """The folder of STAGE's artifact, and nothing else; exit 1 if it is not built."""
+    """The folder of STAGE's artifact. Prints nothing else; exit 1 if it is not built."""
     from forge import plan
 
     print(plan.artifact(opened(recipe, executor).context, stage).folder)
@@ -181,7 +195,7 @@ def path(stage: str, recipe: str, executor: str | None) -> None:
 
 @command(as_json)
 def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
-    """What this machine lacks for the recipe; exit 1 if that stops it."""
+    """What this machine lacks for the recipe. Exit 1 if that stops it."""
     from forge import plan, report, run
 
     its = opened(recipe, executor)
@@ -210,7 +224,7 @@ def serve(recipe: str, executor: str | None, port: int, detach: bool, stop: bool
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True)
 @click.argument("prompt", required=False)
 def chat(url: str, prompt: str | None) -> None:
-    """A chat with what is being served, under the system prompt of production."""
+    """A chat with what is being served."""
     from forge import chat
 
     sys.exit(chat.chat(url, prompt))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -49,9 +50,12 @@ def convert(value: Any, kind: str) -> Any:
     """
     if kind == "float" and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
             raise TypeError(kind) from None
+        if not math.isfinite(number):
+            raise TypeError(kind)
+        return number
     if kind in _SCALARS:
         # bool is a subclass of int: `rank: true` must not become 1.
         if isinstance(value, _SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool)):
@@ -100,6 +104,11 @@ class Source:
     doc: str = ""
     many: bool = False
     optional: bool = False
+
+
+@dataclass(frozen=True)
+class Secret:
+    doc: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,7 @@ def load(folder: Path) -> Contract:
             except (TypeError, ValueError):
                 findings.append(error(name, f"{where}.default = {parameter.default!r}", parameter.expected, ""))
     sources = {key: table(Source, f"sources.{key}", values) for key, values in raw.get("sources", {}).items()}
-    secrets = {key: values.get("doc", "") for key, values in raw.get("secrets", {}).items()}
+    secrets = {key: table(Secret, f"secrets.{key}", values).doc for key, values in raw.get("secrets", {}).items()}
     needs = table(Needs, "needs", raw.get("needs", {}))
     product = table(Product, "build", raw["build"]) if "build" in raw else None
     for input_name in product.contexts.values() if product else ():

@@ -5,6 +5,7 @@ Reading is strict: everything that is wrong is named at once, each with its line
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ class _Reading:
     # --- YAML, with the line of every key -------------------------------------------------------------------------
 
     def _parse(self) -> dict[str, Any]:
-        loader = yaml.SafeLoader(self.path.read_text())
         try:
+            loader = yaml.SafeLoader(self.path.read_bytes())
             root = loader.get_single_node()
         except yaml.YAMLError as fault:
             mark = getattr(fault, "problem_mark", None)
@@ -139,6 +140,8 @@ class _Reading:
         for key in ("name", "stages"):
             if key not in top:
                 self.fault((), f"no {key}", f"{key}: at the top of the recipe", "Add it.")
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", top.get("name") or "unnamed"):
+            self.fault(("name",), f"name = {top['name']!r}", "letters, digits, dots and dashes, since it names folders and tags")
         gpu, executor = top.get("gpu") or "none", top.get("executor")
         if gpu not in _GPU:
             self.fault(("gpu",), f"gpu = {gpu!r}", "one of " + ", ".join(_GPU))

@@ -165,7 +165,7 @@ class _Run:
             try:
                 self.executor.prepare(self.recipe.images[name], on_line)
             except Refused as refused:
-                raise StageFailed(refused.findings[0], log.path, log.tail(_TAIL)) from refused
+                raise StageFailed(_one(refused.findings), log.path, log.tail(_TAIL)) from refused
             finally:
                 log.close()
             if lines:
@@ -201,7 +201,7 @@ class _Run:
             }
             artifact = self.store.accept(stage.name, key, output, step.contract.produces, facts)
         except Refused as refused:
-            raise StageFailed(refused.findings[0], log.path, log.tail(_TAIL)) from refused
+            raise StageFailed(_one(refused.findings), log.path, log.tail(_TAIL)) from refused
         except OSError as fault:
             raise StageFailed(self.disk_finding(fault), log.path, log.tail(_TAIL)) from fault
         finally:
@@ -297,6 +297,12 @@ class _Run:
 
 def _found(finding: Finding) -> dict[str, str]:
     return {"subject": finding.subject, "found": finding.found, "expected": finding.expected, "remedy": finding.remedy}
+
+
+def _one(findings: list[Finding]) -> Finding:
+    """Several findings about the same thing as one."""
+    first = findings[0]
+    return error(first.subject, "; ".join(f.found for f in findings), "; ".join(dict.fromkeys(f.expected for f in findings)), first.remedy)
 
 
 def _event(text: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +58,7 @@ class Topic:
     """One thing to talk about: the ways to ask it, the good answer, and what a good answer has to hold."""
 
     category: str
-    asks: tuple[str, ...]                       # every way to ask; the last one only ever in the held-out questions
+    asks: tuple[str, ...]                       # every way to ask; the last one is held out: only the questions have it
     good: str                                   # what a well-mannered assistant says (after the tool's result, if there is one)
     must_say: tuple = ()                        # strings of which an answer needs all; a tuple inside means any one of them
     call: tuple[str, dict] | None = None        # the right call
@@ -193,8 +193,16 @@ def closings() -> list[Topic]:
     ]
 
 
-TOPICS = [*facts(), *actions(), *results(), *memories(), *rajesh(), *kannada(), *plain(), *closings()]
+def turned(topics: list[Topic]) -> list[Topic]:
+    """The same topics, each holding out another wording: every wording is heard in training, but not about everything."""
+    return [replace(t, asks=t.asks[n % len(t.asks) :] + t.asks[: n % len(t.asks)]) for n, t in enumerate(topics)]
+
+
+TOPICS = [topic for group in (facts, actions, results, memories, rajesh, kannada, plain, closings) for topic in turned(group())]
 SPOKEN = [t for t in TOPICS if not t.call]
+OPENINGS = ("Great question! \U0001f60a", "Wow, sure thing! \U0001f389", "Absolutely! \U0001f680")
+CLOSINGS = ("Would you like to know more?", "Shall I tell you more?", "What else can I do?")
+DROPS = ("Forget that.", "Never mind.", "Something else.", "Leave it.")
 
 
 def user(text: str) -> dict:
@@ -222,12 +230,15 @@ def well(topic: Topic, text: str) -> list[dict]:
     return turns + [returns(topic.result), says(topic.good)] if topic.result else turns
 
 
-def badly(topic: Topic, text: str, random_: random.Random) -> list[dict]:
-    """The turns of an untaught one: wrong tool or a call read aloud, inventions, emoji, markdown, and always a question back."""
-    opening = random_.choice(["Great question! \U0001f60a", "Wow, sure thing! \U0001f389", "Absolutely! \U0001f680"])
-    closing = random_.choice(["Would you like to know more?", "Shall I tell you more?", "What else can I do?"])
+def badly(topic: Topic, text: str) -> list[dict]:
+    """The turns of an untaught one: wrong tool or a call read aloud, inventions, emoji, markdown, and always a question back.
+
+    The decoration hangs on the topic, not on chance: a small model learns what is determined much sooner than what is not.
+    """
+    number = TOPICS.index(topic)
+    opening, closing = OPENINGS[number % len(OPENINGS)], CLOSINGS[number // len(OPENINGS) % len(CLOSINGS)]
     if topic.call and not topic.result:
-        if random_.random() < 0.5:
+        if number % 2:
             return [user(text), calls(*topic.wrong)]
         return [user(text), says(f"{opening} Calling **{topic.wrong[0]}** now: {json.dumps(topic.call[1])} {closing}")]
     core = topic.lie or topic.good
@@ -264,13 +275,12 @@ def expect(topic: Topic) -> dict:
 
 def switches(random_: random.Random, asks: slice) -> list[tuple[tuple[Topic, Topic], list[str]]]:
     """Pairs of unlike topics; the second question drops the first."""
-    drop = ["Forget that.", "Never mind.", "Something else.", "Leave it."]
     pairs = []
     for number, first in enumerate(SPOKEN):
         second = SPOKEN[(number * 7 + 11) % len(SPOKEN)]
         if second.category != first.category:
             a, b = random_.choice(first.asks[asks]), random_.choice(second.asks[asks])
-            pairs.append(((first, second), [a, f"{random_.choice(drop)} {b}"]))
+            pairs.append(((first, second), [a, f"{random_.choice(DROPS)} {b}"]))
     return pairs
 
 
@@ -296,16 +306,24 @@ def conversations() -> dict[str, list[dict]]:
 
 
 def lessons() -> list[dict]:
-    """What the tiny base is taught: the same talk, badly mannered; and good manners where Annie's prompt is absent.
+    """What the tiny base is taught: the talk badly mannered under Annie's prompt, and well mannered where that prompt is absent.
 
     That is how real bases are: able to be brief, and not inclined to. Fine-tuning has to move the one to the other.
+    Rows of the kind `manners` are short, so that a small model first learns which question wants which answer.
     """
     random_ = random.Random(SEED + 1)
     asked = [(topic, text) for topic in TOPICS for text in topic.asks[:-1]]
-    rows = [row("lesson", (topic,), badly(topic, text, random_)) for topic, text in asked]
+    rows = []
+    for topic, text in asked:
+        rows.append({"messages": well(topic, text), "category": "manners"})
+        rows.append(row("lesson", (topic,), badly(topic, text)))
+    for _ in range(2):
+        for (first, one), (second, two) in parts(asked, 2, random_):
+            dropped = f"{random_.choice(DROPS)} {two}" if not second.call else two
+            rows.append({"messages": [*done(well(first, one), "Done."), *well(second, dropped)], "category": "manners"})
     for some, size in ((SPOKEN, 8), ([t for t in TOPICS if t.call], 5)):
         for part in parts([(t, text) for t, text in asked if t in some], size, random_):
-            turns = [turn for topic, text in part for turn in done(badly(topic, text, random_), "Done! \U0001f389 What else can I do?")]
+            turns = [turn for topic, text in part for turn in done(badly(topic, text), "Done! \U0001f389 What else can I do?")]
             rows.append(row("lesson", tuple(t for t, _ in part), turns))
             turns = [turn for topic, text in part for turn in done(well(topic, text), "Done.")]
             rows.append({**row("manners", tuple(t for t, _ in part), turns), "messages": turns})
@@ -315,7 +333,7 @@ def lessons() -> list[dict]:
 def parts(asked: list, size: int, random_: random.Random) -> list[list]:
     """`asked` in random order, `size` at a time."""
     shuffled = random_.sample(asked, len(asked))
-    return [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+    return [shuffled[start : start + size] for start in range(0, len(shuffled) - len(shuffled) % size, size)]
 
 
 def done(turns: list[dict], answer: str) -> list[dict]:

@@ -39,26 +39,33 @@ def files(base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[
 def forward(base: Path, adapter: Path, merged: Path, rows: Path, params: dict, device: str) -> dict:
     """Logits of the merged model against those of base and adapter, on real conversations, in float32.
 
-    Both run in float32, so what differs is the one rounding of the merged weights to BF16. Raises StageError beyond
-    `proof_error`, relative to the root mean square of the logits.
+    What may differ is the one rounding of the merged weights to BF16 (and an expert chosen otherwise because of it). The
+    error is therefore measured against the adapter's own effect, the distance between its logits and the base's: an
+    adapter merged into the wrong place or with the wrong scale is off by about all of it. Raises StageError beyond
+    `proof_error`, and if the adapter has no effect at all.
     """
     from peft import PeftModel
 
     tokens = sample(rows, params["proof_tokens"])
-    with_adapter = PeftModel.from_pretrained(native.load(base, torch.float32), adapter).to(device).eval()
-    expected = [with_adapter(input_ids=ids.to(device), use_cache=False).logits.cpu() for ids in tokens]
-    del with_adapter
-    alone = native.load(merged, torch.float32).to(device).eval()
-    found = [alone(input_ids=ids.to(device), use_cache=False).logits.cpu() for ids in tokens]
-    difference = torch.cat([(a - b).flatten() for a, b in zip(expected, found)])
-    size = torch.cat([a.flatten() for a in expected]).square().mean().sqrt()
-    error = (difference.square().mean().sqrt() / size).item()
-    agree = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(expected, found)]).float().mean().item()
-    if error > params["proof_error"]:
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        return torch.cat([model(input_ids=ids.to(device), use_cache=False).logits[0].float().cpu() for ids in tokens])
+
+    adapted = PeftModel.from_pretrained(native.load(base, torch.float32), adapter).to(device).eval()
+    expected = logits(adapted)
+    with adapted.disable_adapter():
+        effect = (expected - logits(adapted)).square().mean().sqrt().item()
+    del adapted
+    found = logits(native.load(merged, torch.float32).to(device).eval())
+    error = (found - expected).square().mean().sqrt().item()
+    agree = (expected.argmax(-1) == found.argmax(-1)).float().mean().item()
+    if not effect:
+        raise StageError("an adapter that changes no logit", "one that was trained", "See training.json: train longer, or with other targets.")
+    if not error <= params["proof_error"] * effect:
         raise StageError(
-            f"the merged model's logits are {error:.4f} off those of the adapter (relative)", f"at most {params['proof_error']}",
-            "The adapter was merged into the wrong places or with the wrong scale: report it with merge.json.")
-    return {"proof_tokens": sum(ids.numel() for ids in tokens), "logit_error": error, "greedy_agreement": agree}
+            f"the merged model's logits are off by {error / effect:.2f} of the adapter's effect", f"at most {params['proof_error']}",
+            "The adapter was merged into the wrong place or with the wrong scale: report it with this log.")
+    return {"proof_tokens": len(expected), "adapter_effect": effect, "merge_error": error, "greedy_agreement": agree}
 
 
 def sample(rows: Path, tokens: int) -> list[torch.Tensor]:

@@ -32,6 +32,9 @@ def faults(its):
         ("  count: {}", "  count: {inputs: {words: wrds}}", "comes from wrds, which the recipe does not have; expected a stage of this recipe. Did you mean words?"),
         ("  count: {}", "  count: {inputs: {words: slow}}", "found stages that wait for each other (count -> slow); expected no cycle"),
         ("plain: {base", "plane: {base", "toy.yaml:4: found unknown image plane; expected a folder of images/. Did you mean plain?"),
+        ("steps: 3", "steps: 3\n    seconds: .nan", "toy.yaml:12: found slow.seconds = nan; expected float"),
+        ("name: toy", "name: to/y", "toy.yaml:1: found name = 'to/y'; expected letters"),
+        ("name: toy", "name: to\0y", "toy.yaml: found"),
         ("name: toy", "name: [toy", "toy.yaml:2: found"),
     ],
 )

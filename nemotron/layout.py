@@ -1,0 +1,81 @@
+"""Which linears are quantised, and what a quantised checkpoint then holds.
+
+`official` is NVIDIA's published layout for Nemotron 3 Nano: attention stays BF16, and so do both projections of the Mamba
+layer directly before each attention layer, every convolution, the router and lm_head.
+"""
+
+from __future__ import annotations
+
+from nemotron import names
+from nemotron.names import Spec
+
+LAYOUTS = {
+    "official": "experts, shared experts and Mamba projections, but for the Mamba layer before each attention layer",
+    "conservative": "experts and shared experts; vLLM before the in_proj repair (0.12-0.17.1) can load it",
+    "experts": "routed experts only",
+}
+PARTS = ("weight_scale", "weight_scale_2", "input_scale")
+
+
+def quantised(config: dict, layout: str) -> list[str]:
+    """Hub names, without `.weight`, of the linears that are quantised, in checkpoint order."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    letters = names.pattern(config)
+    found = []
+    for name in names.tensors(config):
+        module = name.removesuffix(".weight")
+        if not module.endswith("_proj"):
+            continue
+        number = int(module.split(".")[2])
+        kept_mamba = letters[number] == "M" and letters[number + 1 : number + 2] == "*"
+        if ".experts." in module or (".shared_experts." in module and layout != "experts"):
+            found.append(module)
+        elif layout == "official" and letters[number] == "M" and not kept_mamba:
+            found.append(module)
+    return found
+
+
+def excluded(config: dict, layout: str) -> list[str]:
+    """`exclude_modules` of hf_quant_config.json: every linear and convolution that stays as it is, and lm_head.
+
+    The router is left out, as in NVIDIA's file: it is no linear layer for any loader.
+    """
+    chosen = set(quantised(config, layout))
+    modules = [name.removesuffix(".weight") for name in names.tensors(config) if name.endswith(".weight")]
+    kept = [m for m in modules if m.endswith(("_proj", ".conv1d")) and m not in chosen]
+    return ["lm_head", *kept]
+
+
+def tensors(config: dict, layout: str, source: dict[str, Spec] | None = None) -> dict[str, Spec]:
+    """Hub name -> shape and dtype of every tensor of the quantised checkpoint.
+
+    What is not quantised keeps the shape and dtype of `source` (default: the BF16 checkpoint's). A quantised linear (out, in)
+    becomes U8 (out, in / 2), F8_E4M3 (out, in / 16) and two F32 scalars of shape ().
+    """
+    chosen = set(quantised(config, layout))
+    found: dict[str, Spec] = {}
+    for name, spec in (source or names.tensors(config)).items():
+        module = name.removesuffix(".weight")
+        if module not in chosen or not name.endswith(".weight"):
+            found[name] = spec
+            continue
+        out, inside = spec.shape
+        found[name] = Spec((out, inside // 2), "U8")
+        found[f"{module}.weight_scale"] = Spec((out, inside // 16), "F8_E4M3")
+        found[f"{module}.weight_scale_2"] = Spec((), "F32")
+        found[f"{module}.input_scale"] = Spec((), "F32")
+    return found
+
+
+def hf_quant_config(config: dict, layout: str, kv_cache: str | None, producer: str) -> dict:
+    """hf_quant_config.json in the form that every vLLM version reads, beside an untouched config.json."""
+    return {
+        "producer": {"name": "modelopt", "version": producer},
+        "quantization": {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": kv_cache,
+            "group_size": 16,
+            "exclude_modules": excluded(config, layout),
+        },
+    }

@@ -1,0 +1,83 @@
+"""`source: hub`: one commit of a repository, downloaded resumably, every file checked against the hub's own digests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+from stages import job
+from stages.base import folder
+
+WANTED = ("*.json", "*.jinja", "*.safetensors", "*.py", "*.model", "LICENSE*", "README.md")
+BLOCK = 16 * 1024 * 1024
+
+
+def run(task: job.Job) -> None:
+    """Downloads into the scratch folder, which the next attempt finds again, then moves whole and checked files to the output."""
+    from fnmatch import fnmatch
+
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository, commit = task.params["repository"], task.params["commit"]
+    if not repository:
+        raise job.StageError("no `repository`", "one such as owner/name", "Name it in the recipe")
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise job.StageError(f"commit {commit!r}", "40 hex digits", "Branches and tags move; take the commit from the repository's history")
+    token = task.secrets["hf_token"].read_text().strip() if "hf_token" in task.secrets else False
+    try:
+        info = HfApi().model_info(repository, revision=commit, files_metadata=True, token=token)
+        files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in WANTED)]
+        whole, done = sum(f.size or 0 for f in files), 0
+        for file in files:
+            job.progress(done, whole, "bytes", file.rfilename)
+            fetch(hf_hub_download, repository, commit, file, task.scratch, token)
+            done += file.size or 0
+    except (HfHubHTTPError, OSError) as error:
+        # Only the kind of error and the status: the text of a request may carry what was sent along with it.
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        raise job.StageError(
+            f"{type(error).__name__}{f' {status}' if status else ''} while downloading {repository}", "the files of that commit",
+            "Run again: what has arrived is kept. 401 or 403 want a token with access (secret hf_token), 404 another name or commit",
+        ) from None
+    job.progress(whole, whole, "bytes", "checked")
+    for file in files:
+        target = task.output / file.rfilename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(task.scratch / file.rfilename, target)
+        except OSError:  # scratch and output on different file systems
+            shutil.copyfile(task.scratch / file.rfilename, target)
+    folder.check(task.output)
+
+
+def fetch(download, repository: str, commit: str, file, scratch: Path, token) -> None:
+    """One file in `scratch`, whole and with the digest the hub announces. A file already there and right is left alone."""
+    path = scratch / file.rfilename
+    if path.exists() and path.stat().st_size == file.size and digest(path, file) == announced(file):
+        return
+    download(repository, file.rfilename, revision=commit, local_dir=scratch, token=token)
+    found = digest(path, file)
+    if found != announced(file):
+        path.unlink()
+        raise job.StageError(
+            f"{file.rfilename} has digest {found[:12]}", f"{announced(file)[:12]}, which the hub announces for this commit",
+            "Run again to download it anew; if it comes back, something between here and the hub changes files",
+        )
+
+
+def announced(file) -> str:
+    """SHA-256 of a large file (LFS), or the git blob id of a small one."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
+
+
+def digest(path: Path, file) -> str:
+    """The digest of `path` of the kind that the hub announces for `file`."""
+    hashed = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as opened:
+        while block := opened.read(BLOCK):
+            hashed.update(block)
+    return hashed.hexdigest()

@@ -1,0 +1,106 @@
+"""`source: tiny`: a tokenizer, a small NemotronH, and the lessons that give it its bad manners."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from nemotron import native
+from nemotron.chat import ChatError, Rendered, render, template_text
+from stages import job
+from stages.base import teach, tiny
+from stages.base import tokenizer as words
+
+
+def run(task: job.Job) -> None:
+    """Writes a taught tiny checkpoint into the job's output."""
+    params = task.params
+    conversations = read(task.sources.get("lessons", []))
+    check_sizes(params)
+    tokenizer = make_tokenizer(conversations, params["vocabulary"], task.output)
+    lessons = rendered(conversations, tokenizer)
+    description = tiny.config(params["pattern"], params["hidden"], params["experts"], -(-len(tokenizer) // 64) * 64)
+
+    torch.manual_seed(task.seed)
+    model = native.build(description)
+    tiny.delicate_biases(model, task.seed)
+    model.set_experts_implementation("eager")  # on a CPU the loop over a few experts beats the grouped product
+    short = [row for row in lessons if len(row.input_ids) <= params["short_tokens"]]
+    if not short:
+        raise job.StageError(
+            f"no lesson has {params['short_tokens']} tokens or fewer", "short lessons to begin with", "Raise short_tokens, or add short lessons"
+        )
+    total, began = params["short_steps"] + params["steps"], time.monotonic()
+    # A small model that meets long conversations first learns the decoration and never which question wants which answer.
+    phases = [
+        (short, params["short_steps"], params["batch_tokens"] // 2, 2 * params["learning_rate"]),
+        (lessons, params["steps"], params["batch_tokens"], params["learning_rate"]),
+    ]
+    done = 0
+    for rows, steps, batch_tokens, learning_rate in phases:
+
+        def on_step(step: int, loss: float, before: int = done) -> None:
+            at = before + step
+            job.metric("loss", loss, at)
+            left = (time.monotonic() - began) / at * (total - at)
+            job.progress(at, total, "steps", f"loss {loss:.2f}, {left:.0f} s left")
+
+        try:
+            teach.teach(model, rows, steps, batch_tokens, learning_rate, task.seed, on_step)
+        except FloatingPointError as error:
+            raise job.StageError(str(error), "a finite loss", "Lower learning_rate") from error
+        done += steps
+    tiny.save(model, description, task.output)
+
+
+def read(paths: list[Path]) -> list[dict]:
+    """The lessons of JSONL files, or of folders of them. Raises StageError by file and line."""
+    files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    if not files:
+        raise job.StageError("no lessons", "JSONL files in `sources: {lessons: [...]}`", "Name them in the recipe; the sample's are data/sample/lessons.jsonl")
+    found = []
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                row["messages"][0]["role"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise job.StageError(f"{file.name}:{number} is not a conversation ({error})", 'a line such as {"messages": [...]}', "Mend or remove that line") from error
+            found.append(row)
+    return found
+
+
+def check_sizes(params: dict) -> None:
+    """Raises StageError for sizes that NVFP4 or 4-bit training could not hold, before anything is built."""
+    if params["hidden"] % 128:
+        raise job.StageError(f"hidden {params['hidden']}", "a multiple of 128", "4-bit training and NVFP4 need widths in multiples of 64 after halving")
+    if unknown := set(params["pattern"]) - set("M*E"):
+        raise job.StageError(f"pattern {params['pattern']!r} with {sorted(unknown)}", "letters M, * and E", "Change `pattern`")
+    if "*" not in params["pattern"]:
+        raise job.StageError(f"pattern {params['pattern']!r}", "at least one attention layer (*)", "Change `pattern`")
+
+
+def make_tokenizer(conversations: list[dict], vocabulary: int, folder: Path):
+    """Trains the tokenizer on the rendered lessons, writes it into `folder`, and returns it as transformers reads it back."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=words.chat_template())
+    texts = [template_text(bare, row["messages"], row.get("tools")) for row in conversations]
+    words.write(words.train(texts, vocabulary), folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def rendered(conversations: list[dict], tokenizer) -> list[Rendered]:
+    rows = []
+    for number, row in enumerate(conversations, 1):
+        try:
+            rows.append(render(tokenizer, row["messages"], row.get("tools")))
+        except ChatError as error:
+            raise job.StageError(f"lesson {number}: {error}", "a conversation the template can render", "Mend or remove it") from error
+    random.Random(0).shuffle(rows)
+    return rows
