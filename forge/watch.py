@@ -28,6 +28,7 @@ class Row:
     estimate: float
     measured: bool = False
     state: str = "todo"  # todo, running, cached, done, failed
+    why: str = ""
     note: str = ""
     seconds: float = 0.0
     started: float = 0.0
@@ -70,7 +71,7 @@ class Progress:
                 cached = stage["state"] == "cached"
                 self.rows[stage["stage"]] = Row(
                     stage["stage"], 0.0 if cached else stage["seconds"], stage["measured"],
-                    "cached" if cached else "todo", stage["why"] if cached else "")
+                    "cached" if cached else "todo", note=stage["why"] if cached else "")
             return None
         name = event.get("stage") or (f"image {event['image']}" if event.get("image") else "")
         if kind == "image" and name not in self.rows:
@@ -79,7 +80,7 @@ class Progress:
         if row is None:
             return None
         if kind == "stage" or event.get("state") == "preparing":
-            row.state, row.started, row.phase, row.note = "running", now, now, event.get("why", "")
+            row.state, row.started, row.phase, row.why = "running", now, now, event.get("why", "")
         elif kind == "stage_done" or event.get("state") == "ready":
             row.state, row.seconds = "done", event["seconds"]
             row.note = f"{clock(event['seconds'])}, {size(event['bytes'])}" if kind == "stage_done" else clock(event["seconds"])
@@ -149,7 +150,7 @@ class Lines:
             return
         kind = event["event"]
         if kind == "stage" or event.get("state") == "preparing":
-            self.say(f"{row.name}: {row.note or 'preparing'}")
+            self.say(f"{row.name}: {row.why or 'preparing'}")
         elif kind in ("stage_done", "cached") or event.get("state") == "ready":
             self.say(f"{row.name}: {row.state}, {row.note}")
         elif kind in ("progress", "log", "metric") and row.state == "running" and now - self.last >= _EVERY:
@@ -191,7 +192,7 @@ class Screen:
             cells: list[Any] = ["", "", Text(row.note, style="dim")]
             if row.state == "running":
                 bar = ProgressBar(total=row.total or None, completed=row.done, width=26, pulse=not row.total)
-                about = "  ".join(p for p in (_counted(row), _metrics(row), row.note) if p)
+                about = "  ".join(p for p in (_counted(row), _metrics(row), row.note or row.why) if p)
                 left = row.left(now)
                 times = clock(row.elapsed(now)) + (f", {clock(left)} left" if left >= 1 else "")
                 cells = [bar, times, Text(about)]

@@ -111,8 +111,6 @@ def repair(model: nn.Module) -> nn.Module:
         elif type(module).__name__ == "Linear4bit":
             # On CPUs with AVX512-BF16, evaluation repacks the weight in place and cuts the gradients of later training.
             module.support_avx512bf16_for_cpu = False
-    # Its forward takes **kwargs, from which the Trainer concludes that it divides the loss by the accumulation steps itself.
-    model.accepts_loss_kwargs = False
     return model
 
 

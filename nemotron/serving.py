@@ -1,0 +1,104 @@
+"""The flags that one vLLM version needs to serve NemotronH, and what it cannot do.
+
+| what | from version | before |
+|---|---|---|
+| `--reasoning-parser nemotron_v3` | 0.17.1 | the plugin file beside the published checkpoint |
+| `--default-chat-template-kwargs` (thinking off) | 0.15 | every client says so in its request |
+| LoRA on ungated experts | 0.15 | refused: the model has no expert mapping there |
+| kv_cache_scheme read from the checkpoint | 0.17.1 | `--kv-cache-dtype fp8`, which is always right and always given |
+| a quantised Mamba in_proj read right | 0.18 | refused: two of its scales are uninitialised memory there |
+| FlashInfer chosen by `--moe-backend` | 0.31 | environment variables |
+| SSM cache dtype read from the config | 0.13 | `--mamba-ssm-cache-dtype float32` |
+
+Sources: vLLM's release branches and pull requests 31343, 39765 and issue 52308. Prefix caching is off on CPU (its engine dies on
+hybrid models), and float16 is refused everywhere (wrong results for this architecture's experts).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+SERVED_NAME = "nemotron-nano"
+THINKING_OFF = {"enable_thinking": False}
+OLDEST = (0, 12)
+
+
+class ServingError(ValueError):
+    """A combination that vLLM cannot serve right; the message says what can."""
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Arguments after `vllm serve MODEL`, and environment variables."""
+
+    args: list[str]
+    env: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What decides the flags. `layout` is None for BF16; `lora_rank` is 0 without an adapter."""
+
+    layout: str | None = None
+    fp8_cache: bool = False
+    lora_rank: int = 0
+    lora_attention_only: bool = True
+
+
+def version(text: str) -> tuple[int, ...]:
+    """`0.12.0+cpu` -> (0, 12, 0)."""
+    if not (match := re.match(r"(\d+(?:\.\d+)*)", text)):
+        raise ServingError(f"{text!r} is no version of vLLM; expected something like 0.31.0")
+    return tuple(int(part) for part in match[1].split("."))
+
+
+def serve(vllm: str, device: str, checkpoint: Checkpoint, max_model_len: int, max_num_seqs: int, memory_share: float = 0.35) -> Serve:
+    """Flags for one vLLM version on `cpu` or `cuda`. Raises ServingError for what it cannot serve right."""
+    its = version(vllm)
+    if its < OLDEST:
+        raise ServingError(f"vLLM {vllm} does not know this model's NVFP4 experts; 0.12 or newer is needed")
+    nvfp4 = checkpoint.layout is not None
+    if checkpoint.layout == "official" and its < (0, 18):
+        raise ServingError(f"vLLM {vllm} reads a quantised in_proj wrongly; quantise with layout: conservative, or serve with 0.18 or newer")
+    args = [
+        "--served-model-name", SERVED_NAME,
+        "--max-model-len", str(max_model_len),
+        "--max-num-seqs", str(max_num_seqs),
+        "--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder",
+    ]
+    if its >= (0, 17, 1):
+        args += ["--reasoning-parser", "nemotron_v3"]
+    else:
+        args += ["--reasoning-parser-plugin", "nano_v3_reasoning_parser.py", "--reasoning-parser", "nano_v3", "--trust-remote-code"]
+    if its >= (0, 15):
+        args += ["--default-chat-template-kwargs", json.dumps(THINKING_OFF)]
+    if its < (0, 13):
+        args += ["--mamba-ssm-cache-dtype", "float32"]
+    args += _lora(vllm, its, checkpoint)
+    if device == "cpu":
+        # BF16 for NVFP4, which is what its emulation computes in; float32 elsewhere, so that answers are the model's own.
+        args += ["--dtype", "bfloat16" if nvfp4 else "float32", "--enforce-eager", "--no-enable-prefix-caching"]
+        return Serve(args, {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    args += ["--dtype", "bfloat16", "--gpu-memory-utilization", str(memory_share)]
+    env: dict[str, str] = {}
+    if nvfp4:
+        if checkpoint.fp8_cache:
+            args += ["--kv-cache-dtype", "fp8"]
+        if its >= (0, 31):
+            args += ["--moe-backend", "flashinfer_cutlass"]
+        else:
+            env = {"VLLM_USE_FLASHINFER_MOE_FP4": "1", "VLLM_FLASHINFER_MOE_BACKEND": "throughput"}
+    return Serve(args, env)
+
+
+def _lora(vllm: str, its: tuple[int, ...], checkpoint: Checkpoint) -> list[str]:
+    if not checkpoint.lora_rank:
+        return []
+    if its < (0, 15):
+        raise ServingError(f"vLLM {vllm} cannot serve an adapter for this model; merge it, or serve with 0.15 or newer")
+    if not checkpoint.lora_attention_only:
+        raise ServingError("an adapter on Mamba or expert layers cannot be served at run time everywhere; merge it")
+    rank = next(r for r in (8, 16, 32, 64, 128, 256, 512) if r >= checkpoint.lora_rank)
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"]

@@ -1,0 +1,4 @@
+from stages.evaluate.evaluate import run
+from stages.job import main
+
+main(run)

@@ -1,0 +1,154 @@
+"""Asks every model of the line the held-out questions, through vLLM's own API, and scores the answers.
+
+base and tuned share a server where the adapter can be served at run time; merged and nvfp4 each get their own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, serve
+from stages import job
+from stages.evaluate import checks, report
+from stages.evaluate.server import Server
+from stages.job import Job, StageError
+
+COLUMNS = ("base", "tuned", "merged", "nvfp4")
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One server and the columns it answers for (column -> the name that the API knows it by)."""
+
+    model: Path
+    checkpoint: Checkpoint
+    columns: dict[str, str]
+    adapter: Path | None = None
+
+
+def run(its: Job) -> None:
+    asked = questions(its)
+    unknown = set(its.params["gate"]) - set(COLUMNS)
+    if unknown:
+        raise StageError(f"the gate names {', '.join(sorted(unknown))}", f"columns: {', '.join(COLUMNS)}", "Mend `gate` in the recipe.")
+    plans = servers(its)
+    answers: dict[str, list[dict]] = {}
+    seconds: dict[str, float] = {}
+    for plan in plans:
+        try:
+            flags = serve(its.params["vllm"], its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"])
+        except ServingError as error:
+            raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vllm, layout or targets.") from error
+        with Server(plan.model, flags, " and ".join(plan.columns), plan.adapter) as server:
+            for column, name in plan.columns.items():
+                began = time.monotonic()
+                answers[column] = ask_all(server, name, asked, its.params, f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})")
+                seconds[column] = round(time.monotonic() - began, 1)
+            if plan.adapter:
+                check_adapter(answers)
+    write(its, asked, answers, seconds)
+
+
+def questions(its: Job) -> list[dict]:
+    """The questions of the source, or of the held-out conversations: their last answer says what is expected."""
+    if its.sources.get("questions"):
+        lines = its.sources["questions"][0].read_text().splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+    made = []
+    for line in (its.inputs["data"] / "eval.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        expected = row["messages"][last]
+        calls = expected.get("tool_calls")
+        function = calls[0]["function"] if calls else None
+        expect = {"tool": {"name": function["name"], "arguments": function["arguments"]}} if function else {
+            "no_tool": True, "max_words": max(20, 2 * len((expected.get("content") or "").split()))}
+        made.append({"id": row["id"], "category": row["category"], "messages": row["messages"][:last], "tools": row["tools"], "expect": expect})
+    if not made:
+        raise StageError("no questions: no source, and no held-out conversation", "at least one", "Name `sources: {questions: ...}`, or raise data's eval_share.")
+    return made
+
+
+def servers(its: Job) -> list[Plan]:
+    adapter = its.inputs["train"] / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    targets = config["target_modules"]
+    attention = set([targets] if isinstance(targets, str) else targets) <= ATTENTION and not config.get("target_parameters")
+    quant = json.loads((its.inputs["quantize"] / "hf_quant_config.json").read_text())["quantization"]
+    layout = json.loads((its.inputs["quantize"] / "audit.json").read_text())["layout"]
+    plans = []
+    if attention:
+        plans.append(Plan(its.inputs["base"], Checkpoint(lora_rank=config["r"]), {"base": SERVED_NAME, "tuned": "tuned"}, adapter))
+    else:
+        job.warning(
+            "the adapter is not on attention alone, which vLLM cannot add at run time everywhere: the column `tuned` is left out",
+            "`merged` is the same model, with the adapter added to the weights; the merge stage compared the two")
+        plans.append(Plan(its.inputs["base"], Checkpoint(), {"base": SERVED_NAME}))
+    plans.append(Plan(its.inputs["merge"], Checkpoint(), {"merged": SERVED_NAME}))
+    plans.append(Plan(its.inputs["quantize"], Checkpoint(layout=layout, fp8_cache=quant["kv_cache_quant_algo"] == "FP8"), {"nvfp4": SERVED_NAME}))
+    return plans
+
+
+def ask_all(server: Server, name: str, asked: list[dict], params: dict, label: str) -> list[dict]:
+    """An answer for every question, in their order; several are under way at once."""
+    done = 0
+
+    def one(question: dict) -> dict:
+        nonlocal done
+        body = {
+            "model": name, "messages": [as_openai(m) for m in question["messages"]], "max_tokens": params["max_tokens"], "temperature": 0, "seed": 0,
+            "chat_template_kwargs": THINKING_OFF,
+        }
+        if question.get("tools"):
+            body["tools"] = question["tools"]
+        choice = server.ask(body)["choices"][0]
+        done += 1
+        job.progress(done, len(asked), "question", label)
+        return {**choice["message"], "finish_reason": choice["finish_reason"]}
+
+    with ThreadPoolExecutor(params["concurrency"]) as pool:
+        return list(pool.map(one, asked))
+
+
+def as_openai(message: dict) -> dict:
+    """The data stage keeps tool arguments as mappings, the API wants them as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        calls.append({"id": "call_1", "type": "function", **call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": calls}
+
+
+def check_adapter(answers: dict[str, list[dict]]) -> None:
+    """A server can take an adapter and not use it: if it changes no answer at all, it is not there."""
+    if all(a.get("content") == b.get("content") and a.get("tool_calls") == b.get("tool_calls") for a, b in zip(answers["base"], answers["tuned"])):
+        raise StageError("the adapter changes no answer", "other answers than the base's", "vLLM did not apply it (names that match nothing), or it was not trained.")
+
+
+def write(its: Job, asked: list[dict], answers: dict[str, list[dict]], seconds: dict[str, float]) -> None:
+    scored = {column: [checks.score(q, a) for q, a in zip(asked, given)] for column, given in answers.items()}
+    summary = report.summarise(asked, scored, its.params["gate"]) | {"seconds": seconds, "vllm": its.params["vllm"]}
+    (its.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (its.output / "report.md").write_text(report.markdown(summary))
+    report.picture(its.output / "behaviour.png", summary)
+    with (its.output / "answers.jsonl").open("w") as opened:
+        for number, question in enumerate(asked):
+            for column, given in answers.items():
+                row = {"id": question["id"], "column": column, "question": question["messages"][-1].get("content"), "answer": given[number].get("content"),
+                       "tool_calls": given[number].get("tool_calls") or [], "failures": [asdict(f) for f in scored[column][number]]}
+                opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+    best = next((n for n, found in enumerate(scored["nvfp4"]) if not found), 0)
+    (its.output / "exchange.json").write_text(json.dumps(
+        {"model": "nvfp4", "messages": asked[best]["messages"], "answer": answers["nvfp4"][best]}, indent=2, ensure_ascii=False) + "\n")
+    for column, share in summary["pass"].items():
+        job.metric(f"pass_{column}", share)
+    if not summary["gate"]["passed"]:
+        job.warning("the gate did not pass: " + "; ".join(summary["gate"]["why"]), "no serving image is made from this; see report.md")

@@ -1,0 +1,77 @@
+"""The report of an evaluation: numbers for programs, a table and a picture for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.evaluate.checks import MODES, Failure
+
+
+def summarise(asked: list[dict], scored: dict[str, list[list[Failure]]], gate: dict[str, float]) -> dict:
+    """Shares and counts by column, mode and category, and whether the gate passed."""
+    categories = list(dict.fromkeys(q["category"] for q in asked))
+    passed = {column: sum(not found for found in all_) / len(asked) for column, all_ in scored.items()}
+    failures = {
+        column: {mode: sum(any(f.mode == mode for f in found) for found in all_) for mode in MODES} for column, all_ in scored.items()
+    }
+    by_category = {
+        column: {
+            c: sum(not found for q, found in zip(asked, all_) if q["category"] == c) / sum(q["category"] == c for q in asked) for c in categories
+        }
+        for column, all_ in scored.items()
+    }
+    why = [
+        f"{column} passed {passed[column]:.0%} of the questions, at least {lowest:.0%} are wanted" if column in passed else f"{column} was not measured"
+        for column, lowest in gate.items() if passed.get(column, -1) < lowest
+    ]
+    return {
+        "columns": list(scored), "modes": list(MODES), "questions": len(asked), "pass": passed, "failures": failures,
+        "by_category": by_category, "gate": {"passed": not why, "why": why},
+    }
+
+
+def markdown(summary: dict) -> str:
+    """The report as aligned Markdown tables."""
+    columns = summary["columns"]
+    share = [["answers without a fault", *(f"{summary['pass'][c]:.0%}" for c in columns)]]
+    share += [[category, *(f"{summary['by_category'][c][category]:.0%}" for c in columns)] for category in summary["by_category"][columns[0]]]
+    modes = [[mode, *(str(summary["failures"][c][mode]) for c in columns)] for mode in summary["modes"]]
+    gate = "The gate passed." if summary["gate"]["passed"] else "The gate did not pass: " + "; ".join(summary["gate"]["why"]) + "."
+    return (
+        f"# Behaviour\n\n{summary['questions']} held-out questions, answered by vLLM {summary['vllm']}. {gate}\n\n"
+        + table(["passed", *columns], share) + "\n" + table(["answers with", *columns], modes)
+    )
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(row: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |\n"
+
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|\n"
+    return line(head) + rule + "".join(line(row) for row in rows)
+
+
+def picture(path: Path, summary: dict) -> None:
+    """Failure modes by column as a heat map, the share of passed questions above it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns, modes = summary["columns"], summary["modes"]
+    counts = [[summary["failures"][c][m] for c in columns] for m in modes]
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
+    axis.imshow(counts, cmap="Oranges", vmin=0, vmax=summary["questions"], aspect="auto")
+    for y, row in enumerate(counts):
+        for x, count in enumerate(row):
+            axis.text(x, y, str(count), ha="center", va="center", color="white" if count > 0.6 * summary["questions"] else "#1f2933", fontsize=9)
+    axis.set_xticks(range(len(columns)), [f"{c}\n{summary['pass'][c]:.0%} pass" for c in columns])
+    axis.set_yticks(range(len(modes)), [m.replace("_", " ") for m in modes])
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(f"answers with a fault, of {summary['questions']}", loc="left", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

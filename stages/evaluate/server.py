@@ -1,0 +1,117 @@
+"""A vLLM server for the time of an evaluation: started, waited for, asked, and always stopped."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+
+from nemotron.serving import Serve
+from stages import job
+from stages.job import StageError
+
+START_SECONDS = 1800  # a 19 GB checkpoint from a cold disk, CUDA graphs included
+ANSWER_SECONDS = 600
+
+
+class Server:
+    """`with Server(folder, serve, "base") as server: server.ask(...)`. Its log goes to stderr."""
+
+    def __init__(self, model: Path, serve: Serve, label: str, adapter: Path | None = None):
+        self.label = label
+        self.port = _free_port()
+        program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+        if not program:
+            raise StageError("no vllm command in this image", "an image with vLLM", "Check images/vllm.")
+        self.command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port), *serve.args]
+        if adapter:
+            self.command += ["--lora-modules", f"tuned={adapter}"]
+        self.env = {**os.environ, **serve.env}
+        self.last: deque[str] = deque(maxlen=25)
+
+    def __enter__(self) -> Server:
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            self.command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True, preexec_fn=_die_with_parent,
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        try:
+            self._wait()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def ask(self, body: dict) -> dict:
+        """One chat completion. Raises StageError with the server's last words if it cannot answer."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise StageError(f"vLLM refused a question ({error.code}): {error.read().decode(errors='replace')[:500]}", "an answer", "The log has the server's side.") from error
+        except OSError as error:
+            raise self._dead(f"vLLM did not answer: {error}") from error
+
+    def _wait(self) -> None:
+        while time.monotonic() - self.began < START_SECONDS:
+            if self.process.poll() is not None:
+                raise self._dead(f"vLLM ended with {self.process.returncode} while it loaded {self.label}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return
+            except OSError:
+                job.progress(0, None, "question", f"{self.label}: vLLM is loading, {time.monotonic() - self.began:.0f} s")
+                time.sleep(1)
+        raise self._dead(f"vLLM was not ready after {START_SECONDS} s")
+
+    def _dead(self, found: str) -> StageError:
+        return StageError(f"{found}. Its last words:\n" + "\n".join(self.last), "a server that answers", "The reason is most often in the lines above; the whole log has more.")
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.last.append(line.rstrip())
+            sys.stderr.write(line)
+
+    def _stop(self) -> None:
+        """The whole process group: the API server's engine and workers are processes of their own."""
+        for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 10)):
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                continue
+        self.reader.join(5)
+
+
+def _free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    """A server must not outlive a stage that was killed (Linux's PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)

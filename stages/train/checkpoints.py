@@ -1,0 +1,47 @@
+"""Training checkpoints that say whether they are whole: a kill in the middle of a save must not be resumed from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+SEAL = "whole.json"
+
+
+def seal(folder: Path) -> None:
+    """Writes the digest of every file of a finished checkpoint into it, last of all and at one stroke."""
+    table = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SEAL:
+            table[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    new = folder / f"{SEAL}.new"
+    with new.open("w") as opened:
+        json.dump(table, opened, indent=1)
+        opened.flush()
+        os.fsync(opened.fileno())
+    new.rename(folder / SEAL)
+
+
+def whole(folder: Path) -> bool:
+    """True if the folder has its seal and every file is what the seal says."""
+    try:
+        table = json.loads((folder / SEAL).read_text())
+        return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in table.items())
+    except (OSError, ValueError):
+        return False
+
+
+def number(folder: Path) -> int:
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+def newest(scratch: Path) -> tuple[Path | None, list[Path]]:
+    """The newest whole checkpoint of `scratch`, and the newer ones that are torn."""
+    torn = []
+    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=number, reverse=True):
+        if whole(folder):
+            return folder, torn
+        torn.append(folder)
+    return None, torn
