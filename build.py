@@ -55,7 +55,7 @@ def opened(recipe: str, executor: str | None) -> Opened:
 def show(renderable: Any, *, to_stderr: bool = False) -> None:
     from rich.console import Console
 
-    Console(stderr=to_stderr).print(renderable, highlight=False)
+    Console(stderr=to_stderr).print(renderable, highlight=False, crop=False)
 
 
 def command(*decorators: Callable[[Any], Any], executor: bool = True) -> Callable[[Callable[..., None]], click.Command]:

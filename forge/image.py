@@ -13,7 +13,9 @@ from forge import hashing
 # Beside an image and without effect on it.
 _APART = ("README.md", "requirements.in", "excludes.txt")
 # What every image's build uses, beside its own folder.
-_SHARED = ("torch.lock", "apply_patches.py")
+_SHARED = ("torch.lock", "apply_patches.py", "uv.lock")
+# What only the build of a real image reads: an environment of the local executor is the same without them.
+_BUILD_ONLY = ("Dockerfile", "base.lock", "../uv.lock")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def files(image: Image) -> dict[str, Path]:
 
 def components(image: Image, executor: str) -> dict[str, str]:
     """Named components of the image's content, for keys: its files, its arguments, and where it runs."""
-    named = {f"image/{name}": hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files(image).items()}
+    read = {name: path for name, path in files(image).items() if executor != "local" or name not in _BUILD_ONLY}
+    named = {f"image/{name}": hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}
     named |= {f"image/arg/{name}": value for name, value in image.args.items()}
     named["image/executor"] = executor
     named["image/platform"] = platform.machine()

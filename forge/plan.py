@@ -209,5 +209,5 @@ def artifact(context: Context, name: str) -> Artifact:
     stage = one(context, name)
     if stage.artifact is None:
         raise Refused(error(name, f"no artifact ({stage.why})", "a stage that is built",
-                            f"python build.py run --recipe {context.recipe.name} --executor {context.executor} --until {name}"))
+                            f"python build.py run --recipe {context.recipe.option} --executor {context.executor} --until {name}"))
     return stage.artifact

@@ -41,7 +41,7 @@ class Step:
 @dataclass(frozen=True)
 class Recipe:
     name: str
-    path: Path
+    option: str  # what --recipe takes for it
     about: str
     seed: int
     gpu: str
@@ -158,8 +158,10 @@ class _Reading:
         ordered = self.ordered(steps)
         if self.findings:
             raise Refused(self.findings)
+        home = self.path.absolute().parent == (self.repo / "recipes").absolute()
+        option = self.path.stem if home else str(self.path)
         return Recipe(
-            name=top["name"], path=self.path, about=top.get("about") or "", seed=top.get("seed", 0) or 0, gpu=gpu,
+            name=top["name"], option=option, about=top.get("about") or "", seed=top.get("seed", 0) or 0, gpu=gpu,
             executor=executor, images=images, secrets=secrets, stages=ordered,
         )
 

@@ -15,6 +15,8 @@ from forge.plan import Context, Explanation, Plan, age
 from forge.store import Artifact
 
 _STATES = {"cached": "green", "run": "bold cyan", "waits": "cyan", "blocked": "red"}
+# A path that is cut or broken cannot be copied; the terminal itself breaks the line.
+_WHOLE: dict[str, Any] = {"no_wrap": True, "overflow": "ignore"}
 _LEVELS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -85,7 +87,7 @@ def of_status(plan: Plan, newest: dict[str, Artifact | None], holder: str, endin
 
 def finding_line(finding: dict[str, Any]) -> Text:
     style = _LEVELS[finding.get("level", "error")]
-    text = Text.assemble((finding["subject"], style), f": found {finding['found']}; expected {finding['expected']}")
+    text = Text.assemble((finding["subject"], style), f": found {finding['found']}; expected {finding['expected']}", **_WHOLE)
     return text.append(f"\n  {finding['remedy']}", style="dim") if finding["remedy"] else text
 
 
@@ -103,7 +105,7 @@ def failure(event: dict[str, Any]) -> RenderableType:
         if event[word]:
             parts.append(Text.assemble((f"  {word:<9}", "dim"), event[word]))
     if event["log"]:
-        parts.append(Text.assemble(("  log      ", "dim"), _near(Path(event["log"]))))
+        parts.append(Text.assemble(("  log      ", "dim"), _near(Path(event["log"])), **_WHOLE))
     return Group(*parts)
 
 
@@ -148,7 +150,7 @@ def of_result(plan: Plan, ran: tuple[str, ...], folder: Path | None) -> Renderab
     """How a run that succeeded left things: one line, or two."""
     last = next((s for s in reversed(plan.stages) if s.artifact), None)
     done = f"ran {', '.join(ran)}" if ran else f"nothing to do: {len(plan.stages)} stages are built"
-    text = Text.assemble((f"{plan.recipe} · {plan.executor}: ", "bold"), (done, "green"))
+    text = Text.assemble((f"{plan.recipe} · {plan.executor}: ", "bold"), (done, "green"), **_WHOLE)
     if ran and last and last.artifact:
         text.append(f"\n{last.name}: {_near(last.artifact.folder)}\nlogs: {_near(folder)}", style="dim")
     return text

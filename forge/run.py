@@ -146,7 +146,7 @@ class _Run:
         return Outcome(code, tuple(self.ran), self.journal.folder)
 
     def resume(self) -> str:
-        return f"python build.py run --recipe {self.recipe.name} --executor {self.executor.name}"
+        return f"python build.py run --recipe {self.recipe.option} --executor {self.executor.name}"
 
     def prepare(self, wanted: Plan) -> None:
         """Makes every environment that may be used, so that a broken one is found before hours of training."""

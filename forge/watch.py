@@ -210,11 +210,11 @@ def announce(event: Event, console: Console) -> bool:
     if kind == "waiting":
         console.print(Text(f"waiting for another run: {event['holder']}", style="yellow"))
     elif kind == "finding":
-        console.print(finding_line(event))
+        console.print(finding_line(event), crop=False)
     elif kind == "warning":
         console.print(Text(f"{event.get('stage', '')}: {event['message']} {event.get('remedy', '')}".strip(), style="yellow"))
     elif kind == "failed":
-        console.print(failure(event))
+        console.print(failure(event), crop=False)
     elif kind == "interrupted":
         console.print(Text(f"stopped in {event['stage'] or 'preparation'}; nothing is lost. To go on: {event['resume']}", style="yellow"))
     else:

@@ -1,0 +1,144 @@
+"""A chat in the terminal with what is being served: streaming, with the production prompt and tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from forge import serving
+from forge.finding import Refused, error
+
+REPO = Path(__file__).resolve().parent.parent
+HELP = "/reset starts over, /exit leaves"
+
+
+@dataclass
+class Conversation:
+    """`messages` starts with the system prompt; every turn is added to it."""
+
+    url: str
+    model: str
+    system: str
+    tools: list[dict[str, Any]]
+    kwargs: dict[str, Any]
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}]
+
+    def turn(self) -> Iterator[str]:
+        """Asks for the next turn, yields its text as it comes, and adds it with its tool calls. Refused if nobody answers."""
+        body = {"model": self.model, "messages": self.messages, "stream": True, "temperature": 0, "chat_template_kwargs": self.kwargs}
+        if self.tools:
+            body["tools"] = self.tools
+        text, calls = "", {}
+        for delta in deltas(f"{self.url}/v1/chat/completions", body):
+            if delta.get("content"):
+                text += delta["content"]
+                yield delta["content"]
+            for part in delta.get("tool_calls") or []:
+                call = calls.setdefault(part["index"], {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+                call["id"] = part.get("id") or call["id"]
+                for key, value in (part.get("function") or {}).items():
+                    call["function"][key] += value or ""
+        turn: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            turn["tool_calls"] = [calls[index] for index in sorted(calls)]
+        self.messages.append(turn)
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """Tool calls of the last turn."""
+        return self.messages[-1].get("tool_calls") or []
+
+
+def deltas(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The deltas of a streamed chat completion (server-sent events)."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            for line in response:
+                data = line.decode().strip().removeprefix("data: ")
+                if data == "[DONE]":
+                    return
+                if data and (choices := json.loads(data).get("choices")):
+                    yield choices[0]["delta"]
+    except urllib.error.HTTPError as fault:
+        raise Refused(error("chat", f"the server refused ({fault.code}): {fault.read().decode(errors='replace')[:300]}", "an answer", "Start over with /reset.")) from fault
+    except OSError as fault:
+        raise Refused(error("chat", f"no answer from {url} ({fault})", "a server", "Start it: make serve.")) from fault
+
+
+def shown(call: dict[str, Any]) -> str:
+    """`set_timer(minutes=5)` for a tool call."""
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except json.JSONDecodeError:
+        return f"{function['name']}({function['arguments']})"
+    return f"{function['name']}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in arguments.items())})"
+
+
+def chat(url: str, prompt: str | None = None) -> int:
+    """Chats until /exit or the end of stdin; with `prompt` asks that and nothing else. Returns the exit status."""
+    folder = serving.artifact(Path(os.environ.get("ANNIE_HOME", REPO / ".annie")))
+    its = json.loads((folder / "serve.json").read_text())
+    conversation = Conversation(
+        url.rstrip("/"), its["served_name"], (folder / "prompt.txt").read_text().strip(), json.loads((folder / "tools.json").read_text()),
+        its["chat_template_kwargs"])
+    console = Console(highlight=False, soft_wrap=True)
+    if prompt:
+        say(console, conversation, {"role": "user", "content": prompt})
+        return 0
+    interactive = sys.stdin.isatty()
+    if interactive:
+        console.print(f"[dim]{its['served_name']} at {url}; {HELP}[/dim]")
+    try:
+        while True:
+            line = _input(console, "[bold]you[/bold]  ", interactive)
+            if line == "/exit":
+                return 0
+            if line == "/reset":
+                conversation.reset()
+            elif line:
+                say(console, conversation, {"role": "user", "content": line})
+                for call in conversation.calls:
+                    result = _input(console, f"[dim]result of {call['function']['name']} (return: nothing)[/dim]  ", interactive) if interactive else ""
+                    conversation.messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+                if interactive and conversation.messages[-1]["role"] == "tool" and conversation.messages[-1]["content"]:
+                    say(console, conversation, None)
+    except (EOFError, KeyboardInterrupt):
+        return 0
+
+
+def _input(console: Console, label: str, interactive: bool) -> str:
+    return (console.input(label) if interactive else input()).strip()
+
+
+def say(console: Console, conversation: Conversation, message: dict[str, Any] | None) -> None:
+    """One exchange; a turn that fails is taken out of the conversation again."""
+    before = len(conversation.messages)
+    if message:
+        conversation.messages.append(message)
+    console.print("[bold cyan]annie[/bold cyan]  ", end="")
+    try:
+        for piece in conversation.turn():
+            console.print(piece, end="", markup=False)
+    except Refused:
+        del conversation.messages[before:]
+        raise
+    console.print()
+    for call in conversation.calls:
+        console.print(f"  -> {shown(call)}", style="yellow", markup=False)

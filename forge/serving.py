@@ -1,0 +1,147 @@
+"""Serving what a recipe made, on this machine's loopback: through compose, or by the local executor's vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from forge import plan, render
+from forge.executor import Executor
+from forge.finding import Refused, error
+from forge.plan import Context
+
+SERVICE = "vllm-nemotron-annie"
+READY_SECONDS = 1800  # a 19 GB checkpoint from a cold disk, CUDA graphs included
+_RECORD = "serving.json"
+
+
+def serve(context: Context, executor: Executor, port: int = 8000, detach: bool = False, stop: bool = False) -> int:
+    """Starts (or stops) the server and returns the exit status. Refused if there is nothing to serve or it does not come up."""
+    if executor.name == "docker":
+        return _compose(context, port, detach, stop)
+    return _local(context, executor, port, detach, stop)
+
+
+def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
+    compose = ["docker", "compose", "--project-directory", str(context.repo)]
+    environment = {**os.environ, "ANNIE_PORT": str(port)}
+    if stop:
+        return subprocess.run([*compose, "down"], env=environment).returncode
+    folder = plan.artifact(context, "image").folder
+    made = folder / "image.json"
+    tag = json.loads(made.read_text())["tag"] if made.exists() else ""
+    if not tag or subprocess.run(["docker", "image", "inspect", tag], capture_output=True).returncode:
+        raise Refused(error("serve", f"no image {tag or 'for this artifact'}", "the serving image in this engine",
+                            f"Make it: python build.py run --recipe {context.recipe.option} --executor docker --only image --force"))
+    render.write_override(context.repo, tag, json.loads((folder / "serve.json").read_text())["device"])
+    if code := subprocess.run([*compose, "up", "--detach", SERVICE], env=environment).returncode:
+        return code
+
+    def state() -> str | None:
+        """Why it cannot come up any more, if so."""
+        running = subprocess.run([*compose, "ps", "--quiet", "--status", "running", SERVICE], env=environment, capture_output=True, text=True).stdout.strip()
+        return None if running else f"its container stopped; see: docker compose logs {SERVICE}"
+
+    _record(context, folder, port)
+    _wait(port, state)
+    print(f"serving {tag} on http://127.0.0.1:{port}")
+    return 0 if detach else subprocess.run([*compose, "logs", "--follow", "--no-log-prefix", "--tail=0", SERVICE], env=environment).returncode
+
+
+def _local(context: Context, executor: Any, port: int, detach: bool, stop: bool) -> int:
+    if stop:
+        return _stop(context.store.home)
+    folder, model = plan.artifact(context, "image").folder, plan.artifact(context, "quantize").folder
+    image = context.recipe.images["vllm"]
+    executor.prepare(image, print)
+    its = json.loads((folder / "serve.json").read_text())
+    program = executor.environment(image) / "bin" / "vllm"
+    command = [str(program), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *its["args"]]
+    environment = {**os.environ, **its["env"], "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+                   "PATH": os.pathsep.join([str(program.parent), os.environ.get("PATH", "")])}
+    log = context.store.home / "serving.log"
+    with log.open("w") as opened:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=opened, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        _record(context, folder, port, process.pid)
+        _wait(port, lambda: None if process.poll() is None else f"vLLM ended with {process.returncode}; see {log}")
+        print(f"serving {model} on http://127.0.0.1:{port}" + ("" if detach else "; Ctrl-C stops it"))
+        if detach:
+            return 0
+        return process.wait()
+    except KeyboardInterrupt:
+        _end(process.pid)
+        return 130
+    except BaseException:
+        _end(process.pid)
+        raise
+
+
+def _wait(port: int, dead: Callable[[], str | None]) -> None:
+    began = time.monotonic()
+    while time.monotonic() - began < READY_SECONDS:
+        if why := dead():
+            raise Refused(error("serve", why, "a server that answers", "Its log says why."))
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return
+        except (OSError, urllib.error.URLError):
+            time.sleep(1)
+    raise Refused(error("serve", f"no answer after {READY_SECONDS} s", "a server that answers", "Its log says why."))
+
+
+def _record(context: Context, folder: Path, port: int, pid: int | None = None) -> None:
+    (context.store.home / _RECORD).write_text(json.dumps({"folder": str(folder), "port": port, "pid": pid}) + "\n")
+
+
+def _stop(home: Path) -> int:
+    record = home / _RECORD
+    its = json.loads(record.read_text()) if record.exists() else {}
+    pid = its.get("pid")
+    command = Path(f"/proc/{pid}/cmdline")
+    if not pid or not command.exists() or b"vllm" not in command.read_bytes():
+        print("nothing is being served from here")
+        return 0
+    _end(pid)
+    record.unlink()
+    print("stopped")
+    return 0
+
+
+def _end(pid: int) -> None:
+    """Ends the server's whole process group: its engine is a process of its own."""
+    for number, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(pid, number)
+            for _ in range(seconds * 10):
+                os.killpg(pid, 0)
+                _reap(pid)
+                time.sleep(0.1)
+        except ProcessLookupError:
+            return
+
+
+def _reap(pid: int) -> None:
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:  # another process started it
+        return
+
+
+def artifact(home: Path) -> Path:
+    """The serving artifact that a chat belongs to: what `serve` started last, else the newest one. Refused if there is none."""
+    record = home / _RECORD
+    if record.exists() and (folder := Path(json.loads(record.read_text())["folder"])).is_dir():
+        return folder
+    found = sorted((home / "store" / "artifacts" / "image").glob("*/prompt.txt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise Refused(error("chat", f"no serving artifact in {home}", "one", "Build it: make model, or make demo."))
+    return found[-1].parent

@@ -1,0 +1,131 @@
+"""The docker executor on a toy image and toy stages. Without an engine only what needs none is tested."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from forge.executor import Task
+from forge.executor.docker import Docker, answers, container_job
+from forge.image import Image
+
+BASE = "python:3.11-slim-bookworm"
+engine = pytest.mark.skipif(not answers(), reason="no Docker engine answers here")
+
+STAGE = """\
+    import json, os, sys, time
+    its = json.load(open(sys.argv[1]))
+    print(json.dumps({"event": "progress", "done": 1, "total": 1, "unit": "x", "note": ""}))
+    print("to the log", file=sys.stderr)
+    open(its["output"] + "/made.txt", "w").write(open(its["sources"]["words"][0]).read())
+    open(os.environ["HOME"] + "/cache.txt", "w").write("x")
+    for path in (its["inputs"]["base"] + "/x", "/annie/stages/x"):
+        try:
+            open(path, "w")
+        except OSError:
+            continue
+        sys.exit(9)
+    time.sleep(its["params"]["sleep"])
+    sys.exit(its["params"]["code"])
+    """
+
+
+@pytest.fixture
+def toy(tmp_path):
+    (tmp_path / "repo/stages/toy").mkdir(parents=True)
+    (tmp_path / "repo/stages/toy/__main__.py").write_text(textwrap.dedent(STAGE))
+    folder = tmp_path / "repo/images/toy"
+    folder.mkdir(parents=True)
+    (folder / "Dockerfile").write_text("ARG BASE\nFROM scratch AS wheels\nFROM ${BASE}\nRUN --mount=type=bind,from=wheels,target=/wheels ls /wheels\nWORKDIR /annie\n")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "words.txt").write_text("alpha")
+    return tmp_path
+
+
+def task(toy, **params):
+    run = toy / "run"
+    run.mkdir(exist_ok=True)
+    job = {
+        "stage": "toy", "params": {"code": 0, "sleep": 0, **params}, "inputs": {"base": str(toy / "input")}, "sources": {"words": [str(toy / "words.txt")]},
+        "secrets": {}, "output": str(toy / "output"), "scratch": str(toy / "scratch"), "seed": 1, "device": "cpu", "provenance": {},
+    }
+    return Task("toy", Image("toy", toy / "repo/images/toy", {"base": BASE}), job, toy / "repo", run, "01-toy")
+
+
+def test_the_job_in_a_container_has_no_path_of_the_host(toy):
+    job, mounts = container_job(task(toy))
+    assert str(toy) not in json.dumps(job)
+    assert {target: read_only for _, target, read_only in mounts} == {
+        "/inputs/base": True, "/sources/words/0/words.txt": True, "/output": False, "/scratch": False}
+
+
+@engine
+def test_what_a_container_writes_belongs_to_the_user_it_runs_as(toy):
+    its = Docker(toy / "repo", toy / "home", user=(1234, 1234))
+    wanted = task(toy)
+    its.prepare(wanted.image, lambda line: None)
+    lines: list[str] = []
+    its.prepare(wanted.image, lines.append)
+    assert lines == []  # built once
+    running = its.submit(wanted)
+    said = list(its.logs(running))
+    assert its.poll(running) == 0, said
+    assert {(line.stream, "event" in line.text) for line in said} == {("stdout", True), ("stderr", False)}
+    written = [toy / "output/made.txt", toy / "scratch/home/cache.txt"]
+    assert [path.stat().st_uid for path in written] == [1234, 1234]
+    assert written[0].read_text() == "alpha"
+
+
+@engine
+def test_the_script_beside_a_run_does_the_same_again(toy):
+    its = Docker(toy / "repo", toy / "home")
+    wanted = task(toy, code=3)
+    its.prepare(wanted.image, lambda line: None)
+    running = its.submit(wanted)
+    list(its.logs(running))
+    assert its.poll(running) == 3
+    (toy / "output/made.txt").unlink()
+    assert subprocess.run([str(toy / "run/01-toy.sh")], capture_output=True).returncode == 3
+    assert (toy / "output/made.txt").exists()
+
+
+@engine
+def test_a_container_that_a_killed_run_left_is_removed_by_the_next(toy):
+    its = Docker(toy / "repo", toy / "home")
+    its.prepare(task(toy).image, lambda line: None)
+    left = its.submit(task(toy, sleep=600))
+    running = Docker(toy / "repo", toy / "home")
+    running.prepare(task(toy).image, lambda line: None)
+    next_ = running.submit(task(toy))
+    list(running.logs(next_))
+    assert running.poll(next_) == 0
+    list(its.logs(left))
+    assert its.poll(left) == 137
+    assert running.client.containers.list(all=True, filters={"label": f"io.annie.home={toy / 'home'}"}) == []
+
+
+@engine
+def test_cancel_ends_a_container(toy):
+    its = Docker(toy / "repo", toy / "home")
+    its.prepare(task(toy).image, lambda line: None)
+    running = its.submit(task(toy, sleep=600))
+    began = time.monotonic()
+    its.cancel(running)
+    assert time.monotonic() - began < 15 and its.poll(running) not in (None, 0)
+
+
+@engine
+def test_this_machine_has_what_the_small_recipe_needs(toy):
+    assert [f for f in Docker(toy / "repo", toy / "home").check([task(toy).image], gpu=False) if f.level == "error"] == []
+
+
+@engine
+@pytest.mark.skipif(subprocess.run([sys.executable, "-c", "import shutil, sys; sys.exit(shutil.which('nvidia-smi') is None)"]).returncode == 0, reason="this machine has a GPU")
+def test_an_engine_without_the_gpu_runtime_is_named_before_anything_runs(toy):
+    found = Docker(toy / "repo", toy / "home").check([], gpu=True)
+    assert any("NVIDIA" in f.found and f.remedy for f in found)
