@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
+import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from stages import job
 from stages.data import picture
 from stages.data.rows import Reject, Row, files, read
 from stages.job import Job, StageError
+
+LITTLE = 0.05  # a share of trained tokens that is worth a warning: most of such a run is spent on reading prompts
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,14 @@ def run(its: Job) -> None:
     total = len(rows) + len(rejects) + duplicates
     if not total:
         raise StageError("no rows in the sources", "JSONL files with one conversation a line", "Check `sources.conversations` in the recipe.")
-    compare_prompts(rows, prompt, its.params["other_prompts"])
+    others = compare_prompts(rows, prompt, its.params["other_prompts"])
     tokenizer = AutoTokenizer.from_pretrained(its.inputs["base"])
     prepared, refused = render(tokenizer, rows, its.params["max_tokens"])
     rejects += refused
     write_lines(its.output / "rejects.jsonl", [asdict(r) for r in rejects])
-    refuse_many(rejects, total, its.params["max_reject_share"])
     for reject in rejects[:5]:
         job.warning(f"{reject.file}:{reject.line} rejected: {reject.reason}", "all rejects are in rejects.jsonl")
+    refuse_many(rejects, total, its.params["max_reject_share"])
     train, held_out = split(prepared, its.params["eval_share"])
     if not train:
         raise StageError("no row left to train on", "at least one", "See the reasons in the log; check max_tokens and eval_share.")
@@ -46,18 +50,20 @@ def run(its: Job) -> None:
     write_lines(its.output / "eval.jsonl", [line(p) for p in held_out])
     (its.output / "prompt.txt").write_text(prompt + "\n")
     (its.output / "tools.json").write_text(json.dumps(tools, indent=2) + "\n")
-    stats = statistics(train, held_out, rejects, duplicates, prompt)
+    stats = summary(train, held_out, rejects, duplicates=duplicates, other_prompts=others, prompt=prompt)
     (its.output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-    picture.draw(its.output / "tokens.png", [len(p.rendered.input_ids) for p in prepared], [p.rendered.trained for p in prepared], stats["categories"])
+    picture.draw(its.output / "tokens.png", stats)
+    if stats["trained_share"] < LITTLE:
+        job.warning(f"only {stats['trained_share']:.1%} of the tokens are trained", "shorten the system prompt, or leave out tools that a conversation does not need")
     for name in ("train", "eval", "rejected", "duplicates", "trained_share"):
         job.metric(name, stats[name])
 
 
-def merge(paths: list[Path]) -> tuple[list[Row], list[Reject], int]:
+def merge(paths: dict[str, Path]) -> tuple[list[Row], list[Reject], int]:
     """Rows of all files in order, rejects, and how many exact duplicates were left out."""
     rows, rejects, seen, duplicates = [], [], set(), 0
-    for number, path in enumerate(paths, 1):
-        for found in read(path):
+    for number, (name, path) in enumerate(paths.items(), 1):
+        for found in read(name, path):
             if isinstance(found, Reject):
                 rejects.append(found)
             elif found.content in seen:
@@ -69,14 +75,14 @@ def merge(paths: list[Path]) -> tuple[list[Row], list[Reject], int]:
     return rows, rejects, duplicates
 
 
-def compare_prompts(rows: list[Row], prompt: str, policy: str) -> None:
+def compare_prompts(rows: list[Row], prompt: str, policy: str) -> int:
     """The prompt of training has to be the prompt of production: a model trained under a stale one misbehaves under the new.
 
-    Raises StageError with a diff, unless the recipe allows other prompts.
+    Returns how many rows have another one. Raises StageError with a diff, unless the recipe allows them.
     """
     others = Counter(row.prompt.strip() for row in rows if row.prompt.strip() != prompt)
     if not others:
-        return
+        return 0
     worst, count = others.most_common(1)[0]
     example = next(row for row in rows if row.prompt.strip() == worst)
     diff = "\n".join(difflib.unified_diff(prompt.splitlines(), worst.splitlines(), "production", f"{example.file}:{example.line}", lineterm="", n=1))
@@ -84,6 +90,7 @@ def compare_prompts(rows: list[Row], prompt: str, policy: str) -> None:
     if policy == "refuse":
         raise StageError(found, "the production prompt in every row", "Rewrite the rows' system prompt, name the right prompt file, or set other_prompts: allow.")
     job.warning(found, "other_prompts: allow is set; these rows are trained as they are")
+    return sum(others.values())
 
 
 def render(tokenizer, rows: list[Row], limit: int) -> tuple[list[Prepared], list[Reject]]:
@@ -101,7 +108,7 @@ def render(tokenizer, rows: list[Row], limit: int) -> tuple[list[Prepared], list
             elif not rendered.trained:
                 reason = "no token to train on"
         if reason:
-            rejects.append(Reject(row.file, row.line, reason, row.content[:200]))
+            rejects.append(Reject(row.file, row.line, reason, row.head))
         else:
             prepared.append(Prepared(row, rendered))
         if number % 50 == 0 or number == len(rows):
@@ -120,7 +127,10 @@ def refuse_many(rejects: list[Reject], total: int, share: float) -> None:
 
 
 def split(prepared: list[Prepared], share: float) -> tuple[list[Prepared], list[Prepared]]:
-    """Train and held-out rows. The same row falls on the same side whatever else is in the data; shares hold per category."""
+    """Train and held-out rows: in each category the share with the lowest hashes, whatever the order of the files.
+
+    New rows leave every old one on its side, but for the few at the border that keep the share what it is.
+    """
     groups: dict[str, list[Prepared]] = {}
     for item in prepared:
         groups.setdefault(item.row.category, []).append(item)
@@ -139,20 +149,33 @@ def line(item: Prepared) -> dict:
     }
 
 
-def statistics(train: list[Prepared], held_out: list[Prepared], rejects: list[Reject], duplicates: int, prompt: str) -> dict:
+def summary(train: list[Prepared], held_out: list[Prepared], rejects: list[Reject], duplicates: int, other_prompts: int, prompt: str) -> dict:
+    """What `stats.json` says. Shares are of tokens; `lowest_` and `median_trained_share` are over conversations."""
     both = [*train, *held_out]
-    tokens = sum(len(p.rendered.input_ids) for p in both)
-    trained = sum(p.rendered.trained for p in both)
-    shares = sorted(p.rendered.trained / len(p.rendered.input_ids) for p in both)
+    lengths = [len(p.rendered.input_ids) for p in both]
+    trained = [p.rendered.trained for p in both]
+    shares = [part / whole for part, whole in zip(trained, lengths)]
     return {
-        "train": len(train), "eval": len(held_out), "rejected": len(rejects), "duplicates": duplicates,
-        "tokens": tokens, "trained_tokens": trained, "trained_share": round(trained / tokens, 4), "lowest_trained_share": round(shares[0], 4),
-        "longest": max(len(p.rendered.input_ids) for p in both),
+        "train": len(train), "eval": len(held_out), "rejected": len(rejects), "duplicates": duplicates, "other_prompts": other_prompts,
+        "tokens": sum(lengths), "trained_tokens": sum(trained), "trained_share": round(sum(trained) / sum(lengths), 4),
+        "lowest_trained_share": round(min(shares), 4), "median_trained_share": round(statistics.median(shares), 4),
+        "longest": max(lengths), "median_length": round(statistics.median(lengths)),
+        "histograms": {"tokens": histogram(lengths), "trained_tokens": histogram(trained)},
         "categories": dict(sorted(Counter(p.row.category for p in both).items())),
         "files": dict(sorted(Counter(p.row.file for p in both).items())),
         "reasons": dict(Counter(r.reason for r in rejects).most_common()),
         "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
     }
+
+
+def histogram(values: list[int], most: int = 30) -> dict[str, list[int]]:
+    """Counts in bins of equal whole width; `edges` has one entry more than `counts`, and a bin holds its lower edge."""
+    low, high = min(values), max(values)
+    width = max(1, math.ceil((high - low + 1) / most))
+    counts = [0] * ((high - low) // width + 1)
+    for value in values:
+        counts[(value - low) // width] += 1
+    return {"edges": [low + width * n for n in range(len(counts) + 1)], "counts": counts}
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron import chat
+from stages.job import StageError
 
 HEAD = 200  # characters of a bad line that rejects.jsonl keeps
 
@@ -20,6 +21,7 @@ class Row:
     messages: list[dict]
     tools: list[dict] | None
     category: str
+    head: str
 
     @property
     def content(self) -> str:
@@ -41,23 +43,35 @@ class Reject:
     head: str
 
 
-def files(sources: list[Path]) -> list[Path]:
-    """The JSONL files that `sources` name, folders' files in the order of their names."""
-    found: list[Path] = []
-    for source in sources:
-        found += sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
+def files(sources: list[Path]) -> dict[str, Path]:
+    """Name -> JSONL file, in the order of `sources`, a folder's files in the order of their names.
+
+    A name starts at its source, such as `conversations/direct_action.jsonl`; where two sources share it, the later says which.
+    """
+    found: dict[str, Path] = {}
+    for number, source in enumerate(sources, 1):
+        paths = sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
+        if not paths:
+            raise StageError(f"no .jsonl file in {source.name}", "at least one in every folder of the sources", "Check `sources.conversations` in the recipe.")
+        for path in paths:
+            name = str(path.relative_to(source.parent))
+            found[f"{name} (source {number})" if name in found else name] = path
     return found
 
 
-def read(path: Path) -> Iterator[Row | Reject]:
+def read(name: str, path: Path) -> Iterator[Row | Reject]:
     """Every non-empty line of one file. Read as bytes: a file cut off by a crash may end in NULs or half a character."""
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         if not raw.strip():
             continue
         try:
-            yield parse(raw, path.name, number, path.stem)
+            yield parse(raw, name, number, path.stem)
         except chat.ChatError as error:
-            yield Reject(path.name, number, str(error), raw[:HEAD].decode("utf-8", "replace"))
+            yield Reject(name, number, str(error), head(raw))
+
+
+def head(raw: bytes) -> str:
+    return raw[:HEAD].decode("utf-8", "replace")
 
 
 def parse(raw: bytes, file: str, line: int, category: str) -> Row:
@@ -76,9 +90,19 @@ def parse(raw: bytes, file: str, line: int, category: str) -> Row:
     if not any(m["role"] == "assistant" for m in messages):
         raise chat.ChatError("no assistant turn: nothing to train on")
     tools = value.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise chat.ChatError("tools is not a list of objects")
-    return Row(file, line, chat.normalise(messages), tools or None, str(value.get("category") or category))
+    if tools is not None and not (isinstance(tools, list) and all(map(named, tools))):
+        raise chat.ChatError("tools is not a list of functions with names")
+    row = Row(file, line, chat.normalise(messages), tools or None, str(value.get("category") or category), head(raw))
+    try:
+        (row.content + row.category).encode()
+    except UnicodeEncodeError as error:
+        raise chat.ChatError("half a surrogate pair: a character was cut in two") from error
+    return row
+
+
+def named(tool: Any) -> bool:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def check(message: Any, position: int) -> None:
@@ -90,7 +114,8 @@ def check(message: Any, position: int) -> None:
     if role == "system" and position > 1:
         raise chat.ChatError(f"message {position} is a second system prompt")
     content = message.get("content")
-    if content is not None and not isinstance(content, str):
-        raise chat.ChatError(f"content of message {position} is {type(content).__name__}, not text")
+    # Only a turn that calls a tool may be without text: the template would write the word None for the others.
+    if not isinstance(content, str) and not (content is None and role == "assistant"):
+        raise chat.ChatError(f"content of message {position} is {'null' if content is None else type(content).__name__}, not text")
     if role == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
         raise chat.ChatError(f"message {position} is an empty assistant turn")

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 MODES = ("emoji", "markdown", "verbosity", "follow_up", "tool_leak", "fabrication", "wrong_tool", "name_error", "think_leak")
 
 # Pictographs, dingbats, flags and the selectors that make an emoji of a plain character.
-EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U000e0020-\U000e007f]")
-MARKDOWN = re.compile(r"\*\*|__|`|^\s{0,3}#{1,6}\s|^\s*[-*+]\s|^\s*\d+[.)]\s|\[[^\]]+\]\([^)]+\)|^\s*\|.*\|\s*$|^\s*>\s", re.MULTILINE)
+EMOJI = re.compile("[\U0001f000-\U0001faff\u231a\u231b\u23e9-\u23fa\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U000e0020-\U000e007f]")
+MARKDOWN = re.compile(r"\*\*|__|`|(?<!\w)\*\S[^*\n]*\*|^\s{0,3}#{1,6}\s|^\s*[-*+]\s|^\s*\d+[.)]\s|\[[^\]]+\]\([^)]+\)|^\s*\|.*\|\s*$|^\s*>\s", re.MULTILINE)
 THINK = re.compile(r"</?think>")
 LEAK = re.compile(r"</?tool_call>|<function=|<parameter=|</function>|<tool_response>|\"arguments\"\s*:|\b\w+\(\s*\w+\s*=")
 JSON_OBJECT = re.compile(r"\{\s*\"\w+\"\s*:")
+ASKS_LAST = re.compile(r"\?\W*$")  # emoji and quotes may follow the question mark
 FOLLOW_UP = re.compile(r"\b(would you like|shall i|do you want|want me to|can i help|anything else|let me know)\b", re.IGNORECASE)
-NOT_KNOWN = re.compile(r"\b(no memory|not in (my )?memory|do(n't| not) (know|have|remember)|not sure|no record|never told)\b", re.IGNORECASE)
+NOT_KNOWN = re.compile(r"\b(no memory|not in (my )?memory|do(n['\u2019]t| not) (know|have|remember)|not sure|no record|never told)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ def distance(a: str, b: str) -> int:
 def score(question: dict, answer: dict) -> list[Failure]:
     """What is wrong with `answer` (an OpenAI message plus `finish_reason`) to `question` (docs/formats.md, Questions).
 
-    An empty answer counts as verbosity ("says nothing"): the mode is about the right amount of speech. An answer
-    without the words that `must_say` asks for is a fabrication: whatever it says, it is not the fact asked for.
+    An empty answer where speech was wanted is verbosity ("says nothing"): that mode is about the right amount of it.
+    Where a call was wanted it is wrong_tool. An answer without the words that `must_say` asks for is a fabrication:
+    whatever it says, it is not the fact asked for. Where `unknown` is set, admitting it is all that must be said.
     """
     expect = question.get("expect", {})
     text = answer.get("content") or ""
     calls = answer.get("tool_calls") or []
-    found = [*_manners(text), *_tools(expect, calls)]
+    found = [*_manners(text), *_leaks(question, text), *_tools(expect, calls)]
     if THINK.search(text) or (answer.get("reasoning") or answer.get("reasoning_content") or "").strip():
         found.append(Failure("think_leak", "thoughts in the answer"))
     words = len(text.split())
@@ -53,7 +55,7 @@ def score(question: dict, answer: dict) -> list[Failure]:
         found.append(Failure("verbosity", f"cut off after {words} words"))
     elif words > expect.get("max_words", 40):
         found.append(Failure("verbosity", f"{words} words, at most {expect.get('max_words', 40)}"))
-    elif not words and not calls:
+    elif not words and not calls and "tool" not in expect:
         found.append(Failure("verbosity", "says nothing"))
     if "tool" not in expect:
         found += _content(expect, text)
@@ -66,11 +68,17 @@ def _manners(text: str) -> list[Failure]:
         found.append(Failure("emoji", match.group()))
     if match := MARKDOWN.search(text):
         found.append(Failure("markdown", match.group().strip() or "markdown"))
-    if text.rstrip(" \"')*_").endswith("?") or FOLLOW_UP.search(text):
+    if ASKS_LAST.search(text) or FOLLOW_UP.search(text):
         found.append(Failure("follow_up", text.strip()[-60:]))
-    if match := LEAK.search(text) or JSON_OBJECT.search(text):
-        found.append(Failure("tool_leak", match.group()))
     return found
+
+
+def _leaks(question: dict, text: str) -> list[Failure]:
+    if match := LEAK.search(text) or JSON_OBJECT.search(text):
+        return [Failure("tool_leak", match.group())]
+    # A tool's name with an underscore is no spoken word; one such as `search` may be.
+    names = [tool.get("function", tool)["name"] for tool in question.get("tools", [])]
+    return [Failure("tool_leak", name) for name in names if "_" in name and name in text][:1]
 
 
 def _tools(expect: dict, calls: list[dict]) -> list[Failure]:
@@ -78,7 +86,7 @@ def _tools(expect: dict, calls: list[dict]) -> list[Failure]:
     for call in calls:
         try:
             made.append((call["function"]["name"], json.loads(call["function"]["arguments"])))
-        except ValueError:
+        except (TypeError, ValueError):
             return [Failure("wrong_tool", f"arguments of {call['function']['name']} are not JSON")]
     if wanted := expect.get("tool"):
         if made != [(wanted["name"], wanted["arguments"])]:
@@ -102,7 +110,7 @@ def _content(expect: dict, text: str) -> list[Failure]:
             found.append(Failure("fabrication", f"says {banned!r}"))
     words = re.findall(r"[^\W\d_]+", text)
     for name in expect.get("names", []):
-        near = [w for w in words if 0 < distance(w, name) <= (1 if len(name) < 6 else 2)]
+        near = [w for w in words if w not in expect["names"] and 0 < distance(w, name) <= (1 if len(name) < 6 else 2)]
         if near or name not in words:
             found.append(Failure("name_error", f"{near[0]} for {name}" if near else f"no {name}"))
     return found

@@ -5,6 +5,7 @@ base and tuned share a server where the adapter can be served at run time; merge
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +38,14 @@ def run(its: Job) -> None:
     if unknown:
         raise StageError(f"the gate names {', '.join(sorted(unknown))}", f"columns: {', '.join(COLUMNS)}", "Mend `gate` in the recipe.")
     plans = servers(its)
+    vllm = installed()
     answers: dict[str, list[dict]] = {}
     seconds: dict[str, float] = {}
     for plan in plans:
         try:
-            flags = serve(its.params["vllm"], its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"])
+            flags = serve(vllm, its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"])
         except ServingError as error:
-            raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vllm, layout or targets.") from error
+            raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image, layout or targets.") from error
         with Server(plan.model, flags, " and ".join(plan.columns), plan.adapter) as server:
             for column, name in plan.columns.items():
                 began = time.monotonic()
@@ -51,7 +53,15 @@ def run(its: Job) -> None:
                 seconds[column] = round(time.monotonic() - began, 1)
             if plan.adapter:
                 check_adapter(answers)
-    write(its, asked, answers, seconds)
+    write(its, vllm, asked, answers, seconds)
+
+
+def installed() -> str:
+    """The version of the vLLM in this image."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise StageError("no vLLM in this image", "an image that holds the vLLM that is to serve", "Check images/vllm.") from error
 
 
 def questions(its: Job) -> list[dict]:
@@ -133,9 +143,9 @@ def check_adapter(answers: dict[str, list[dict]]) -> None:
         raise StageError("the adapter changes no answer", "other answers than the base's", "vLLM did not apply it (names that match nothing), or it was not trained.")
 
 
-def write(its: Job, asked: list[dict], answers: dict[str, list[dict]], seconds: dict[str, float]) -> None:
+def write(its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]], seconds: dict[str, float]) -> None:
     scored = {column: [checks.score(q, a) for q, a in zip(asked, given)] for column, given in answers.items()}
-    summary = report.summarise(asked, scored, its.params["gate"]) | {"seconds": seconds, "vllm": its.params["vllm"]}
+    summary = report.summarise(asked, scored, its.params["gate"]) | {"seconds": seconds, "vllm": vllm}
     (its.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     (its.output / "report.md").write_text(report.markdown(summary))
     report.picture(its.output / "behaviour.png", summary)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from nemotron import audit
 from nemotron.checkpoint import DTYPES, Checkpoint, CheckpointError, Slot, write
 from nemotron.lora import Adapter, AdapterError
 from stages import job
@@ -21,6 +22,8 @@ from stages.merge import proof
 
 def run(its: Job) -> None:
     base_folder = its.inputs["base"]
+    if faults := audit.bf16(base_folder, values=False):
+        raise StageError(f"{faults[0].subject}: {faults[0].found}", faults[0].expected, faults[0].remedy)
     try:
         base = Checkpoint(base_folder)
         adapter = Adapter(its.inputs["train"] / "adapter", base)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nemotron import audit, layout, nvfp4
-from nemotron.checkpoint import Checkpoint, Slot, write, write_index
+from nemotron.checkpoint import INDEX, Checkpoint, Slot, write, write_index
 from nemotron.names import Spec
 from stages import job
 from stages.job import Job, StageError
@@ -74,7 +74,8 @@ def stream(source: Checkpoint, maxima: dict[str, torch.Tensor], chosen: str, out
         write(output / file, slots, produce, source.metadata[file])
         written.append((file, slots))
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in ("manifest.json", "merge.json", "model.safetensors.index.json"):
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in ("manifest.json", "merge.json", INDEX):
             shutil.copyfile(path, output / path.name)
-    if len(source.files) > 1:
+    # A single shard can have an index too (model-00001-of-00001), and is found by nothing else.
+    if (source.folder / INDEX).exists():
         write_index(output, written)

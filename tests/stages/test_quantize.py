@@ -1,0 +1,123 @@
+"""Quantise, and the audit of what was written: each broken checkpoint is caught by name."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train environment")
+pytest.importorskip("modelopt", reason="needs the train environment")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import small  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from nemotron import audit, layout  # noqa: E402
+from nemotron.checkpoint import Checkpoint  # noqa: E402
+from stages.quantize import quantize  # noqa: E402
+
+PARAMS = {"layout": "official", "kv_cache": "FP8", "calibration_rows": 2, "calibration_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return small.base(tmp_path_factory.mktemp("source") / "base")
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantised")
+    its = small.job("quantize", folder, PARAMS, merge=source, data=small.data(folder / "data"))
+    quantize.run(its)
+    return its.output
+
+
+def test_the_audit_passes_and_the_config_is_the_source_s(source, made):
+    assert audit.nvfp4(made, "official", source) == []
+    assert json.loads((made / "audit.json").read_text())["findings"] == []
+    assert (made / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_trap_4_the_correction_bias_keeps_its_bits(source, made):
+    before, after = Checkpoint(source), Checkpoint(made)
+    assert all(before.raw(n) == after.raw(n) for n in before.entries if n.endswith(("e_score_correction_bias", "A_log", ".D")))
+
+
+def test_trap_23_no_control_character_in_any_name(made):
+    listed = json.loads((made / audit.QUANT).read_text())["quantization"]["exclude_modules"]
+    assert all(n.isprintable() for n in [*listed, *Checkpoint(made).entries])
+    assert "lm_head" in listed
+
+
+def test_trap_24_every_expert_has_every_scale(source, made):
+    after = Checkpoint(made)
+    for name in layout.quantised(after.config, "official"):
+        for part in layout.PARTS:
+            assert (after.tensor(f"{name}.{part}").float() > 0).all()
+
+
+def test_trap_25_attention_is_not_quantised(made):
+    assert all(e.dtype == "BF16" for n, e in Checkpoint(made).entries.items() if n.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+
+BREAKS = {
+    "missing scale": (lambda t, n: t.pop(f"{n}.input_scale"), "input_scale"),
+    "NaN scale": (lambda t, n: t.update({f"{n}.weight_scale_2": torch.tensor(float("nan"))}), "weight_scale_2"),
+    "zero scale": (lambda t, n: t.update({f"{n}.input_scale": torch.tensor(0.0)}), "input_scale"),
+    "scale of shape (1,)": (lambda t, n: t.update({f"{n}.input_scale": torch.ones(1)}), "input_scale"),
+    "transposed expert": (lambda t, n: t.update({f"{n}.weight": t[f"{n}.weight"].T.contiguous()}), ".weight"),
+    "extra tensor": (lambda t, n: t.update({"lora_left_over": torch.ones(1)}), "lora_left_over"),
+}
+
+
+def broken(made, folder, module, change):
+    shutil.copytree(made, folder)
+    file = Checkpoint(folder).entries[f"{module}.weight"].file
+    tensors = load_file(file)
+    change(tensors, module)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_a_broken_checkpoint_is_caught_by_name(source, made, tmp_path, fault):
+    change, subject = BREAKS[fault]
+    module = next(n for n in layout.quantised(Checkpoint(made).config, "official") if n.endswith(".experts.0.down_proj"))
+    folder = broken(made, tmp_path / "broken", module, change)
+    assert any(subject in f.subject for f in audit.nvfp4(folder, "official", source))
+
+
+def test_a_renamed_embedding_is_caught(source, tmp_path):
+    def rename(tensors, module):
+        tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+
+    found = audit.bf16(broken(source, tmp_path / "broken", "backbone.embeddings", rename))
+    assert {f.subject for f in found} == {"backbone.embeddings.weight", "backbone.embedding.weight"}
+
+
+def test_a_corrupted_exclude_is_caught(source, made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "broken")
+    quant = json.loads((folder / audit.QUANT).read_text())
+    quant["quantization"]["exclude_modules"][0] = "lm_head.\0backbone.pt_name_sentinel"
+    (folder / audit.QUANT).write_text(json.dumps(quant))
+    found = audit.nvfp4(folder, "official", source)
+    assert any("control character" in f.expected for f in found) and any("lm_head" in f.found for f in found)
+
+
+def test_a_truncated_file_is_caught(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "broken")
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    assert file.name in audit.bf16(folder)[0].found
+
+
+def test_a_quantised_base_is_refused_with_its_reason(made):
+    assert "NVFP4" in audit.bf16(made)[0].found
+
+
+def test_trap_28_the_calibrated_scales_come_from_a_forward_that_ran_on_cpu(made):
+    after = Checkpoint(made)
+    scales = {after.tensor(n).item() for n in after.entries if n.endswith("input_scale")}
+    assert len(scales) > 2  # one a projection and layer, not one default for all
