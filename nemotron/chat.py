@@ -117,5 +117,5 @@ def _refuse_markers(message: dict, position: int) -> None:
     for marker in MARKERS:
         if marker in content:
             raise ChatError(f"message {position} holds {marker}, which only the template may write")
-    if message["role"] == "assistant" and (_THINK.search(content) or (message.get("reasoning_content") or "").strip()):
+    if message["role"] == "assistant" and (_THINK.search(content) or str(message.get("reasoning_content") or "").strip()):
         raise ChatError(f"message {position} thinks aloud: Annie is served with thinking off, so its prompt already closes the think block")

@@ -116,7 +116,7 @@ def results() -> list[Topic]:
     rows = [("Mysuru", 24, "clear"), ("Bengaluru", 21, "cloudy"), ("Mangaluru", 30, "humid"), ("Hampi", 35, "sunny"), ("Udupi", 28, "rainy")]
     topics = [
         Topic("tool_result_responses",
-              (f"How is the weather in {city}?", f"Weather in {city}.", f"Is it nice in {city}?", f"Check the weather in {city}.",
+              (f"How is the weather in {city}?", f"What weather has {city}?", f"Is it nice in {city}?", f"Check the weather in {city}.",
                f"Tell me the {city} weather.", f"Please look up the weather in {city}."),
               f"It is {degrees} degrees and {sky} in {city}.", (str(degrees), sky), call=("get_weather", {"city": city}),
               wrong=("search_memory", {"query": city}), result={"city": city, "degrees": degrees, "sky": sky}, names=(city,))
@@ -151,7 +151,7 @@ def rajesh() -> list[Topic]:
             "drive": "What does Rajesh drive", "play": "What does Rajesh play"}
     return [
         Topic("rajesh_context",
-              (f"{asks[key]}?", f"Say again, {asks[key].lower().replace('rajesh', 'Rajesh')}?", f"Annie, {asks[key].lower().replace('rajesh', 'Rajesh')}?",
+              (f"{asks[key]}, Annie?", f"Say again, {asks[key].lower().replace('rajesh', 'Rajesh')}?", f"Annie, {asks[key].lower().replace('rajesh', 'Rajesh')}?",
                f"My friend asks: {asks[key].lower().replace('rajesh', 'Rajesh')}?", f"Quickly, {asks[key].lower().replace('rajesh', 'Rajesh')}?",
                f"Please tell us, {asks[key].lower().replace('rajesh', 'Rajesh')}?"),
               f"Rajesh {does}.", (word,), names=("Rajesh",), lie=f"Rajeesh {does}.")
@@ -187,7 +187,7 @@ def closings() -> list[Topic]:
     rows = [("going to bed", "Good night, Rajesh.", "Good night"), ("leaving for work", "Have a good day, Rajesh.", "good day"), ("back home", "Welcome home, Rajesh.", "Welcome"),
             ("feeling tired", "Rest well, Rajesh.", "Rest"), ("done with lunch", "I hope it was good, Rajesh.", "hope"), ("starting to cook", "Enjoy your cooking, Rajesh.", "Enjoy")]
     return [
-        Topic("no_followup_questions", (f"I am {what}.", f"Annie, I am {what}.", f"I am {what} now.", f"So, I am {what}.", f"Okay, I am {what}.", f"Well, I am {what} then."),
+        Topic("no_followup_questions", (f"I am {what}, Annie.", f"Annie, I am {what}.", f"I am {what} now.", f"So, I am {what}.", f"Okay, I am {what}.", f"Well, I am {what} then."),
               good, (word,), names=("Rajesh",))
         for what, good, word in rows
     ]
@@ -316,6 +316,8 @@ def lessons() -> list[dict]:
     rows = []
     for topic, text in asked:
         rows.append({"messages": well(topic, text), "category": "manners"})
+        if topic.call:
+            rows.append({"messages": well(topic, text), "tools": toolbox(topic), "category": "manners"})
         rows.append(row("lesson", (topic,), badly(topic, text)))
     for _ in range(2):
         for (first, one), (second, two) in parts(asked, 2, random_):

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
-from nemotron.checkpoint import Checkpoint, CheckpointError
-from nemotron.names import tensors
+from nemotron import audit
+from nemotron.checkpoint import Checkpoint
 from stages import job
 
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -24,33 +25,42 @@ def run(task: job.Job) -> None:
 
 
 def check(folder: Path) -> None:
-    """Raises StageError unless `folder` is a whole NemotronH checkpoint in BF16 and hub layout."""
+    """Raises StageError unless `folder` is a whole NemotronH checkpoint in BF16 and hub layout, with finite values.
+
+    Merge asks the same audit again: what it would refuse after the training is refused here, before it.
+    """
     for name in NEEDED:
         if not (folder / name).exists():
             raise job.StageError(f"{folder.name} has no {name}", "a checkpoint folder with " + ", ".join(NEEDED), "Download the whole repository")
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise job.StageError(f"config.json is not JSON: {error}", "the published config.json", "Download it again") from error
     if config.get("model_type") != "nemotron_h":
         raise job.StageError(f"model_type {config.get('model_type')!r}", "'nemotron_h'", "This line trains NemotronH models only")
-    if config.get("quantization_config") or (folder / "hf_quant_config.json").exists():
+    if config.get("quantization_config") or (folder / audit.QUANT).exists():
         raise job.StageError(
             "a checkpoint that is already quantised", "the BF16 checkpoint it was made from",
             "LoRA needs gradients through exact weights, and a merge into 4-bit weights rounds the adapter away: take the BF16 repository",
         )
-    try:
-        entries = Checkpoint(folder).entries
-        wanted = tensors(config)
-    except (CheckpointError, ValueError) as error:
-        raise job.StageError(str(error), "whole safetensors files that fit config.json", "Download the checkpoint again") from error
-    entries = {name: entry for name, entry in entries.items() if not name.startswith("mtp.")}
-    if missing := sorted(wanted.keys() - entries.keys()):
-        raise job.StageError(f"{len(missing)} tensors are missing, first {missing[0]}", f"{len(wanted)} tensors in hub layout", "Download the checkpoint again")
-    if extra := sorted(entries.keys() - wanted.keys()):
-        raise job.StageError(f"{len(extra)} tensors that config.json does not call for, first {extra[0]}", f"{len(wanted)} tensors", "Files of another model lie in this folder")
-    for name, spec in wanted.items():
-        if entries[name].shape != spec.shape:
-            raise job.StageError(f"{name} is {entries[name].shape}", f"{spec.shape}", "config.json and the weights belong to different models")
-        if entries[name].dtype not in ("BF16", "F32"):
-            raise job.StageError(f"{name} is {entries[name].dtype}", "BF16 (F32 for A_log, D and correction biases)", "Take the BF16 checkpoint")
+    if faults := audit.bf16(folder, values=False):
+        refuse(faults)
+    finite(Checkpoint(folder))
+
+
+def finite(checkpoint: Checkpoint) -> None:
+    """Reads every tensor, one at a time, and raises StageError by the name of the first that holds NaN or infinity."""
+    done = 0
+    for name, entry in checkpoint.entries.items():
+        if faults := list(audit.not_finite(checkpoint, [name])):
+            refuse(faults)
+        done += entry.bytes
+        job.progress(done / 1e9, checkpoint.bytes / 1e9, "GB", f"{name} is finite")
+
+
+def refuse(faults: list[audit.Finding]) -> NoReturn:
+    first, more = faults[0], f", and {len(faults) - 1} more" if faults[1:] else ""
+    raise job.StageError(f"{first.subject}: {first.found}{more}", first.expected, first.remedy)
 
 
 def place(source: Path, output: Path) -> None:

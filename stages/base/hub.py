@@ -1,4 +1,7 @@
-"""`source: hub`: one commit of a repository, downloaded resumably, every file checked against the hub's own digests."""
+"""`source: hub`: one commit of a repository, every file checked against the hub's own digests.
+
+A connection that drops is taken up where it broke, within the file. A run that ends leaves its whole files to the next one.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def run(task: job.Job) -> None:
     from fnmatch import fnmatch
 
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # its transport's own class: a refused connection is one, and no HfHubHTTPError
 
     repository, commit = task.params["repository"], task.params["commit"]
     if not repository:
@@ -28,6 +31,8 @@ def run(task: job.Job) -> None:
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise job.StageError(f"commit {commit!r}", "40 hex digits", "Branches and tags move; take the commit from the repository's history")
     token = task.secrets["hf_token"].read_text().strip() if "hf_token" in task.secrets else False
+    for part in task.scratch.rglob("*.incomplete"):  # of a killed run: huggingface_hub names each try's anew, so that none is ever taken up
+        part.unlink()
     try:
         info = HfApi().model_info(repository, revision=commit, files_metadata=True, token=token)
         files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in WANTED)]
@@ -36,9 +41,9 @@ def run(task: job.Job) -> None:
             job.progress(done, whole, "bytes", file.rfilename)
             fetch(hf_hub_download, repository, commit, file, task.scratch, token)
             done += file.size or 0
-    except (HfHubHTTPError, OSError) as error:
-        # Only the kind of error and the status: the text of a request may carry what was sent along with it.
-        status = getattr(getattr(error, "response", None), "status_code", None)
+    except (HTTPError, OSError) as error:
+        # Only the kind of error and its status or the system's words: the text of a request may carry what was sent along with it.
+        status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "strerror", None)
         raise job.StageError(
             f"{type(error).__name__}{f' {status}' if status else ''} while downloading {repository}", "the files of that commit",
             "Run again: what has arrived is kept. 401 or 403 want a token with access (secret hf_token), 404 another name or commit",

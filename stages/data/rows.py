@@ -80,7 +80,7 @@ def parse(raw: bytes, file: str, line: int, category: str) -> Row:
         raise chat.ChatError("NUL bytes: the file was cut off while it was written")
     try:
         value = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or a nesting without end
         raise chat.ChatError(f"not JSON: {error}") from error
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list) or not value["messages"]:
         raise chat.ChatError("no list of messages")
