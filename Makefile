@@ -3,6 +3,8 @@
 RECIPE ?= annie
 PYTHON ?= python3
 PORT   ?= 8000
+# docker or local; empty: docker where an engine answers
+EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
 
@@ -26,7 +28,7 @@ model: .venv/.ready
 	@$(BUILD) run --recipe $(RECIPE) --executor docker
 
 serve: .venv/.ready
-	@$(BUILD) serve --recipe $(RECIPE) --port $(PORT)
+	@$(BUILD) serve --recipe $(RECIPE) --port $(PORT) $(EXECUTOR:%=--executor %)
 
 chat: .venv/.ready
 	@$(BUILD) chat --url http://127.0.0.1:$(PORT)

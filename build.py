@@ -58,11 +58,12 @@ def show(renderable: Any, *, to_stderr: bool = False) -> None:
     Console(stderr=to_stderr).print(renderable, highlight=False, crop=False)
 
 
-def command(*decorators: Callable[[Any], Any], executor: bool = True) -> Callable[[Callable[..., None]], click.Command]:
+def command(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:
     """A click command with --recipe and --executor; findings go to stderr and end it with exit 1."""
-    shared = [click.option("--recipe", default="tiny", envvar="ANNIE_RECIPE", show_default=True, help="A name in recipes/ or a .yaml file.")]
-    if executor:
-        shared.append(click.option("--executor", type=click.Choice(["docker", "local"]), help="Default: the recipe's, else docker where an engine answers."))
+    shared = [
+        click.option("--recipe", default="tiny", envvar="ANNIE_RECIPE", show_default=True, help="A name in recipes/ or a .yaml file."),
+        click.option("--executor", type=click.Choice(["docker", "local"]), help="Default: the recipe's, else docker where an engine answers."),
+    ]
 
     def make(function: Callable[..., None]) -> click.Command:
         @wraps(function)
@@ -174,14 +175,14 @@ def status(recipe: str, executor: str | None, as_json: bool) -> None:
         show(report.of_status(its, newest, lock.describe(holder) if holder else "", ending))
 
 
-@command(on_stage, click.option("--follow", "-f", is_flag=True, help="Go on until the stage ends."), executor=False)
-def logs(stage: str, recipe: str, follow: bool) -> None:
-    """STAGE's newest log."""
+@command(on_stage, click.option("--follow", "-f", is_flag=True, help="Go on until the stage ends."))
+def logs(stage: str, recipe: str, executor: str | None, follow: bool) -> None:
+    """STAGE's newest log, by --executor or by any."""
     from forge import journal
     from forge import recipe as recipes
 
     its = recipes.load(recipes.find(recipe, REPO), REPO)
-    for text in journal.read_log(home(), its.name, stage, list(its.stages), follow):
+    for text in journal.read_log(home(), its.name, stage, list(its.stages), follow, executor):
         print(text, end="", flush=True)
 
 

@@ -85,9 +85,14 @@ def runs(home: Path, recipe: str) -> list[Path]:
     return sorted((p for p in (home / "runs").glob("*") if named.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
 
 
-def last_log(home: Path, recipe: str, stage: str) -> Path | None:
-    """The newest log of a stage under a recipe."""
-    return next((path for folder in runs(home, recipe) for path in folder.glob(f"[0-9][0-9]-{stage}.log")), None)
+def last_log(home: Path, recipe: str, stage: str, executor: str | None = None) -> Path | None:
+    """The newest log of a stage under a recipe, by one executor or by any."""
+    logs = (path for folder in runs(home, recipe) for path in folder.glob(f"[0-9][0-9]-{stage}.log"))
+    return next((path for path in logs if executor in (None, _plan(path.parent)["executor"])), None)
+
+
+def _plan(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "plan.json").read_text())
 
 
 def last_ending(home: Path, recipe: str) -> Event | None:
@@ -103,9 +108,9 @@ def events(folder: Path) -> list[Event]:
     return [json.loads(line) for line in lines]
 
 
-def read_log(home: Path, recipe: str, stage: str, stages: list[str], follow: bool) -> Iterator[str]:
+def read_log(home: Path, recipe: str, stage: str, stages: list[str], follow: bool, executor: str | None = None) -> Iterator[str]:
     """The newest log of a stage in pieces; with `follow`, until the stage or its run ends."""
-    path = last_log(home, recipe, stage)
+    path = last_log(home, recipe, stage, executor)
     if path is None:
         remedy = nearest(stage, stages) if stage not in stages else f"python build.py run --recipe {recipe} --until {stage}"
         raise Refused(error(stage, f"no log under recipe {recipe}", "a stage that has run", remedy))
@@ -124,7 +129,7 @@ def _over(folder: Path, stage: str) -> bool:
         if event["event"] in ENDINGS or (event["event"] == "stage_done" and event["stage"] == stage):
             return True
     try:
-        os.kill(json.loads((folder / "plan.json").read_text())["pid"], 0)
+        os.kill(_plan(folder)["pid"], 0)
     except ProcessLookupError:
         return True
     except PermissionError:  # it lives, and is another user's

@@ -1,0 +1,72 @@
+"""Every command of the README is run: here, on what the demo has built, or by .ci/run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+
+import pytest
+from conftest import BUILD, REPO, ran
+
+# Commands that are long or need an engine, and the line of .ci/run that runs them.
+IN_CI = {
+    "make test": "make test",
+    "make model": "make model RECIPE=tiny",
+    "make model RECIPE=tiny": "make model RECIPE=tiny",
+    "docker compose up -d vllm-nemotron-annie": "docker compose up -d vllm-nemotron-annie",
+    "docker compose down": "docker compose down",
+}
+IN_TESTS = {  # what a command prints here, the demo having been made
+    "python build.py plan": "everything is built",
+    "python build.py run --until merge": "nothing to do",
+    "python build.py explain train": "train: cached",
+    "python build.py status": "cached",
+    "python build.py logs train": "loss",
+    "python build.py path quantize": "/quantize/",
+}
+ELSEWHERE = {
+    "make demo": "tests/line/test_demo.py", "make doctor": "test_doctor", "make chat": "test_serve_and_chat", "make serve RECIPE=tiny": "test_serve_and_chat",
+}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_demo_and_the_tests_come_first():
+    assert commands()[:2] == ["make demo", "make test"]
+
+
+def test_every_command_is_run_somewhere():
+    script = (REPO / ".ci/run").read_text()
+    for command in commands():
+        assert command in IN_TESTS or command in ELSEWHERE or IN_CI.get(command, "not run anywhere") in script, command
+
+
+@pytest.mark.parametrize(("command", "said"), IN_TESTS.items())
+def test_a_command_does_what_the_readme_says(command, said):
+    assert command in commands()
+    assert said in ran(*BUILD, *command.split()[2:], "--executor", "local")
+
+
+def test_doctor():
+    text = ran("make", "doctor", code=0 if os.path.exists("/dev/nvidia0") else 2)
+    assert "gpu: found no GPU" in text or os.path.exists("/dev/nvidia0")
+
+
+def test_serve_and_chat():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = f"PORT={opened.getsockname()[1]}"
+    server = subprocess.Popen(["make", "serve", "RECIPE=tiny", "EXECUTOR=local", port], cwd=REPO, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert server.stdout and any("serving" in line for line in server.stdout)
+        chat = subprocess.run(["make", "chat", port], cwd=REPO, input="What is the capital of France?\n/exit\n", capture_output=True, text=True, timeout=300)
+        assert chat.returncode == 0 and re.search(r"annie  \S", chat.stdout), chat.stdout + chat.stderr
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        server.wait(60)
