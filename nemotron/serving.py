@@ -23,6 +23,7 @@ from dataclasses import dataclass
 SERVED_NAME = "nemotron-nano"
 THINKING_OFF = {"enable_thinking": False}
 OLDEST = (0, 12)
+RANKS = (8, 16, 32, 64, 128, 256, 512)
 
 
 class ServingError(ValueError):
@@ -100,5 +101,7 @@ def _lora(vllm: str, its: tuple[int, ...], checkpoint: Checkpoint) -> list[str]:
         raise ServingError(f"vLLM {vllm} cannot serve an adapter for this model; merge it, or serve with 0.15 or newer")
     if not checkpoint.lora_attention_only:
         raise ServingError("an adapter on Mamba or expert layers cannot be served at run time everywhere; merge it")
-    rank = next(r for r in (8, 16, 32, 64, 128, 256, 512) if r >= checkpoint.lora_rank)
+    rank = next((r for r in RANKS if r >= checkpoint.lora_rank), None)
+    if rank is None:
+        raise ServingError(f"vLLM takes adapters of rank {RANKS[-1]} at most, this one has {checkpoint.lora_rank}; merge it")
     return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"]

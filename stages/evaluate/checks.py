@@ -10,13 +10,16 @@ MODES = ("emoji", "markdown", "verbosity", "follow_up", "tool_leak", "fabricatio
 
 # Pictographs, dingbats, flags and the selectors that make an emoji of a plain character.
 EMOJI = re.compile("[\U0001f000-\U0001faff\u231a\u231b\u23e9-\u23fa\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U000e0020-\U000e007f]")
-MARKDOWN = re.compile(r"\*\*|__|`|(?<!\w)\*\S[^*\n]*\*|^\s{0,3}#{1,6}\s|^\s*[-*+]\s|^\s*\d+[.)]\s|\[[^\]]+\]\([^)]+\)|^\s*\|.*\|\s*$|^\s*>\s", re.MULTILINE)
+MARKDOWN = re.compile(
+    r"\*\*|__|`|(?<!\w)\*\S[^*\n]*\*|^\s{0,3}#{1,6}\s|^\s*[-*+\u2022]\s|^\s*\d+[.)]\s|\[[^\]]+\]\([^)]+\)|^\s*\|.*\|\s*$|^\s*>\s", re.MULTILINE)
 THINK = re.compile(r"</?think>")
 LEAK = re.compile(r"</?tool_call>|<function=|<parameter=|</function>|<tool_response>|\"arguments\"\s*:|\b\w+\(\s*\w+\s*=")
 JSON_OBJECT = re.compile(r"\{\s*\"\w+\"\s*:")
 ASKS_LAST = re.compile(r"\?\W*$")  # emoji and quotes may follow the question mark
 FOLLOW_UP = re.compile(r"\b(would you like|shall i|do you want|want me to|can i help|anything else|let me know)\b", re.IGNORECASE)
-NOT_KNOWN = re.compile(r"\b(no memory|not in (my )?memory|do(n['\u2019]t| not) (know|have|remember)|not sure|no record|never told)\b", re.IGNORECASE)
+NOT_KNOWN = re.compile(
+    r"\b(no memory|not in (my )?memory|do(n['\u2019]t| not) (know|have|remember)|not sure|no record|no idea"
+    r"|(never|have not|haven['\u2019]t) told|can(not|['\u2019]t) (recall|remember))\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ def _content(expect: dict, text: str) -> list[Failure]:
             found.append(Failure("fabrication", f"says {banned!r}"))
     words = re.findall(r"[^\W\d_]+", text)
     for name in expect.get("names", []):
-        near = [w for w in words if w not in expect["names"] and 0 < distance(w, name) <= (1 if len(name) < 6 else 2)]
+        # Everyday words lie near short names (`am` and Ram): a misspelling begins as the name does.
+        alike = [w for w in words if w not in expect["names"] and w[0].lower() == name[0].lower()]
+        near = [w for w in alike if distance(w, name) <= (1 if len(name) < 6 else 2)]
         if near or name not in words:
             found.append(Failure("name_error", f"{near[0]} for {name}" if near else f"no {name}"))
     return found

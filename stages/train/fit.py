@@ -16,7 +16,7 @@ import torch
 from nemotron import native
 from nemotron.chat import IGNORED
 from stages import job
-from stages.train import checkpoints, picture
+from stages.train import checkpoints, order, picture
 from stages.train.watch import Learning, Watch
 
 UNPACKED_SHARE = 0.5  # qlora warns when more than this share of the weights' bytes is not in 4 bits
@@ -32,8 +32,12 @@ def run(task: job.Job) -> None:
     model = adapted(task)
     trainer = make_trainer(task, model, rows, held_out)
     resume = resume_from(task.scratch)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    finish(task, model, trainer.state.log_history, rows, time.monotonic() - began)
+    if resume and checkpoints.number(resume) == task.params["steps"]:
+        history = restore(model, resume)  # the Trainer would take one step more
+    else:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        history = trainer.state.log_history
+    finish(task, model, history, rows, time.monotonic() - began)
 
 
 def read(path: Path) -> list[dict]:
@@ -49,7 +53,7 @@ def read(path: Path) -> list[dict]:
 
 
 def adapted(task: job.Job) -> torch.nn.Module:
-    """The base with a fresh float32 adapter on it, everything else frozen. Raises StageError where that cannot be."""
+    """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
     import peft
 
     params = task.params
@@ -64,9 +68,6 @@ def adapted(task: job.Job) -> torch.nn.Module:
     model.requires_grad_(False)
     config = peft.LoraConfig(r=params["rank"], lora_alpha=params["alpha"], lora_dropout=0.0, task_type="CAUSAL_LM", **chosen.arguments())
     model = peft.get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     if four_bit:
         packed(model)
     return model
@@ -88,7 +89,10 @@ def packed(model: torch.nn.Module) -> None:
 
 
 def make_trainer(task: job.Job, model: torch.nn.Module, rows: list[dict], held_out: list[dict]):
-    """An SFTTrainer over tokenised rows. Padding is id 0: the tokenizer has no pad token, and its eos would mask every end."""
+    """An SFTTrainer over tokenised rows, with the adapter in float32.
+
+    Padding is id 0: the tokenizer has no pad token, and its eos would mask every end.
+    """
     import datasets
     import transformers
     import trl
@@ -101,15 +105,20 @@ def make_trainer(task: job.Job, model: torch.nn.Module, rows: list[dict], held_o
         gradient_accumulation_steps=params["accumulation"], learning_rate=params["learning_rate"], warmup_steps=params["warmup_steps"],
         lr_scheduler_type="cosine", weight_decay=params["weight_decay"], max_grad_norm=params["max_grad_norm"], optim="adamw_torch_fused",
         gradient_checkpointing=params["gradient_checkpointing"], bf16=False, use_cpu=task.device == "cpu",
-        train_sampling_strategy="group_by_length", dataloader_pin_memory=False, max_length=None, packing=False, pad_token="<unk>",
+        dataloader_pin_memory=False, max_length=None, packing=False, pad_token="<unk>",
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False,
         eval_strategy="steps", eval_steps=params["eval_every"], save_strategy="steps", save_steps=params["save_every"], save_total_limit=2,
     )
-    tokens = sum(len(row["input_ids"]) for row in rows) / len(rows) * params["batch"] * params["accumulation"]
-    return trl.SFTTrainer(
-        model=model, args=config, processing_class=tokenizer, callbacks=[Watch(round(tokens)), Learning(model)],
+    lengths, step = [len(row["input_ids"]) for row in rows], params["batch"] * params["accumulation"]
+    trainer = trl.SFTTrainer(
+        model=model, args=config, processing_class=tokenizer, callbacks=[Watch(round(sum(lengths) / len(rows) * step)), Learning(model)],
         train_dataset=datasets.Dataset.from_list(rows), eval_dataset=datasets.Dataset.from_list(held_out) if held_out else None,
     )
+    trainer._get_train_sampler = lambda dataset=None: order.ByLength(lengths, step, task.seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # last of all: on a 4-bit base TRL has just made the adapter BF16
+    return trainer
 
 
 def resume_from(scratch: Path) -> Path | None:
@@ -120,14 +129,19 @@ def resume_from(scratch: Path) -> Path | None:
     return found
 
 
+def restore(model: torch.nn.Module, checkpoint: Path) -> list[dict]:
+    """Puts a checkpoint's adapter into `model`; the Trainer's log up to it."""
+    import peft
+    from safetensors.torch import load_file
+
+    peft.set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+
+
 def finish(task: job.Job, model: torch.nn.Module, history: list[dict], rows: list[dict], seconds: float) -> None:
     """Writes the artifact from the trained model and the Trainer's log, and judges how far the loss fell."""
     params = task.params
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = None  # a path of this machine: the same training elsewhere gives the same adapter
-    model.save_pretrained(task.output / "adapter")
-    (task.output / "adapter" / "README.md").unlink(missing_ok=True)
-
+    save(model, task.output / "adapter")
     train = {row["step"]: row["loss"] for row in history if "loss" in row}
     held_out = {row["step"]: row["eval_loss"] for row in history if "eval_loss" in row}
     with (task.output / "loss.jsonl").open("w") as opened:
@@ -153,6 +167,17 @@ def finish(task: job.Job, model: torch.nn.Module, history: list[dict], rows: lis
         if params["require_loss_drop"]:
             raise job.StageError(found, wanted, "Train for more steps, raise rank or learning_rate, or choose targets: all")
         job.warning(f"{found}; wanted {wanted}", "Train for more steps, raise rank or learning_rate, or choose targets: all")
+
+
+def save(model: torch.nn.Module, folder: Path) -> None:
+    """The adapter in peft's own form, less what peft adds that differs from machine to machine or run to run."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = None  # a path of this machine, which save_pretrained puts in even where it was taken out
+    config["target_modules"].sort()  # a set in peft, so in another order in every process
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def ends(losses: list[float]) -> tuple[float, float, float]:

@@ -49,9 +49,12 @@ class Learning(TrainerCallback):
 
     def __init__(self, model: torch.nn.Module):
         self.tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.start = {name: p.detach().clone() for name, p in self.tensors.items()}
+        self.start: dict[str, torch.Tensor] = {}
         self.moved_by_gradient: set[str] = set()
         self.steps = 0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.start = {name: p.detach().clone() for name, p in self.tensors.items()}  # now, since a resumed run has just loaded them
 
     def on_pre_optimizer_step(self, args, state, control, **_):
         if self.steps < 3:

@@ -41,7 +41,8 @@ def test_vllm_replaces_the_entrypoint_with_the_flags_of_serve_json(its, tmp_path
     pid, code, out = its("--max-num-seqs", "2")
     shown = json.loads(out)
     assert shown["argv"] == [
-        "serve", "/model", "--host", "0.0.0.0", "--port", "8000", "--max-model-len", "64", "--default-chat-template-kwargs", '{"a": "b c"}', "--max-num-seqs", "2"]
+        "serve", "/model", "--host", "0.0.0.0", "--port", "8000",
+        "--max-model-len", "64", "--default-chat-template-kwargs", '{"a": "b c"}', "--max-num-seqs", "2"]
     assert shown["cache"] == "1" and (tmp_path / "home").is_dir()
     assert shown["pid"] == pid and code == 7  # the same process: signals reach vLLM, its exit status reaches the engine
 

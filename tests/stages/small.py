@@ -1,4 +1,4 @@
-"""A small checkpoint, adapter and data set for the tests of merge and quantize."""
+"""A small checkpoint, adapter and data set for the tests of stages."""
 
 import json
 
@@ -11,10 +11,10 @@ from stages.job import Job
 PATTERN = "MEM*E"
 
 
-def base(folder):
+def base(folder, pattern=PATTERN):
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    description = tiny.config(PATTERN, 128, 4, 512)
+    description = tiny.config(pattern, 128, 4, 512)
     model = native.build(description)
     tiny.delicate_biases(model, 0)
     for name, value in model.named_parameters():
@@ -41,6 +41,13 @@ def data(folder):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"input_ids": torch.randint(20, 500, (150,)).tolist()} for _ in range(4)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def tokenizer(folder):
+    from stages.base import tokenizer
+
+    tokenizer.write(tokenizer.train(["words and again words"], 300), folder)
     return folder
 
 

@@ -1,0 +1,122 @@
+"""Short runs of stage train on the small checkpoint, and ways to set a trap in them."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import small
+import torch
+import trl
+from safetensors.torch import load_file
+
+from nemotron.chat import IGNORED
+from stages import job
+from stages.train import fit
+
+CONTRACT = Path(__file__).resolve().parents[2] / "stages" / "train" / "stage.toml"
+LENGTHS = (4, 7, 9, 12, 14, 18, 23, 33)  # tokens a turn: rows of 28 to 144 tokens, the longest in three chunks of the scan
+SHORT = {
+    "targets": "all", "rank": 4, "alpha": 8, "learning_rate": 5e-3, "steps": 4, "batch": 8, "accumulation": 1, "warmup_steps": 1,
+    "eval_every": 2, "save_every": 2, "min_loss_drop": 0.0,
+}
+
+
+def inputs(folder):
+    """The inputs of stage train: a base and a data set."""
+    return {"base": small.tokenizer(small.base(folder / "base")), "data": chats(folder / "data")}
+
+
+def turn(length, trained):
+    """Ids and labels of one turn: the marker and the newline are the template's, the rest is trained in an answer."""
+    ids = [10, *torch.randint(32, 280, (length,)).tolist(), 11, 32]
+    return ids, [IGNORED, *ids[1:-1], IGNORED] if trained else [IGNORED] * len(ids)
+
+
+def chats(folder):
+    """A data set as stage data leaves it: eight conversations of different lengths, each of two questions and two answers."""
+    torch.manual_seed(2)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for length in LENGTHS:
+        turns = [turn(length, trained) for trained in (False, True, False, True)]
+        rows.append({"input_ids": [i for ids, _ in turns for i in ids], "labels": [i for _, labels in turns for i in labels]})
+    for name, part in (("train", rows), ("eval", rows[2:4])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+def task(folder, made, **changes):
+    """A job of stage train in a new folder, a few steps long: the contract's defaults, SHORT, and what the test changes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contract = tomllib.loads(CONTRACT.read_text())["parameters"]
+    params = {**{name: row["default"] for name, row in contract.items()}, **SHORT, **changes}
+    assert set(params) == set(contract), "a parameter that the contract does not have"
+    return small.job("train", folder, params, **made)
+
+
+def losses(output, key="train"):
+    """Step -> loss, from loss.jsonl."""
+    rows = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def weights(output):
+    """Name -> tensor of the adapter."""
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def logged(task):
+    """What the Trainer logged, as it stands in the last checkpoint."""
+    return json.loads((task.scratch / f"checkpoint-{task.params['steps']}" / "trainer_state.json").read_text())["log_history"]
+
+
+def run(folder, made, **changes):
+    """A whole run; its output folder."""
+    its = task(folder, made, **changes)
+    fit.run(its)
+    return its.output
+
+
+def watched(folder, made, **changes):
+    """A whole run: its job, the adapter before it and the model after it."""
+    its, kept = task(folder, made, **changes), {}
+
+    def keep(model):
+        kept["model"], kept["start"] = model, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    with pytest.MonkeyPatch.context() as patch:
+        change_model(patch, keep)
+        fit.run(its)
+    return {"task": its, **kept}
+
+
+def trainer(folder, made, **changes):
+    """The Trainer of a run that has not begun, and its rows."""
+    its, rows = task(folder, made, **changes), fit.read(made["data"] / "train.jsonl")
+    return fit.make_trainer(its, fit.adapted(its), rows, rows[:2]), rows
+
+
+def warnings(patch):
+    """A list that fills with the messages of the stage's warnings."""
+    found = []
+    patch.setattr(job, "warning", lambda message, remedy="": found.append(message))
+    return found
+
+
+def change_model(patch, change):
+    """Lets the stage train on the model that `change` has had its hands on."""
+    right = fit.adapted
+
+    def adapted(task):
+        model = right(task)
+        change(model)
+        return model
+
+    patch.setattr(fit, "adapted", adapted)
+
+
+def change_config(patch, **changes):
+    """Lets the stage make its SFTConfig with other arguments than it wants."""
+    right = trl.SFTConfig
+    patch.setattr(trl, "SFTConfig", lambda **arguments: right(**{**arguments, **changes}))

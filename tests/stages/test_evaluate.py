@@ -1,0 +1,250 @@
+"""Evaluate: questions, servers and their columns, the report, and the gate. A toy server answers; tests/vllm has the real one."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemotron.serving import Serve
+from stages import job
+from stages.evaluate import evaluate, report
+from stages.evaluate.checks import MODES, Failure
+from stages.evaluate.server import Server
+from stages.job import Job, StageError
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+PARAMS = {"max_model_len": 512, "max_tokens": 16, "concurrency": 2, "gate": {}}
+GOOD, BAD = "It is Paris.", "**Paris** 🌙"
+ASKED = [
+    {"id": f"c-{n}", "category": category, "messages": [{"role": "user", "content": "Where?"}], "tools": [], "expect": {}} for n, category in enumerate("aab")
+]
+TOOL = {"type": "function", "function": {"name": "set_timer", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "set_timer", "arguments": {"minutes": 5}}}
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+HELD_OUT = [
+    {"id": "talk", "tools": [], "messages": [
+        said("system", "Be short."), said("user", "Where?"), said("assistant", "Far " * 12), said("user", "And?"), said("assistant", "In Paris.")]},
+    {"id": "act", "tools": [TOOL], "messages": [said("user", "Tea."), CALLED]},
+    {"id": "result", "tools": [TOOL], "messages": [said("user", "Tea."), CALLED, said("tool", "ok"), said("assistant", "Done.")]},
+]
+
+
+@pytest.fixture
+def its(tmp_path):
+    """A job on what the stages before it leave behind; the adapter is on attention."""
+    inputs = {name: tmp_path / name for name in ("base", "data", "train", "merge", "quantize")}
+    for folder in [*inputs.values(), inputs["train"] / "adapter", tmp_path / "output"]:
+        folder.mkdir()
+    adapter(inputs["train"], ["q_proj", "k_proj"])
+    (inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"kv_cache_quant_algo": "FP8"}}))
+    (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "official"}))
+    (inputs["data"] / "eval.jsonl").write_text("".join(json.dumps({**row, "category": "some"}) + "\n" for row in HELD_OUT))
+    return Job("evaluate", dict(PARAMS), inputs, tmp_path / "output", tmp_path, 0)
+
+
+def adapter(folder, modules, **more):
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 16, "target_modules": modules, **more}))
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A server that answers as `toy.says[folder or API name]` has it, and what it was started and asked with."""
+
+    class Toy:
+        says = {"base": BAD, "tuned": GOOD, "merge": GOOD, "quantize": GOOD}
+        started, asked = [], []
+
+        def __init__(self, model, serve, label, adapter=None):
+            self.model = model
+            self.started.append((model.name, label, adapter and adapter.name))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def ask(self, body):
+            self.asked.append(body)
+            text = self.says["tuned" if body["model"] == "tuned" else self.model.name]
+            return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+
+    monkeypatch.setattr(evaluate, "Server", Toy)
+    monkeypatch.setattr(evaluate, "installed", lambda: "0.32.0")
+    return Toy
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    found = []
+    monkeypatch.setattr(job, "warning", lambda message, remedy="": found.append(message))
+    return found
+
+
+def test_trap_22_one_table_holds_every_model_of_the_line_in_order(its, toy, warnings):
+    its.sources["questions"] = [its.scratch / "questions.jsonl"]
+    its.sources["questions"][0].write_text("".join(json.dumps(q) + "\n\n" for q in ASKED))
+    its.params["gate"] = {"tuned": 1.0, "nvfp4": 0.9}
+    toy.says = {**toy.says, "quantize": BAD}  # a fine-tune that did not survive in 4 bits
+    evaluate.run(its)
+    made = json.loads((its.output / "report.json").read_text())
+    assert made["columns"] == ["base", "tuned", "merged", "nvfp4"] == list(made["pass"]) == list(made["failures"]) == list(made["seconds"])
+    assert made["pass"] == {"base": 0, "tuned": 1, "merged": 1, "nvfp4": 0} and made["vllm"] == "0.32.0"
+    assert made["gate"] == {"passed": False, "why": ["nvfp4 passed 0% of the questions, at least 90% are wanted"]}
+    assert len(warnings) == 1 and "nvfp4 passed 0%" in warnings[0]
+    assert {f.name for f in its.output.iterdir()} == {"report.json", "report.md", "behaviour.png", "answers.jsonl", "exchange.json"}
+    answers = [json.loads(line) for line in (its.output / "answers.jsonl").read_text().splitlines()]
+    assert [(a["id"], a["column"]) for a in answers] == [(q["id"], c) for q in ASKED for c in made["columns"]]
+    assert answers[0]["answer"] == BAD and {f["mode"] for f in answers[0]["failures"]} == {"emoji", "markdown"}
+    assert answers[1]["answer"] == GOOD and answers[1]["failures"] == []
+    assert json.loads((its.output / "exchange.json").read_text())["model"] == "nvfp4"
+
+
+def test_every_request_is_greedy_and_without_thoughts(its, toy):
+    evaluate.run(its)
+    assert len(toy.asked) >= 4 * 3
+    wanted = {"temperature": 0, "seed": 0, "max_tokens": 16, "chat_template_kwargs": {"enable_thinking": False}}
+    assert all(body.items() >= wanted.items() for body in toy.asked)
+    assert all(("tools" in b) == (b["messages"][0]["content"] == "Tea.") for b in toy.asked)
+
+
+def test_trap_29_an_adapter_that_changes_no_answer_is_refused(its, toy):
+    toy.says = {**toy.says, "tuned": toy.says["base"]}
+    with pytest.raises(StageError, match="the adapter changes no answer"):
+        evaluate.run(its)
+    assert not list(its.output.iterdir())
+
+
+@pytest.mark.parametrize("tuned", [[{"content": "a"}, {"content": "c"}], [{"content": "a"}, {"content": "b", "tool_calls": [CALL]}]])
+def test_trap_29_one_other_answer_is_enough(tuned):
+    evaluate.check_adapter({"base": [{"content": "a"}, {"content": "b"}], "tuned": tuned})
+
+
+def test_base_and_tuned_share_a_server(its, warnings):
+    plans = evaluate.servers(its)
+    assert [plan.columns for plan in plans] == [{"base": "nemotron-nano", "tuned": "tuned"}, {"merged": "nemotron-nano"}, {"nvfp4": "nemotron-nano"}]
+    assert [plan.model.name for plan in plans] == ["base", "merge", "quantize"] and not warnings
+    assert plans[0].adapter == its.inputs["train"] / "adapter" and plans[0].checkpoint.lora_rank == 16 and plans[1].adapter is None
+    assert (plans[2].checkpoint.layout, plans[2].checkpoint.fp8_cache) == ("official", True)
+
+
+@pytest.mark.parametrize("config", [
+    {"modules": ["q_proj", "in_proj"]}, {"modules": "in_proj"}, {"modules": ["q_proj"], "target_parameters": ["mixer.experts.up_proj"]},
+])
+def test_an_adapter_beyond_attention_leaves_tuned_out_with_a_warning(its, warnings, config):
+    adapter(its.inputs["train"], **config)
+    plans = evaluate.servers(its)
+    assert [list(plan.columns) for plan in plans] == [["base"], ["merged"], ["nvfp4"]]
+    assert len(warnings) == 1 and "`tuned` is left out" in warnings[0]
+    assert plans[0].adapter is None and plans[0].checkpoint.lora_rank == 0
+
+
+def test_a_combination_that_vllm_serves_wrongly_is_refused_before_the_first_server(its, toy, monkeypatch):
+    monkeypatch.setattr(evaluate, "installed", lambda: "0.14.0")
+    with pytest.raises(StageError, match="merge it"):
+        evaluate.run(its)
+    assert not toy.started
+
+
+def test_questions_without_a_source_come_from_the_held_out_conversations(its):
+    talk, act, result = evaluate.questions(its)
+    assert [m["content"] for m in talk["messages"]] == ["Be short.", "Where?", "Far " * 12, "And?"]  # up to the last answer
+    assert talk["expect"] == {"no_tool": True, "max_words": 20} and (talk["id"], talk["category"]) == ("talk", "some")
+    assert act["expect"] == {"tool": {"name": "set_timer", "arguments": {"minutes": 5}}} and act["tools"] == [TOOL]
+    assert result["messages"][-1]["role"] == "tool" and result["expect"]["no_tool"]
+
+
+def test_no_question_at_all_is_refused(its):
+    (its.inputs["data"] / "eval.jsonl").write_text("")
+    with pytest.raises(StageError, match="eval_share"):
+        evaluate.questions(its)
+
+
+def test_a_gate_on_an_unknown_column_is_refused_before_the_first_server(its, toy):
+    its.params["gate"] = {"tuned": 0.9, "nvpf4": 0.9}
+    with pytest.raises(StageError, match="the gate names nvpf4"):
+        evaluate.run(its)
+    assert not toy.started
+
+
+def test_trap_13_arguments_go_out_as_json_text_and_stay_mappings_at_home():
+    sent = evaluate.as_openai(CALLED)["tool_calls"][0]
+    assert json.loads(sent["function"]["arguments"]) == {"minutes": 5} and sent["id"] and CALL["function"]["arguments"] == {"minutes": 5}
+    assert evaluate.as_openai({**CALLED, "tool_calls": [sent]})["tool_calls"] == [sent]
+
+
+EMOJI, LONG = Failure("emoji", "🌙"), Failure("verbosity", "50 words")
+SCORED = {"base": [[EMOJI, EMOJI, LONG], [LONG], []], "nvfp4": [[], [EMOJI], []]}
+
+
+def test_the_summary_counts_answers_and_not_faults():
+    made = report.summarise(ASKED, SCORED, {})
+    assert made["columns"] == ["base", "nvfp4"] and made["modes"] == list(MODES) and made["questions"] == 3
+    assert made["pass"] == {"base": 1 / 3, "nvfp4": 2 / 3}
+    assert {mode: count for mode, count in made["failures"]["base"].items() if count} == {"emoji": 1, "verbosity": 2}
+    assert made["by_category"] == {"base": {"a": 0, "b": 1}, "nvfp4": {"a": 0.5, "b": 1}}
+
+
+@pytest.mark.parametrize("gate,why", [
+    ({}, []),
+    ({"base": 0.3, "nvfp4": 2 / 3}, []),  # a share that is just reached
+    ({"base": 0.5}, ["base passed 33% of the questions, at least 50% are wanted"]),
+    ({"tuned": 0.5, "nvfp4": 0.9}, ["tuned was not measured", "nvfp4 passed 67% of the questions, at least 90% are wanted"]),
+    ({"tuned": 0.0}, ["tuned was not measured"]),
+])
+def test_the_gate_says_why_it_did_not_pass(gate, why):
+    assert report.summarise(ASKED, SCORED, gate)["gate"] == {"passed": not why, "why": why}
+
+
+def test_the_report_is_its_golden_copy():
+    made = report.markdown(report.summarise(ASKED, SCORED, {"nvfp4": 0.9}) | {"vllm": "0.31.0"})
+    assert made == (GOLDEN / "report.md").read_text()
+    tables = [block.splitlines() for block in made.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 2 and all(len({len(line) for line in table}) == 1 for table in tables)  # columns line up
+
+
+def fake_vllm(folder, monkeypatch, lines):
+    program = folder / "vllm"
+    program.write_text(f"#!{sys.executable}\n{lines}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_server_that_ends_while_loading_says_its_last_words(tmp_path, monkeypatch):
+    fake_vllm(tmp_path, monkeypatch, "import sys; print('KeyError: backbone.embedding.weight'); sys.exit(3)")
+    with pytest.raises(StageError, match="(?s)ended with 3 while it loaded merged.*KeyError: backbone.embedding.weight"):
+        Server(tmp_path, Serve([], {}), "merged").__enter__()
+
+
+SPEAKS = """
+import http.server, json, sys, os
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.reply(200, {})
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply(400 if b"bad" in asked else 200, {"argv": sys.argv[1:], "cache": os.environ["CACHE"]})
+    def reply(self, code, made):
+        self.send_response(code); self.end_headers(); self.wfile.write(json.dumps(made).encode())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_gets_its_flags_and_adapter_and_is_gone_afterwards(tmp_path, monkeypatch):
+    fake_vllm(tmp_path, monkeypatch, SPEAKS)
+    with Server(tmp_path / "model", Serve(["--flag", "x"], {"CACHE": "1"}), "base and tuned", tmp_path / "adapter") as server:
+        got = server.ask({"model": "tuned"})
+        with pytest.raises(StageError, match="refused a question \\(400\\)"):
+            server.ask({"model": "bad"})
+    assert got["argv"][:2] == ["serve", str(tmp_path / "model")] and got["cache"] == "1"
+    assert got["argv"][-4:] == ["--flag", "x", "--lora-modules", f"tuned={tmp_path / 'adapter'}"]
+    assert server.process.poll() is not None
+    with pytest.raises(StageError, match="did not answer"):
+        server.ask({"model": "tuned"})

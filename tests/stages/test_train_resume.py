@@ -1,0 +1,191 @@
+"""Training that was killed goes on as if nothing had happened, and never from half a checkpoint."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train environment")
+pytest.importorskip("trl", reason="needs the train environment")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import short  # noqa: E402
+from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
+
+from stages.train import checkpoints, fit, order  # noqa: E402
+
+REPO = Path(__file__).resolve().parents[2]
+# Four steps an epoch and a checkpoint every five: a resumed run begins in the middle of an epoch that is not the first.
+# The base is BF16 and in 4 bits, where libraries would round the adapter.
+RUN = {"batch": 1, "accumulation": 2, "steps": 15, "save_every": 5, "eval_every": 5, "method": "qlora", "precision": "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return short.inputs(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """A run that nobody interrupted. Its scratch holds checkpoints 10 and 15."""
+    task = short.task(tmp_path_factory.mktemp("whole"), made, **RUN)
+    fit.run(task)
+    return task
+
+
+@pytest.fixture
+def again(whole, tmp_path):
+    """The same run about to start again, on a copy of its scratch."""
+    shutil.copytree(whole.scratch, tmp_path / "scratch", ignore=shutil.ignore_patterns("train-output"))
+    (tmp_path / "output").mkdir()
+    return replace(whole, scratch=tmp_path / "scratch", output=tmp_path / "output")
+
+
+def assert_same(output, whole):
+    assert short.losses(output) == pytest.approx(short.losses(whole.output), abs=1e-5)
+    assert short.losses(output, "held_out") == pytest.approx(short.losses(whole.output, "held_out"), abs=1e-5)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (output / "adapter" / name).read_bytes() == (whole.output / "adapter" / name).read_bytes()
+
+
+def without_seal(folder):
+    (folder / checkpoints.SEAL).unlink()
+
+
+def half_a_seal(folder):
+    seal = folder / checkpoints.SEAL
+    seal.write_text(seal.read_text()[:40])
+
+
+def half_a_file(folder):
+    file = folder / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def a_changed_byte(folder):
+    file = folder / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 128  # the sign of one number
+    file.write_bytes(content)
+
+
+def a_missing_file(folder):
+    (folder / "scheduler.pt").unlink()
+
+
+@pytest.mark.parametrize("tear", [without_seal, half_a_seal, half_a_file, a_changed_byte, a_missing_file])
+def test_a_torn_checkpoint_is_passed_over_by_name(again, monkeypatch, tear):
+    warnings = short.warnings(monkeypatch)
+    tear(again.scratch / "checkpoint-15")
+    assert fit.resume_from(again.scratch) == again.scratch / "checkpoint-10"
+    assert warnings == ["checkpoint-15 was torn by a kill in the middle of its save"]
+
+
+def test_a_changed_checkpoint_would_train_another_adapter_without_a_word(again, whole, monkeypatch):
+    shutil.rmtree(again.scratch / "checkpoint-15")
+    a_changed_byte(again.scratch / "checkpoint-10")
+    monkeypatch.setattr(checkpoints, "whole", lambda folder: True)
+    fit.run(again)
+    assert any(not torch.equal(value, short.weights(whole.output)[name]) for name, value in short.weights(again.output).items())
+
+
+def test_with_no_whole_checkpoint_training_starts_over(again, whole, monkeypatch):
+    warnings = short.warnings(monkeypatch)
+    without_seal(again.scratch / "checkpoint-10")
+    half_a_file(again.scratch / "checkpoint-15")
+    fit.run(again)
+    assert [w.split()[0] for w in warnings if "torn" in w] == ["checkpoint-15", "checkpoint-10"]
+    assert_same(again.output, whole)
+    assert checkpoints.newest(again.scratch) == (again.scratch / "checkpoint-15", []), "what was torn has been saved anew"
+
+
+def test_a_run_killed_after_its_last_step_has_nothing_left_to_train(again, whole):
+    fit.run(again)
+    assert_same(again.output, whole)
+
+
+def test_trap_17_a_resumed_run_equals_an_uninterrupted_one(again, whole):
+    shutil.rmtree(again.scratch / "checkpoint-15")
+    fit.run(again)
+    assert_same(again.output, whole)
+
+
+def test_trap_17_so_it_does_on_a_base_that_is_not_in_four_bits(made, tmp_path):
+    whole = short.task(tmp_path, made, **{**RUN, "method": "lora"})
+    fit.run(whole)
+    shutil.rmtree(tmp_path / "checkpoint-15")
+    again = replace(whole, output=tmp_path / "again")
+    again.output.mkdir()
+    fit.run(again)
+    assert_same(again.output, whole)
+
+
+def test_trap_17_a_sampler_that_draws_from_the_global_generator_goes_on_with_other_rows(again, whole, monkeypatch):
+    monkeypatch.setattr(order, "ByLength", lambda lengths, step, seed: LengthGroupedSampler(step, lengths=lengths))
+    shutil.rmtree(again.scratch / "checkpoint-15")
+    fit.run(again)
+    assert short.losses(again.output) != pytest.approx(short.losses(whole.output), abs=1e-3)
+
+
+def test_the_order_of_rows_follows_from_seed_and_epoch():
+    rows = order.ByLength(list(range(40)), 4, 7)
+    first = list(rows)
+    assert sorted(first) == list(range(40)) and list(rows) == first
+    rows.set_epoch(1)
+    assert sorted(rows) == sorted(first) and list(rows) != first
+
+
+def start(task, path):
+    """The stage as every executor starts it."""
+    path.write_text(json.dumps(asdict(task), default=str))
+    return subprocess.Popen([sys.executable, "-m", "stages.train", str(path)], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_trap_17_a_killed_run_goes_on_to_the_same_adapter(made, whole, tmp_path):
+    task = short.task(tmp_path, made, **RUN)
+    with start(task, tmp_path / "job.json") as process:
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "progress" and event["done"] > RUN["save_every"]:
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL and not list(task.output.iterdir())
+    found, _ = checkpoints.newest(task.scratch)
+
+    with start(task, tmp_path / "job.json") as process:
+        events = [json.loads(line) for line in process.stdout]
+    assert process.returncode == 0
+    assert [event["done"] for event in events if event["event"] == "progress"] == list(range(checkpoints.number(found) + 1, 16))
+    assert_same(task.output, whole)
+
+
+DIES_IN_ITS_SAVE = """
+import os, signal, sys, torch
+from stages import job
+from stages.train import fit
+
+right = torch.save
+def save(value, path, *arguments, **keywords):
+    right(value, path, *arguments, **keywords)
+    if str(path).endswith("checkpoint-10/optimizer.pt"):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+fit.run(job.read(sys.argv[1]))
+"""
+
+
+def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(made, whole, tmp_path, monkeypatch):
+    task = short.task(tmp_path, made, **RUN)
+    (tmp_path / "job.json").write_text(json.dumps(asdict(task), default=str))
+    code = subprocess.run([sys.executable, "-c", DIES_IN_ITS_SAVE, str(tmp_path / "job.json")], cwd=REPO, capture_output=True).returncode
+    assert code == -signal.SIGKILL
+    warnings = short.warnings(monkeypatch)
+    fit.run(task)
+    assert "checkpoint-10 was torn by a kill in the middle of its save" in warnings
+    assert_same(task.output, whole)
