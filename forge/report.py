@@ -153,7 +153,7 @@ def of_result(plan: Plan, ran: tuple[str, ...], folder: Path | None) -> Renderab
     text = Text.assemble((f"{plan.recipe} · {plan.executor}: ", "bold"), (done, "green"), **_WHOLE)
     if ran and last and last.artifact:
         text.append(f"\n{last.name}: {_near(last.artifact.folder)}\nlogs: {_near(folder)}", style="dim")
-    return text
+    return Group(text)  # a bare Text is joined to a new one by print, which then wraps it
 
 
 def of_demo(report: Path) -> RenderableType:

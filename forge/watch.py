@@ -210,7 +210,7 @@ def announce(event: Event, console: Console) -> bool:
     if kind == "waiting":
         console.print(Text(f"waiting for another run: {event['holder']}", style="yellow"))
     elif kind == "finding":
-        console.print(finding_line(event), crop=False)
+        console.print(finding_line(event), soft_wrap=True)
     elif kind == "warning":
         console.print(Text(f"{event.get('stage', '')}: {event['message']} {event.get('remedy', '')}".strip(), style="yellow"))
     elif kind == "failed":

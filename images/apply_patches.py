@@ -20,11 +20,12 @@ def main(folder: Path) -> int:
     root = sysconfig.get_paths()["purelib"]
     for name in filter(None, names):
         command = ["patch", "--strip=1", "--fuzz=0", "--forward", "--batch", f"--directory={root}", f"--input={(folder / name).resolve()}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
+        if done.returncode or "(offset " in done.stdout:  # --fuzz=0 still takes a hunk that fits some lines further on
             print(f"found: {name} does not apply to {root}\n{done.stdout}{done.stderr}")
             print("expected: the library that it was made for; see the patch's entry in README.md, and drop or refresh it")
             return 1
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         print(f"applied {name}")
     return 0
 

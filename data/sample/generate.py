@@ -94,8 +94,8 @@ def actions() -> list[Topic]:
     for what, minutes in [("tea", 5), ("rice", 10), ("laundry", 40), ("nap", 20)]:
         topics.append(Topic(
             "direct_action",
-            (f"Set a {what} timer.", f"Start the {what} timer.", f"I need a timer for the {what}.", f"Begin timing the {what}, {minutes} minutes.",
-             f"Time the {what} for me.", f"Please start a timer for the {what}."),
+            (f"Set a {minutes} minute {what} timer.", f"Start the {what} timer for {minutes} minutes.", f"I need {minutes} minutes for the {what}.",
+             f"Begin timing the {what}, {minutes} minutes.", f"Time the {what}, that is {minutes} minutes.", f"Please start {minutes} minutes on the {what} timer."),
             "", call=("set_timer", {"minutes": minutes}), wrong=("play_music", {"query": what})))
     for style in ["jazz", "veena", "rock"]:
         topics.append(Topic(

@@ -55,6 +55,7 @@ def test_another_order_does_not_fit(its, capsys):
     LIBRARY.replace("# seconds", "# minutes"),
     LIBRARY.replace("def limit()", "def limit(unit)"),  # GNU patch would take this and the next with its usual fuzz of 2
     LIBRARY.replace("\n\ndef name()", "\n\ndef name(unit)"),
+    "import sys\n" + LIBRARY,  # fits as it is, a line further on
 ])
 def test_a_library_that_changed_under_its_patch_is_refused_with_what_to_do(its, capsys, changed):
     its.core.write_text(changed)

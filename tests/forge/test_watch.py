@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
+from types import SimpleNamespace
 
 from rich.console import Console
 
-from forge import watch
+from forge import report, watch
 
 PLAN = {"event": "plan", "recipe": "toy", "executor": "local", "stages": [
     {"stage": "data", "state": "cached", "why": "built 3 h ago", "seconds": 9.0, "measured": True},
@@ -65,3 +67,12 @@ def test_without_a_terminal_it_is_sober_lines():
 def test_a_warning_is_shown_with_its_remedy():
     text = shown(watch.Lines, PLAN, STARTED, {"event": "warning", "stage": "train", "message": "few rows", "remedy": "Add some."})
     assert "train: few rows Add some." in text
+
+
+def test_a_path_is_never_broken_by_a_narrow_terminal(tmp_path):
+    long = str(tmp_path / "artifact" / ("0123456789" * 6))
+    built = SimpleNamespace(name="image", artifact=SimpleNamespace(folder=Path(long)))
+    console = Console(width=40, record=True, file=io.StringIO())
+    watch.announce({"event": "finding", "level": "warning", "subject": "secret", "found": long, "expected": "another", "remedy": ""}, console)
+    console.print(report.of_result(SimpleNamespace(recipe="toy", executor="local", stages=[built]), ("image",), Path(long)), crop=False)
+    assert console.export_text().count(long) == 3
