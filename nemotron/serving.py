@@ -16,6 +16,7 @@ hybrid models), and float16 is refused everywhere (wrong results for this archit
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from dataclasses import dataclass
@@ -46,6 +47,14 @@ class Checkpoint:
     fp8_cache: bool = False
     lora_rank: int = 0
     lora_attention_only: bool = True
+
+
+def installed() -> str:
+    """The version of the vLLM that is installed here. Raises ServingError if there is none."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ServingError("this image holds no vLLM; check images/vllm") from error
 
 
 def version(text: str) -> tuple[int, ...]:

@@ -5,14 +5,13 @@ base and tuned share a server where the adapter can be served at run time; merge
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, serve
+from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, installed, serve
 from stages import job
 from stages.evaluate import checks, report
 from stages.evaluate.server import Server
@@ -38,15 +37,15 @@ def run(its: Job) -> None:
     if unknown:
         raise StageError(f"the gate names {', '.join(sorted(unknown))}", f"columns: {', '.join(COLUMNS)}", "Mend `gate` in the recipe.")
     plans = servers(its)
-    vllm = installed()
+    try:  # all of them before the first server starts
+        vllm = installed()
+        flags = [serve(vllm, its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"]) for plan in plans]
+    except ServingError as error:
+        raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image, layout or targets.") from error
     answers: dict[str, list[dict]] = {}
     seconds: dict[str, float] = {}
-    for plan in plans:
-        try:
-            flags = serve(vllm, its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"])
-        except ServingError as error:
-            raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image, layout or targets.") from error
-        with Server(plan.model, flags, " and ".join(plan.columns), plan.adapter) as server:
+    for plan, its_flags in zip(plans, flags):
+        with Server(plan.model, its_flags, " and ".join(plan.columns), plan.adapter) as server:
             for column, name in plan.columns.items():
                 began = time.monotonic()
                 answers[column] = ask_all(server, name, asked, its.params, f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})")
@@ -54,14 +53,6 @@ def run(its: Job) -> None:
             if plan.adapter:
                 check_adapter(answers)
     write(its, vllm, asked, answers, seconds)
-
-
-def installed() -> str:
-    """The version of the vLLM in this image."""
-    try:
-        return importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise StageError("no vLLM in this image", "an image that holds the vLLM that is to serve", "Check images/vllm.") from error
 
 
 def questions(its: Job) -> list[dict]:

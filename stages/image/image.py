@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 
-from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, serve
+from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, installed, serve
 from stages import job
 from stages.image import card
 from stages.job import Job, StageError
@@ -20,11 +19,11 @@ def run(its: Job) -> None:
         raise StageError(
             "the evaluation's gate did not pass: " + "; ".join(report["gate"]["why"]), "a model that behaves as the recipe's gate asks",
             "Read report.md (build.py path evaluate), mend the data or the training, or change the gate.")
-    vllm = installed()
     quant = json.loads((its.inputs["quantize"] / "hf_quant_config.json").read_text())["quantization"]
     layout = json.loads((its.inputs["quantize"] / "audit.json").read_text())["layout"]
     checkpoint = Checkpoint(layout=layout, fp8_cache=quant["kv_cache_quant_algo"] == "FP8")
     try:
+        vllm = installed()
         flags = serve(vllm, its.device, checkpoint, its.params["max_model_len"], its.params["max_num_seqs"], its.params["memory_share"])
     except ServingError as error:
         raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image or the layout.") from error
@@ -37,11 +36,3 @@ def run(its: Job) -> None:
         shutil.copyfile(its.inputs["data"] / name, its.output / name)
     (its.output / "README.md").write_text(card.markdown(described, report, layout, its.provenance))
     job.progress(1, 1, "serving")
-
-
-def installed() -> str:
-    """The version of the vLLM in this image."""
-    try:
-        return importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise StageError("no vLLM in this image", "an image that holds the vLLM that is to serve", "Check images/vllm.") from error
