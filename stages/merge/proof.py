@@ -37,7 +37,7 @@ def files(base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[
 
 @torch.no_grad()
 def forward(base: Path, adapter: Path, merged: Path, rows: Path, params: dict, device: str) -> dict:
-    """Logits of the merged model against those of base and adapter, on real conversations, in float32.
+    """Logits of the merged model against those of base and adapter, on real conversations, in `proof_precision`.
 
     What may differ is the one rounding of the merged weights to BF16 (and an expert chosen otherwise because of it). The
     error is therefore measured against the adapter's own effect, the distance between its logits and the base's: an
@@ -46,17 +46,17 @@ def forward(base: Path, adapter: Path, merged: Path, rows: Path, params: dict, d
     """
     from peft import PeftModel
 
-    tokens = sample(rows, params["proof_tokens"])
+    tokens, precision = sample(rows, params["proof_tokens"]), getattr(torch, params["proof_precision"])
 
     def logits(model: torch.nn.Module) -> torch.Tensor:
         return torch.cat([model(input_ids=ids.to(device), use_cache=False).logits[0].float().cpu() for ids in tokens])
 
-    adapted = PeftModel.from_pretrained(native.load(base, torch.float32), adapter).to(device).eval()
+    adapted = PeftModel.from_pretrained(native.load(base, precision), adapter).to(device).eval()
     expected = logits(adapted)
     with adapted.disable_adapter():
         effect = (expected - logits(adapted)).square().mean().sqrt().item()
     del adapted
-    found = logits(native.load(merged, torch.float32).to(device).eval())
+    found = logits(native.load(merged, precision).to(device).eval())
     error = (found - expected).square().mean().sqrt().item()
     agree = (expected.argmax(-1) == found.argmax(-1)).float().mean().item()
     if not effect:

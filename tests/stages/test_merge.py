@@ -1,5 +1,6 @@
 """Merge: the adapter where it belongs, everything else untouched."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from nemotron.checkpoint import Checkpoint  # noqa: E402
 from stages.job import StageError  # noqa: E402
 from stages.merge import merge  # noqa: E402
 
-PARAMS = {"proof_tokens": 300, "proof_error": 0.25}
+PARAMS = {"proof_tokens": 300, "proof_error": 0.25, "proof_precision": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,13 @@ def merged(made, tmp_path_factory):
     its = small.job("merge", tmp_path_factory.mktemp("merged"), PARAMS, **made)
     merge.run(its)  # holds the forward proof of trap 21 on 300 tokens
     return its.output
+
+
+def test_the_proof_holds_in_bfloat16_which_the_real_model_needs_for_its_memory(made, tmp_path):
+    its = small.job("merge", tmp_path, {**PARAMS, "proof_precision": "bfloat16"}, **made)
+    merge.run(its)
+    facts = json.loads((its.output / "merge.json").read_text())
+    assert 0 < facts["merge_error"] < 0.25 * facts["adapter_effect"]
 
 
 def test_trap_20_names_and_dtypes_survive_the_merge(made, merged):
