@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import subprocess
 import threading
@@ -105,9 +104,3 @@ def merged(streams: dict[Literal["stdout", "stderr"], IO[str]]) -> Iterator[Line
             open_ -= 1
         else:
             yield line
-
-
-def write_script(path: Path, lines: list[str]) -> None:
-    """A script that does by hand what the executor does."""
-    path.write_text("\n".join(["#!/usr/bin/env bash", "set -euo pipefail", *lines, ""]))
-    os.chmod(path, 0o755)

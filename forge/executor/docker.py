@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,7 +19,7 @@ from docker.types import DeviceRequest, Mount
 
 from forge import image as images
 from forge import render
-from forge.executor import Line, Task, run_logged, write_script
+from forge.executor import Line, Task, run_logged
 from forge.executor.local import stage_environment
 from forge.finding import Finding, Refused, error
 from forge.image import Image
@@ -193,7 +192,7 @@ class Docker:
         inside, mounts = container_job(task)
         job.write_text(json.dumps(inside, indent=1) + "\n")
         spec = self.spec(task, job, mounts)
-        write_script(task.folder / f"{task.prefix}.sh", [f"# {task.stage}, as it was started", shlex.join(spec.as_command())])
+        render.write_script(task.folder / f"{task.prefix}.sh", task.stage, "Its output goes where it did then.", [spec.as_command()])
         try:
             container = self.client.containers.create(**spec.as_api())
             output = container.attach(stdout=True, stderr=True, stream=True, logs=True, demux=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge import image as images
-from forge.executor import Line, Task, merged, run_logged, write_script
+from forge import render
+from forge.executor import Line, Task, merged, run_logged
 from forge.finding import Finding, error
 from forge.image import Image
 
@@ -94,11 +94,10 @@ class Local:
             "PYTHONPATH": str(task.repo),
             **stage_environment(task),
         }
-        write_script(task.folder / f"{task.prefix}.sh", [
-            f"# {task.stage}, as it was started; its output goes where the job says",
-            f"cd {shlex.quote(str(task.repo))}",
-            shlex.join(["mkdir", "-p", task.job["output"], str(home)]),
-            shlex.join(["exec", "env", "-i", *(f"{k}={v}" for k, v in environment.items()), *command]),
+        render.write_script(task.folder / f"{task.prefix}.sh", task.stage, "Its output goes where the job says.", [
+            ["cd", str(task.repo)],
+            ["mkdir", "-p", task.job["output"], str(home)],
+            ["exec", "env", "-i", *(f"{k}={v}" for k, v in environment.items()), *command],
         ])
         process = subprocess.Popen(
             command, cwd=task.repo, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

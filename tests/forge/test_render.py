@@ -13,6 +13,13 @@ def test_the_compose_override_is_its_golden_copy(device):
     assert made == (GOLDEN / f"compose.override.{device}.yaml").read_text()
 
 
+def test_a_run_script_is_its_golden_copy(tmp_path):
+    render.write_script(tmp_path / "03-train.sh", "train", "Its output goes where the job says.", [
+        ["cd", "/home/annie/a clone"], ["exec", "env", "-i", "HOME=/tmp/home", "python", "-m", "stages.train", "03-train.json"]])
+    assert (tmp_path / "03-train.sh").read_text() == (GOLDEN / "run.sh").read_text()
+    assert (tmp_path / "03-train.sh").stat().st_mode & 0o111
+
+
 def test_the_service_listens_on_loopback_only_and_without_privileges():
     import yaml
 
