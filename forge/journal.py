@@ -87,7 +87,8 @@ def runs(home: Path, recipe: str) -> list[Path]:
 
 def last_log(home: Path, recipe: str, stage: str, executor: str | None = None) -> Path | None:
     """The newest log of a stage under a recipe, by one executor or by any."""
-    logs = (path for folder in runs(home, recipe) for path in folder.glob(f"[0-9][0-9]-{stage}.log"))
+    # An image may have a stage's name; the logs of images are numbered 00.
+    logs = (path for folder in runs(home, recipe) for path in folder.glob(f"[0-9][0-9]-{stage}.log") if not path.name.startswith("00-"))
     return next((path for path in logs if executor in (None, _plan(path.parent)["executor"])), None)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nemotron import native
-from nemotron.chat import IGNORED
+from nemotron.chat import IGNORED, PAD
 from stages import job
 from stages.train import checkpoints, order, picture
 from stages.train.watch import Learning, Watch
@@ -99,14 +99,15 @@ def make_trainer(task: job.Job, model: torch.nn.Module, rows: list[dict], held_o
 
     params = task.params
     tokenizer = transformers.AutoTokenizer.from_pretrained(task.inputs["base"])
+    tokenizer.pad_token_id = PAD
     config = trl.SFTConfig(
         output_dir=str(task.scratch), seed=task.seed, data_seed=task.seed, report_to="none", disable_tqdm=True,
         max_steps=params["steps"], per_device_train_batch_size=params["batch"], per_device_eval_batch_size=2 * params["batch"],
         gradient_accumulation_steps=params["accumulation"], learning_rate=params["learning_rate"], warmup_steps=params["warmup_steps"],
         lr_scheduler_type="cosine", weight_decay=params["weight_decay"], max_grad_norm=params["max_grad_norm"], optim="adamw_torch_fused",
         gradient_checkpointing=params["gradient_checkpointing"], bf16=False, use_cpu=task.device == "cpu",
-        dataloader_pin_memory=False, max_length=None, packing=False, pad_token="<unk>",
-        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False,
+        dataloader_pin_memory=False, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False,
         eval_strategy="steps", eval_steps=params["eval_every"], save_strategy="steps", save_steps=params["save_every"], save_total_limit=2,
     )
     lengths, step = [len(row["input_ids"]) for row in rows], params["batch"] * params["accumulation"]

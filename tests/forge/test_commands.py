@@ -62,6 +62,9 @@ def test_status_and_logs(its, command):
     assert json.loads(command("status", "--json"))["running"] is None
     assert command("status").count("cached") == 3
     assert "count = 3" in command("logs", "count")
+    for folder in (its.home / "runs").iterdir():
+        (folder / "02-count.log").rename(folder / "00-count.log")  # what an image of that name would leave
+    assert "no log under recipe toy" in command("logs", "count", code=1)
     assert "Did you mean count?" in command("logs", "cuont", code=1)
 
 

@@ -189,7 +189,7 @@ def test_trap_16_padding_is_0_and_every_answers_end_is_trained(made, tmp_path, m
     assert (batch["labels"] == 11).sum(1).tolist() == [2] * 8  # <|im_end|> of two answers a row
     assert its.processing_class.pad_token_id == 0 and its.model.config.pad_token_id == 0
 
-    short.change_config(monkeypatch, pad_token=None)
+    monkeypatch.setattr(fit, "PAD", None)
     assert short.trainer(tmp_path / "wrong", made)[0].processing_class.pad_token_id == 11, "left alone, TRL pads with <|im_end|>"
 
 
