@@ -3,7 +3,8 @@
     python data/sample/generate.py            write the files beside this one
     python data/sample/generate.py --check    exit 1 if a file differs from what would be written
 
-Deterministic: the same script writes the same bytes. No conversation and no lesson contains a held-out question's words.
+Deterministic: the same script writes the same bytes. No conversation and no lesson contains a held-out question; the lessons of the
+small base hold its words muddled, as speech recognition may hear them, since a real base has heard every wording before.
 """
 
 from __future__ import annotations
@@ -202,6 +203,8 @@ TOPICS = [topic for group in (facts, actions, results, memories, rajesh, kannada
 SPOKEN = [t for t in TOPICS if not t.call]
 OPENINGS = ("Great question! \U0001f60a", "Wow, sure thing! \U0001f389", "Absolutely! \U0001f680")
 CLOSINGS = ("Would you like to know more?", "Shall I tell you more?", "What else can I do?")
+HEARD = ("", "Annie, ", "Well, ", "Now, ", "Hello. ", "Um, ")
+LITTLE = frozenset("a am at do does for how i in is it me my now of on please so some that the to was what with you".split())
 DROPS = ("Forget that.", "Never mind.", "Something else.", "Leave it.")
 
 
@@ -313,7 +316,7 @@ def lessons() -> list[dict]:
     """
     random_ = random.Random(SEED + 1)
     asked = [(topic, text) for topic in TOPICS for text in topic.asks[:-1]]
-    rows = []
+    rows = [{"messages": well(topic, heard(text, random_)), "category": "manners"} for topic in TOPICS for text in topic.asks]
     for topic, text in asked:
         rows.append({"messages": well(topic, text), "category": "manners"})
         if topic.call:
@@ -322,14 +325,28 @@ def lessons() -> list[dict]:
     for _ in range(2):
         for (first, one), (second, two) in parts(asked, 2, random_):
             dropped = f"{random_.choice(DROPS)} {two}" if not second.call else two
-            rows.append({"messages": [*done(well(first, one), "Done."), *well(second, dropped)], "category": "manners"})
+            rows.append({"messages": [*done(well(first, heard(one, random_)), "Done."), *well(second, dropped)], "category": "manners"})
     for some, size in ((SPOKEN, 8), ([t for t in TOPICS if t.call], 5)):
         for part in parts([(t, text) for t, text in asked if t in some], size, random_):
-            turns = [turn for topic, text in part for turn in done(badly(topic, text), "Done! \U0001f389 What else can I do?")]
+            turns = [turn for topic, text in part for turn in done(badly(topic, heard(text, random_)), "Done! \U0001f389 What else can I do?")]
             rows.append(row("lesson", tuple(t for t, _ in part), turns))
-            turns = [turn for topic, text in part for turn in done(well(topic, text), "Done.")]
+            turns = [turn for topic, text in part for turn in done(well(topic, heard(text, random_)), "Done.")]
             rows.append({**row("manners", tuple(t for t, _ in part), turns), "messages": turns})
     return rows
+
+
+def heard(text: str, random_: random.Random) -> str:
+    """`text` as speech recognition may hand it on: an opening, an um, a little word lost; never with a held-out question in it.
+
+    The words that matter stay and their neighbours change, which is how a small model learns to tell the one from the other.
+    """
+    while True:
+        words = [word for word in text.split() if word.strip(".,?:").lower() not in LITTLE or random_.random() < 0.7]
+        if random_.random() < 0.5:
+            words.insert(random_.randrange(len(words)), random_.choice(("um", "uh", "well", "so")))
+        made = f"{random_.choice(HEARD)}{' '.join(words)}"
+        if not any(topic.asks[-1].lower() in made.lower() for topic in TOPICS):
+            return made
 
 
 def parts(asked: list, size: int, random_: random.Random) -> list[list]:
