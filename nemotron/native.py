@@ -19,23 +19,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nemotron import mamba
 from nemotron.checkpoint import Checkpoint
 from nemotron.names import FLOAT32, native
 
 OLDEST = (5, 15, 1)  # transformers: the first release whose chunked scan carries its state right
 ROUTER = "NemotronHTopkRouter"
-PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
+_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")},
-    # Not out_proj: peft refuses it, since the fused training kernel reads its weight past the module.
+    # Not out_proj: peft refuses to load an adapter on it, since the class's own fused kernel reads its weight past the module.
     "mamba": {"target_modules": ("in_proj",)},
     "experts": {
         "target_modules": ("shared_experts.up_proj", "shared_experts.down_proj"),
         "target_parameters": ("mixer.experts.up_proj", "mixer.experts.down_proj"),
     },
 }
-PRESETS["all"] = {
-    kind: tuple(name for preset in ("attention", "mamba", "experts") for name in PRESETS[preset].get(kind, ()))
-    for kind in ("target_modules", "target_parameters")
+PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
+    name: {kind: tuple(n for part in parts for n in _PARTS[part].get(kind, ())) for kind in ("target_modules", "target_parameters")}
+    for name, parts in {
+        "attention": ("attention",), "mamba": ("mamba",), "attention+mamba": ("attention", "mamba"),
+        "experts": ("experts",), "all": ("attention", "mamba", "experts"),
+    }.items()
 }
 
 
@@ -69,7 +73,7 @@ def build(config: dict) -> nn.Module:
     import transformers
 
     check_version(transformers.__version__)
-    return repair(transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**_plain(config))))
+    return repair(transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**plain(config))))
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", four_bit: bool = False) -> nn.Module:
@@ -102,7 +106,8 @@ def repair(model: nn.Module) -> nn.Module:
     if not mixers and "linear_attention" in getattr(model.config, "layers_block_type", []):
         raise NativeError("no mixer with a time_step_limit: this transformers release has another NemotronH than the repair knows")
     for mixer in mixers:
-        mixer.time_step_limit = (0.0, float("inf"))
+        mixer.time_step_limit = (0.0, float("inf"))  # of the class's own forward, which generation still takes
+        mamba.attach(mixer)
     for module in model.modules():
         if type(module).__name__ == ROUTER:
             module.weight.data = module.weight.data.float()
@@ -129,14 +134,12 @@ def targets(model: nn.Module, preset: str) -> Targets:
     """What `preset` puts LoRA on in this model. Raises NativeError if any of it matches nothing."""
     if preset not in PRESETS:
         raise NativeError(f"there is no target preset {preset!r}; there are {', '.join(PRESETS)}")
-    modules = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
+    present = [name for named in (model.named_modules(), model.named_parameters()) for name, _ in named]
     wanted = PRESETS[preset]
-    for kind, present in (("target_modules", modules), ("target_parameters", parameters)):
-        for suffix in wanted.get(kind, ()):
-            if not any(name.endswith("." + suffix) for name in present):
-                raise NativeError(f"preset {preset!r} wants {suffix}, which this model does not have: choose another preset")
-    return Targets(wanted.get("target_modules", ()), wanted.get("target_parameters", ()))
+    for suffix in (*wanted["target_modules"], *wanted["target_parameters"]):
+        if not any(name.endswith("." + suffix) for name in present):
+            raise NativeError(f"preset {preset!r} wants {suffix}, which this model does not have: choose another preset")
+    return Targets(wanted["target_modules"], wanted["target_parameters"])
 
 
 def bytes_by_group(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -149,7 +152,7 @@ def bytes_by_group(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         row = found.setdefault(group(name), {"bytes": 0, "four_bit": 0, "trainable": 0})
         row["bytes"] += tensor.numel() * tensor.element_size()
-        if hasattr(tensor, "quant_state"):
+        if hasattr(tensor, "quant_state") or tensor.dtype == torch.uint8:
             row["four_bit"] += tensor.numel() * tensor.element_size()
         if getattr(tensor, "requires_grad", False):
             row["trainable"] += tensor.numel()
@@ -175,6 +178,6 @@ def _without_autocast(forward):
     return router
 
 
-def _plain(config: dict) -> dict:
+def plain(config: dict) -> dict:
     """A hub config without the keys that name remote code or repeat what the class knows."""
     return {key: value for key, value in config.items() if key not in ("auto_map", "architectures", "model_type", "transformers_version", "torch_dtype", "num_hidden_layers")}

@@ -1,0 +1,169 @@
+"""The native class with our own parts: Projections for every linear and expert stack, our Mamba mixer, attention by document.
+
+It is built on no device at all and filled from the shards a tensor at a time, packed on the device it is for: what is held in
+BF16 while loading is one matrix. `forms` is what a base can be held in; what NVIDIA's export leaves in BF16 stays in BF16 here
+too, so that an adapter on those layers is trained on exactly what will be served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemotron import experts, layout, native, norm
+from nemotron.checkpoint import Checkpoint
+from nemotron.documents import Documents
+from nemotron.loss import cross_entropy, trained
+from nemotron.names import FLOAT32, tensors
+from nemotron.names import native as native_name
+from nemotron.projection import Projection
+
+ATTENTION = "documents"  # among transformers' attention implementations
+LAYOUT = "official"
+
+
+def load(checkpoint: Checkpoint, form: str = "bf16", dtype: torch.dtype = torch.float32, device: str = "cpu",
+         progress: Callable[[int, int], None] | None = None) -> nn.Module:
+    """The model of a checkpoint in hub layout, frozen, in training form. `progress` is told bytes read and bytes in all.
+
+    Raises ValueError if a tensor is missing, left over, or of another shape than config.json says.
+    """
+    config = checkpoint.config
+    if unknown := sorted(set(tensors(config)) ^ set(checkpoint.entries)):
+        raise ValueError(f"{unknown[0]} is in {'the checkpoint' if unknown[0] in checkpoint.entries else 'config.json'} only ({len(unknown)} such tensors)")
+    model, done, total = empty(config, form, dtype, device), 0, checkpoint.bytes
+    for file in checkpoint.files:
+        for name in checkpoint.in_file(file):
+            fill(model, name, checkpoint.tensor(name))
+            done += checkpoint.entries[name].bytes
+            if progress:
+                progress(done, total)
+    return finish(model)
+
+
+def random(config: dict, form: str = "bf16", dtype: torch.dtype = torch.bfloat16, device: str = "cuda", std: float = 0.02) -> nn.Module:
+    """The same with random weights, made a matrix at a time on the device: for measuring speed and memory at any size."""
+    model = empty(config, form, dtype, device)
+    generator = torch.Generator(device).manual_seed(0)
+    special = {"A_log": lambda s: torch.arange(1, s[0] + 1).float().log(), "D": torch.ones, "dt_bias": lambda s: torch.full(s, -3.0), "e_score_correction_bias": torch.zeros}
+    for name, spec in tensors(config).items():
+        last = name.rsplit(".", 2)
+        if last[-1] in special:
+            value = special[last[-1]](spec.shape)
+        elif "norm" in last[-2]:
+            value = torch.ones(spec.shape)
+        else:
+            value = torch.randn(spec.shape, generator=generator, device=device) * std
+        fill(model, name, value)
+    return finish(model)
+
+
+def empty(config: dict, form: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """The model without its weights: Projections allocated in their form, everything else still on no device."""
+    import transformers
+
+    native.check_version(transformers.__version__)
+    with torch.device("meta"):
+        model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**native.plain(config)))
+    packed = set(layout.quantised(config, LAYOUT))
+    for name in tensors(config):
+        hub = name.removesuffix(".weight")
+        if not hub.endswith("_proj") or (".experts." in hub and ".experts.0." not in hub):
+            continue
+        path, attribute = native_name(hub).rsplit(".", 1)
+        parent, old = model.get_submodule(path), getattr(model.get_submodule(path), attribute)
+        count, (out, inside) = (old.shape[0], old.shape[1:]) if isinstance(old, nn.Parameter) else (1, old.weight.shape)
+        delattr(parent, attribute)
+        setattr(parent, attribute, Projection(count, out, inside, form if hub in packed else "bf16", dtype, device))
+    model.placed, model.hub_config = (dtype, device), config
+    return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Puts one tensor of the checkpoint, by its hub name, where it belongs."""
+    dtype, device = model.placed
+    if name.endswith("_proj.weight"):
+        target = model.get_submodule(native_name(name).removesuffix(".weight"))
+        target.put(int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0, value)
+        return
+    path, attribute = native_name(name).rsplit(".", 1)
+    module = model.get_submodule(path)
+    old = getattr(module, attribute)
+    if old.shape != value.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)} from config.json")
+    exact = attribute in FLOAT32 or path.endswith(".gate")
+    value = value.to(device=device, dtype=torch.float32 if exact else dtype)
+    setattr(module, attribute, nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value)
+
+
+def finish(model: nn.Module) -> nn.Module:
+    """Repairs the filled model and gives it its mixers; raises ValueError if anything was not filled."""
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise ValueError(f"{left[0]} was not filled ({len(left)} such tensors)")
+    native.repair(model)
+    for module in model.modules():
+        if type(module).__name__ == "NemotronHRMSNorm":
+            norm.attach(module)
+    experts.register()
+    _register_attention()
+    model.set_experts_implementation(experts.NAME)
+    model.set_attn_implementation(ATTENTION)
+    return model.requires_grad_(False)
+
+
+def exported(model: nn.Module) -> list[Projection]:
+    """The Projections with a change whose weights the export will quantise: those in its layout."""
+    packed = set(layout.quantised(model.hub_config, LAYOUT))
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, Projection) and module.rank:
+            first = name.replace(".experts.", ".experts.0.").replace("model.", "backbone.", 1)
+            found += [module] if first in packed else []
+    return found
+
+
+def parameters(model: nn.Module) -> int:
+    """Weights of the base, however they are packed, and of the adapter."""
+    packed = sum(m.experts * m.out_features * m.in_features for m in model.modules() if isinstance(m, Projection))
+    return packed + sum(p.numel() for p in model.parameters())
+
+
+def hidden_states(model: nn.Module, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """What lm_head is given, (tokens, hidden size), of one packed sequence `ids` int64 (tokens,)."""
+    if len(ids) != documents.tokens:
+        raise ValueError(f"{len(ids)} tokens in documents of {documents.tokens}")
+    # A mapping of masks is taken as it is; attention and Mamba keep documents apart by themselves.
+    return model.model(input_ids=ids[None], attention_mask={}, use_cache=False, documents=documents).last_hidden_state[0]
+
+
+def loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Sum of -log p over the trained tokens of one packed sequence: float32 scalar."""
+    hidden = hidden_states(model, ids, documents)
+    positions, targets = trained(labels)
+    return cross_entropy(hidden[positions], model.lm_head.weight, targets)
+
+
+def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, documents: Documents | None = None, **_):
+    """transformers' interface: query (batch, heads, tokens, size), key and value with fewer heads -> (batch, tokens, heads, size).
+
+    Causal within each document. A loop over documents costs a few launches and never forms a mask of tokens squared.
+    """
+    if attention_mask is not None:
+        raise ValueError(f"attention implementation {ATTENTION!r} takes documents, not a mask: pack the rows instead of padding them")
+    spans = documents.spans if documents else [(0, query.shape[2])]
+    parts = [
+        F.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True)
+        for a, b in spans
+    ]
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _register_attention() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)

@@ -1,0 +1,50 @@
+"""Where the documents of one packed sequence begin and end.
+
+Several conversations are laid end to end in one sequence, so that no token of a step is padding. Nothing of a document may
+reach the next: not through attention, not through the convolution, not through the Mamba state. Every mixer is told by this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+
+
+@dataclass(frozen=True)
+class Documents:
+    """`lengths`: tokens of each document, in their order; the sequence (batch of 1) is exactly as long as their sum."""
+
+    lengths: tuple[int, ...]
+    _made: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"a packed sequence needs documents of at least one token each, found lengths {self.lengths}")
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First token of each document, and the token after its last."""
+        ends = list(accumulate(self.lengths))
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def offsets(self, device: torch.device | str) -> torch.Tensor:
+        """Where each document begins, and the end of the last: int32 (documents + 1,)."""
+        return self._keep("offsets", device, lambda: torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32))
+
+    def index(self, device: torch.device | str) -> torch.Tensor:
+        """The number of each token's document: int32 (tokens,)."""
+        return self._keep("index", device, lambda: torch.repeat_interleave(
+            torch.arange(len(self.lengths), dtype=torch.int32), torch.tensor(self.lengths)))
+
+    def _keep(self, name: str, device: torch.device | str, make) -> torch.Tensor:
+        # Fifty layers ask for the same two tensors: one copy to the device, not fifty.
+        key = (name, str(device))
+        if key not in self._made:
+            self._made[key] = make().to(device)
+        return self._made[key]

@@ -1,0 +1,170 @@
+"""Frozen matrices in one of three forms, with a trainable low-rank change of each.
+
+A `Projection` stands where the native class has a linear or a stack of expert matrices. Its weights are
+
+    bf16     as they are (any float dtype)
+    nf4      4-bit codes in blocks of 64          (nemotron/nf4.py)
+    nvfp4    the exporter's own grid, groups of 16 (nemotron/nvfp4.py)
+
+and are decoded anew whenever they are multiplied with: forward and backward each hold one dense stack, for the moment of the
+product, and autograd saves packed weights only. The low-rank factors are float32 always and are cast to the input's dtype for
+their products, so that a resumed run is an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from nemotron import decode, nf4, nvfp4
+
+FORMS = {"bf16": 16.0, "nf4": 4.25, "nvfp4": 4.5}  # bits a weight
+ROUNDED_AT_ONCE = 8  # matrices whose float32 form is held while a stack is rounded
+
+
+class Projection(nn.Module):
+    """`experts` matrices (out, in). `rank` is 0 until `adapt` gives it factors: `lora_a` (experts, rank, in), `lora_b` (experts, out, rank)."""
+
+    def __init__(self, experts: int, out: int, inside: int, form: str = "bf16", dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"):
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"unknown form {form!r} of weights; known are {', '.join(FORMS)}")
+        self.experts, self.out_features, self.in_features, self.form, self.dtype = experts, out, inside, form, dtype
+        self.rank, self.scale, self.rounded = 0, 0.0, False
+        whole = (experts, out, inside)
+        parts = {
+            "bf16": {"weight": (whole, dtype)},
+            "nf4": {"weight": ((*whole[:2], inside // 2), torch.uint8), "weight_scale": ((*whole[:2], inside // nf4.BLOCK), torch.bfloat16)},
+            "nvfp4": {
+                "weight": ((*whole[:2], inside // 2), torch.uint8), "weight_scale": ((*whole[:2], inside // nvfp4.GROUP), torch.float8_e4m3fn),
+                "weight_scale_2": ((experts,), torch.float32),
+            },
+        }[form]
+        for name, (shape, kind) in parts.items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+
+    @torch.no_grad()
+    def put(self, expert: int, matrix: torch.Tensor) -> None:
+        """Stores one matrix (out, in), packing it on the device where the weights are. Raises ValueError on another shape."""
+        wanted = (self.out_features, self.in_features)
+        if tuple(matrix.shape) != wanted:
+            raise ValueError(f"a matrix of shape {tuple(matrix.shape)}, expected {wanted}")
+        matrix = matrix.to(self.weight.device)
+        if self.form == "bf16":
+            self.weight[expert] = matrix
+            return
+        packed = {"nf4": nf4, "nvfp4": nvfp4}[self.form].pack(matrix)
+        for name in ("weight", "weight_scale", "weight_scale_2"):
+            if hasattr(packed, name):
+                getattr(self, name)[expert] = getattr(packed, name)
+
+    def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The frozen weights (experts, out, in) in `dtype`, without any change; written into `out`, a view of that shape, if it is given."""
+        if self.form != "bf16" and self.weight.is_cuda:
+            return decode.stack(self, self.weight.new_empty(self.experts, self.out_features, self.in_features, dtype=self.dtype) if out is None else out)
+        if self.form == "bf16":
+            found = self.weight
+        elif self.form == "nf4":
+            found = nf4.unpack(nf4.Packed(self.weight, self.weight_scale)).to(self.dtype)
+        else:
+            found = nvfp4.unpack(nvfp4.Packed(self.weight, self.weight_scale, self.weight_scale_2)).to(self.dtype)
+        return found if out is None else out.copy_(found)
+
+    def adapt(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
+        """Gives every matrix a change `alpha / rank * B @ A`, at first zero: A as nn.Linear begins, B zero."""
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5), as PEFT has it
+        # Drawn on the CPU, so that one seed is one adapter on every device.
+        a = (torch.rand(self.experts, rank, self.in_features, generator=generator) * 2 - 1) * bound
+        self.lora_a = nn.Parameter(a.to(self.weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(self.experts, self.out_features, rank, device=self.weight.device))
+        self.rank, self.scale = rank, alpha / rank
+
+    @torch.no_grad()
+    def multiplied(self) -> torch.Tensor:
+        """The weights that the forward multiplies with, (experts, out, in) in `dtype`.
+
+        Rounded, they are what the export will write: NVFP4 of the BF16 merge of base and change, and the low-rank product
+        is inside them. Not rounded, they are the frozen weights, and the low-rank product comes beside them.
+        """
+        if not self.rounded:
+            return self.dense()
+        made = torch.empty(self.experts, self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device)
+        frozen = self.dense()
+        for at in range(0, self.experts, ROUNDED_AT_ONCE):
+            some = slice(at, at + ROUNDED_AT_ONCE)
+            merged = frozen[some].float()
+            if self.rank:
+                merged = merged + self.scale * (self.lora_b[some] @ self.lora_a[some])
+            made[some] = nvfp4.unpack(nvfp4.pack(merged.to(torch.bfloat16)))
+        return made
+
+    @torch.no_grad()
+    def beside(self, multiple: int = 1) -> torch.Tensor:
+        """The frozen weights with scale * B behind them, (experts, out, in + rank): for rows that carry A x behind x."""
+        _, b = self.factors(self.dtype, multiple)
+        made = self.weight.new_empty(self.experts, self.out_features, self.in_features + b.shape[2], dtype=self.dtype)
+        self.dense(made[:, :, : self.in_features])
+        made[:, :, self.in_features :] = b
+        return made
+
+    @torch.no_grad()
+    def above(self, multiple: int = 1) -> torch.Tensor:
+        """The frozen weights with A below them, (experts, out + rank, in): for gradients that carry what B gives back behind them."""
+        a, _ = self.factors(self.dtype, multiple)
+        made = self.weight.new_empty(self.experts, self.out_features + a.shape[1], self.in_features, dtype=self.dtype)
+        self.dense(made[:, : self.out_features])
+        made[:, self.out_features :] = a
+        return made
+
+    def factors(self, dtype: torch.dtype, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (experts, rank, in) and scale * B (experts, out, rank) in `dtype`; the rank filled up with zeros to `multiple`."""
+        a, b = self.lora_a.detach().to(dtype), (self.scale * self.lora_b.detach()).to(dtype)
+        if missing := -self.rank % multiple:
+            a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+        return a, b
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As a linear without bias: (..., in) -> (..., out). Raises ValueError for a stack of several."""
+        if self.experts != 1:
+            raise ValueError(f"a stack of {self.experts} matrices is multiplied by nemotron.experts")
+        return _Linear.apply(x, *((self.lora_a, self.lora_b) if self.rank else (None, None)), self)
+
+    def extra_repr(self) -> str:
+        return f"{self.experts} x ({self.out_features}, {self.in_features}), {self.form}, rank {self.rank}"
+
+
+class _Linear(torch.autograd.Function):
+    """`x @ W.T + scale * (x @ A.T) @ B.T`, with W decoded again in the backward and no gradient of it.
+
+    Rounded, the forward multiplies with W' = NVFP4(W + scale * B @ A) alone, and the gradients of A and B are those of the
+    unrounded sum (straight-through).
+    """
+
+    @staticmethod
+    def forward(ctx, x, a, b, projection):
+        ctx.projection, ctx.change = projection, a is not None
+        ctx.save_for_backward(x if ctx.change else None)
+        y = x @ projection.multiplied()[0].t()
+        if ctx.change and not projection.rounded:
+            factor_a, factor_b = projection.factors(x.dtype)
+            y += (x @ factor_a[0].t()) @ factor_b[0].t()
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        projection = ctx.projection
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ projection.multiplied()[0]
+        if ctx.change:
+            (x,) = ctx.saved_tensors
+            factor_a, factor_b = projection.factors(x.dtype)
+            rows, gradient = x.flatten(0, -2), g.flatten(0, -2)
+            within = gradient @ factor_b[0]
+            da = (within.t() @ rows).float()[None]
+            db = (gradient.t() @ (projection.scale * (rows @ factor_a[0].t()))).float()[None]
+            if dx is not None and not projection.rounded:
+                dx += (within @ factor_a[0]).view_as(dx)
+        return dx, da, db, None
