@@ -1,7 +1,16 @@
-"""Fine-tuning with TRL and PEFT (stage.toml)."""
+"""Fine-tuning (stage.toml): alone, or as several ranks that torchrun starts."""
+
+import os
+import sys
 
 from stages import job
-from stages.train import fit
+from stages.train import ranks
 
 if __name__ == "__main__":
+    count = job.read(sys.argv[1]).params["ranks"] if len(sys.argv) == 2 else 1
+    if count > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        ranks.launch(count, sys.argv[1])
+
+    from stages.train import fit
+
     job.main(fit.run)

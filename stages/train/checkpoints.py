@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 SEAL = "whole.json"
@@ -45,3 +46,15 @@ def newest(scratch: Path) -> tuple[Path | None, list[Path]]:
             return folder, torn
         torn.append(folder)
     return None, torn
+
+
+def clear(folder: Path) -> None:
+    """An empty folder, whatever a kill left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def prune(scratch: Path, kept: int) -> None:
+    """Deletes all but the `kept` newest checkpoints."""
+    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=number)[:-kept]:
+        shutil.rmtree(folder)

@@ -1,75 +1,39 @@
-"""What is watched while the Trainer runs: progress, the loss, the seal of checkpoints, and whether every adapter learns."""
+"""What a person sees while training runs: how far it is, how fast, how much memory it takes."""
 
 from __future__ import annotations
 
-import math
+import resource
 import time
 
 import torch
-from transformers import TrainerCallback
 
 from stages import job
-from stages.train import checkpoints
+from stages.train.loop import History
 
 
-class Watch(TrainerCallback):
-    """Tells the caller how far training is, and stops it when the loss is no longer a number."""
+class Watch:
+    """Progress and metrics of one run of `steps` steps. Speed is that of this attempt, whatever an earlier one did."""
 
-    def __init__(self, tokens: int):
-        self.tokens, self.began, self.first = tokens, 0.0, 0
+    def __init__(self, steps: int, device: str):
+        self.steps, self.device, self.tokens, self.seconds, self.taken = steps, device, 0, 0.0, 0
+        self.began = time.monotonic()
 
-    def on_train_begin(self, args, state, control, **_):
-        self.began, self.first = time.monotonic(), state.global_step
+    def step(self, history: History, done: int, tokens: int, seconds: float) -> None:
+        self.tokens, self.seconds, self.taken = self.tokens + tokens, self.seconds + seconds, self.taken + 1
+        left = (time.monotonic() - self.began) / self.taken * (self.steps - done)
+        job.metric("loss", history.train[done], done)
+        job.progress(done, self.steps, "steps", f"loss {history.train[done]:.3f}, {self.speed:,.0f} tokens/s, {self.memory() / 1e9:.1f} GB, {left:.0f} s left")
 
-    def on_log(self, args, state, control, logs=None, **_):
-        for key, name in (("loss", "loss"), ("eval_loss", "held-out loss")):
-            if key not in (logs or {}):
-                continue
-            if not math.isfinite(logs[key]):
-                raise job.StageError(f"{name} is {logs[key]} at step {state.global_step}", "a finite loss", "Lower learning_rate or max_grad_norm")
-            job.metric(name, logs[key], state.global_step)
-        if "loss" in (logs or {}):
-            steps, seconds = state.global_step - self.first, time.monotonic() - self.began
-            left = seconds / steps * (state.max_steps - state.global_step)
-            speed = self.tokens * steps / seconds
-            job.progress(state.global_step, state.max_steps, "steps", f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s, {left:.0f} s left")
+    def held_out(self, value: float, done: int) -> None:
+        job.metric("held-out loss", value, done)
 
-    def on_save(self, args, state, control, **_):
-        from pathlib import Path
+    @property
+    def speed(self) -> float:
+        """Tokens a second, of packed sequences, without evaluations and saves."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class Learning(TrainerCallback):
-    """Refuses adapters that do not learn: after three steps every tensor has had a gradient and has moved.
-
-    Three, since B starts at zero and blocks A's gradient on the first, and the warm-up may begin at a rate of zero.
-    Libraries do not raise here: peft only warns that a parameter was not matched, or trains a tensor that nothing reads.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        self.tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.start: dict[str, torch.Tensor] = {}
-        self.moved_by_gradient: set[str] = set()
-        self.steps = 0
-
-    def on_train_begin(self, args, state, control, **_):
-        self.start = {name: p.detach().clone() for name, p in self.tensors.items()}  # now, since a resumed run has just loaded them
-
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        if self.steps < 3:
-            self.moved_by_gradient |= {name for name, p in self.tensors.items() if p.grad is not None and bool(p.grad.any())}
-
-    def on_step_end(self, args, state, control, **_):
-        self.steps += 1
-        if self.steps != 3:
-            return
-        idle = sorted(self.tensors.keys() - self.moved_by_gradient)
-        still = sorted(name for name, p in self.tensors.items() if torch.equal(p.detach(), self.start[name]))
-        self.start.clear()
-        if idle or still:
-            names = idle or still
-            raise job.StageError(
-                f"{len(names)} of {len(self.tensors)} adapter tensors {'have no gradient' if idle else 'have not changed'} after 3 steps, first {names[0]}",
-                "every adapter tensor to learn", "A kernel or a quantised layer bypasses that module: choose other targets or method lora",
-            )
+    def memory(self) -> int:
+        """The most that was held so far, in bytes: of GPU memory, or of this process without one."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import small
 import torch
-import trl
 from safetensors.torch import load_file
 
+from nemotron import adapter
 from nemotron.chat import IGNORED
 from stages import job
 from stages.train import fit
+from stages.train.loop import History, Loop
+from stages.train.ranks import Ranks
 
 CONTRACT = Path(__file__).resolve().parents[2] / "stages" / "train" / "stage.toml"
 LENGTHS = (4, 7, 9, 12, 14, 18, 23, 33)  # tokens a turn: rows of 28 to 144 tokens, the longest in three chunks of the scan
 SHORT = {
-    "targets": "all", "rank": 4, "alpha": 8, "learning_rate": 5e-3, "steps": 4, "batch": 8, "accumulation": 1, "warmup_steps": 1,
+    "targets": "all", "rank": 4, "alpha": 8, "learning_rate": 5e-3, "steps": 4, "batch": 8, "sequence_tokens": 1024, "warmup_steps": 1,
     "eval_every": 2, "save_every": 2, "min_loss_drop": 0.0,
 }
 
@@ -61,14 +63,24 @@ def losses(output, key="train"):
     return {row["step"]: row[key] for row in rows if key in row}
 
 
+def rates(output):
+    """The learning rate of every step."""
+    return [json.loads(line)["learning_rate"] for line in (output / "loss.jsonl").read_text().splitlines()]
+
+
+def state(model):
+    """Name -> a copy of each tensor of the adapter."""
+    return {name: value.clone() for name, value in adapter.state(model).items()}
+
+
 def weights(output):
     """Name -> tensor of the adapter."""
     return load_file(output / "adapter" / "adapter_model.safetensors")
 
 
-def logged(task):
-    """What the Trainer logged, as it stands in the last checkpoint."""
-    return json.loads((task.scratch / f"checkpoint-{task.params['steps']}" / "trainer_state.json").read_text())["log_history"]
+def history(task):
+    """What was measured, as it stands in the last checkpoint."""
+    return History.of(json.loads((task.scratch / f"checkpoint-{task.params['steps']}" / "history.json").read_text()))
 
 
 def run(folder, made, **changes):
@@ -91,10 +103,10 @@ def watched(folder, made, **changes):
     return {"task": its, **kept}
 
 
-def trainer(folder, made, **changes):
-    """The Trainer of a run that has not begun, and its rows."""
+def loop(folder, made, **changes):
+    """The Loop of a run that has not begun, and its rows."""
     its, rows = task(folder, made, **changes), fit.read(made["data"] / "train.jsonl")
-    return fit.make_trainer(its, fit.adapted(its), rows, rows[:2]), rows
+    return Loop(its, fit.adapted(its), rows, rows[:2], Ranks()), rows
 
 
 def warnings(patch):
@@ -114,9 +126,3 @@ def change_model(patch, change):
         return model
 
     patch.setattr(fit, "adapted", adapted)
-
-
-def change_config(patch, **changes):
-    """Lets the stage make its SFTConfig with other arguments than it wants."""
-    right = trl.SFTConfig
-    patch.setattr(trl, "SFTConfig", lambda **arguments: right(**{**arguments, **changes}))

@@ -1,6 +1,7 @@
-"""Training on the small checkpoint with the real TRL and PEFT: what a run leaves behind, and what it refuses."""
+"""Training on the small checkpoint: what a run leaves behind, and what it refuses."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,17 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("trl", reason="needs the train environment")
+pytest.importorskip("peft", reason="needs the train environment")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import short  # noqa: E402
 import small  # noqa: E402
 
-from nemotron import native  # noqa: E402
+from nemotron import adapter, native  # noqa: E402
+from nemotron.checkpoint import Slot, write  # noqa: E402
 from stages import job  # noqa: E402
-from stages.train import fit  # noqa: E402
+from stages.train import fit, memory  # noqa: E402
+from stages.train.loop import Loop, rate, trained_tokens  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,8 @@ def test_the_artifact_is_what_formats_md_says(trained):
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     assert files == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json", "loss.jsonl", "loss.png"}
     rows = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
-    assert [set(row) for row in rows] == [{"step", "train"}, {"step", "train", "held_out"}] * 2  # held out at eval_every = 2
+    always = {"step", "train", "norm", "learning_rate"}
+    assert [set(row) for row in rows] == [always, always | {"held_out"}] * 2  # held out at eval_every = 2
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((output / "training.json").read_text())
     assert report["conversations"] == 8 and report["trained_tokens"] == 2 * sum(length + 1 for length in short.LENGTHS)
@@ -42,31 +46,75 @@ def test_the_artifact_is_what_formats_md_says(trained):
     assert report["trainable"] == sum(p.numel() for p in trained["start"].values()) == report["groups"]["adapter"]["trainable"]
 
 
-def test_a_loss_that_is_no_number_stops_training_at_its_step(made, tmp_path, monkeypatch):
-    params = {"learning_rate": 1e30, "eval_every": 99}  # step 1 is warm-up at a rate of zero, step 2 breaks the adapter
-    with pytest.raises(job.StageError, match="loss is nan at step 3"):
-        short.run(tmp_path / "stopped", made, **params)
-    short.change_config(monkeypatch, logging_nan_inf_filter=True)
-    with pytest.raises(job.StageError, match="held-out loss is nan at step 4"):
-        short.run(tmp_path / "filtered", made, **params)  # transformers' own filter writes a loss of 0.0 at step 3, and goes on
+def test_a_loss_that_is_no_number_stops_training_and_names_the_first_module(made, tmp_path):
+    with pytest.raises(job.StageError, match=r"loss is nan at step 2, first in model\.layers\.0\.mixer\.out_proj; expected a finite loss"):
+        short.run(tmp_path / "stopped", made, learning_rate=1e30)
+
+
+def test_a_gradient_that_is_no_number_stops_training_by_name(made, tmp_path, monkeypatch):
+    def break_one(model):
+        next(p for name, p in model.named_parameters() if name.endswith("q_proj.lora_b")).register_hook(lambda g: g * float("nan"))
+
+    short.change_model(monkeypatch, break_one)
+    with pytest.raises(job.StageError, match=r"the gradient of model\.layers\.3\.mixer\.q_proj\.lora_b is not finite at step 1"):
+        short.run(tmp_path, made)
+
+
+def test_a_held_out_loss_that_is_no_number_stops_training(made, tmp_path, monkeypatch):
+    right = Loop.loss
+    monkeypatch.setattr(Loop, "loss", lambda self, pack: right(self, pack) * (1 if self.model.training else float("nan")))
+    with pytest.raises(job.StageError, match="held-out loss is nan at step 2"):
+        short.run(tmp_path, made)
 
 
 def test_the_learning_rate_rises_and_then_falls_to_zero(made, tmp_path):
-    task = short.task(tmp_path, made, steps=10, warmup_steps=3, save_every=10, eval_every=10)
-    fit.run(task)
-    rates = [row["learning_rate"] for row in short.logged(task) if "learning_rate" in row]
-    assert rates[:4] == pytest.approx([0, 5e-3 / 3, 5e-3 * 2 / 3, 5e-3]) and rates[3:] == sorted(rates[3:], reverse=True)
-    last = torch.load(task.scratch / "checkpoint-10" / "scheduler.pt", weights_only=True)["_last_lr"]
-    assert last == pytest.approx([0.0] * len(last), abs=1e-9)
+    rates = short.rates(short.run(tmp_path, made, steps=10, warmup_steps=3, save_every=10, eval_every=10))
+    assert rates[:3] == pytest.approx([5e-3 / 3, 5e-3 * 2 / 3, 5e-3]) and rates[2:] == sorted(rates[2:], reverse=True)
+    assert rate(10, 10, 3, 5e-3) == pytest.approx(0) and rate(0, 10, 0, 5e-3) == 5e-3
 
 
-def test_the_adapter_s_config_holds_no_path_and_no_chance(made, trained, tmp_path):
+def test_training_stops_when_held_out_losses_fall_no_longer_and_keeps_the_best(made, tmp_path, monkeypatch):
+    seen = []
+    right = Loop.loss
+
+    def rising(self, pack):
+        value = right(self, pack)
+        if not self.model.training:
+            seen.append(short.state(self.model))
+            return value * 0 + [3, 1, 2, 4, 5, 6][len(seen) - 1] * trained_tokens(pack)
+        return value
+
+    monkeypatch.setattr(Loop, "loss", rising)
+    output = short.run(tmp_path, made, steps=20, eval_every=1, patience=2)
+    report = json.loads((output / "training.json").read_text())
+    assert (report["steps"], report["stopped_early"], report["kept_step"]) == (4, True, 2)
+    assert all(torch.equal(value, seen[1][name]) and not torch.equal(value, seen[3][name]) for name, value in short.weights(output).items())
+
+
+def test_rounding_begins_with_the_last_share_of_the_steps(made, tmp_path, monkeypatch):
+    """Quantiser in the loop: from then on what the export quantises is rounded, attention never, and the best is looked for anew."""
+    seen, right = [], Loop.step
+
+    def look(self, number):
+        seen.append({name for name, module in adapter.adapted(self.model).items() if module.rounded})
+        right(self, number)
+
+    monkeypatch.setattr(Loop, "step", look)
+    output = short.run(tmp_path / "some", made, rounded_share=0.5, eval_every=1)
+    experts = {f"model.layers.{layer}.mixer.{kind}.{its}_proj" for layer in (1, 4) for kind in ("experts", "shared_experts") for its in ("up", "down")}
+    rounded = experts | {"model.layers.0.mixer.in_proj"}  # layer 2 stands before attention, and so stays BF16 as attention does
+    assert seen == [set(), set(), rounded, rounded]
+    assert json.loads((output / "training.json").read_text())["kept_step"] in (3, 4)
+    assert short.losses(output)[3] != short.losses(short.run(tmp_path / "none", made))[3]
+    with pytest.raises(job.StageError, match="rounded_share with method qlora"):
+        short.run(tmp_path / "packed", made, rounded_share=0.5, method="qlora")
+
+
+def test_the_adapter_s_config_holds_no_path_and_no_chance(made, trained):
     text = (trained["task"].output / "adapter" / "adapter_config.json").read_text()
     config = json.loads(text)
     assert str(made["base"].parent) not in text and config["base_model_name_or_path"] is None
     assert config["target_modules"] == sorted(native.PRESETS["all"]["target_modules"]) and config["r"] == 4 and config["lora_alpha"] == 8
-    trained["model"].save_pretrained(tmp_path)
-    assert str(made["base"]) in (tmp_path / "adapter_config.json").read_text(), "peft alone writes the path"
 
 
 def test_one_seed_is_one_adapter(made, trained, tmp_path):
@@ -89,6 +137,32 @@ def test_a_preset_that_matches_nothing_is_refused(made, tmp_path):
     without_experts = small.tokenizer(small.base(tmp_path / "base", "M*"))
     with pytest.raises(job.StageError, match="'experts' wants shared_experts.up_proj, which this model does not have"):
         short.run(tmp_path / "run", {**made, "base": without_experts}, targets="experts")
+
+
+def test_a_conversation_longer_than_a_sequence_is_refused(made, tmp_path):
+    with pytest.raises(job.StageError, match=r"1 conversations are longer than a packed sequence, the longest 144 tokens; expected at most 143.*Set sequence_tokens to 144"):
+        short.run(tmp_path, made, sequence_tokens=143)
+
+
+def test_a_base_that_is_nvfp4_already_is_refused(made, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(made["base"], other)
+    (other / "model.safetensors.index.json").unlink()
+    write(other / "model.safetensors", [Slot("backbone.layers.0.mixer.in_proj.weight_scale_2", "F32", ())], lambda slot: torch.ones(()))
+    with pytest.raises(job.StageError, match="in NVFP4 already.*train with method nvfp4"):
+        short.run(tmp_path / "run", {**made, "base": other})
+
+
+def test_too_little_memory_is_said_before_loading_with_what_would_fit(made, tmp_path, monkeypatch):
+    real = json.loads((Path(__file__).parents[1] / "nemotron" / "golden" / "nano-config.json").read_text())
+    params = short.task(tmp_path, made, precision="bfloat16", sequence_tokens=16384, targets="all", rank=16, gradient_checkpointing=True).params
+    monkeypatch.setattr(memory, "available", lambda device: 60e9)
+    with pytest.raises(job.StageError, match=r"needs about \d+ GB \(base 63\.2 GB, adapter 7\.\d GB.*60 GB are free.*What fits: method nvfp4"):
+        memory.check(real, "bf16", params, "cuda")
+    memory.check(real, "nf4", params, "cuda")
+    monkeypatch.setattr(memory, "available", lambda device: 10e9)
+    with pytest.raises(job.StageError, match="Lower sequence_tokens or rank"):
+        memory.check(real, "nf4", params, "cuda")
 
 
 def test_a_data_set_without_rows_is_refused(made, tmp_path):

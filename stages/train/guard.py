@@ -1,0 +1,70 @@
+"""What stops a run that would go on without learning: adapters without a gradient, adapters that do not move, numbers that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from stages import job
+
+LOOKED_AT = 3  # steps: B begins at zero and blocks A's gradient on the first, and the warm-up may begin at a rate of zero
+
+
+class Guard:
+    """Refuses adapters that do not learn: after three steps every tensor has had a gradient and has moved.
+
+    Libraries do not raise here: a kernel that reads a weight past its module leaves the adapter on it without a gradient, and
+    the loss still falls.
+    """
+
+    def __init__(self, tensors: dict[str, nn.Parameter]):
+        self.tensors, self.touched, self.steps = tensors, set(), 0
+        self.start: dict[str, torch.Tensor] = {}
+
+    def gradients(self, step: int) -> None:
+        """Before the optimiser's step. Raises StageError on a gradient that is not finite, with the tensor's name."""
+        if not self.start and self.steps == 0:
+            self.start = {name: p.detach().to("cpu", copy=True) for name, p in self.tensors.items()}  # not on the GPU, whose memory is counted
+        norms = torch.stack([p.grad.norm() for p in self.tensors.values()])
+        if not torch.isfinite(norms).all():
+            name = list(self.tensors)[int((~torch.isfinite(norms)).nonzero()[0])]
+            raise job.StageError(f"the gradient of {name} is not finite at step {step + 1}", "finite gradients", "Lower learning_rate or max_grad_norm")
+        if self.steps < LOOKED_AT:
+            self.touched |= {name for name, norm in zip(self.tensors, norms.tolist(), strict=True) if norm > 0}
+
+    def moved(self) -> None:
+        """After the optimiser's step. Raises StageError, at the third, if a tensor has had no gradient or has not changed."""
+        self.steps += 1
+        if self.steps != LOOKED_AT:
+            return
+        idle = sorted(self.tensors.keys() - self.touched)
+        still = sorted(name for name, p in self.tensors.items() if torch.equal(p.detach().cpu(), self.start[name]))
+        self.start.clear()
+        if names := idle or still:
+            raise job.StageError(
+                f"{len(names)} of {len(self.tensors)} adapter tensors {'have no gradient' if idle else 'have not changed'} after {LOOKED_AT} steps, first {names[0]}",
+                "every adapter tensor to learn", "Something reads that weight past its adapter: choose other targets, and report it")
+
+
+@torch.no_grad()
+def finite(model: nn.Module, forward: Callable[[], torch.Tensor]) -> str:
+    """The name of the first module, in the order of the forward, whose output is not finite; "the loss" if none is."""
+    found: list[str] = []
+
+    def look(name: str):
+        def hook(module, inputs, output):
+            tensor = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if not any(module.children())]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss"

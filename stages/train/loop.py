@@ -1,0 +1,180 @@
+"""The training loop: packed steps, the exact mean over a step's trained tokens, a schedule, held-out losses, checkpoints.
+
+Everything that a step depends on is a function of the seed and its number (stages/train/pack.py), the adapter and the
+optimiser's state, all float32. So a run that was killed and resumed logs the losses of one that was not, and so does one that
+is resumed with another number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nemotron import adapter, assemble
+from nemotron.chat import IGNORED
+from stages import job
+from stages.train import checkpoints
+from stages.train.guard import Guard, finite
+from stages.train.pack import Order, Pack, packs
+from stages.train.ranks import Ranks
+
+KEPT = 2  # checkpoints
+
+
+@dataclass
+class History:
+    """What was measured, by step from 1. `best` is (held-out loss, step) of the adapter that is kept."""
+
+    train: dict[int, float] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
+    norm: dict[int, float] = field(default_factory=dict)
+    rate: dict[int, float] = field(default_factory=dict)
+    best: tuple[float, int] | None = None
+    stopped: int | None = None
+
+    def as_json(self) -> dict:
+        return dict(vars(self))
+
+    @staticmethod
+    def of(raw: dict) -> History:
+        numbered = {name: {int(step): value for step, value in raw[name].items()} for name in ("train", "held_out", "norm", "rate")}
+        return History(**numbered, best=tuple(raw["best"]) if raw["best"] else None, stopped=raw["stopped"])
+
+
+def rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """The learning rate of step `step` (from 0): a straight rise over `warmup` steps, then half a cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Loop:
+    """One run over `rows`. `change(step)` is called before each step and may alter the model (rounding from some step on)."""
+
+    def __init__(self, task: job.Job, model: nn.Module, rows: list[dict], held_out: list[dict], ranks: Ranks, watch=None, change: Callable[[int], bool] | None = None):
+        self.task, self.model, self.rows, self.ranks, self.watch = task, model, rows, ranks, watch
+        self.change = change or (lambda step: False)
+        self.order = Order(len(rows), task.seed)
+        self.held_out = packs(held_out, task.params["sequence_tokens"]) if held_out else []
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=0.0, weight_decay=task.params["weight_decay"], fused=True)
+        self.history, self.start = History(), 0
+        self.guard = Guard(self.parameters)
+
+    def run(self) -> History:
+        """Trains from `start` to the last step, or until held-out losses stop falling; leaves the kept adapter in the model."""
+        params = self.task.params
+        self.model.train()
+        for step in range(self.start, params["steps"]):
+            if self.history.stopped:
+                break
+            if self.change(step):
+                self.history.best = None  # a loss of the unrounded model says nothing of the rounded one
+            self.step(step)
+            done = step + 1
+            if self.held_out and (done % params["eval_every"] == 0 or done == params["steps"]):
+                self.evaluate(done)
+            if done % params["save_every"] == 0 or done == params["steps"] or self.history.stopped:
+                self.save(done)
+        if self.history.best and self.history.best[1] != max(self.history.train):
+            adapter.restore(self.model, load_file(self.best))
+        return self.history
+
+    def step(self, number: int) -> None:
+        """One optimiser step; `number` from 0."""
+        params, began = self.task.params, time.monotonic()
+        made = packs([self.rows[row] for row in self.order.step(number, params["batch"])], params["sequence_tokens"])
+        count = sum(trained_tokens(pack) for pack in made)
+        total = torch.zeros((), device=self.task.device)
+        for pack in self.ranks.share(made):
+            loss = self.loss(pack) / count
+            loss.backward()
+            total += loss.detach()
+        for p in self.parameters.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)  # no sequence fell to this rank; `guard` looks at the sum
+        self.ranks.sum([total, *(p.grad for p in self.parameters.values())])
+        value = total.item()
+        if not math.isfinite(value):
+            raise job.StageError(f"loss is {value} at step {number + 1}, first in {finite(self.model, lambda: self.loss(made[0]))}", "a finite loss",
+                                 "Lower learning_rate or max_grad_norm")
+        self.guard.gradients(number)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), params["max_grad_norm"]).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(number, params["steps"], params["warmup_steps"], params["learning_rate"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.guard.moved()
+        done = number + 1
+        self.history.train[done], self.history.norm[done], self.history.rate[done] = value, norm, self.optimizer.param_groups[0]["lr"]
+        if self.watch:
+            self.watch.step(self.history, done, sum(pack.documents.tokens for pack in made), time.monotonic() - began)
+
+    def loss(self, pack: Pack) -> torch.Tensor:
+        device = self.task.device
+        return assemble.loss(self.model, pack.ids.to(device), pack.labels.to(device), pack.documents)
+
+    @torch.no_grad()
+    def evaluate(self, done: int) -> None:
+        """The held-out loss after step `done`, and what follows from it: a new best adapter, or an early stop."""
+        self.model.eval()
+        total = torch.zeros((), device=self.task.device)
+        for pack in self.ranks.share(self.held_out):
+            total += self.loss(pack)
+        self.ranks.sum([total])
+        self.model.train()
+        value = total.item() / sum(trained_tokens(pack) for pack in self.held_out)
+        if not math.isfinite(value):
+            raise job.StageError(f"held-out loss is {value} at step {done}", "a finite loss", "Lower learning_rate or max_grad_norm")
+        history = self.history
+        history.held_out[done] = value
+        if history.best is None or value < history.best[0]:
+            history.best = (value, done)
+            if self.ranks.first:
+                save_file(adapter.state(self.model), self.best)
+        elif self.task.params["patience"] and done - history.best[1] >= self.task.params["patience"] * self.task.params["eval_every"]:
+            history.stopped = done
+        if self.watch:
+            self.watch.held_out(value, done)
+
+    @property
+    def best(self) -> Path:
+        return self.task.scratch / "best.safetensors"
+
+    def save(self, done: int) -> None:
+        """A checkpoint after step `done`, sealed last of all; the oldest ones go."""
+        if self.ranks.first:
+            folder = self.task.scratch / f"checkpoint-{done}"
+            checkpoints.clear(folder)
+            save_file(adapter.state(self.model), folder / adapter.WEIGHTS)
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            if self.history.best:
+                (folder / "best.safetensors").write_bytes(self.best.read_bytes())
+            (folder / "history.json").write_text(json.dumps(self.history.as_json()))
+            checkpoints.seal(folder)
+            checkpoints.prune(self.task.scratch, KEPT)
+        self.ranks.wait()
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from a whole checkpoint."""
+        adapter.restore(self.model, load_file(folder / adapter.WEIGHTS))
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=self.task.device, weights_only=True))
+        self.history = History.of(json.loads((folder / "history.json").read_text()))
+        if self.history.best and self.ranks.first:
+            self.best.write_bytes((folder / "best.safetensors").read_bytes())
+        self.ranks.wait()
+        self.start = checkpoints.number(folder)
+
+
+def trained_tokens(pack: Pack) -> int:
+    """Tokens that are predicted and trained: a label on a sequence's first token has nothing before it."""
+    return int((pack.labels[1:] != IGNORED).sum())

@@ -1,0 +1,65 @@
+"""How much memory a run will take, said before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nemotron import layout, native
+from nemotron.names import pattern, tensors
+from nemotron.projection import FORMS
+from stages import job
+
+CACHED = 1.15  # what the allocator holds beside what is asked of it
+
+
+def bytes_needed(config: dict, form: str, params: dict) -> dict[str, float]:
+    """Bytes by part: the base in its form, the adapter with its gradient and both Adam moments (float32), and activations.
+
+    Activations are of one packed sequence: what every layer hands on, and the layer that takes most while its backward runs
+    (a dense stack of experts, and the rows of every choice three times). Without checkpointing every layer keeps its own.
+    """
+    specs, number = tensors(config), 2 if params["precision"] == "bfloat16" else 4
+    packed = {f"{name}.weight" for name in layout.quantised(config, "official")}
+    base = 0.0
+    for name, spec in specs.items():
+        count = torch.Size(spec.shape).numel()
+        base += count * (FORMS[form] / 8 if name in packed and form != "bf16" else number)
+    chosen = native.PRESETS[params["targets"]]
+    suffixes = tuple(part.rsplit(".", 1)[-1] for kind in chosen.values() for part in kind)
+    adapted = [spec.shape for name, spec in specs.items() if name.endswith(tuple(f".{suffix}.weight" for suffix in suffixes))]
+    factors = sum(params["rank"] * (out + inside) for out, inside in adapted)
+    tokens, hidden, choices = params["sequence_tokens"], config["hidden_size"], config["num_experts_per_tok"]
+    width = max(config["moe_intermediate_size"], hidden)
+    stack = 2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number if form != "bf16" else 0
+    layer = stack + 6 * tokens * choices * width * number + 4 * tokens * config["moe_shared_expert_intermediate_size"] * number
+    layers = len(pattern(config))
+    kept = layers * tokens * hidden * number
+    return {"base": base, "adapter": 16.0 * factors, "activations": kept + layer if params["gradient_checkpointing"] else kept + layers * layer / 2}
+
+
+def available(device: str) -> int:
+    """Bytes that a run on `device` can take. A GB10 shares its memory with the CPU and reports none of its own: /proc/meminfo."""
+    if device == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
+        return torch.cuda.mem_get_info()[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise job.StageError("no MemAvailable in /proc/meminfo", "a Linux machine", "Run this stage on Linux")
+
+
+def check(config: dict, form: str, params: dict, device: str) -> None:
+    """Raises StageError if the run needs more than there is, naming what would fit."""
+    parts, room = bytes_needed(config, form, params), available(device)
+    needed = sum(parts.values()) * CACHED
+    if needed <= room:
+        return
+    fitting = []
+    for method, other in (("lora", "bf16"), ("nvfp4", "nvfp4"), ("qlora", "nf4")):
+        changed = {**params, "gradient_checkpointing": True}
+        if sum(bytes_needed(config, other, changed).values()) * CACHED <= room:
+            fitting.append(f"method {method} with gradient_checkpointing")
+    said = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
+    raise job.StageError(f"this run needs about {needed / 1e9:.0f} GB ({said}), and {room / 1e9:.0f} GB are free", "enough memory for the method",
+                         f"What fits: {fitting[0]}" if fitting else "Lower sequence_tokens or rank, or choose targets: attention")

@@ -1,0 +1,83 @@
+"""Which conversations a step trains on, and how they are laid into packed sequences.
+
+Both follow from seed and step alone: a resumed run, and one with another number of ranks, goes on with exactly the rows that
+an uninterrupted one would have had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nemotron.documents import Documents
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One packed sequence: `ids` and `labels` int64 (tokens,), and where its documents lie."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    documents: Documents
+
+
+class Order:
+    """An endless run through `count` rows, shuffled anew in every epoch."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self._epoch, self._rows = -1, []
+
+    def __getitem__(self, place: int) -> int:
+        epoch, at = divmod(place, self.count)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._rows = epoch, torch.randperm(self.count, generator=generator).tolist()
+        return self._rows[at]
+
+    def step(self, number: int, size: int) -> list[int]:
+        """The rows of step `number` (from 0), `size` of them."""
+        return [self[place] for place in range(number * size, (number + 1) * size)]
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Groups of indices whose lengths sum to at most `capacity`, each length put where least room would be left, longest first.
+
+    Raises ValueError if one length alone is over it.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[index] > capacity:
+            raise ValueError(f"row {index} has {lengths[index]} tokens, a packed sequence {capacity}")
+        fitting = [g for g, left in enumerate(room) if left >= lengths[index]]
+        if fitting:
+            tightest = min(fitting, key=lambda g: room[g])
+            groups[tightest].append(index)
+            room[tightest] -= lengths[index]
+        else:
+            groups.append([index])
+            room.append(capacity - lengths[index])
+    return groups
+
+
+def packs(rows: list[dict], capacity: int) -> list[Pack]:
+    """The rows (`input_ids`, `labels`) end to end in as few sequences of at most `capacity` tokens as best fit finds."""
+    made = []
+    for group in best_fit([len(row["input_ids"]) for row in rows], capacity):
+        ids = [i for g in group for i in rows[g]["input_ids"]]
+        labels = [i for g in group for i in rows[g]["labels"]]
+        made.append(Pack(torch.tensor(ids), torch.tensor(labels), Documents(tuple(len(rows[g]["input_ids"]) for g in group))))
+    return made
+
+
+def unfilled(lengths: list[int], seed: int, size: int, capacity: int, steps: int) -> float:
+    """Share of the room of packed sequences, but for the last of each step, that stays empty over a run."""
+    order, room, used = Order(len(lengths), seed), 0, 0
+    for number in range(steps):
+        groups = best_fit([lengths[row] for row in order.step(number, size)], capacity)
+        chosen = [lengths[row] for row in order.step(number, size)]
+        room += capacity * (len(groups) - 1)
+        used += sum(chosen[i] for group in groups[:-1] for i in group)
+    return 1 - used / room if room else 0.0

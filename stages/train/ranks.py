@@ -1,0 +1,62 @@
+"""Several processes that train one model: each takes its share of a step's packed sequences, and gradients are summed.
+
+A sum and not a mean: every process has divided by the trained tokens of the whole step already, so the gradient is that of one
+process with all the sequences, however they are shared out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as distributed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`rank` of `world` processes."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, things: list) -> list:
+        """What falls to this process of what the step has."""
+        return things[self.rank :: self.world]
+
+    def sum(self, tensors: list[torch.Tensor]) -> None:
+        """Sums float32 tensors over all processes, in place and in one message."""
+        if self.world == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        distributed.all_reduce(flat)
+        at = 0
+        for tensor in tensors:
+            tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
+            at += tensor.numel()
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            distributed.barrier()
+
+
+def join(device: str) -> Ranks:
+    """This process among those that torchrun started; alone if it did not."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Ranks()
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def launch(count: int, job: str) -> None:
+    """Replaces this process by torchrun with `count` processes of the same stage on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "stages.train", job]
+    os.execv(sys.executable, command)
