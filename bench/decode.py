@@ -1,0 +1,35 @@
+"""Milliseconds and bytes per second of decoding one expert stack at the real widths, against unpacking in torch: `python -m bench.decode`."""
+
+import time
+
+import torch
+
+from nemotron import nf4, nvfp4
+from nemotron.projection import Projection
+
+
+def main() -> None:
+    for form in ("nf4", "nvfp4"):
+        for out, inside in ((1856, 2688), (2688, 1856)):
+            its = Projection(128, out, inside, form, torch.bfloat16, "cuda")
+            for expert in range(128):
+                its.put(expert, torch.randn(out, inside, device="cuda") * 0.02)
+            parts = (its.weight[:2], its.weight_scale[:2])
+            exact = nf4.unpack(nf4.Packed(*parts)) if form == "nf4" else nvfp4.unpack(nvfp4.Packed(*parts, its.weight_scale_2[:2]))
+            room = torch.empty(128, out, inside + 16, dtype=torch.bfloat16, device="cuda")[:, :, :inside]
+            for target in (None, room):
+                equal = torch.equal(its.dense(target)[:2], exact.to(torch.bfloat16))
+                times = []
+                for _ in range(9):
+                    torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    its.dense(target)
+                    torch.cuda.synchronize()
+                    times.append(time.perf_counter() - began)
+                seconds = sorted(times)[4]
+                moved = sum(b.numel() * b.element_size() for b in its.buffers()) + 2 * 128 * out * inside
+                print(f"{form:6s} ({out}, {inside}) {'contiguous' if target is None else 'with room':10s} {seconds * 1e3:6.2f} ms {moved / seconds / 1e12:5.2f} TB/s  {'equal to torch' if equal else 'DIFFERS from torch'}")
+
+
+if __name__ == "__main__":
+    main()
