@@ -11,11 +11,11 @@ from pathlib import Path
 from forge import hashing
 
 # Beside an image and without effect on it.
-_APART = ("README.md", "requirements.in", "excludes.txt")
+_APART = ("README.md", "requirements.in", "kernels.in", "excludes.txt")
 # What every image's build uses, beside its own folder.
 _SHARED = ("torch.lock", "apply_patches.py", "uv.lock")
 # What only the build of a real image reads: an environment of the local executor is the same without them.
-_BUILD_ONLY = ("Dockerfile", "base.lock", "../uv.lock")
+_BUILD_ONLY = ("Dockerfile", "base.lock", "kernels.lock", "patches/series.base", "../uv.lock")
 
 
 @dataclass(frozen=True)

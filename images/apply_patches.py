@@ -1,34 +1,74 @@
 """Applies a folder's patch series to the installed packages of the Python that runs this.
 
-    python apply_patches.py FOLDER
+    python apply_patches.py FOLDER [SERIES]
 
-`FOLDER/series` lists patch files in order, one a line, `#` for comments; paths in a patch count from site-packages.
-A patch that does not fit exactly is an error: a library that has changed under a patch must be looked at again.
+`FOLDER/SERIES` (default: series) lists patch files in order, one a line, `#` for comments; paths in a patch count from
+site-packages. A patch that does not fit exactly, line for line where it says, is an error: a library that has changed under a
+patch must be looked at again. Slim images and NGC's have no `patch` program, and that one also takes what fits elsewhere.
 """
 
 from __future__ import annotations
 
-import subprocess
+import re
 import sys
 import sysconfig
 from pathlib import Path
 
 
-def main(folder: Path) -> int:
-    series = folder / "series"
-    names = [line.split("#")[0].strip() for line in series.read_text().splitlines()] if series.exists() else []
-    root = sysconfig.get_paths()["purelib"]
+class Misfit(Exception):
+    """Where a patch and a file disagree."""
+
+
+def main(folder: Path, series: str = "series") -> int:
+    listed = folder / series
+    names = [line.split("#")[0].strip() for line in listed.read_text().splitlines()] if listed.exists() else []
+    roots = sysconfig.get_paths()["purelib"]
     for name in filter(None, names):
-        command = ["patch", "--strip=1", "--fuzz=0", "--forward", "--batch", f"--directory={root}", f"--input={(folder / name).resolve()}"]
-        done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
-        if done.returncode or "(offset " in done.stdout:  # --fuzz=0 still takes a hunk that fits some lines further on
-            print(f"found: {name} does not apply to {root}\n{done.stdout}{done.stderr}")
+        try:
+            changed = patched((folder / name).read_text().splitlines(keepends=True), Path(roots))
+        except (Misfit, OSError) as error:
+            print(f"found: {name} does not apply to {roots}: {error}")
             print("expected: the library that it was made for; see the patch's entry in README.md, and drop or refresh it")
             return 1
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for path, text in changed.items():
+            path.write_text(text)
         print(f"applied {name}")
     return 0
 
 
+def patched(patch: list[str], root: Path) -> dict[Path, str]:
+    """File -> its text after a unified diff. Raises Misfit, and OSError for a file that is not there."""
+    found: dict[Path, str] = {}
+    at = 0
+    while at < len(patch):
+        if not patch[at].startswith("--- "):
+            at += 1
+            continue
+        path = root / patch[at + 1].split()[1].split("/", 1)[1]
+        old, new, taken = path.read_text().splitlines(keepends=True), [], 0
+        at += 2
+        while at < len(patch) and (head := re.match(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@", patch[at])):
+            first, count = int(head[1]) - 1, int(head[2] or 1)
+            new += old[taken:first]
+            taken, end = first, first + count
+            at += 1
+            while at < len(patch) and patch[at][0] in " -+\\":
+                sign, line = patch[at][0], patch[at][1:]
+                at += 1
+                if sign == "+":
+                    new.append(line)
+                elif sign in " -":
+                    if taken >= len(old) or old[taken] != line:
+                        raise Misfit(f"{path.name} line {taken + 1} is {old[taken].rstrip() if taken < len(old) else 'past the end'!r}, the patch wants {line.rstrip()!r}")
+                    new += [line] if sign == " " else []
+                    taken += 1
+                if taken == end and (at == len(patch) or patch[at][0] not in "+\\"):
+                    break
+            if taken != end:
+                raise Misfit(f"{path.name}: a hunk of {count} lines ends after {taken - first}")
+        found[path] = "".join(new + old[taken:])
+    return found
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -16,15 +16,16 @@ from nemotron import adapter, assemble, native, recompute
 from nemotron.checkpoint import Checkpoint
 from stages import job
 from stages.train import checkpoints, memory, picture, ranks
-from stages.train.loop import History, Loop, trained_tokens
-from stages.train.pack import packs, unfilled
+from stages.train.board import Board
+from stages.train.loop import History, Loop
+from stages.train.pack import trained_tokens, unfilled
 from stages.train.watch import Watch
 
 FORMS = {"lora": "bf16", "qlora": "nf4", "nvfp4": "nvfp4"}  # method -> in which form the base is held (nemotron/projection.py)
 
 
 def run(task: job.Job) -> None:
-    """Trains and writes `adapter/`, `training.json`, `loss.jsonl` and `loss.png`."""
+    """Trains and writes `adapter/`, `training.json`, `loss.jsonl`, `loss.png` and `tensorboard/`."""
     began = time.monotonic()
     its = ranks.join(task.device)
     if task.device == "cpu":
@@ -33,12 +34,15 @@ def run(task: job.Job) -> None:
     rows, held_out = read(task.inputs["data"] / "train.jsonl"), read(task.inputs["data"] / "eval.jsonl")
     fitting(rows + held_out, task.params["sequence_tokens"])
     model = adapted(task)
-    watch = Watch(task.params["steps"], task.device) if its.first else None
-    loop = Loop(task, model, rows, held_out, its, watch, rounding(task, model))
+    loop = Loop(task, model, rows, held_out, its, rounding(task, model))
     if found := resume_from(task.scratch):
         loop.resume(found)
-    history = loop.run()
+    watch = None
     if its.first:
+        loop.watch = watch = Watch(task.params["steps"], task.device, Board(task.output / "tensorboard", loop.history))
+    history = loop.run()
+    if watch:
+        watch.board.close()
         finish(task, model, history, rows, watch, time.monotonic() - began)
 
 
@@ -135,7 +139,7 @@ def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[d
         "stopped_early": history.stopped is not None, "kept_step": history.best[1] if history.best else max(history.train),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": assemble.parameters(model), "groups": native.bytes_by_group(model), "conversations": len(rows),
-        "trained_tokens": sum(trained_tokens(pack) for row in rows for pack in packs([row], params["sequence_tokens"])),
+        "trained_tokens": trained_tokens(rows),
         "padding": 0.0, "unfilled": unfilled([len(row["input_ids"]) for row in rows], task.seed, params["batch"], params["sequence_tokens"], max(history.train)),
         "loss": {"first": first, "last": last, "best": best, "drop": drop, "held_out": history.held_out[max(history.held_out)] if history.held_out else None},
         "tokens_per_second": round(watch.speed), "peak_bytes": watch.memory(), "seconds": round(seconds, 1),

@@ -49,7 +49,7 @@ class Guard:
 
 
 @torch.no_grad()
-def finite(model: nn.Module, forward: Callable[[], torch.Tensor]) -> str:
+def finite(model: nn.Module, forward: Callable[[], object]) -> str:
     """The name of the first module, in the order of the forward, whose output is not finite; "the loss" if none is."""
     found: list[str] = []
 

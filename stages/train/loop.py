@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nemotron import adapter, assemble
-from nemotron.chat import IGNORED
 from stages import job
 from stages.train import checkpoints
 from stages.train.guard import Guard, finite
-from stages.train.pack import Order, Pack, packs
+from stages.train.pack import Order, Pack, packs, spread, trained_tokens
 from stages.train.ranks import Ranks
 
 KEPT = 2  # checkpoints
@@ -57,13 +56,16 @@ def rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 class Loop:
-    """One run over `rows`. `change(step)` is called before each step and may alter the model (rounding from some step on)."""
+    """One run over `rows`.
 
-    def __init__(self, task: job.Job, model: nn.Module, rows: list[dict], held_out: list[dict], ranks: Ranks, watch=None, change: Callable[[int], bool] | None = None):
-        self.task, self.model, self.rows, self.ranks, self.watch = task, model, rows, ranks, watch
-        self.change = change or (lambda step: False)
+    `change(step)` is called before each step; it may alter the model (rounding from some step on), and is true where it has.
+    `watch` is told of every step and held-out loss (stages/train/watch.py); None watches nothing.
+    """
+
+    def __init__(self, task: job.Job, model: nn.Module, rows: list[dict], held_out: list[dict], ranks: Ranks, change: Callable[[int], bool] = lambda step: False):
+        self.task, self.model, self.rows, self.ranks, self.change, self.watch = task, model, rows, ranks, change, None
         self.order = Order(len(rows), task.seed)
-        self.held_out = packs(held_out, task.params["sequence_tokens"]) if held_out else []
+        self.held_out, self.held_out_tokens = self.packs(held_out), trained_tokens(held_out)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=0.0, weight_decay=task.params["weight_decay"], fused=True)
@@ -81,7 +83,7 @@ class Loop:
                 self.history.best = None  # a loss of the unrounded model says nothing of the rounded one
             self.step(step)
             done = step + 1
-            if self.held_out and (done % params["eval_every"] == 0 or done == params["steps"]):
+            if self.held_out_tokens and (done % params["eval_every"] == 0 or done == params["steps"]):
                 self.evaluate(done)
             if done % params["save_every"] == 0 or done == params["steps"] or self.history.stopped:
                 self.save(done)
@@ -92,20 +94,21 @@ class Loop:
     def step(self, number: int) -> None:
         """One optimiser step; `number` from 0."""
         params, began = self.task.params, time.monotonic()
-        made = packs([self.rows[row] for row in self.order.step(number, params["batch"])], params["sequence_tokens"])
-        count = sum(trained_tokens(pack) for pack in made)
+        rows = [self.rows[row] for row in self.order.step(number, params["batch"])]
+        count = trained_tokens(rows)
         total = torch.zeros((), device=self.task.device)
-        for pack in self.ranks.share(made):
+        made = self.packs(rows)
+        for pack in made:
             loss = self.loss(pack) / count
             loss.backward()
             total += loss.detach()
         for p in self.parameters.values():
             if p.grad is None:
-                p.grad = torch.zeros_like(p)  # no sequence fell to this rank; `guard` looks at the sum
+                p.grad = torch.zeros_like(p)  # no conversation fell to this rank; the guard looks at the sum
         self.ranks.sum([total, *(p.grad for p in self.parameters.values())])
         value = total.item()
         if not math.isfinite(value):
-            raise job.StageError(f"loss is {value} at step {number + 1}, first in {finite(self.model, lambda: self.loss(made[0]))}", "a finite loss",
+            raise job.StageError(f"loss is {value} at step {number + 1}, first in {finite(self.model, lambda: [self.loss(pack) for pack in made])}", "a finite loss",
                                  "Lower learning_rate or max_grad_norm")
         self.guard.gradients(number)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), params["max_grad_norm"]).item()
@@ -117,7 +120,11 @@ class Loop:
         done = number + 1
         self.history.train[done], self.history.norm[done], self.history.rate[done] = value, norm, self.optimizer.param_groups[0]["lr"]
         if self.watch:
-            self.watch.step(self.history, done, sum(pack.documents.tokens for pack in made), time.monotonic() - began)
+            self.watch.step(self.history, done, sum(len(row["input_ids"]) for row in rows), time.monotonic() - began)
+
+    def packs(self, rows: list[dict]) -> list[Pack]:
+        """This rank's share of rows, packed."""
+        return packs(spread(rows, self.ranks.world)[self.ranks.rank], self.task.params["sequence_tokens"])
 
     def loss(self, pack: Pack) -> torch.Tensor:
         device = self.task.device
@@ -128,11 +135,11 @@ class Loop:
         """The held-out loss after step `done`, and what follows from it: a new best adapter, or an early stop."""
         self.model.eval()
         total = torch.zeros((), device=self.task.device)
-        for pack in self.ranks.share(self.held_out):
+        for pack in self.held_out:
             total += self.loss(pack)
         self.ranks.sum([total])
         self.model.train()
-        value = total.item() / sum(trained_tokens(pack) for pack in self.held_out)
+        value = total.item() / self.held_out_tokens
         if not math.isfinite(value):
             raise job.StageError(f"held-out loss is {value} at step {done}", "a finite loss", "Lower learning_rate or max_grad_norm")
         history = self.history
@@ -173,8 +180,3 @@ class Loop:
             self.best.write_bytes((folder / "best.safetensors").read_bytes())
         self.ranks.wait()
         self.start = checkpoints.number(folder)
-
-
-def trained_tokens(pack: Pack) -> int:
-    """Tokens that are predicted and trained: a label on a sequence's first token has nothing before it."""
-    return int((pack.labels[1:] != IGNORED).sum())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nemotron.chat import IGNORED
 from nemotron.documents import Documents
 
 
@@ -67,9 +68,26 @@ def packs(rows: list[dict], capacity: int) -> list[Pack]:
     made = []
     for group in best_fit([len(row["input_ids"]) for row in rows], capacity):
         ids = [i for g in group for i in rows[g]["input_ids"]]
-        labels = [i for g in group for i in rows[g]["labels"]]
+        # Nothing stands before a document's first token: whatever is packed before it must not predict it.
+        labels = [i for g in group for i in (IGNORED, *rows[g]["labels"][1:])]
         made.append(Pack(torch.tensor(ids), torch.tensor(labels), Documents(tuple(len(rows[g]["input_ids"]) for g in group))))
     return made
+
+
+def spread(rows: list[dict], count: int) -> list[list[dict]]:
+    """The rows in `count` shares of about as many tokens: the longest first, each to the share that has least."""
+    shares: list[list[dict]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+        least = tokens.index(min(tokens))
+        shares[least].append(row)
+        tokens[least] += len(row["input_ids"])
+    return shares
+
+
+def trained_tokens(rows: list[dict]) -> int:
+    """Tokens that are predicted and trained: all labelled ones but a document's first."""
+    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
 def unfilled(lengths: list[int], seed: int, size: int, capacity: int, steps: int) -> float:

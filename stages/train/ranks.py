@@ -1,7 +1,7 @@
-"""Several processes that train one model: each takes its share of a step's packed sequences, and gradients are summed.
+"""Several processes that train one model: each packs its share of a step's conversations, and gradients are summed.
 
 A sum and not a mean: every process has divided by the trained tokens of the whole step already, so the gradient is that of one
-process with all the sequences, however they are shared out.
+process with all the conversations, however they are shared out.
 """
 
 from __future__ import annotations
@@ -24,10 +24,6 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-    def share(self, things: list) -> list:
-        """What falls to this process of what the step has."""
-        return things[self.rank :: self.world]
 
     def sum(self, tensors: list[torch.Tensor]) -> None:
         """Sums float32 tensors over all processes, in place and in one message."""

@@ -8,23 +8,26 @@ import time
 import torch
 
 from stages import job
+from stages.train.board import Board
 from stages.train.loop import History
 
 
 class Watch:
-    """Progress and metrics of one run of `steps` steps. Speed is that of this attempt, whatever an earlier one did."""
+    """Progress, metrics and TensorBoard events of one run of `steps` steps. Speed is that of this attempt, whatever an earlier one did."""
 
-    def __init__(self, steps: int, device: str):
-        self.steps, self.device, self.tokens, self.seconds, self.taken = steps, device, 0, 0.0, 0
+    def __init__(self, steps: int, device: str, board: Board):
+        self.steps, self.device, self.board, self.tokens, self.seconds, self.taken = steps, device, board, 0, 0.0, 0
         self.began = time.monotonic()
 
     def step(self, history: History, done: int, tokens: int, seconds: float) -> None:
         self.tokens, self.seconds, self.taken = self.tokens + tokens, self.seconds + seconds, self.taken + 1
         left = (time.monotonic() - self.began) / self.taken * (self.steps - done)
+        self.board.step(history, done)
         job.metric("loss", history.train[done], done)
         job.progress(done, self.steps, "steps", f"loss {history.train[done]:.3f}, {self.speed:,.0f} tokens/s, {self.memory() / 1e9:.1f} GB, {left:.0f} s left")
 
     def held_out(self, value: float, done: int) -> None:
+        self.board.held_out(value, done)
         job.metric("held-out loss", value, done)
 
     @property

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train environment")
 
-from stages.train.pack import Order, best_fit, packs, unfilled  # noqa: E402
+from stages.train.pack import Order, best_fit, packs, spread, trained_tokens, unfilled  # noqa: E402
 
 
 def test_best_fit_puts_each_length_where_least_room_is_left():
@@ -33,6 +33,19 @@ def test_a_packed_sequence_is_its_rows_end_to_end():
     assert first.ids.tolist() == [1, 2, 3, 6] and first.labels.tolist() == [-100, 2, 3, -100] and first.documents.lengths == (3, 1)
     assert second.ids.tolist() == [4, 5] and second.documents.spans == [(0, 2)]
     assert first.documents.offsets("cpu").tolist() == [0, 3, 4] and first.documents.index("cpu").tolist() == [0, 0, 0, 1]
+
+
+def test_a_label_on_a_documents_first_token_is_trained_by_nothing_whatever_stands_before_it():
+    rows = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    assert packs(rows, 4)[0].labels.tolist() == [-100, 2, -100, 5] and trained_tokens(rows) == 2
+
+
+def test_ranks_have_about_as_many_tokens_and_every_row_once():
+    rows = [{"input_ids": [0] * length} for length in (9, 8, 3, 3, 2, 1)]
+    shares = spread(rows, 2)
+    assert sorted(len(row["input_ids"]) for share in shares for row in share) == [1, 2, 3, 3, 8, 9]
+    assert [sum(len(row["input_ids"]) for row in share) for share in shares] == [13, 13]
+    assert spread(rows[:1], 2)[1] == []
 
 
 def test_the_order_of_rows_follows_from_seed_and_place_alone():

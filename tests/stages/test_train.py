@@ -19,7 +19,8 @@ from nemotron import adapter, native  # noqa: E402
 from nemotron.checkpoint import Slot, write  # noqa: E402
 from stages import job  # noqa: E402
 from stages.train import fit, memory  # noqa: E402
-from stages.train.loop import Loop, rate, trained_tokens  # noqa: E402
+from stages.train.board import FILE  # noqa: E402
+from stages.train.loop import Loop, rate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def trained(made, tmp_path_factory):
 def test_the_artifact_is_what_formats_md_says(trained):
     output = trained["task"].output
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    assert files == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json", "loss.jsonl", "loss.png"}
+    assert files == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json", "loss.jsonl", "loss.png", f"tensorboard/{FILE}"}
     rows = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
     always = {"step", "train", "norm", "learning_rate"}
     assert [set(row) for row in rows] == [always, always | {"held_out"}] * 2  # held out at eval_every = 2
@@ -44,6 +45,20 @@ def test_the_artifact_is_what_formats_md_says(trained):
     assert report["conversations"] == 8 and report["trained_tokens"] == 2 * sum(length + 1 for length in short.LENGTHS)
     assert report["loss"]["held_out"] == rows[-1]["held_out"] and report["loss"]["first"] == rows[0]["train"]
     assert report["trainable"] == sum(p.numel() for p in trained["start"].values()) == report["groups"]["adapter"]["trainable"]
+
+
+def test_tensorboard_reads_every_loss_of_a_run_resumed_or_not(made, trained, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    task = trained["task"]
+    shutil.copytree(task.scratch, tmp_path / "scratch", ignore=shutil.ignore_patterns("*-output", "checkpoint-4"))
+    again = replace(task, scratch=tmp_path / "scratch", output=tmp_path / "output")
+    again.output.mkdir()
+    fit.run(again)
+    read = EventAccumulator(str(again.output / "tensorboard")).Reload()
+    for tag, key in (("loss/training", "train"), ("loss/held out", "held_out")):
+        assert {event.step: event.value for event in read.Scalars(tag)} == pytest.approx(short.losses(task.output, key))
+    assert (again.output / "tensorboard" / FILE).read_bytes() == (task.output / "tensorboard" / FILE).read_bytes()
 
 
 def test_a_loss_that_is_no_number_stops_training_and_names_the_first_module(made, tmp_path):
@@ -81,7 +96,7 @@ def test_training_stops_when_held_out_losses_fall_no_longer_and_keeps_the_best(m
         value = right(self, pack)
         if not self.model.training:
             seen.append(short.state(self.model))
-            return value * 0 + [3, 1, 2, 4, 5, 6][len(seen) - 1] * trained_tokens(pack)
+            return value * 0 + [3, 1, 2, 4, 5, 6][len(seen) - 1] * self.held_out_tokens
         return value
 
     monkeypatch.setattr(Loop, "loss", rising)

@@ -19,8 +19,8 @@ from nemotron.projection import Projection  # noqa: E402
 from stages import job  # noqa: E402
 from stages.train import fit  # noqa: E402
 from stages.train.guard import Guard  # noqa: E402
-from stages.train.loop import Loop, trained_tokens  # noqa: E402
-from stages.train.pack import Pack, packs  # noqa: E402
+from stages.train.loop import Loop  # noqa: E402
+from stages.train.pack import Pack, packs, trained_tokens  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,13 @@ def test_trap_6_many_sequences_log_the_loss_of_one(made, tmp_path, monkeypatch):
     assert all(torch.allclose(a, short.weights(many.output)[name], atol=1e-4) for name, a in short.weights(one.output).items())
 
     # The trap: each sequence takes the mean of its own, and they are summed.
-    right, whole = Loop.loss, sum(trained_tokens(pack) for pack in packs(rows, 144))
-    monkeypatch.setattr(Loop, "loss", lambda self, pack: right(self, pack) / trained_tokens(pack) * (whole if self.model.training else trained_tokens(pack)))
+    right, whole = Loop.loss, trained_tokens(rows)
+
+    def own_mean(self, pack):
+        own = int((pack.labels[1:] != -100).sum())
+        return right(self, pack) * (whole / own if self.model.training else 1)
+
+    monkeypatch.setattr(Loop, "loss", own_mean)
     wrong = short.run(tmp_path / "wrong", made, sequence_tokens=144)
     assert short.losses(wrong)[1] > 3 * short.losses(one.output)[1]
 
@@ -146,7 +151,7 @@ def test_trap_14_a_row_of_which_nothing_is_trained_adds_nothing(made, tmp_path):
     untrained = {**rows[0], "labels": [-100] * len(rows[0]["labels"])}
     with torch.no_grad():
         assert its.loss(packs([untrained], 1024)[0]).item() == 0
-    assert trained_tokens(packs(rows, 1024)[0]) == 2 * sum(length + 1 for length in short.LENGTHS)
+    assert trained_tokens(rows) == 2 * sum(length + 1 for length in short.LENGTHS)
 
 
 def test_trap_16_no_padding_and_every_answers_end_is_trained(made):
