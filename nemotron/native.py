@@ -76,26 +76,12 @@ def build(config: dict) -> nn.Module:
     return repair(transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**plain(config))))
 
 
-def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", four_bit: bool = False) -> nn.Module:
-    """The model of a hub-layout checkpoint, in evaluation mode.
-
-    `four_bit` packs every Linear but lm_head and out_proj as NF4 (bitsandbytes); the stacked experts are parameters, not
-    Linears, and stay in `dtype`: see `bytes_by_group`.
-    """
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """The model of a hub-layout checkpoint, in evaluation mode. For training it is loaded by nemotron/assemble.py."""
     import transformers
 
     check_version(transformers.__version__)
-    options: dict = {"dtype": dtype}
-    if four_bit:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-            # A fused Mamba kernel reads out_proj.weight past its module, and so would read packed bytes as numbers.
-            llm_int8_skip_modules=["lm_head", "out_proj"],
-        )
-        options["device_map"] = {"": device}
-    model = transformers.NemotronHForCausalLM.from_pretrained(folder, **options)
-    if not four_bit:
-        model = model.to(device)
+    model = transformers.NemotronHForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     restore_float32(model, Checkpoint(folder))
     return repair(model).eval()
 
@@ -113,9 +99,6 @@ def repair(model: nn.Module) -> nn.Module:
             module.weight.data = module.weight.data.float()
             module.weight.requires_grad_(False)
             module.forward = types.MethodType(_without_autocast(type(module).forward), module)
-        elif type(module).__name__ == "Linear4bit":
-            # On CPUs with AVX512-BF16, evaluation repacks the weight in place and cuts the gradients of later training.
-            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -146,13 +129,13 @@ def bytes_by_group(model: nn.Module) -> dict[str, dict[str, int]]:
     """Group -> {"bytes": held, "four_bit": of these in 4 bits, "trainable": parameters with a gradient}.
 
     Groups: embeddings, attention, mamba, experts (the routed stacks), shared, router, adapter, norms. This is what shows
-    that NF4 left the stacked experts as they were, which no library mentions.
+    whether the experts are packed: bitsandbytes leaves them as they are without a word, since they are no Linears.
     """
     found: dict[str, dict[str, int]] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         row = found.setdefault(group(name), {"bytes": 0, "four_bit": 0, "trainable": 0})
         row["bytes"] += tensor.numel() * tensor.element_size()
-        if hasattr(tensor, "quant_state") or tensor.dtype == torch.uint8:
+        if tensor.dtype == torch.uint8:
             row["four_bit"] += tensor.numel() * tensor.element_size()
         if getattr(tensor, "requires_grad", False):
             row["trainable"] += tensor.numel()

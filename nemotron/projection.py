@@ -18,7 +18,7 @@ import math
 import torch
 from torch import nn
 
-from nemotron import decode, nf4, nvfp4
+from nemotron import decode, nf4, nvfp4, rounding
 
 FORMS = {"bf16": 16.0, "nf4": 4.25, "nvfp4": 4.5}  # bits a weight
 ROUNDED_AT_ONCE = 8  # matrices whose float32 form is held while a stack is rounded
@@ -97,7 +97,7 @@ class Projection(nn.Module):
             merged = frozen[some].float()
             if self.rank:
                 merged = merged + self.scale * (self.lora_b[some] @ self.lora_a[some])
-            made[some] = nvfp4.unpack(nvfp4.pack(merged.to(torch.bfloat16)))
+            made[some] = rounding.rounded(merged.to(torch.bfloat16), self.dtype)
         return made
 
     @torch.no_grad()

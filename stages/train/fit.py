@@ -140,7 +140,7 @@ def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[d
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": assemble.parameters(model), "groups": native.bytes_by_group(model), "conversations": len(rows),
         "trained_tokens": trained_tokens(rows),
-        "padding": 0.0, "unfilled": unfilled([len(row["input_ids"]) for row in rows], task.seed, params["batch"], params["sequence_tokens"], max(history.train)),
+        "unfilled": unfilled([len(row["input_ids"]) for row in rows], task.seed, params["batch"], params["sequence_tokens"], max(history.train)),
         "loss": {"first": first, "last": last, "best": best, "drop": drop, "held_out": history.held_out[max(history.held_out)] if history.held_out else None},
         "tokens_per_second": round(watch.speed), "peak_bytes": watch.memory(), "seconds": round(seconds, 1),
     }

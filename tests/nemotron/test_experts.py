@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from devices import DEVICES, relative  # noqa: E402
 
-from nemotron import experts, nf4, nvfp4  # noqa: E402
+from nemotron import experts, nf4, nvfp4, rounding  # noqa: E402
 from nemotron.grouped import Routing  # noqa: E402
 from nemotron.projection import Projection  # noqa: E402
 
@@ -161,6 +161,19 @@ def test_rounded_products_are_those_of_the_export(device):
     x.grad = None
     y.sum().backward()
     assert torch.allclose(dx, x.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_has_the_bits_of_packing_and_unpacking(dtype, device):
+    torch.manual_seed(0)
+    ties = torch.randint(-24, 25, (8, 64)) / 4
+    wide = torch.randn(8, 64) * torch.logspace(-8, 3, 64)
+    for matrix in (torch.randn(8, 64), ties, wide, torch.zeros(8, 64)):
+        matrix = matrix.to(device, dtype)[None]
+        assert torch.equal(rounding.rounded(matrix, torch.float32), nvfp4.unpack(nvfp4.pack(matrix)))
+    with pytest.raises(ValueError, match="multiple of 16, found 40"):
+        rounding.rounded(torch.zeros(4, 40, device=device), dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)

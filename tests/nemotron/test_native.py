@@ -118,29 +118,6 @@ def test_trap_4_autocast_does_not_reach_the_router(checkpoint):
     assert not router.weight.requires_grad
 
 
-def test_trap_7_bytes_by_group_show_what_nf4_leaves_alone(checkpoint):
-    pytest.importorskip("bitsandbytes")
-    groups = native.bytes_by_group(native.load(checkpoint, four_bit=True))
-    assert groups["experts"]["four_bit"] == 0 and groups["experts"]["bytes"] > 0
-    assert groups["attention"]["four_bit"] > 0
-
-
-def test_trap_11_four_bit_layers_still_have_gradients_after_an_evaluation(checkpoint):
-    bnb = pytest.importorskip("bitsandbytes")
-    import peft
-
-    model = native.load(checkpoint, four_bit=True)
-    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    assert layers and not any(m.support_avx512bf16_for_cpu for m in layers)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **native.targets(model, "attention").arguments()))
-    ids = torch.randint(20, 500, (1, 32))
-    with torch.no_grad():
-        model.eval()(input_ids=ids)
-    model.train()(input_ids=ids, labels=ids).loss.backward()
-    gradients = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
-    assert gradients and all(g is not None and g.any() for g in gradients)
-
-
 @pytest.mark.parametrize("preset", ["attention", "mamba", "experts", "all"])
 def test_presets_make_adapters_and_leave_the_router_frozen(checkpoint, preset):
     import peft
