@@ -1,7 +1,7 @@
 """Matrix products of tokens that are sorted by expert: one product per expert, over the rows that were routed to it.
 
-On a GPU in BF16 all experts go in one launch of `torch.nn.functional.grouped_mm`; elsewhere a loop over the experts that have
-rows. Neither is differentiable here: nemotron/experts.py states its own backward, so that no dense weight gradient can arise.
+On a GPU in BF16 all experts go in one launch: of `torch.nn.functional.grouped_mm` where torch has a kernel for it, else of our
+own (nemotron/tiles.py). Elsewhere a loop over the experts that have rows. Neither is differentiable here: nemotron/experts.py states its own backward, so that no dense weight gradient can arise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from nemotron import tiles
+
+TORCH_KERNELS = (9, 10)  # major compute capabilities: on any other torch multiplies expert after expert
 ALIGNMENT = 8  # BF16 numbers in the 16 bytes that every row of a grouped product has to be a multiple of
 
 
@@ -50,10 +53,14 @@ def fast(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
+def _theirs(x: torch.Tensor) -> bool:
+    return torch.cuda.get_device_capability(x.device)[0] in TORCH_KERNELS
+
+
 def product(x: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Tensor:
     """`x[rows of e] @ weight[e].T` for every expert e: (S, in), (experts, out, in) -> (S, out)."""
     if fast(x):
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=routing.ends)
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=routing.ends) if _theirs(x) else tiles.product(x, weight, routing.ends)
     out = x.new_empty(len(x), weight.shape[-2])  # every row has an expert
     for e, a, b in routing.spans:
         torch.mm(x[a:b], weight[e].t(), out=out[a:b])
@@ -63,7 +70,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Te
 def back(g: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Tensor:
     """`g[rows of e] @ weight[e]` for every expert e: (S, out), (experts, out, in) -> (S, in)."""
     if fast(g):
-        return F.grouped_mm(g, weight, offs=routing.ends)
+        return F.grouped_mm(g, weight, offs=routing.ends) if _theirs(g) else tiles.back(g, weight, routing.ends)
     out = g.new_empty(len(g), weight.shape[-1])
     for e, a, b in routing.spans:
         torch.mm(g[a:b], weight[e], out=out[a:b])
@@ -73,7 +80,7 @@ def back(g: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Tenso
 def outer(g: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """`g[rows of e].T @ x[rows of e]` for every expert e: (S, out), (S, in) -> (experts, out, in); zeros for idle experts."""
     if fast(g):
-        return F.grouped_mm(g.t(), x, offs=routing.ends)
+        return F.grouped_mm(g.t(), x, offs=routing.ends) if _theirs(g) else tiles.outer(g, x, routing.ends)
     out = g.new_zeros(len(routing.ends), g.shape[-1], x.shape[-1])
     for e, a, b in routing.spans:
         torch.mm(g[a:b].t(), x[a:b], out=out[e])

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from devices import DEVICES, relative  # noqa: E402
 
-from nemotron import experts, nf4, nvfp4, rounding  # noqa: E402
+from nemotron import experts, grouped, nf4, nvfp4, rounding, tiles  # noqa: E402
 from nemotron.grouped import Routing  # noqa: E402
 from nemotron.projection import Projection  # noqa: E402
 
@@ -232,6 +232,21 @@ def test_nf4_rounds_to_the_nearest_code(device):
     assert not nf4.unpack(nf4.pack(torch.zeros(1, 64, device=device))).any()
     with pytest.raises(ValueError, match="multiple of 64, found 96"):
         nf4.pack(torch.zeros(4, 96))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("rank", [0, 3, 16])
+def test_our_own_grouped_products_on_gpus_for_which_torch_has_none(monkeypatch, rank):
+    monkeypatch.setattr(grouped, "TORCH_KERNELS", ())
+    compare(Layer("nf4", rank, torch.bfloat16, "cuda"), *inputs(300, torch.bfloat16, "cuda"), 3e-2)
+    compare(Layer("nf4", rank, torch.bfloat16, "cuda"), *inputs(1, torch.bfloat16, "cuda"), 3e-2)
+
+
+def test_tiles_cover_every_row_once_and_idle_experts_have_none():
+    ends = torch.tensor([0, 300, 300, 428, 429], dtype=torch.int32)
+    expert, first, end = (value.tolist() for value in tiles.tiles(ends, 429))
+    covered = [(e, row) for e, a, b in zip(expert, first, end, strict=True) for row in range(a, min(b, a + tiles.ROWS))]
+    assert covered == [(e, row) for e, (a, b) in enumerate([(0, 0), (0, 300), (300, 300), (300, 428), (428, 429)]) for row in range(a, b)]
 
 
 def test_sorting_by_expert_and_back():

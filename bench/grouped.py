@@ -1,0 +1,50 @@
+"""Milliseconds of one MoE layer's grouped products at the real widths, torch's kernel against ours: `python -m bench.grouped [TOKENS]`."""
+
+import sys
+import time
+
+import torch
+
+from nemotron import grouped
+from nemotron.grouped import Routing
+
+EXPERTS, CHOICES, HIDDEN, INNER, RANK = 128, 6, 2688, 1856, 16
+
+
+def measured(run) -> float:
+    """Median milliseconds of nine runs after three."""
+    times = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) * 1e3)
+    return sorted(times[3:])[4]
+
+
+def main(tokens: int = 16384) -> None:
+    torch.manual_seed(0)
+    index = torch.rand(tokens, EXPERTS, device="cuda").topk(CHOICES).indices
+    routing, rows = Routing.of(index, EXPERTS), tokens * CHOICES
+    made = {name: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02 for name, shape in {
+        "x": (rows, HIDDEN + RANK), "g": (rows, INNER), "w": (EXPERTS, INNER, HIDDEN + RANK), "a": (EXPERTS, RANK, HIDDEN), "low": (rows, RANK)}.items()}
+    x, g, w, a, low = made.values()
+    cases = {
+        "x W'": (lambda: grouped.product(x, w, routing), 2 * rows * INNER * (HIDDEN + RANK)),
+        "g W": (lambda: grouped.back(g, w, routing), 2 * rows * INNER * (HIDDEN + RANK)),
+        "x A'": (lambda: grouped.product(x[:, :HIDDEN], a, routing), 2 * rows * HIDDEN * RANK),
+        "low' x": (lambda: grouped.outer(low, x[:, :HIDDEN], routing), 2 * rows * HIDDEN * RANK),
+    }
+    print(f"{torch.cuda.get_device_name()}, {tokens:,} tokens")
+    for name, (run, operations) in cases.items():
+        found = {}
+        for kernels in ("torch", "ours"):
+            grouped.TORCH_KERNELS = (9, 10) if kernels == "torch" else ()
+            found[kernels] = (run(), measured(run))
+        error = ((found["ours"][0] - found["torch"][0]).float().norm() / found["torch"][0].float().norm()).item()
+        print(f"{name:7s}" + "".join(f"  {k} {ms:7.2f} ms {operations / ms / 1e9:6.0f} TFLOP/s" for k, (_, ms) in found.items()) + f"  apart by {error:.1e}")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
