@@ -30,10 +30,15 @@ class Packed(Row):
 
 
 def ours(config: dict, device: torch.device, form: str = "nf4", targets: str = "all") -> Row:
-    """A model of `config` with random weights in `form` and LoRA on `targets`, ready for `Row.step`."""
+    """A model of `config` with random weights in `form` and LoRA on `targets`, ready for `Row.step`.
+
+    `form` "rounded" is BF16 with adapted weights going through the export's rounding in every step.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = assemble.random(config, form, dtype, str(device))
+    model = assemble.random(config, "bf16" if form == "rounded" else form, dtype, str(device))
     adapter.attach(model, targets, RANK, ALPHA, 0)
+    for module in assemble.exported(model):
+        module.rounded = form == "rounded"
     recompute.attach(model.train())
     parts = []
     for block in model.model.layers:

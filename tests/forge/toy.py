@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -212,5 +213,6 @@ class Toy:
         code = "\n".join(["import sys; sys.path[:0] = sys.argv[2:]", "from pathlib import Path", "import toy",
                           "its = toy.Toy.__new__(toy.Toy)", "its.repo, its.home = Path(sys.argv[1]) / 'repo', Path(sys.argv[1]) / 'home'",
                           "its.recipe, its.events = its.repo / 'recipes' / 'toy.yaml', []", *lines, "sys.exit(its.run().code)"])
+        # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that: here it is to be heard.
         return subprocess.Popen([sys.executable, "-c", code, str(self.home.parent), str(REPO), str(Path(__file__).parent)],
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

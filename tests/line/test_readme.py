@@ -62,7 +62,9 @@ def test_serve_and_chat():
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = f"PORT={opened.getsockname()[1]}"
-    server = subprocess.Popen(["make", "serve", "RECIPE=tiny", "EXECUTOR=local", port], cwd=REPO, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    # Ctrl-C is to be heard, also where these tests run in a shell's background, which ignores it.
+    server = subprocess.Popen(["make", "serve", "RECIPE=tiny", "EXECUTOR=local", port], cwd=REPO, stdout=subprocess.PIPE, text=True, start_new_session=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         assert server.stdout and any("serving" in line for line in server.stdout)
         chat = subprocess.run(["make", "chat", port], cwd=REPO, input="What is the capital of France?\n/exit\n", capture_output=True, text=True, timeout=300)
