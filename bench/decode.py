@@ -1,9 +1,8 @@
 """Milliseconds and bytes per second of decoding one expert stack at the real widths, against unpacking in torch: `python -m bench.decode`."""
 
-import time
-
 import torch
 
+from bench.grouped import measured
 from nemotron import nf4, nvfp4
 from nemotron.projection import Projection
 
@@ -19,16 +18,9 @@ def main() -> None:
             room = torch.empty(128, out, inside + 16, dtype=torch.bfloat16, device="cuda")[:, :, :inside]
             for target in (None, room):
                 equal = torch.equal(its.dense(target)[:2], exact.to(torch.bfloat16))
-                times = []
-                for _ in range(9):
-                    torch.cuda.synchronize()
-                    began = time.perf_counter()
-                    its.dense(target)
-                    torch.cuda.synchronize()
-                    times.append(time.perf_counter() - began)
-                seconds = sorted(times)[4]
+                milliseconds = measured(lambda: its.dense(target))
                 moved = sum(b.numel() * b.element_size() for b in its.buffers()) + 2 * 128 * out * inside
-                print(f"{form:6s} ({out}, {inside}) {'contiguous' if target is None else 'with room':10s} {seconds * 1e3:6.2f} ms {moved / seconds / 1e12:5.2f} TB/s  {'equal to torch' if equal else 'DIFFERS from torch'}")
+                print(f"{form:6s} ({out}, {inside}) {'contiguous' if target is None else 'with room':10s} {milliseconds:6.2f} ms {moved / milliseconds / 1e9:5.2f} TB/s  {'equal to torch' if equal else 'DIFFERS from torch'}")
 
 
 if __name__ == "__main__":

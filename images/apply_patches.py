@@ -12,7 +12,10 @@ from __future__ import annotations
 import re
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+
+HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,(\d+))? @@")
 
 
 class Misfit(Exception):
@@ -22,12 +25,12 @@ class Misfit(Exception):
 def main(folder: Path, series: str = "series") -> int:
     listed = folder / series
     names = [line.split("#")[0].strip() for line in listed.read_text().splitlines()] if listed.exists() else []
-    roots = sysconfig.get_paths()["purelib"]
+    root = Path(sysconfig.get_paths()["purelib"])
     for name in filter(None, names):
         try:
-            changed = patched((folder / name).read_text().splitlines(keepends=True), Path(roots))
+            changed = patched((folder / name).read_text().splitlines(keepends=True), root)
         except (Misfit, OSError) as error:
-            print(f"found: {name} does not apply to {roots}: {error}")
+            print(f"found: {name} does not apply to {root}: {error}")
             print("expected: the library that it was made for; see the patch's entry in README.md, and drop or refresh it")
             return 1
         for path, text in changed.items():
@@ -39,35 +42,32 @@ def main(folder: Path, series: str = "series") -> int:
 def patched(patch: list[str], root: Path) -> dict[Path, str]:
     """File -> its text after a unified diff. Raises Misfit, and OSError for a file that is not there."""
     found: dict[Path, str] = {}
-    at = 0
-    while at < len(patch):
-        if not patch[at].startswith("--- "):
-            at += 1
-            continue
-        path = root / patch[at + 1].split()[1].split("/", 1)[1]
-        old, new, taken = path.read_text().splitlines(keepends=True), [], 0
-        at += 2
-        while at < len(patch) and (head := re.match(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@", patch[at])):
-            first, count = int(head[1]) - 1, int(head[2] or 1)
-            new += old[taken:first]
-            taken, end = first, first + count
-            at += 1
-            while at < len(patch) and patch[at][0] in " -+\\":
-                sign, line = patch[at][0], patch[at][1:]
-                at += 1
-                if sign == "+":
-                    new.append(line)
-                elif sign in " -":
-                    if taken >= len(old) or old[taken] != line:
-                        raise Misfit(f"{path.name} line {taken + 1} is {old[taken].rstrip() if taken < len(old) else 'past the end'!r}, the patch wants {line.rstrip()!r}")
-                    new += [line] if sign == " " else []
-                    taken += 1
-                if taken == end and (at == len(patch) or patch[at][0] not in "+\\"):
-                    break
-            if taken != end:
-                raise Misfit(f"{path.name}: a hunk of {count} lines ends after {taken - first}")
-        found[path] = "".join(new + old[taken:])
+    path, old, new, taken = root, [], [], 0
+    lines = iter(patch)
+    for line in lines:
+        if line.startswith("--- "):
+            path = root / next(lines).split()[1].split("/", 1)[1]
+            old, new, taken = path.read_text().splitlines(keepends=True), [], 0
+        elif head := HUNK.match(line):
+            first, count, made = int(head[1]) - 1, int(head[2] or 1), int(head[3] or 1)
+            before, after = hunk(lines, count, made)
+            if old[first : first + count] != before:
+                raise Misfit(f"{path.name} has other lines than the patch from line {first + 1} on")
+            new += old[taken:first] + after
+            taken = first + count
+            found[path] = "".join(new + old[taken:])
     return found
+
+
+def hunk(lines: Iterator[str], count: int, made: int) -> tuple[list[str], list[str]]:
+    """The next `count` lines as they were and `made` lines as they become. Raises Misfit if the patch ends before."""
+    before, after = [], []
+    while len(before) < count or len(after) < made:
+        if (line := next(lines, None)) is None:
+            raise Misfit(f"the patch ends after {len(before)} of a hunk's {count} lines")
+        before += [line[1:]] if line[0] in " -" else []
+        after += [line[1:]] if line[0] in " +" else []
+    return before, after
 
 
 if __name__ == "__main__":

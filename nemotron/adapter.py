@@ -21,18 +21,17 @@ _PREFIX = "base_model.model."
 _STACKS = {"experts.up_proj": "experts.base_layer", "experts.down_proj": "experts"}
 
 
-def attach(model: nn.Module, preset: str, rank: int, alpha: float, seed: int) -> dict[str, Projection]:
-    """Gives LoRA factors to what `preset` names, in the model's order; their names and the Projections.
+def attach(model: nn.Module, preset: str, rank: int, alpha: float, seed: int) -> None:
+    """Gives LoRA factors to what `preset` names, in the model's order.
 
     Raises native.NativeError if part of the preset matches nothing.
     """
     chosen = native.targets(model, preset)
     suffixes = tuple("." + name for name in (*chosen.target_modules, *chosen.target_parameters))
     generator = torch.Generator().manual_seed(seed)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Projection) and name.endswith(suffixes)}
-    for module in found.values():
-        module.adapt(rank, alpha, generator)
-    return found
+    for name, module in model.named_modules():
+        if isinstance(module, Projection) and name.endswith(suffixes):
+            module.adapt(rank, alpha, generator)
 
 
 def adapted(model: nn.Module) -> dict[str, Projection]:
@@ -53,9 +52,9 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Puts what `state` gave back. Raises ValueError where the two are not of the same adapter."""
-    wanted = state(model)
-    if wanted.keys() != tensors.keys():
-        raise ValueError(f"an adapter with other tensors: {sorted(wanted.keys() ^ tensors.keys())[0]} is in one of the two only")
+    wanted = {f"{_key(name)}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
+    if wanted != tensors.keys():
+        raise ValueError(f"an adapter with other tensors: {sorted(wanted ^ tensors.keys())[0]} is in one of the two only")
     for name, module in adapted(model).items():
         a, b = (tensors[f"{_key(name)}.lora_{side}.weight"] for side in "AB")
         module.lora_a.copy_(a.view(module.lora_a.shape))
@@ -76,6 +75,7 @@ def save(model: nn.Module, folder: Path, preset: str, rank: int, alpha: float) -
 
 
 def load(model: nn.Module, folder: Path) -> None:
+    """Puts the factors of a folder back, as `restore` does."""
     restore(model, load_file(folder / WEIGHTS))
 
 

@@ -37,28 +37,21 @@ def forward(module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.T
     up, down = module.up_proj, module.down_proj
     if not isinstance(up, Projection):
         raise TypeError(f"experts implementation {NAME!r} works on Projections, found {type(up).__name__}: load the model with nemotron.assemble")
-    return _Experts.apply(hidden_states, top_k_index, top_k_weights, *factors(up), *factors(down), up, down)
+    return _Experts.apply(hidden_states, Routing.of(top_k_index, up.experts), top_k_weights, *up.pair, *down.pair, up, down)
 
 
-def factors(projection: Projection) -> tuple:
-    """What a projection has to train: A and B, or None and None."""
-    return (projection.lora_a, projection.lora_b) if projection.rank else (None, None)
-
-
-def run(x: torch.Tensor, index: torch.Tensor, share: torch.Tensor, up: Projection, down: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+def run(x: torch.Tensor, routing: Routing, share: torch.Tensor, up: Projection, down: Projection) -> tuple[torch.Tensor, torch.Tensor]:
     """The output (tokens, hidden), and what the up projection gave (tokens * choices, intermediate), in sorted rows."""
-    routing = Routing.of(index, up.experts)
     u = _multiply(up, rows.gather(x, routing.token, _room(up, x)), routing)
     d = _multiply(down, rows.squared(u, _room(down, x)), routing)
-    return rows.combine(d, routing.inverse, share, index.shape[1]), u
+    return rows.combine(d, routing.inverse, share, share.shape[1]), u
 
 
-def gradients(g: torch.Tensor, x: torch.Tensor, index: torch.Tensor, share: torch.Tensor, u: torch.Tensor | None, up: Projection, down: Projection) -> tuple:
+def gradients(g: torch.Tensor, x: torch.Tensor, routing: Routing, share: torch.Tensor, u: torch.Tensor | None, up: Projection, down: Projection) -> tuple:
     """The gradients of x, share, and A and B of both projections (None where there are none), given that of the output.
 
     `u` is what `run` returned beside the output; None computes it again.
     """
-    routing = Routing.of(index, up.experts)
     hidden, width = up.in_features, up.out_features
     p = share.flatten()[routing.order].float()
     source = rows.gather(x, routing.token, _room(up, x))
@@ -79,7 +72,7 @@ def gradients(g: torch.Tensor, x: torch.Tensor, index: torch.Tensor, share: torc
     del given
     du, dp = rows.through(dh, u, p, _room(up, x))
     del dh, u
-    dx = rows.combine(_back(up, du, routing), routing.inverse, None, index.shape[1])
+    dx = rows.combine(_back(up, du, routing), routing.inverse, None, share.shape[1])
     if up.rank:
         da_up = _cut(outer(du[:, width:].contiguous(), source[:, :hidden], routing), up.rank, 1)
         db_up = _cut(outer(du[:, :width], source[:, hidden:] * up.scale, routing), up.rank, 2)
@@ -88,16 +81,16 @@ def gradients(g: torch.Tensor, x: torch.Tensor, index: torch.Tensor, share: torc
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, share, up_a, up_b, down_a, down_b, up, down):
-        y, u = run(x, index, share, up, down)
-        ctx.up, ctx.down = up, down
-        ctx.save_for_backward(x, index, share, u)
+    def forward(ctx, x, routing, share, up_a, up_b, down_a, down_b, up, down):
+        y, u = run(x, routing, share, up, down)
+        ctx.routing, ctx.up, ctx.down = routing, up, down
+        ctx.save_for_backward(x, share, u)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        x, index, share, u = ctx.saved_tensors
-        dx, dshare, *rest = gradients(g, x, index, share, u, ctx.up, ctx.down)
+        x, share, u = ctx.saved_tensors
+        dx, dshare, *rest = gradients(g, x, ctx.routing, share, u, ctx.up, ctx.down)
         return dx, None, dshare, *rest, None, None
 
 

@@ -1,7 +1,8 @@
 """Matrix products of tokens that are sorted by expert: one product per expert, over the rows that were routed to it.
 
 On a GPU in BF16 all experts go in one launch: of `torch.nn.functional.grouped_mm` where torch has a kernel for it, else of our
-own (nemotron/tiles.py). Elsewhere a loop over the experts that have rows. Neither is differentiable here: nemotron/experts.py states its own backward, so that no dense weight gradient can arise.
+own (nemotron/tiles.py). Elsewhere a loop over the experts that have rows. None is differentiable here: nemotron/experts.py states
+its own backward, so that no dense weight gradient can arise.
 """
 
 from __future__ import annotations

@@ -118,6 +118,11 @@ class Projection(nn.Module):
         made[:, self.out_features :] = a
         return made
 
+    @property
+    def pair(self) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
+        """What is trained: A and B, or None and None."""
+        return (self.lora_a, self.lora_b) if self.rank else (None, None)
+
     def factors(self, dtype: torch.dtype, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """A (experts, rank, in) and scale * B (experts, out, rank) in `dtype`; the rank filled up with zeros to `multiple`."""
         a, b = self.lora_a.detach().to(dtype), (self.scale * self.lora_b.detach()).to(dtype)
@@ -129,7 +134,7 @@ class Projection(nn.Module):
         """As a linear without bias: (..., in) -> (..., out). Raises ValueError for a stack of several."""
         if self.experts != 1:
             raise ValueError(f"a stack of {self.experts} matrices is multiplied by nemotron.experts")
-        return _Linear.apply(x, *((self.lora_a, self.lora_b) if self.rank else (None, None)), self)
+        return _Linear.apply(x, *self.pair, self)
 
     def extra_repr(self) -> str:
         return f"{self.experts} x ({self.out_features}, {self.in_features}), {self.form}, rank {self.rank}"

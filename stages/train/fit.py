@@ -21,8 +21,6 @@ from stages.train.loop import History, Loop
 from stages.train.pack import trained_tokens, unfilled
 from stages.train.watch import Watch
 
-FORMS = {"lora": "bf16", "qlora": "nf4", "nvfp4": "nvfp4"}  # method -> in which form the base is held (nemotron/projection.py)
-
 
 def run(task: job.Job) -> None:
     """Trains and writes `adapter/`, `training.json`, `loss.jsonl`, `loss.png` and `tensorboard/`."""
@@ -67,14 +65,14 @@ def fitting(rows: list[dict], limit: int) -> None:
 
 def adapted(task: job.Job) -> torch.nn.Module:
     """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
-    params = task.params
+    params, form = task.params, memory.METHODS[task.params["method"]]
     try:
         checkpoint = Checkpoint(task.inputs["base"])
         if packed := [name for name in checkpoint.entries if name.endswith("weight_scale_2")]:
             raise job.StageError(f"a base whose weights are in NVFP4 already ({packed[0]})", "the BF16 checkpoint",
                                  "Give stage base the BF16 checkpoint, and train with method nvfp4: it holds the weights on that very grid")
-        memory.check(checkpoint.config, FORMS[params["method"]], params, task.device)
-        model = assemble.load(checkpoint, FORMS[params["method"]], getattr(torch, params["precision"]), task.device, loading(FORMS[params["method"]]))
+        memory.check(checkpoint.config, params, task.device)
+        model = assemble.load(checkpoint, form, getattr(torch, params["precision"]), task.device, loading(form))
         adapter.attach(model, params["targets"], params["rank"], params["alpha"], task.seed)
     except (native.NativeError, ValueError) as error:
         raise job.StageError(str(error), "libraries and a model that fit", "See the message") from error

@@ -23,16 +23,17 @@ class Guard:
         self.tensors, self.touched, self.steps = tensors, set(), 0
         self.start: dict[str, torch.Tensor] = {}
 
-    def gradients(self, step: int) -> None:
-        """Before the optimiser's step. Raises StageError on a gradient that is not finite, with the tensor's name."""
-        if not self.start and self.steps == 0:
+    def gradients(self, step: int) -> torch.Tensor:
+        """Before the optimiser's step: the norm of all gradients. Raises StageError on one that is not finite, with the tensor's name."""
+        if self.steps == 0:
             self.start = {name: p.detach().to("cpu", copy=True) for name, p in self.tensors.items()}  # not on the GPU, whose memory is counted
-        norms = torch.stack([p.grad.norm() for p in self.tensors.values()])
-        if not torch.isfinite(norms).all():
-            name = list(self.tensors)[int((~torch.isfinite(norms)).nonzero()[0])]
+        norm = nn.utils.get_total_norm(p.grad for p in self.tensors.values())
+        if not torch.isfinite(norm):
+            name = next(name for name, p in self.tensors.items() if not torch.isfinite(p.grad.norm()))
             raise job.StageError(f"the gradient of {name} is not finite at step {step + 1}", "finite gradients", "Lower learning_rate or max_grad_norm")
         if self.steps < LOOKED_AT:
-            self.touched |= {name for name, norm in zip(self.tensors, norms.tolist(), strict=True) if norm > 0}
+            self.touched |= {name for name, p in self.tensors.items() if p.grad.any()}
+        return norm
 
     def moved(self) -> None:
         """After the optimiser's step. Raises StageError, at the third, if a tensor has had no gradient or has not changed."""

@@ -110,15 +110,15 @@ class Loop:
         if not math.isfinite(value):
             raise job.StageError(f"loss is {value} at step {number + 1}, first in {finite(self.model, lambda: [self.loss(pack) for pack in made])}", "a finite loss",
                                  "Lower learning_rate or max_grad_norm")
-        self.guard.gradients(number)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), params["max_grad_norm"]).item()
+        norm = self.guard.gradients(number)
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), params["max_grad_norm"], norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate(number, params["steps"], params["warmup_steps"], params["learning_rate"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.moved()
         done = number + 1
-        self.history.train[done], self.history.norm[done], self.history.rate[done] = value, norm, self.optimizer.param_groups[0]["lr"]
+        self.history.train[done], self.history.norm[done], self.history.rate[done] = value, norm.item(), self.optimizer.param_groups[0]["lr"]
         if self.watch:
             self.watch.step(self.history, done, sum(len(row["input_ids"]) for row in rows), time.monotonic() - began)
 
@@ -173,7 +173,7 @@ class Loop:
 
     def resume(self, folder: Path) -> None:
         """Goes on from a whole checkpoint."""
-        adapter.restore(self.model, load_file(folder / adapter.WEIGHTS))
+        adapter.load(self.model, folder)
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=self.task.device, weights_only=True))
         self.history = History.of(json.loads((folder / "history.json").read_text()))
         if self.history.best and self.ranks.first:

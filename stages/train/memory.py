@@ -6,22 +6,23 @@ from pathlib import Path
 
 import torch
 
-from nemotron import layout, native
+from nemotron import assemble, layout, native
 from nemotron.names import pattern, tensors
 from nemotron.projection import FORMS
 from stages import job
 
+METHODS = {"lora": "bf16", "nvfp4": "nvfp4", "qlora": "nf4"}  # method -> in which form the base is held; the most exact first
 CACHED = 1.15  # what the allocator holds beside what is asked of it
 
 
-def bytes_needed(config: dict, form: str, params: dict) -> dict[str, float]:
+def bytes_needed(config: dict, params: dict) -> dict[str, float]:
     """Bytes by part: the base in its form, the adapter with its gradient and both Adam moments (float32), and activations.
 
     Activations are of one packed sequence: what every layer hands on, and the layer that takes most while its backward runs
     (a dense stack of experts, and the rows of every choice three times). Without checkpointing every layer keeps its own.
     """
-    specs, number = tensors(config), 2 if params["precision"] == "bfloat16" else 4
-    packed = {f"{name}.weight" for name in layout.quantised(config, "official")}
+    specs, form, number = tensors(config), METHODS[params["method"]], 2 if params["precision"] == "bfloat16" else 4
+    packed = {f"{name}.weight" for name in layout.quantised(config, assemble.LAYOUT)}
     base = 0.0
     for name, spec in specs.items():
         count = torch.Size(spec.shape).numel()
@@ -49,17 +50,14 @@ def available(device: str) -> int:
     raise job.StageError("no MemAvailable in /proc/meminfo", "a Linux machine", "Run this stage on Linux")
 
 
-def check(config: dict, form: str, params: dict, device: str) -> None:
+def check(config: dict, params: dict, device: str) -> None:
     """Raises StageError if the run needs more than there is, naming what would fit."""
-    parts, room = bytes_needed(config, form, params), available(device)
+    parts, room = bytes_needed(config, params), available(device)
     needed = sum(parts.values()) * CACHED
     if needed <= room:
         return
-    fitting = []
-    for method, other in (("lora", "bf16"), ("nvfp4", "nvfp4"), ("qlora", "nf4")):
-        changed = {**params, "gradient_checkpointing": True}
-        if sum(bytes_needed(config, other, changed).values()) * CACHED <= room:
-            fitting.append(f"method {method} with gradient_checkpointing")
+    fitting = (its for its in METHODS if sum(bytes_needed(config, {**params, "method": its, "gradient_checkpointing": True}).values()) * CACHED <= room)
+    method = next(fitting, None)
     said = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
     raise job.StageError(f"this run needs about {needed / 1e9:.0f} GB ({said}), and {room / 1e9:.0f} GB are free", "enough memory for the method",
-                         f"What fits: {fitting[0]}" if fitting else "Lower sequence_tokens or rank, or choose targets: attention")
+                         f"What fits: method {method} with gradient_checkpointing" if method else "Lower sequence_tokens or rank, or choose targets: attention")

@@ -94,8 +94,8 @@ def unfilled(lengths: list[int], seed: int, size: int, capacity: int, steps: int
     """Share of the room of packed sequences, but for the last of each step, that stays empty over a run."""
     order, room, used = Order(len(lengths), seed), 0, 0
     for number in range(steps):
-        groups = best_fit([lengths[row] for row in order.step(number, size)], capacity)
         chosen = [lengths[row] for row in order.step(number, size)]
+        groups = best_fit(chosen, capacity)
         room += capacity * (len(groups) - 1)
         used += sum(chosen[i] for group in groups[:-1] for i in group)
     return 1 - used / room if room else 0.0

@@ -42,9 +42,14 @@ class Ranks:
             distributed.barrier()
 
 
+def started() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def join(device: str) -> Ranks:
     """This process among those that torchrun started; alone if it did not."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not started():
         return Ranks()
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":

@@ -126,8 +126,9 @@ def test_gradients_are_the_same_when_the_up_projection_is_computed_again(dtype, 
     layer = Layer("nf4", 4, dtype, device)
     x, index, share = inputs(16, dtype, device)
     with torch.no_grad():
-        y, u = experts.run(x, index, share, layer.up_proj, layer.down_proj)
-        found = [experts.gradients(y, x, index, share, its, layer.up_proj, layer.down_proj) for its in (u, None)]
+        routing = Routing.of(index, COUNT)
+        y, u = experts.run(x, routing, share, layer.up_proj, layer.down_proj)
+        found = [experts.gradients(y, x, routing, share, its, layer.up_proj, layer.down_proj) for its in (u, None)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -1,19 +1,22 @@
 """Our Mamba-2 mixer against its definition, a token at a time in float64; packed documents never see each other."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train environment")
 pytest.importorskip("transformers", reason="needs the train environment")
+sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 
+import small  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from nemotron import mamba, native  # noqa: E402
 from nemotron.documents import Documents  # noqa: E402
-from stages.base import tiny  # noqa: E402
 
 CHUNK = 64
 PACKED = (130, 1, 65, 128, 7)  # across chunks, of one token, ending on a chunk's first token, a chunk and more, shorter than a chunk
@@ -83,13 +86,7 @@ def at(device, values, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    description = tiny.config("MEM*E", 128, 4, 512)
-    torch.manual_seed(0)
-    model = native.build(description)
-    tiny.delicate_biases(model, 0)
-    tiny.save(model, description, folder)
-    return folder
+    return small.base(tmp_path_factory.mktemp("made") / "base")
 
 
 @pytest.fixture

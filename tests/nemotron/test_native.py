@@ -1,13 +1,18 @@
 """The native class computes what the checkpoint means, and each silent failure comes back as a failed test."""
 
 import json
+import sys
 import types
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train environment")
 pytest.importorskip("transformers", reason="needs the train environment")
 pytest.importorskip("peft", reason="needs the train environment")
+sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
+
+import small  # noqa: E402
 
 from nemotron import native  # noqa: E402
 from nemotron.checkpoint import Checkpoint  # noqa: E402
@@ -18,16 +23,7 @@ LENGTH = 200  # more than three chunks of 64
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    description = tiny.config("MEM*E", 128, 4, 512)
-    torch.manual_seed(0)
-    model = native.build(description)
-    tiny.delicate_biases(model, 0)
-    for name, value in model.named_parameters():
-        if name.endswith(("A_log", ".D")):
-            value.data += 0.01 * torch.rand_like(value)  # values that BF16 cannot hold
-    tiny.save(model, description, folder)
-    return folder
+    return small.base(tmp_path_factory.mktemp("made") / "base")
 
 
 def recurrence(mixer, hidden):

@@ -173,11 +173,11 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(made, tmp_
     params = short.task(tmp_path, made, precision="bfloat16", sequence_tokens=16384, targets="all", rank=16, gradient_checkpointing=True).params
     monkeypatch.setattr(memory, "available", lambda device: 60e9)
     with pytest.raises(job.StageError, match=r"needs about \d+ GB \(base 63\.2 GB, adapter 7\.\d GB.*60 GB are free.*What fits: method nvfp4"):
-        memory.check(real, "bf16", params, "cuda")
-    memory.check(real, "nf4", params, "cuda")
+        memory.check(real, params, "cuda")
+    memory.check(real, {**params, "method": "qlora"}, "cuda")
     monkeypatch.setattr(memory, "available", lambda device: 10e9)
     with pytest.raises(job.StageError, match="Lower sequence_tokens or rank"):
-        memory.check(real, "nf4", params, "cuda")
+        memory.check(real, {**params, "method": "qlora"}, "cuda")
 
 
 def test_a_data_set_without_rows_is_refused(made, tmp_path):

@@ -135,7 +135,7 @@ def test_trap_11_evaluating_between_steps_changes_nothing(made, tmp_path, method
     assert short.losses(always) == short.losses(never)
 
 
-def test_trap_12_a_packed_step_is_its_conversations_one_by_one(made, tmp_path, monkeypatch):
+def test_trap_12_a_packed_step_is_its_conversations_one_by_one(made, tmp_path):
     its, rows = short.loop(tmp_path, made)
     [pack] = packs(rows, 1024)
     assert sorted(pack.documents.lengths) == sorted(len(row["input_ids"]) for row in rows), "no token of a step is padding"
@@ -167,7 +167,7 @@ def test_trap_17_adapters_are_float32_on_a_bf16_base(made, tmp_path, monkeypatch
 
     def look(self, step):
         seen.update((p.dtype, p.grad.dtype) for p in self.tensors.values())
-        right(self, step)
+        return right(self, step)
 
     monkeypatch.setattr(Guard, "gradients", look)
     task = short.task(tmp_path, made, method=method, precision="bfloat16")
