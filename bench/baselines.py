@@ -231,7 +231,9 @@ def peft_today(config: dict, device: torch.device, scan: str = "found") -> Row:
     blocks = model.get_base_model().model.layers
     recipe = Recipe(targets=frozenset({"attention", "experts", "shared"}), expert_lora="dense", scores="head" if "torch" in note else "group")
     parts = ((PARTS[letter], block) for letter, block in zip(config["hybrid_override_pattern"], blocks, strict=True))
-    return Row(model, lambda ids, labels: model(input_ids=ids, labels=labels, use_cache=False).loss, recipe, parts, note)
+    row = Row(model, lambda ids, labels: model(input_ids=ids, labels=labels, use_cache=False).loss, recipe, parts, note)
+    row.slow = True
+    return row
 
 
 def check_room(config: dict, device: torch.device) -> None:

@@ -20,21 +20,24 @@ from nemotron.loss import cross_entropy, trained
 from nemotron.names import FLOAT32, tensors
 from nemotron.names import native as native_name
 from nemotron.projection import Projection
+from nemotron.shards import Shards
 
 ATTENTION = "documents"  # among transformers' attention implementations
 LAYOUT = "official"
 
 
 def load(checkpoint: Checkpoint, form: str = "bf16", dtype: torch.dtype = torch.float32, device: str = "cpu",
-         progress: Callable[[int, int], None] | None = None) -> nn.Module:
+         progress: Callable[[int, int], None] | None = None, shards: Shards = Shards()) -> nn.Module:
     """The model of a checkpoint in hub layout, frozen, in training form. `progress` is told bytes read and bytes in all.
+
+    With `shards` this process keeps its share of the Projections' weights, and every forward and backward is one of all processes.
 
     Raises ValueError if a tensor is missing, left over, or of another shape than config.json says.
     """
     config = checkpoint.config
     if unknown := sorted(set(tensors(config)) ^ set(checkpoint.entries)):
         raise ValueError(f"{unknown[0]} is in {'the checkpoint' if unknown[0] in checkpoint.entries else 'config.json'} only ({len(unknown)} such tensors)")
-    model, done, total = empty(config, form, dtype, device), 0, checkpoint.bytes
+    model, done, total = empty(config, form, dtype, device, shards), 0, checkpoint.bytes
     for file in checkpoint.files:
         for name in checkpoint.in_file(file):
             fill(model, name, checkpoint.tensor(name))
@@ -44,9 +47,9 @@ def load(checkpoint: Checkpoint, form: str = "bf16", dtype: torch.dtype = torch.
     return finish(model)
 
 
-def random(config: dict, form: str = "bf16", dtype: torch.dtype = torch.bfloat16, device: str = "cuda", std: float = 0.02) -> nn.Module:
+def random(config: dict, form: str = "bf16", dtype: torch.dtype = torch.bfloat16, device: str = "cuda", std: float = 0.02, shards: Shards = Shards()) -> nn.Module:
     """The same with random weights, made a matrix at a time on the device: for measuring speed and memory at any size."""
-    model = empty(config, form, dtype, device)
+    model = empty(config, form, dtype, device, shards)
     generator = torch.Generator(device).manual_seed(0)
     special = {"A_log": lambda s: torch.arange(1, s[0] + 1).float().log(), "D": torch.ones, "dt_bias": lambda s: torch.full(s, -3.0), "e_score_correction_bias": torch.zeros}
     for name, spec in tensors(config).items():
@@ -61,7 +64,7 @@ def random(config: dict, form: str = "bf16", dtype: torch.dtype = torch.bfloat16
     return finish(model)
 
 
-def empty(config: dict, form: str, dtype: torch.dtype, device: str) -> nn.Module:
+def empty(config: dict, form: str, dtype: torch.dtype, device: str, shards: Shards = Shards()) -> nn.Module:
     """The model without its weights: Projections allocated in their form, everything else still on no device."""
     import transformers
 
@@ -77,7 +80,7 @@ def empty(config: dict, form: str, dtype: torch.dtype, device: str) -> nn.Module
         parent, old = model.get_submodule(path), getattr(model.get_submodule(path), attribute)
         count, (out, inside) = (old.shape[0], old.shape[1:]) if isinstance(old, nn.Parameter) else (1, old.weight.shape)
         delattr(parent, attribute)
-        setattr(parent, attribute, Projection(count, out, inside, form if hub in packed else "bf16", dtype, device))
+        setattr(parent, attribute, Projection(count, out, inside, form if hub in packed else "bf16", dtype, device, shards))
     model.placed, model.hub_config = (dtype, device), config
     return model
 

@@ -8,27 +8,22 @@ NVFP4 are read as bytes and looked up, since Triton converts E4M3 only from sm_8
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
 from nemotron import nf4, nvfp4
 
-if TYPE_CHECKING:
-    from nemotron.projection import Projection
-
 TILE = 512  # bytes of codes, so 1,024 columns, that a program decodes at once
 
 
-def stack(projection: Projection, out: torch.Tensor) -> torch.Tensor:
-    """Writes the frozen weights of a packed projection into `out`, a view (experts, out, in) with contiguous rows. CUDA only."""
-    values, scales = _tables(projection.form, str(out.device))
-    double = projection.form == "nvfp4"
-    _kernel()[(projection.experts * projection.out_features,)](
-        projection.weight, projection.weight_scale.view(torch.uint8) if double else projection.weight_scale,
-        projection.weight_scale_2 if double else values, values, scales, out,
-        projection.in_features // 2, projection.out_features, out.stride(0), out.stride(1),
-        GROUP=nvfp4.GROUP if double else nf4.BLOCK, DOUBLE=double, TILE=TILE, num_warps=4)
+def stack(packed: nf4.Packed | nvfp4.Packed, out: torch.Tensor) -> torch.Tensor:
+    """Writes packed matrices (experts, out, ...) into `out`, a view (experts, out, in) with contiguous rows. CUDA only."""
+    double = isinstance(packed, nvfp4.Packed)
+    values, scales = _tables("nvfp4" if double else "nf4", str(out.device))
+    experts, height, width = packed.weight.shape
+    _kernel()[(experts * height,)](
+        packed.weight, packed.weight_scale.view(torch.uint8) if double else packed.weight_scale, packed.weight_scale_2 if double else values, values, scales, out,
+        width, height, out.stride(0), out.stride(1), GROUP=nvfp4.GROUP if double else nf4.BLOCK, DOUBLE=double, TILE=TILE, num_warps=4)
     return out
 
 

@@ -29,7 +29,7 @@ def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         y, inverse = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.float32, device=x.device)
         _kernels()[0][(len(rows),)](rows, weight, y, inverse, rows.shape[1], rows.stride(0), eps, BLOCK=1 << (rows.shape[1] - 1).bit_length())
         ctx.save_for_backward(x, weight, inverse)
@@ -38,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, inverse = ctx.saved_tensors
-        rows, given = x.reshape(-1, x.shape[-1]), g.reshape(-1, x.shape[-1])
+        rows, given = x.reshape(-1, x.shape[-1]).contiguous(), g.reshape(-1, x.shape[-1]).contiguous()
         dx = torch.empty_like(rows)
         _kernels()[1][(len(rows),)](given, rows, weight, inverse, dx, rows.shape[1], given.stride(0), rows.stride(0), BLOCK=1 << (rows.shape[1] - 1).bit_length())
         return dx.view(x.shape), None, None

@@ -7,8 +7,8 @@ A `Projection` stands where the native class has a linear or a stack of expert m
     nvfp4    the exporter's own grid, groups of 16 (nemotron/nvfp4.py)
 
 and are decoded anew whenever they are multiplied with: forward and backward each hold one dense stack, for the moment of the
-product, and autograd saves packed weights only. The low-rank factors are float32 always and are cast to the input's dtype for
-their products, so that a resumed run is an uninterrupted one.
+product, and autograd saves packed weights only. Several processes may hold them between them (nemotron/shards.py). The low-rank
+factors are float32 always and are cast to the input's dtype for their products, so that a resumed run is an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,27 +19,32 @@ import torch
 from torch import nn
 
 from nemotron import decode, nf4, nvfp4, rounding
+from nemotron.shards import Shards
 
 FORMS = {"bf16": 16.0, "nf4": 4.25, "nvfp4": 4.5}  # bits a weight
 ROUNDED_AT_ONCE = 8  # matrices whose float32 form is held while a stack is rounded
 
 
 class Projection(nn.Module):
-    """`experts` matrices (out, in). `rank` is 0 until `adapt` gives it factors: `lora_a` (experts, rank, in), `lora_b` (experts, out, rank)."""
+    """`experts` matrices (out, in). `rank` is 0 until `adapt` gives it factors: `lora_a` (experts, rank, in), `lora_b` (experts, out, rank).
 
-    def __init__(self, experts: int, out: int, inside: int, form: str = "bf16", dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"):
+    Its buffers have a row for every row of the matrices, one under the other, or this process's share of them.
+    """
+
+    def __init__(self, experts: int, out: int, inside: int, form: str = "bf16", dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
+                 shards: Shards = Shards()):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"unknown form {form!r} of weights; known are {', '.join(FORMS)}")
-        self.experts, self.out_features, self.in_features, self.form, self.dtype = experts, out, inside, form, dtype
+        self.experts, self.out_features, self.in_features, self.form, self.dtype, self.shards = experts, out, inside, form, dtype, shards
         self.rank, self.scale, self.rounded = 0, 0.0, False
-        whole = (experts, out, inside)
+        rows = shards.height(experts * out)
         parts = {
-            "bf16": {"weight": (whole, dtype)},
-            "nf4": {"weight": ((*whole[:2], inside // 2), torch.uint8), "weight_scale": ((*whole[:2], inside // nf4.BLOCK), torch.bfloat16)},
+            "bf16": {"weight": ((rows, inside), dtype)},
+            "nf4": {"weight": ((rows, inside // 2), torch.uint8), "weight_scale": ((rows, inside // nf4.BLOCK), torch.bfloat16)},
             "nvfp4": {
-                "weight": ((*whole[:2], inside // 2), torch.uint8), "weight_scale": ((*whole[:2], inside // nvfp4.GROUP), torch.float8_e4m3fn),
-                "weight_scale_2": ((experts,), torch.float32),
+                "weight": ((rows, inside // 2), torch.uint8), "weight_scale": ((rows, inside // nvfp4.GROUP), torch.float8_e4m3fn),
+                "weight_scale_2": ((experts,), torch.float32),  # one number a matrix: every process has them all
             },
         }[form]
         for name, (shape, kind) in parts.items():
@@ -52,24 +57,32 @@ class Projection(nn.Module):
         if tuple(matrix.shape) != wanted:
             raise ValueError(f"a matrix of shape {tuple(matrix.shape)}, expected {wanted}")
         matrix = matrix.to(self.weight.device)
+        packed = matrix if self.form == "bf16" else {"nf4": nf4, "nvfp4": nvfp4}[self.form].pack(matrix)
+        if self.form == "nvfp4":
+            self.weight_scale_2[expert] = packed.weight_scale_2
+        for name, own in self._rows().items():
+            self.shards.put(own, expert * self.out_features, matrix if self.form == "bf16" else getattr(packed, name))
+
+    def _rows(self) -> dict[str, torch.Tensor]:
+        """Name -> buffer of those that have a row for every row of the matrices."""
+        return {name: own for name, own in self.named_buffers() if name != "weight_scale_2"}
+
+    def held(self) -> torch.Tensor | nf4.Packed | nvfp4.Packed:
+        """The frozen weights in their form, whole: tensors (experts, out, ...)."""
+        rows, sizes = self.experts * self.out_features, (self.experts, self.out_features)
+        whole = {name: self.shards.whole(own, rows).unflatten(0, sizes) for name, own in self._rows().items()}
         if self.form == "bf16":
-            self.weight[expert] = matrix
-            return
-        packed = {"nf4": nf4, "nvfp4": nvfp4}[self.form].pack(matrix)
-        for name in ("weight", "weight_scale", "weight_scale_2"):
-            if hasattr(packed, name):
-                getattr(self, name)[expert] = getattr(packed, name)
+            return whole["weight"]
+        return nf4.Packed(**whole) if self.form == "nf4" else nvfp4.Packed(**whole, weight_scale_2=self.weight_scale_2)
 
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The frozen weights (experts, out, in) in `dtype`, without any change; written into `out`, a view of that shape, if it is given."""
-        if self.form != "bf16" and self.weight.is_cuda:
-            return decode.stack(self, self.weight.new_empty(self.experts, self.out_features, self.in_features, dtype=self.dtype) if out is None else out)
-        if self.form == "bf16":
-            found = self.weight
-        elif self.form == "nf4":
-            found = nf4.unpack(nf4.Packed(self.weight, self.weight_scale)).to(self.dtype)
-        else:
-            found = nvfp4.unpack(nvfp4.Packed(self.weight, self.weight_scale, self.weight_scale_2)).to(self.dtype)
+        held = self.held()
+        if isinstance(held, torch.Tensor):
+            return held if out is None else out.copy_(held)
+        if self.weight.is_cuda:
+            return decode.stack(held, torch.empty(self.experts, self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device) if out is None else out)
+        found = (nf4 if self.form == "nf4" else nvfp4).unpack(held).to(self.dtype)
         return found if out is None else out.copy_(found)
 
     def adapt(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:

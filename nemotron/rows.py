@@ -17,8 +17,8 @@ def gather(x: torch.Tensor, token: torch.Tensor, room: int) -> torch.Tensor:
     width = x.shape[1]
     out = x.new_empty(len(token), width + room)
     if x.is_cuda:
-        kernel = _kernels()["gather"]
-        kernel[(len(token),)](x, token, out, width, x.stride(0), out.stride(0), BLOCK=_block(width))
+        x = x.contiguous()  # the gradient of a sum is one number, expanded
+        _kernels()["gather"][(len(token),)](x, token, out, width, x.stride(0), out.stride(0), BLOCK=_block(width))
     else:
         out[:, :width] = x[token]
     return out
@@ -61,7 +61,7 @@ def combine(d: torch.Tensor, inverse: torch.Tensor, share: torch.Tensor | None, 
     tokens, width = len(inverse) // choices, d.shape[1]
     if d.is_cuda:
         out = d.new_empty(tokens, width)
-        _kernels()["combine"][(tokens,)](d, inverse, d if share is None else share, out, width, d.stride(0), CHOICES=choices, SHARED=share is not None, BLOCK=_block(width))
+        _kernels()["combine"][(tokens,)](d, inverse, d if share is None else share.contiguous(), out, width, d.stride(0), CHOICES=choices, SHARED=share is not None, BLOCK=_block(width))
         return out
     rows = d[inverse].view(tokens, choices, width)
     return rows.sum(1) if share is None else (rows * share[..., None]).sum(1).to(d.dtype)

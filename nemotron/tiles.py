@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of the result, and of what is multiplied at once
+WARPS, STAGES = 8, 3  # threads in 32s of a tile, and tiles in flight
 NARROW = 16  # the least that a tensor core multiplies: tiles of low-rank products
 
 
@@ -44,10 +45,11 @@ def back(g: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Ten
 def _multiply(x, weight, ends, columns: int, column_stride: int, depth_stride: int) -> torch.Tensor:
     expert, first, end = tiles(ends, len(x))
     out = x.new_empty(len(x), columns)
+    # Columns run fastest: programs side by side in time share an expert's rows and its whole matrix, both of which stay in the L2 cache.
     wide = COLUMNS if columns > NARROW else NARROW
-    _kernels()[0][(len(expert), -(-columns // wide))](
+    _kernels()[0][(-(-columns // wide), len(expert))](
         x, weight, out, expert, first, end, columns, x.shape[1], x.stride(0), x.stride(1), weight.stride(0), column_stride, depth_stride, out.stride(0),
-        ROWS=ROWS, COLUMNS=wide, DEPTH=DEPTH, num_warps=8 if wide > NARROW else 4, num_stages=3)
+        ROWS=ROWS, COLUMNS=wide, DEPTH=DEPTH, num_warps=WARPS if wide > NARROW else 4, num_stages=STAGES)
     return out
 
 
@@ -69,11 +71,11 @@ def _kernels():
     @triton.jit
     def multiply(x, weight, out, experts, firsts, ends, columns, depth, x_row, x_depth, w_expert, w_column, w_depth, out_row,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-        tile = tl.program_id(0)
+        tile = tl.program_id(1)
         first, end = tl.load(firsts + tile), tl.load(ends + tile)
         if first < end:
             row = (first + tl.arange(0, ROWS)).to(tl.int64)
-            column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+            column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
             weight += tl.load(experts + tile).to(tl.int64) * w_expert
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for start in range(0, depth, DEPTH):

@@ -14,6 +14,7 @@ import torch
 
 from nemotron import adapter, assemble, native, recompute
 from nemotron.checkpoint import Checkpoint
+from nemotron.shards import Shards
 from stages import job
 from stages.train import checkpoints, memory, picture, ranks
 from stages.train.board import Board
@@ -31,7 +32,7 @@ def run(task: job.Job) -> None:
         torch.set_num_threads(max(1, 2 // its.world))
     rows, held_out = read(task.inputs["data"] / "train.jsonl"), read(task.inputs["data"] / "eval.jsonl")
     fitting(rows + held_out, task.params["sequence_tokens"])
-    model = adapted(task)
+    model = adapted(task, its)
     loop = Loop(task, model, rows, held_out, its, rounding(task, model))
     if found := resume_from(task.scratch):
         loop.resume(found)
@@ -63,16 +64,19 @@ def fitting(rows: list[dict], limit: int) -> None:
                              f"Set sequence_tokens to {max(long)} or more, or max_tokens of stage data to {limit} or less")
 
 
-def adapted(task: job.Job) -> torch.nn.Module:
+def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
     """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
     params, form = task.params, memory.METHODS[task.params["method"]]
+    if params["sharded"] and its.world == 1:
+        raise job.StageError("sharded with one process", "several that hold the base between them", "Set ranks to the number of GPUs, or leave sharded out")
+    shards = Shards(its.rank, its.world) if params["sharded"] else Shards()
     try:
         checkpoint = Checkpoint(task.inputs["base"])
         if packed := [name for name in checkpoint.entries if name.endswith("weight_scale_2")]:
             raise job.StageError(f"a base whose weights are in NVFP4 already ({packed[0]})", "the BF16 checkpoint",
                                  "Give stage base the BF16 checkpoint, and train with method nvfp4: it holds the weights on that very grid")
-        memory.check(checkpoint.config, params, task.device)
-        model = assemble.load(checkpoint, form, getattr(torch, params["precision"]), task.device, loading(form))
+        memory.check(checkpoint.config, params, task.device, shards.count)
+        model = assemble.load(checkpoint, form, getattr(torch, params["precision"]), task.device, loading(form) if its.first else None, shards)
         adapter.attach(model, params["targets"], params["rank"], params["alpha"], task.seed)
     except (native.NativeError, ValueError) as error:
         raise job.StageError(str(error), "libraries and a model that fit", "See the message") from error

@@ -22,7 +22,7 @@ from nemotron import adapter, assemble
 from stages import job
 from stages.train import checkpoints
 from stages.train.guard import Guard, finite
-from stages.train.pack import Order, Pack, packs, spread, trained_tokens
+from stages.train.pack import IDLE, Order, Pack, packs, spread, trained_tokens
 from stages.train.ranks import Ranks
 
 KEPT = 2  # checkpoints
@@ -123,8 +123,10 @@ class Loop:
             self.watch.step(self.history, done, sum(len(row["input_ids"]) for row in rows), time.monotonic() - began)
 
     def packs(self, rows: list[dict]) -> list[Pack]:
-        """This rank's share of rows, packed."""
-        return packs(spread(rows, self.ranks.world)[self.ranks.rank], self.task.params["sequence_tokens"])
+        """This rank's share of rows, packed. Where the base is sharded, as many sequences as the rank with most has: each is one of all ranks."""
+        shares = [packs(share, self.task.params["sequence_tokens"]) for share in spread(rows, self.ranks.world)]
+        own = shares[self.ranks.rank]
+        return own + [IDLE] * (max(map(len, shares)) - len(own)) if self.task.params["sharded"] else own
 
     def loss(self, pack: Pack) -> torch.Tensor:
         device = self.task.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ METHODS = {"lora": "bf16", "nvfp4": "nvfp4", "qlora": "nf4"}  # method -> in whi
 CACHED = 1.15  # what the allocator holds beside what is asked of it
 
 
-def bytes_needed(config: dict, params: dict) -> dict[str, float]:
+def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]:
     """Bytes by part: the base in its form, the adapter with its gradient and both Adam moments (float32), and activations.
+
+    `count` processes hold the base's linears and experts between them.
 
     Activations are of one packed sequence: what every layer hands on, and the layer that takes most while its backward runs
     (a dense stack of experts, and the rows of every choice three times). Without checkpointing every layer keeps its own.
@@ -25,15 +28,15 @@ def bytes_needed(config: dict, params: dict) -> dict[str, float]:
     packed = {f"{name}.weight" for name in layout.quantised(config, assemble.LAYOUT)}
     base = 0.0
     for name, spec in specs.items():
-        count = torch.Size(spec.shape).numel()
-        base += count * (FORMS[form] / 8 if name in packed and form != "bf16" else number)
+        size = torch.Size(spec.shape).numel() * (FORMS[form] / 8 if name in packed and form != "bf16" else number)
+        base += size / count if name.endswith("_proj.weight") else size
     chosen = native.PRESETS[params["targets"]]
     suffixes = tuple(part.rsplit(".", 1)[-1] for kind in chosen.values() for part in kind)
     adapted = [spec.shape for name, spec in specs.items() if name.endswith(tuple(f".{suffix}.weight" for suffix in suffixes))]
     factors = sum(params["rank"] * (out + inside) for out, inside in adapted)
     tokens, hidden, choices = params["sequence_tokens"], config["hidden_size"], config["num_experts_per_tok"]
     width = max(config["moe_intermediate_size"], hidden)
-    stack = 2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number if form != "bf16" else 0
+    stack = 2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number if form != "bf16" or count > 1 else 0
     layer = stack + 6 * tokens * choices * width * number + 4 * tokens * config["moe_shared_expert_intermediate_size"] * number
     layers = len(pattern(config))
     kept = layers * tokens * hidden * number
@@ -41,23 +44,23 @@ def bytes_needed(config: dict, params: dict) -> dict[str, float]:
 
 
 def available(device: str) -> int:
-    """Bytes that a run on `device` can take. A GB10 shares its memory with the CPU and reports none of its own: /proc/meminfo."""
+    """Bytes that a process on `device` can take. A GB10 shares its memory with the CPU and reports none of its own: /proc/meminfo."""
     if device == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
         return torch.cuda.mem_get_info()[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes here share it
     raise job.StageError("no MemAvailable in /proc/meminfo", "a Linux machine", "Run this stage on Linux")
 
 
-def check(config: dict, params: dict, device: str) -> None:
-    """Raises StageError if the run needs more than there is, naming what would fit."""
-    parts, room = bytes_needed(config, params), available(device)
+def check(config: dict, params: dict, device: str, count: int = 1) -> None:
+    """Raises StageError if a process needs more than there is, naming what would fit. `count` processes hold the base between them."""
+    parts, room = bytes_needed(config, params, count), available(device)
     needed = sum(parts.values()) * CACHED
     if needed <= room:
         return
-    fitting = (its for its in METHODS if sum(bytes_needed(config, {**params, "method": its, "gradient_checkpointing": True}).values()) * CACHED <= room)
+    fitting = (its for its in METHODS if sum(bytes_needed(config, {**params, "method": its, "gradient_checkpointing": True}, count).values()) * CACHED <= room)
     method = next(fitting, None)
     said = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
     raise job.StageError(f"this run needs about {needed / 1e9:.0f} GB ({said}), and {room / 1e9:.0f} GB are free", "enough memory for the method",
-                         f"What fits: method {method} with gradient_checkpointing" if method else "Lower sequence_tokens or rank, or choose targets: attention")
+                         f"What fits: method {method} with gradient_checkpointing" if method else "Lower sequence_tokens or rank, choose targets: attention, or let several GPUs hold the base (ranks, and sharded: true)")

@@ -23,6 +23,9 @@ class Pack:
     documents: Documents
 
 
+IDLE = Pack(torch.zeros(1, dtype=torch.int64), torch.tensor([IGNORED]), Documents((1,)))  # has no loss, and passes through every layer
+
+
 class Order:
     """An endless run through `count` rows, shuffled anew in every epoch."""
 

@@ -106,7 +106,7 @@ def watched(folder, made, **changes):
 def loop(folder, made, **changes):
     """The Loop of a run that has not begun, and its rows."""
     its, rows = task(folder, made, **changes), fit.read(made["data"] / "train.jsonl")
-    return Loop(its, fit.adapted(its), rows, rows[:2], Ranks()), rows
+    return Loop(its, fit.adapted(its, Ranks()), rows, rows[:2], Ranks()), rows
 
 
 def warnings(patch):
@@ -120,8 +120,8 @@ def change_model(patch, change):
     """Lets the stage train on the model that `change` has had its hands on."""
     right = fit.adapted
 
-    def adapted(task):
-        model = right(task)
+    def adapted(task, its):
+        model = right(task, its)
         change(model)
         return model
 

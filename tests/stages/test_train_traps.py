@@ -21,6 +21,7 @@ from stages.train import fit  # noqa: E402
 from stages.train.guard import Guard  # noqa: E402
 from stages.train.loop import Loop  # noqa: E402
 from stages.train.pack import Pack, packs, trained_tokens  # noqa: E402
+from stages.train.ranks import Ranks  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_trap_8_an_adapter_that_does_not_move_is_refused_by_name(made, tmp_path,
 @pytest.mark.parametrize("preset", native.PRESETS)
 def test_trap_10_no_preset_puts_an_adapter_on_out_proj(made, tmp_path, preset):
     """peft, which vLLM and stage merge's proof read adapters with, refuses it."""
-    model = fit.adapted(short.task(tmp_path, made, targets=preset))
+    model = fit.adapted(short.task(tmp_path, made, targets=preset), Ranks())
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable and not any("out_proj" in name for name in trainable)
     assert any(name.endswith("mixer.out_proj") for name, _ in model.named_modules()), "there has to be an out_proj to leave out"
