@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of the result, and of what is multiplied at once
-WARPS, STAGES = 8, 3  # threads in 32s of a tile, and tiles in flight
+WARPS, STAGES = 4, 3  # threads in 32s of a tile, and tiles in flight
 NARROW = 16  # the least that a tensor core multiplies: tiles of low-rank products
 
 
@@ -49,7 +49,7 @@ def _multiply(x, weight, ends, columns: int, column_stride: int, depth_stride: i
     wide = COLUMNS if columns > NARROW else NARROW
     _kernels()[0][(-(-columns // wide), len(expert))](
         x, weight, out, expert, first, end, columns, x.shape[1], x.stride(0), x.stride(1), weight.stride(0), column_stride, depth_stride, out.stride(0),
-        ROWS=ROWS, COLUMNS=wide, DEPTH=DEPTH, num_warps=WARPS if wide > NARROW else 4, num_stages=STAGES)
+        ROWS=ROWS, COLUMNS=wide, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES)
     return out
 
 
@@ -59,7 +59,7 @@ def outer(g: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     out = g.new_empty(len(ends), height, width)
     high, wide = (COLUMNS if size > NARROW else NARROW for size in (height, width))
     _kernels()[1][(len(ends), -(-height // high), -(-width // wide))](
-        g, x, out, ends, height, width, g.stride(0), g.stride(1), x.stride(0), x.stride(1), HIGH=high, WIDE=wide, DEPTH=DEPTH, num_warps=4, num_stages=3)
+        g, x, out, ends, height, width, g.stride(0), g.stride(1), x.stride(0), x.stride(1), HIGH=high, WIDE=wide, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES)
     return out
 
 

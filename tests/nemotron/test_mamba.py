@@ -8,10 +8,11 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train environment")
 pytest.importorskip("transformers", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "stages")]
 
 import small  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from devices import class_in_torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -235,7 +236,8 @@ def test_trap_2_mixer_equals_its_definition_and_nothing_clamps_dt(model, place, 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_mixer_equals_the_class_in_output_and_every_gradient(model, padded):
+def test_mixer_equals_the_class_in_output_and_every_gradient(model, padded, monkeypatch):
+    class_in_torch(monkeypatch)
     own = a_mixer(model).train()
     ours = mamba.attach(copy.deepcopy(own))
     hidden = torch.randn(3, 3 * CHUNK + 8, own.hidden_size)
@@ -300,7 +302,8 @@ def test_padding_changes_nothing_in_the_tokens_that_are_there(model, place):
             assert error(together[row][mask[row]], mixer(hidden[row][mask[row]][None])[0]) < EXACT[way]
 
 
-def test_generation_with_a_cache_equals_the_full_forward(model):
+def test_generation_with_a_cache_equals_the_full_forward(model, monkeypatch):
+    class_in_torch(monkeypatch)
     for layer in model.model.layers:
         if hasattr(layer.mixer, "conv1d"):
             mamba.attach(layer.mixer)

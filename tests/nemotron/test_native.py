@@ -10,9 +10,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train environment")
 pytest.importorskip("transformers", reason="needs the train environment")
 pytest.importorskip("peft", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "stages")]
 
 import small  # noqa: E402
+from devices import class_in_torch  # noqa: E402
 
 from nemotron import native  # noqa: E402
 from nemotron.checkpoint import Checkpoint  # noqa: E402
@@ -74,7 +75,8 @@ def test_trap_1_releases_that_lose_state_are_refused(version):
     native.check_version("5.15.1")
 
 
-def test_trap_2_small_time_steps_are_not_clamped(checkpoint):
+def test_trap_2_small_time_steps_are_not_clamped(checkpoint, monkeypatch):
+    class_in_torch(monkeypatch)
     model = native.load(checkpoint)
     assert mixer_error(model, -8.0) < 1e-4
     mixer = model.model.layers[0].mixer
