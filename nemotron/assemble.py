@@ -104,10 +104,15 @@ def fill(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def finish(model: nn.Module) -> nn.Module:
-    """Repairs the filled model and gives it its mixers; raises ValueError if anything was not filled."""
+    """The filled model, prepared; raises ValueError if anything was not filled."""
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise ValueError(f"{left[0]} was not filled ({len(left)} such tensors)")
+    return prepare(model)
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Repairs the model and gives it our mixers, norms, experts and attention; its weights may be filled before or after."""
     native.repair(model)
     for module in model.modules():
         if type(module).__name__ == "NemotronHRMSNorm":

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+PIECE = 2**20  # bytes
+THREADS = 4  # that read and compute while another writes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
@@ -18,6 +24,9 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+Work = Callable[[], torch.Tensor]  # makes a tensor, or a piece of one
 
 
 class CheckpointError(ValueError):
@@ -71,22 +80,47 @@ class Tensors:
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.entries.values())
 
-    def raw(self, name: str) -> bytearray:
+    def raw(self, name: str) -> memoryview:
         """The bytes of one tensor as they lie on disk."""
-        entry = self.entries[name]
-        with entry.file.open("rb") as opened:
-            opened.seek(entry.start)
-            data = bytearray(entry.bytes)
-            if opened.readinto(data) != entry.bytes:
-                raise CheckpointError(f"{entry.file.name} ended in the middle of {name}")
-        return data
+        return data(self.tensor(name))
+
+    def same(self, name: str, other: Tensors) -> bool:
+        """Whether `other` holds the tensor, of the same shape and dtype, with the same bits."""
+        return all(torch.equal(*(piece().reshape(-1).view(torch.uint8) for piece in pieces)) for pieces in zip(self.pieces(name), other.pieces(name), strict=True))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its own dtype and shape."""
         entry = self.entries[name]
-        if not entry.bytes:
-            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        return torch.frombuffer(self.raw(name), dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+        return self._read(entry, entry.start, torch.empty(entry.shape, dtype=DTYPES[entry.dtype]))
+
+    def rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Some rows (of the first dimension) of one tensor, on the CPU."""
+        entry = self.entries[name]
+        return self._read(entry, entry.start + entry.bytes // entry.shape[0] * first, torch.empty((count, *entry.shape[1:]), dtype=DTYPES[entry.dtype]))
+
+    def spans(self, name: str) -> list[tuple[int, int]]:
+        """First row and number of rows of pieces of about a megabyte, which stay in the cache between being read and written; a scalar has none."""
+        shape = self.entries[name].shape
+        if not shape:
+            return []
+        step = max(1, PIECE * shape[0] // max(1, self.entries[name].bytes))
+        return [(first, min(step, shape[0] - first)) for first in range(0, shape[0], step)]
+
+    def pieces(self, name: str) -> Iterator[Work]:
+        """What reads one tensor piece by piece: for `write`."""
+        if not self.entries[name].shape:
+            return iter([partial(self.tensor, name)])
+        return (partial(self.rows, name, *span) for span in self.spans(name))
+
+    def _read(self, entry: Entry, start: int, into: torch.Tensor) -> torch.Tensor:
+        with entry.file.open("rb", buffering=0) as opened:
+            opened.seek(start)
+            left = data(into)
+            while left and (count := opened.readinto(left)):
+                left = left[count:]
+        if left:
+            raise CheckpointError(f"{entry.file.name} ended in the middle of a tensor, {left.nbytes} bytes early")
+        return into
 
 
 class Checkpoint(Tensors):
@@ -119,8 +153,9 @@ class Checkpoint(Tensors):
         return iter(sorted((n for n, e in self.entries.items() if e.file == path), key=lambda n: self.entries[n].start))
 
 
-def encode(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+def data(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, not copied if it lies on the CPU in one piece."""
+    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)
@@ -139,10 +174,11 @@ class Slot:
         return count * DTYPES[self.dtype].itemsize
 
 
-def write(file: Path, slots: list[Slot], produce: Callable[[Slot], bytes | bytearray | torch.Tensor], metadata: dict | None = None) -> None:
-    """Writes one safetensors file, asking for one tensor at a time.
+def write(file: Path, slots: list[Slot], produce: Callable[[Slot], torch.Tensor | Iterable[Work]], metadata: dict | None = None) -> None:
+    """Writes one safetensors file, asking for one tensor at a time: the tensor, or work that makes it in pieces along its first dimension.
 
-    Raises CheckpointError if what `produce` returns has another shape, dtype or size than the slot announces.
+    Work is done by a few threads ahead of the writing, so that reading, computing and writing go on at once. Raises CheckpointError
+    if what comes of it has another shape or dtype than the slot announces.
     """
     at, table = 0, {}
     for slot in slots:
@@ -150,17 +186,45 @@ def write(file: Path, slots: list[Slot], produce: Callable[[Slot], bytes | bytea
         at += slot.bytes
     head = json.dumps({"__metadata__": metadata or {"format": "pt"}, **table}, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # tensor data begins on a multiple of 8 bytes
-    with file.open("wb") as opened:
-        opened.write(struct.pack("<Q", len(head)) + head)
+
+    def work() -> Iterator[tuple[Slot, Work]]:
         for slot in slots:
             made = produce(slot)
-            if isinstance(made, torch.Tensor):
-                if (NAMES[made.dtype], tuple(made.shape)) != (slot.dtype, slot.shape):
-                    raise CheckpointError(f"{slot.name} came out as {made.dtype} {tuple(made.shape)}, announced were {slot.dtype} {slot.shape}")
-                made = encode(made)
-            if len(made) != slot.bytes:
-                raise CheckpointError(f"{slot.name} came out with {len(made)} bytes, announced were {slot.bytes}")
-            opened.write(made)
+            for piece in [partial(torch.Tensor.detach, made)] if isinstance(made, torch.Tensor) else made:
+                yield slot, piece
+
+    written = dict.fromkeys(table, 0)
+    with file.open("wb", buffering=0) as opened:
+        opened.write(struct.pack("<Q", len(head)) + head)
+        for slot, piece in ahead(work()):
+            if (NAMES[piece.dtype], tuple(piece.shape[1:]), piece.ndim) != (slot.dtype, slot.shape[1:], len(slot.shape)):
+                raise CheckpointError(f"{slot.name} came out as {piece.dtype} {tuple(piece.shape)}, announced were {slot.dtype} {slot.shape}")
+            left = data(piece)
+            written[slot.name] += left.nbytes
+            while left:
+                left = left[opened.write(left) :]
+    for slot in slots:
+        if written[slot.name] != slot.bytes:
+            raise CheckpointError(f"{slot.name} came out with {written[slot.name]} bytes, announced were {slot.dtype} {slot.shape}")
+
+
+def ahead(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """The results of work in its order, computed by a few threads; at most twice as many are there or under way at once."""
+    threads, before = min(THREADS, os.cpu_count() or 1), torch.get_num_threads()
+    torch.set_num_threads(1)  # each works on a piece of its own; teams of threads within would wait for one another
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            pending: deque = deque()
+            for slot, piece in work:
+                pending.append((slot, pool.submit(piece)))
+                if len(pending) > 2 * threads:
+                    first, result = pending.popleft()
+                    yield first, result.result()
+            while pending:
+                first, result = pending.popleft()
+                yield first, result.result()
+    finally:
+        torch.set_num_threads(before)
 
 
 def shards(slots: list[Slot], limit: int) -> list[tuple[str, list[Slot]]]:

@@ -18,7 +18,18 @@ import torch
 from nemotron.checkpoint import Checkpoint, CheckpointError, Tensors, header
 
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
+KEPT = 4  # tensors: A and B of both stacks of a layer
 _STACKS = {"experts.base_layer": "up_proj", "experts": "down_proj"}
+
+
+def summed(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """`weight + scale * b @ a`, summed in float32 and rounded once to the weight's dtype; a change of zeros gives every bit back.
+
+    weight (rows, in), a (rank, in), b (rows, rank), the last two float32.
+    """
+    if not (a.any() and b.any()):
+        return weight  # -0.0 + 0.0 would be 0.0
+    return torch.addmm(weight.float(), b, a, alpha=scale).to(weight.dtype)
 
 
 class AdapterError(ValueError):
@@ -48,7 +59,8 @@ class Adapter:
         divisor = self.rank**0.5 if self.config.get("use_rslora") else self.rank
         self.scale = self.config["lora_alpha"] / divisor
         self._entries, _ = header(self.folder / "adapter_model.safetensors")
-        self._tensors = Tensors(self._entries)
+        self.tensors = Tensors(self._entries)
+        self._read: dict[str, torch.Tensor] = {}
         self.pairs = self._pair(base)
 
     def _pair(self, base: Checkpoint) -> dict[str, Pair]:
@@ -72,6 +84,8 @@ class Adapter:
                 raise AdapterError(f"{module} of the adapter matches no tensor of the checkpoint; is it an adapter of another model?")
             pairs |= made
         for name, pair in pairs.items():
+            if not name.endswith(("_proj.weight", "lm_head.weight")):
+                raise AdapterError(f"the adapter changes {name}, expected projections and lm_head only")
             out, inside = base.entries[name].shape
             stacked = max(pair.experts, 1)
             expected = {pair.a: (self.rank * stacked, inside), pair.b: (out, self.rank * stacked)}
@@ -81,17 +95,26 @@ class Adapter:
         return pairs
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One tensor of the adapter in float32."""
-        return self._tensors.tensor(key).float()
+        """One tensor of the adapter in float32. The last four are kept: the experts of a layer share them."""
+        if key not in self._read:
+            while len(self._read) >= KEPT:
+                del self._read[next(iter(self._read))]
+            self._read[key] = self.tensors.tensor(key).float()
+        return self._read[key]
 
-    def delta(self, name: str) -> torch.Tensor:
-        """The change of one hub tensor, float32, in its shape (out, in)."""
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rank, in) and B (out, rank) of the change of one hub tensor, float32. Raises CheckpointError if one is not finite."""
         pair = self.pairs[name]
         a, b = self.tensor(pair.a), self.tensor(pair.b)
         if pair.expert is not None:
             a = a[pair.expert * self.rank : (pair.expert + 1) * self.rank]
-            b = b.reshape(b.shape[0], self.rank, pair.experts)[:, :, pair.expert]
-        delta = self.scale * (b @ a)
-        if not torch.isfinite(delta).all():
+            b = b.reshape(b.shape[0], self.rank, pair.experts)[:, :, pair.expert].contiguous()
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise CheckpointError(f"the adapter's change of {name} is not finite")
-        return delta
+        return a, b
+
+    def delta(self, name: str) -> torch.Tensor:
+        """The change of one hub tensor, float32, in its shape (out, in)."""
+        a, b = self.factors(name)
+        return self.scale * (b @ a)
+

@@ -94,6 +94,11 @@ class Projection(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(self.experts, self.out_features, rank, device=self.weight.device))
         self.rank, self.scale = rank, alpha / rank
 
+    def change(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+        """Puts a change that is there already: A (experts, rank, in), B (experts, out, rank), both times `scale`. Rank 0 takes it away."""
+        self.lora_a, self.lora_b = (nn.Parameter(factor.to(self.weight.device, torch.float32), requires_grad=False) for factor in (a, b))
+        self.rank, self.scale = a.shape[1], scale
+
     @torch.no_grad()
     def multiplied(self) -> torch.Tensor:
         """The weights that the forward multiplies with, (experts, out, in) in `dtype`.

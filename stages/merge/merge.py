@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nemotron import audit
-from nemotron.checkpoint import DTYPES, Checkpoint, CheckpointError, Slot, write
-from nemotron.lora import Adapter, AdapterError
+from nemotron.checkpoint import Checkpoint, CheckpointError, Slot, Work, write
+from nemotron.lora import Adapter, AdapterError, summed
 from stages import job
 from stages.job import Job, StageError
 from stages.merge import proof
@@ -32,26 +34,30 @@ def run(its: Job) -> None:
     merged = stream(base, adapter, its.output)
     facts = proof.files(base, Checkpoint(its.output), adapter, merged)
     if its.params["proof_tokens"]:
-        facts |= proof.forward(base_folder, its.inputs["train"] / "adapter", its.output, its.inputs["data"] / "train.jsonl", its.params, its.device)
+        facts |= proof.forward(base, adapter, Checkpoint(its.output), its.inputs["data"] / "train.jsonl", its.params, its.device)
     (its.output / "merge.json").write_text(json.dumps({"rank": adapter.rank, "scale": adapter.scale, **facts}, indent=2) + "\n")
 
 
 def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
     """Writes the merged checkpoint; returns the number of changed elements of every merged tensor."""
-    changed: dict[str, int] = {}
+    changed: dict[str, list[int]] = {}
     done = 0
 
-    def produce(slot: Slot) -> bytearray | torch.Tensor:
+    def produce(slot: Slot) -> Iterator[Work]:
         nonlocal done
-        if slot.name not in adapter.pairs:
-            made: bytearray | torch.Tensor = base.raw(slot.name)
-        else:
-            before = base.tensor(slot.name)
-            made = (before.float() + adapter.delta(slot.name)).to(DTYPES[slot.dtype])
-            changed[slot.name] = int((made != before).sum())
         done += slot.bytes
         job.progress(done / 1e9, base.bytes / 1e9, "GB", slot.name)
-        return made
+        return merged(slot.name) if slot.name in adapter.pairs else base.pieces(slot.name)
+
+    def merged(name: str) -> Iterator[Work]:
+        a, b = adapter.factors(name)
+        return (partial(piece, name, a, b, *span) for span in base.spans(name))
+
+    def piece(name: str, a: torch.Tensor, b: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        before = base.rows(name, first, count)
+        after = summed(before, a, b[first : first + count], adapter.scale)
+        changed.setdefault(name, []).append(int(torch.count_nonzero(after.view(torch.int16) ^ before.view(torch.int16))))
+        return after
 
     for file in base.files:
         slots = [Slot(name, base.entries[name].dtype, base.entries[name].shape) for name in base.in_file(file)]
@@ -59,4 +65,4 @@ def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
     for path in sorted(base.folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name != "manifest.json":
             shutil.copyfile(path, output / path.name)
-    return changed
+    return {name: sum(counts) for name, counts in changed.items()}

@@ -49,13 +49,13 @@ def stream(source: Checkpoint, maxima: dict[str, torch.Tensor], chosen: str, out
     written = []
     parts: dict[str, torch.Tensor] = {}
 
-    def produce(slot: Slot) -> bytearray | torch.Tensor:
+    def produce(slot: Slot) -> torch.Tensor:
         nonlocal done
         module, _, part = slot.name.rpartition(".")
         if module not in maxima:
             done += slot.bytes
             job.progress(done / 1e9, source.bytes / 1e9, "GB", "writing")
-            return source.raw(slot.name)
+            return source.tensor(slot.name)
         if part == "weight":
             weight = source.tensor(slot.name)
             done += source.entries[slot.name].bytes

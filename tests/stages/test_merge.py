@@ -1,6 +1,7 @@
 """Merge: the adapter where it belongs, everything else untouched."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +12,10 @@ pytest.importorskip("peft", reason="needs the train environment")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import small  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from nemotron.checkpoint import Checkpoint  # noqa: E402
+from nemotron.lora import Adapter  # noqa: E402
 from stages.job import StageError  # noqa: E402
 from stages.merge import merge  # noqa: E402
 
@@ -65,17 +68,13 @@ def test_trap_21_every_expert_gets_its_own_change(made, merged):
 
 
 def test_trap_21_a_misread_packing_is_refused(made, tmp_path, monkeypatch):
-    from nemotron.lora import Adapter
-
-    right = Adapter.delta
-
-    def swapped(self, name):
-        return right(self, name.replace(".experts.0.", ".experts.1.") if ".experts.0." in name else name.replace(".experts.1.", ".experts.0."))
+    right = Adapter.factors
 
     def wrong_everywhere(self, name):
-        return -swapped(self, name)
+        a, b = right(self, name.replace(".experts.0.", ".experts.1.") if ".experts.0." in name else name.replace(".experts.1.", ".experts.0."))
+        return a, -b
 
-    monkeypatch.setattr(Adapter, "delta", wrong_everywhere)
+    monkeypatch.setattr(Adapter, "factors", wrong_everywhere)
     with pytest.raises(StageError, match="adapter's effect"):
         merge.run(small.job("merge", tmp_path, PARAMS, **made))
 
@@ -86,9 +85,41 @@ def test_trap_8_an_adapter_that_changes_nothing_is_refused(made, tmp_path):
         merge.run(small.job("merge", tmp_path, PARAMS, **{**made, "train": idle}))
 
 
-def test_an_adapter_of_another_model_is_refused_by_name(made, tmp_path):
-    from safetensors.torch import load_file, save_file
+def test_a_zero_adapter_gives_back_every_byte(made, tmp_path):
+    folder, query = shutil.copytree(made["base"], tmp_path / "base"), "backbone.layers.3.mixer.q_proj.weight"
+    file = Checkpoint(folder).entries[query].file
+    weights = load_file(file)
+    weights[query][0] = -0.0
+    save_file(weights, file, metadata={"format": "pt"})
+    base = Checkpoint(folder)
+    (tmp_path / "merged").mkdir()
+    changed = merge.stream(base, Adapter(small.adapter(tmp_path / "zero", made["base"], size=0.0) / "adapter", base), tmp_path / "merged")
+    assert changed and not any(changed.values())
+    assert all((tmp_path / "merged" / path.name).read_bytes() == path.read_bytes() for path in base.folder.iterdir())
 
+
+def test_trap_21_an_adapter_with_a_module_for_every_expert_is_the_same_merge(made, merged, tmp_path):
+    """As PEFT writes it on the hub's own class."""
+    native = load_file(made["train"] / "adapter" / "adapter_model.safetensors")
+    split = {}
+    for name, value in native.items():
+        stem, _, last = name.replace("base_model.model.model.", "base_model.model.backbone.").rpartition(".mixer.")
+        if not last.startswith("experts."):
+            split[f"{stem}.mixer.{last}"] = value
+            continue
+        projection, side = "up_proj" if "base_layer" in last else "down_proj", last.split("lora_")[1][0]
+        for expert in range(4):
+            part = value.view(4, 4, -1)[expert] if side == "A" else value.view(len(value), 4, 4)[:, :, expert]
+            split[f"{stem}.mixer.experts.{expert}.{projection}.lora_{side}.weight"] = part.contiguous()
+    shutil.copytree(made["train"], tmp_path / "train")
+    save_file(split, tmp_path / "train" / "adapter" / "adapter_model.safetensors")
+    its = small.job("merge", tmp_path, PARAMS, **{**made, "train": tmp_path / "train"})
+    merge.run(its)
+    before, after = Checkpoint(merged), Checkpoint(its.output)
+    assert all(before.raw(name) == after.raw(name) for name in before.entries)
+
+
+def test_an_adapter_of_another_model_is_refused_by_name(made, tmp_path):
     file = made["train"] / "adapter" / "adapter_model.safetensors"
     other = tmp_path / "other" / "adapter"
     other.mkdir(parents=True)
