@@ -52,7 +52,7 @@ def bf16(folder: Path, values: bool = True) -> list[Finding]:
     return found
 
 
-def nvfp4(folder: Path, layout: str, source: Path | None = None) -> list[Finding]:
+def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bool = False) -> list[Finding]:
     """Findings about a quantised checkpoint in `layout`; with `source` also what has to be equal to it bit for bit."""
     try:
         checkpoint = Checkpoint(folder)
@@ -60,7 +60,7 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None) -> list[Finding
         quant = json.loads((folder / QUANT).read_text())["quantization"]
         original = Checkpoint(source) if source else None
         specs = {n: Spec(e.shape, e.dtype) for n, e in original.entries.items()} if original else None
-        expected = layouts.tensors(config, layout, specs)
+        expected = layouts.tensors(config, layout, specs, weight_only)
     except (CheckpointError, ValueError, KeyError, OSError) as error:
         return [unreadable(folder, error)]
     found = [*structure(checkpoint, expected), *excludes(checkpoint, config, quant)]

@@ -47,7 +47,7 @@ def excluded(config: dict, layout: str) -> list[str]:
     return ["lm_head", *kept]
 
 
-def tensors(config: dict, layout: str, source: dict[str, Spec] | None = None) -> dict[str, Spec]:
+def tensors(config: dict, layout: str, source: dict[str, Spec] | None = None, weight_only: bool = False) -> dict[str, Spec]:
     """Hub name -> shape and dtype of every tensor of the quantised checkpoint.
 
     What is not quantised keeps the shape and dtype of `source` (default: the BF16 checkpoint's). A quantised linear (out, in)
@@ -64,16 +64,17 @@ def tensors(config: dict, layout: str, source: dict[str, Spec] | None = None) ->
         found[name] = Spec((out, inside // 2), "U8")
         found[f"{module}.weight_scale"] = Spec((out, inside // 16), "F8_E4M3")
         found[f"{module}.weight_scale_2"] = Spec((), "F32")
-        found[f"{module}.input_scale"] = Spec((), "F32")
+        if not weight_only:
+            found[f"{module}.input_scale"] = Spec((), "F32")
     return found
 
 
-def hf_quant_config(config: dict, layout: str, kv_cache: str | None, producer: str) -> dict:
+def hf_quant_config(config: dict, layout: str, kv_cache: str | None, producer: str, weight_only: bool = False) -> dict:
     """hf_quant_config.json in the form that every vLLM version reads, beside an untouched config.json."""
     return {
         "producer": {"name": "modelopt", "version": producer},
         "quantization": {
-            "quant_algo": "NVFP4",
+            "quant_algo": "W4A16_NVFP4" if weight_only else "NVFP4",
             "kv_cache_quant_algo": kv_cache,
             "group_size": 16,
             "exclude_modules": excluded(config, layout),

@@ -1,63 +1,96 @@
-"""Activation maxima of every quantised linear, from ModelOpt's calibration on real conversations."""
+"""Activation maxima of every quantised linear: one forward over real conversations, a layer at a time.
+
+Conversations are packed and go through the layers side by side with nothing but the layer that they are in (nemotron/walk.py);
+experts run as grouped products and keep a maximum for each expert. `stages/quantize/reference.py` has ModelOpt do the same.
+"""
 
 from __future__ import annotations
 
-import copy
 import json
+import types
 from pathlib import Path
 
-import modelopt
-import modelopt.torch.quantization as quantization
 import torch
+from torch import nn
 
-from nemotron import layout, names, native
+from nemotron import experts, layout, walk
+from nemotron.checkpoint import Checkpoint
+from nemotron.grouped import Routing
+from nemotron.projection import Projection
 from stages import job
 from stages.job import StageError
 
-PRODUCER = modelopt.__version__
+PACKED = 16384  # tokens that go through a layer at once
 
 
 def conversations(rows: Path, count: int, tokens: int) -> list[torch.Tensor]:
-    """Up to `count` training conversations of at most `tokens` tokens, spread evenly over the file, (1, length) each."""
+    """Up to `count` training conversations of at most `tokens` tokens, spread evenly over the file, int64 (length,) each."""
     lines = rows.read_text().splitlines()
     chosen = lines[:: max(1, len(lines) // count)][:count]
-    return [torch.tensor([json.loads(line)["input_ids"][:tokens]]) for line in chosen]
+    return [torch.tensor(json.loads(line)["input_ids"][:tokens]) for line in chosen]
 
 
-def settings(config: dict, chosen: str) -> dict:
-    """ModelOpt's preset for this architecture, with all that `chosen` leaves in BF16 switched off by name."""
-    made = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)
-    for module in layout.excluded(config, chosen):
-        made["quant_cfg"].append({"quantizer_name": f"*{names.native(module).removeprefix('model.')}.*", "enable": False})
-    return made
+class Maxima:
+    """The largest absolute input of each projection of a block: float32 (experts,), zero where an expert got no token."""
+
+    def __init__(self, block: nn.Module):
+        self.found: dict[str, torch.Tensor] = {}
+        self._handles = []
+        for name, module in block.named_modules():
+            if isinstance(module, Projection) and module.experts == 1:
+                self._handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: self._keep(name, inputs[0].abs().amax().view(1))))
+            elif isinstance(getattr(module, "up_proj", None), Projection) and module.up_proj.experts > 1:
+                self._stack, module.forward = module, types.MethodType(self._routed(name), module)
+
+    def _keep(self, name: str, values: torch.Tensor) -> None:
+        values = values.float()
+        self.found[name] = torch.maximum(self.found[name], values) if name in self.found else values
+
+    def _routed(self, name: str):
+        def forward(module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+            routing = Routing.of(index, module.up_proj.experts)
+            y, u = experts.run(hidden, routing, share, module.up_proj, module.down_proj)
+            expert = index.flatten()[routing.order]
+            # The largest square of what is positive is the square of the largest.
+            for part, rows in (("up_proj", hidden.abs().amax(-1)[routing.token]), ("down_proj", u.relu().amax(-1).square())):
+                self._keep(f"{name}.{part}", rows.new_zeros(module.up_proj.experts).scatter_reduce_(0, expert, rows, "amax"))
+            return y
+
+        return forward
+
+    def close(self) -> None:
+        """Takes the block's own forwards back."""
+        for handle in self._handles:
+            handle.remove()
+        if hasattr(self, "_stack"):
+            del self._stack.forward
 
 
 @torch.no_grad()
-def maxima(folder: Path, config: dict, chosen: str, batches: list[torch.Tensor], device: str) -> dict[str, torch.Tensor]:
-    """Hub name of each quantised linear -> largest absolute input it saw, float32 scalar.
+def maxima(source: Checkpoint, chosen: str, rows: list[torch.Tensor], device: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Hub name of each linear quantised in layout `chosen` -> largest absolute input it saw, float32 scalar; and the idle experts' names.
 
-    The experts of a layer share one maximum per projection, so that an expert no token was routed to has a scale too.
+    An expert that no token was routed to has the largest of its layer. Raises StageError on a maximum that is no positive number.
     """
-    # float32 on CPU: BF16 products there are emulated and several times slower.
-    model = native.load(folder, torch.bfloat16 if device == "cuda" else torch.float32).to(device).eval()
-
-    def run(calibrated: torch.nn.Module) -> None:
-        for number, ids in enumerate(batches, 1):
-            calibrated(input_ids=ids.to(device), use_cache=False)
-            job.progress(number, len(batches), "conversation", "calibrating")
-
-    quantization.quantize(model, settings(config, chosen), run)
-    modules = dict(model.named_modules())
-    found = {}
-    for name in layout.quantised(config, chosen):
-        if ".experts." in name:
-            stack, _, projection = names.native(name).rpartition(".")
-            quantizer = modules[f"{stack}.{projection}_input_quantizer"]
-        else:
-            quantizer = modules[names.native(name)].input_quantizer
-        amax = quantizer.amax
-        if amax is None or not torch.isfinite(amax).all() or not (amax > 0).all():
-            raise StageError(f"the activations of {name} have the maximum {amax}", "a positive number",
-                             "The calibration conversations never reach that layer, or the model overflows: check the data and the merged model.")
-        found[name] = amax.float().max().cpu()
-    return found
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # BF16 products are emulated on a CPU, and several times slower
+    wanted, found, idle = layout.quantised(source.config, chosen), {}, []
+    layers = walk.Layers(source.config, dtype, device)
+    its = walk.Walk(walk.packed(rows, PACKED), source.tensor("backbone.embeddings.weight"), dtype, device)
+    for number in range(len(layers)):
+        block = layers.fill(number, source.tensor)
+        seen = Maxima(block)
+        its.through(block)
+        seen.close()
+        for name in (name for name in wanted if name.startswith(f"backbone.layers.{number}.")):
+            parts = name.split(".")[3:]
+            at = int(parts.pop(2)) if parts[1] == "experts" else 0
+            values = seen.found[".".join(parts)].cpu()
+            found[name] = values[at]
+            if not values[at]:
+                idle.append(name)
+                found[name] = values.max()
+            if not (torch.isfinite(found[name]) and found[name] > 0):
+                raise StageError(f"the activations of {name} have the maximum {found[name].item()}", "a positive number",
+                                 "The calibration conversations never reach that layer, or the model overflows: check the data and the merged model.")
+        job.progress(number + 1, len(layers), "layers", f"calibrating on {sum(map(len, rows)):,} tokens")
+    return found, idle

@@ -1,19 +1,23 @@
 """Quantise: BF16 shards to NVFP4 shards, one tensor at a time, then an audit of every tensor that was written.
 
-ModelOpt calibrates; packing and writing are ours (nemotron/nvfp4.py, bit-exact with ModelOpt's own packing). Its exporter is
-left out on purpose: at 0.47 it writes control characters into this architecture's names and goes through save_pretrained.
+Calibrating, packing and writing are ours, the last two bit-exact with ModelOpt's own packing (nemotron/nvfp4.py); with `engine:
+modelopt` ModelOpt calibrates. Its exporter is left out on purpose: at 0.47 it writes control characters into this architecture's
+names and goes through save_pretrained.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
-from pathlib import Path
+from collections.abc import Iterable
+from functools import partial
+from threading import Lock
 
 import torch
 
 from nemotron import audit, layout, nvfp4
-from nemotron.checkpoint import INDEX, Checkpoint, Slot, write, write_index
+from nemotron.checkpoint import INDEX, Checkpoint, Slot, Work, write, write_index
 from nemotron.names import Spec
 from stages import job
 from stages.job import Job, StageError
@@ -21,20 +25,27 @@ from stages.quantize import calibrate
 
 
 def run(its: Job) -> None:
-    source = Checkpoint(its.inputs["merge"])
-    chosen = its.params["layout"]
-    batches = calibrate.conversations(its.inputs["data"] / "train.jsonl", its.params["calibration_rows"], its.params["calibration_tokens"])
-    maxima = calibrate.maxima(source.folder, source.config, chosen, batches, its.device)
-    stream(source, maxima, chosen, its.output, its.device)
-    kv_cache = None if its.params["kv_cache"] == "none" else its.params["kv_cache"]
-    settings = layout.hf_quant_config(source.config, chosen, kv_cache, calibrate.PRODUCER)
+    source, params = Checkpoint(its.inputs["merge"]), its.params
+    chosen, weight_only = params["layout"], params["format"] == "w4a16"
+    modules = layout.quantised(source.config, chosen)
+    maxima: dict[str, torch.Tensor] = {}
+    calibration: dict = {}
+    if not weight_only:
+        rows = calibrate.conversations(its.inputs["data"] / "train.jsonl", params["calibration_rows"], params["calibration_tokens"])
+        maxima, idle = calibrated(source, chosen, rows, params["engine"], its.device)
+        calibration = {"engine": params["engine"], "conversations": len(rows), "tokens": sum(map(len, rows)), "idle": idle}
+        if idle:
+            job.warning(f"no calibration token reached {len(idle)} projections of experts, first {idle[0]}: they take their layer's largest scale",
+                        "Raise calibration_rows, or give conversations that look like those it will serve")
+    stream(source, modules, maxima, its)
+    kv_cache = None if params["kv_cache"] == "none" else params["kv_cache"]
+    settings = layout.hf_quant_config(source.config, chosen, kv_cache, importlib.metadata.version("nvidia-modelopt"), weight_only)
     (its.output / audit.QUANT).write_text(json.dumps(settings, indent=4) + "\n")
-    findings = audit.nvfp4(its.output, chosen, source.folder)
+    findings = audit.nvfp4(its.output, chosen, source.folder, weight_only)
+    made = Checkpoint(its.output)
     report = {
-        "layout": chosen, "quantised": len(maxima), "tensors": len(Checkpoint(its.output).entries),
-        "bytes": Checkpoint(its.output).bytes, "source_bytes": source.bytes,
-        "calibration": {"conversations": len(batches), "tokens": sum(b.numel() for b in batches)},
-        "findings": [f.as_json() for f in findings],
+        "layout": chosen, "format": params["format"], "quantised": len(modules), "tensors": len(made.entries),
+        "bytes": made.bytes, "source_bytes": source.bytes, "calibration": calibration, "findings": [f.as_json() for f in findings],
     }
     (its.output / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
     if findings:
@@ -42,35 +53,57 @@ def run(its: Job) -> None:
         raise StageError(f"{len(findings)} faults in the quantised checkpoint: {listed}", "none", "Nothing was handed on. Report it with this log.")
 
 
-def stream(source: Checkpoint, maxima: dict[str, torch.Tensor], chosen: str, output: Path, device: str) -> None:
-    """Writes the quantised shards, a file for each of the source's, and everything beside them."""
-    specs = layout.tensors(source.config, chosen, {n: Spec(e.shape, e.dtype) for n, e in source.entries.items()})
-    done = 0
-    written = []
-    parts: dict[str, torch.Tensor] = {}
+def calibrated(source: Checkpoint, chosen: str, rows: list[torch.Tensor], engine: str, device: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Hub name -> largest absolute input, float32 scalar, of every quantised linear; and the names of idle experts."""
+    if engine == "own":
+        return calibrate.maxima(source, chosen, rows, device)
+    from stages.quantize import reference  # ModelOpt takes seconds to import
 
-    def produce(slot: Slot) -> torch.Tensor:
-        nonlocal done
+    return reference.maxima(source.folder, source.config, chosen, rows, device), []
+
+
+class Packing:
+    """One matrix on its way to NVFP4: packed by whichever of its parts is asked for first, dropped after the last."""
+
+    def __init__(self, source: Checkpoint, module: str, input_scale: torch.Tensor | None, device: str):
+        self.source, self.module, self.input_scale, self.device = source, module, input_scale, device
+        self._lock, self._parts = Lock(), None
+
+    def part(self, name: str) -> torch.Tensor:
+        with self._lock:
+            if self._parts is None:
+                packed = nvfp4.pack(self.source.tensor(f"{self.module}.weight").to(self.device))
+                self._parts = {**vars(packed), "input_scale": self.input_scale}
+            return self._parts.pop(name)
+
+
+def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tensor], its: Job) -> None:
+    """Writes the shards with the linears `modules` quantised, a file for each of the source's, and everything beside them.
+
+    Without `maxima` weights alone are quantised, and no input has a scale.
+    """
+    output, packed = its.output, set(modules)
+    specs = layout.tensors(source.config, its.params["layout"], {n: Spec(e.shape, e.dtype) for n, e in source.entries.items()}, not maxima)
+    done, written, current = 0, [], None
+
+    def produce(slot: Slot) -> Iterable[Work]:
+        nonlocal done, current
         module, _, part = slot.name.rpartition(".")
-        if module not in maxima:
-            done += slot.bytes
-            job.progress(done / 1e9, source.bytes / 1e9, "GB", "writing")
-            return source.tensor(slot.name)
-        if part == "weight":
-            weight = source.tensor(slot.name)
+        if part == "weight" or module not in packed:
             done += source.entries[slot.name].bytes
-            packed = nvfp4.pack(weight.to(device))
-            parts.update(weight_scale=packed.weight_scale, weight_scale_2=packed.weight_scale_2, input_scale=nvfp4.global_scale(maxima[module]))
             job.progress(done / 1e9, source.bytes / 1e9, "GB", "writing")
-            return packed.weight
-        return parts.pop(part)
+        if module not in packed:
+            return source.pieces(slot.name)
+        if part == "weight":
+            current = Packing(source, module, nvfp4.global_scale(maxima[module]) if maxima else None, its.device)
+        return [partial(current.part, part)]
 
     for file in source.files:
         slots = []
         for name in source.in_file(file):
             module = name.removesuffix(".weight")
-            new = [name, *(f"{module}.{part}" for part in layout.PARTS)] if module in maxima and name.endswith(".weight") else [name]
-            slots += [Slot(n, specs[n].dtype, specs[n].shape) for n in new]
+            parts = layout.PARTS if module in packed and name.endswith(".weight") else ()
+            slots += [Slot(n, specs[n].dtype, specs[n].shape) for n in (name, *(f"{module}.{part}" for part in parts)) if n in specs]
         write(output / file, slots, produce, source.metadata[file])
         written.append((file, slots))
     for path in sorted(source.folder.iterdir()):

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from nemotron import audit, layout  # noqa: E402
 from nemotron.checkpoint import Checkpoint  # noqa: E402
-from stages.quantize import quantize  # noqa: E402
+from stages.quantize import calibrate, quantize, reference  # noqa: E402
 
-PARAMS = {"layout": "official", "kv_cache": "FP8", "calibration_rows": 2, "calibration_tokens": 64}
+PARAMS = {"layout": "official", "format": "w4a4", "engine": "own", "kv_cache": "FP8", "calibration_rows": 2, "calibration_tokens": 64}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,39 @@ def test_trap_23_no_control_character_in_any_name(made):
     listed = json.loads((made / audit.QUANT).read_text())["quantization"]["exclude_modules"]
     assert all(n.isprintable() for n in [*listed, *Checkpoint(made).entries])
     assert "lm_head" in listed
+
+
+@pytest.mark.parametrize("chosen", layout.LAYOUTS)
+def test_our_calibration_finds_modelopt_s_maxima(source, made, chosen):
+    """The two read the same conversations, packed here and one by one there; experts keep their own maximum here and share one there."""
+    checkpoint, rows = Checkpoint(source), calibrate.conversations(made.parent / "data" / "train.jsonl", 4, 150)
+    ours, idle = calibrate.maxima(checkpoint, chosen, rows, "cpu")
+    theirs = reference.maxima(source, checkpoint.config, chosen, rows, "cpu")
+    assert ours.keys() == theirs.keys() == set(layout.quantised(checkpoint.config, chosen)) and not idle
+    for name, wanted in theirs.items():
+        stack = [ours[n] for n in ours if n.split(".experts.")[0] == name.split(".experts.")[0] and n.endswith(name[-7:])] if ".experts." in name else [ours[name]]
+        assert torch.stack(stack).max().item() == pytest.approx(wanted.item(), rel=1e-5), name
+        assert ours[name] <= wanted * 1.00001
+
+
+def test_trap_24_an_idle_expert_takes_its_layer_s_maximum_and_is_named(source):
+    """One token reaches two of four experts."""
+    checkpoint = Checkpoint(source)
+    found, idle = calibrate.maxima(checkpoint, "experts", [torch.tensor([30])], "cpu")
+    layers = {name.split(".experts.")[0] for name in found}
+    assert len(idle) == len(layers) * 2 * 2 and set(idle) < set(found)
+    for name in idle:
+        stem, _, projection = name.split(".experts.")[0], None, name.rsplit(".", 1)[1]
+        assert found[name] == max(found[n] for n in found if n.startswith(stem + ".experts.") and n.endswith(projection)) > 0
+
+
+def test_weights_alone_need_no_forward_and_have_no_input_scale(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "maxima", lambda *_: pytest.fail("a forward for a format that has no input scale"))
+    its = small.job("quantize", tmp_path, {**PARAMS, "format": "w4a16"}, merge=source, data=small.data(tmp_path / "data"))
+    quantize.run(its)
+    made = Checkpoint(its.output)
+    assert not [name for name in made.entries if name.endswith("input_scale")] and audit.nvfp4(its.output, "official", source, weight_only=True) == []
+    assert json.loads((its.output / audit.QUANT).read_text())["quantization"]["quant_algo"] == "W4A16_NVFP4"
 
 
 def test_trap_24_every_expert_has_every_scale(source, made):
