@@ -1,6 +1,6 @@
 """Merge and quantise at the real widths, against a plain copy, PEFT and ModelOpt: seconds, GB/s of BF16, peak memory.
 
-    python -m bench.export FOLDER [--pattern ME*] [--rows copy,merge,peft]
+    python -m bench.export FOLDER [--pattern ME*] [--rows copy,merge,weights]
 
 Writes a random checkpoint of those layers (E, experts, is 2.6 GB; embeddings and head are 1.4) and an adapter of rank 16 on all targets
 into FOLDER, once, and what each row makes beside them. Every row is a process of its own, and its time ends
@@ -21,32 +21,23 @@ from pathlib import Path
 
 RANK = 16
 GB = 1e9
+TOKENS = 131072  # of the vocabulary
 
 
 def checkpoint(folder: Path, pattern: str) -> Path:
-    """A checkpoint of the layers of `pattern` in shards of 4 GB: one random block, cut anew for every tensor."""
-    import torch
-
+    """A checkpoint of the layers of `pattern`, written once."""
     from bench import operations
-    from nemotron import names
-    from nemotron.checkpoint import DTYPES, Slot, shards, write, write_index
+    from bench.weights import Random
+    from nemotron.checkpoint import Slot, write, write_index
 
-    if (folder / "config.json").exists():
+    if (folder / "model.safetensors.index.json").exists():
         return folder
     config = operations.WIDTHS | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern), "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"}
-    folder.mkdir(parents=True, exist_ok=True)
-    block = torch.randn(2**26, generator=torch.Generator().manual_seed(0)) * 0.02
-
-    def produce(slot: Slot) -> torch.Tensor:
-        count, start = torch.Size(slot.shape).numel(), hash(slot.name) % 10007
-        made = torch.cat([block[start:]] * (1 + count // (len(block) - start)))[:count].view(slot.shape)
-        return made.abs().to(DTYPES[slot.dtype]) if slot.name.endswith(("A_log", "norm.weight", "norm_f.weight")) else made.to(DTYPES[slot.dtype])
-
-    groups = shards([Slot(name, spec.dtype, spec.shape) for name, spec in names.tensors(config).items()], 4 * 10**9)
-    for name, group in groups:
-        write(folder / name, group, produce)
+    source = Random(config, folder)
+    groups = [(file, [Slot(name, source.entries[name].dtype, source.entries[name].shape) for name in source.in_file(file)]) for file in source.files]
+    for file, slots in groups:
+        write(folder / file, slots, lambda slot: source.pieces(slot.name))
     write_index(folder, groups)
-    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -105,6 +96,32 @@ def proven(base: Path, its: Path, output: Path) -> None:
     proof.files(source, Checkpoint(output), changes, changed)
 
 
+def weights(base: Path, its: Path, output: Path) -> None:
+    """Stage quantize on weights alone (W4A16), in NVIDIA's layout."""
+    quantised(base, output, "w4a16", "own")
+
+
+def nvfp4(base: Path, its: Path, output: Path) -> None:
+    """Stage quantize as W4A4: calibrated on 8 conversations of 512 tokens, packed, audited."""
+    quantised(base, output, "w4a4", "own")
+
+
+def modelopt(base: Path, its: Path, output: Path) -> None:
+    """The same with ModelOpt's calibration."""
+    quantised(base, output, "w4a4", "modelopt")
+
+
+def quantised(base: Path, output: Path, form: str, engine: str) -> None:
+    import torch
+
+    from stages.job import Job
+    from stages.quantize import quantize
+
+    (output.parent / "train.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in torch.randint(0, TOKENS, (8, 512)).tolist()))
+    params = {"layout": "official", "format": form, "engine": engine, "kv_cache": "FP8", "calibration_rows": 8, "calibration_tokens": 512}
+    quantize.run(Job("quantize", params, {"merge": base, "data": output.parent}, output, output, 0))
+
+
 def peft(base: Path, its: Path, output: Path) -> None:
     """PEFT's merge_and_unload of the whole model in BF16, saved by transformers."""
     import torch
@@ -115,7 +132,7 @@ def peft(base: Path, its: Path, output: Path) -> None:
     PeftModel.from_pretrained(native.load(base, torch.bfloat16), its).merge_and_unload().save_pretrained(output)
 
 
-ROWS = {row.__name__: row for row in (copy, merge, proven, peft)}
+ROWS = {row.__name__: row for row in (copy, merge, proven, peft, weights, nvfp4, modelopt)}
 
 
 def process(row: str, base: Path, its: Path, output: Path) -> None:
@@ -140,8 +157,9 @@ def main() -> None:
     if options.process:
         row, *paths = options.process
         return process(row, *map(Path, paths))
-    base = checkpoint(options.folder / "base", options.pattern)
-    its = adapter(options.folder / "adapter", base)
+    base, its = options.folder / "base", options.folder / "adapter"
+    if not its.exists():  # in a process of its own: a row's peak would begin with the peak of the process that starts it
+        subprocess.run([sys.executable, "-c", f"from pathlib import Path; from bench import export; export.adapter(Path({str(its)!r}), export.checkpoint(Path({str(base)!r}), {options.pattern!r}))"], check=True)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     print(f"{options.pattern}, {size / GB:.2f} GB, {os.cpu_count()} cores\n{'row':8s} {'seconds':>8s} {'GB/s':>6s} {'peak GB':>8s}", flush=True)
     found: dict[str, dict] = {}

@@ -1,0 +1,45 @@
+"""A checkpoint of random weights at any size, made as it is read: what is measured with it needs no disk."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import torch
+
+from nemotron import names
+from nemotron.checkpoint import DTYPES, Checkpoint, Entry, Slot, shards
+
+BLOCK = 2**26  # random numbers, of which every tensor is a cut
+
+
+class Random(Checkpoint):
+    """Reads like a Checkpoint of `config`, which is written to `folder`/config.json; the same numbers every time."""
+
+    def __init__(self, config: dict, folder: Path, limit: int = 5 * 10**9):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        self.folder, self.entries, self.files = folder, {}, []
+        for file, group in shards([Slot(name, spec.dtype, spec.shape) for name, spec in names.tensors(config).items()], limit):
+            at = 0
+            for slot in group:
+                self.entries[slot.name] = Entry(folder / file, slot.dtype, slot.shape, at, at + slot.bytes)
+                at += slot.bytes
+            self.files.append(file)
+        self.metadata = dict.fromkeys(self.files, {"format": "pt"})
+        self._block = torch.empty(BLOCK, dtype=torch.bfloat16).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        if name.endswith(("A_log", "norm.weight", "norm_f.weight", ".D")):
+            return torch.ones(entry.shape, dtype=DTYPES[entry.dtype])
+        count, start = torch.Size(entry.shape).numel(), zlib.crc32(name.encode()) % (BLOCK // 2)
+        pieces = [self._block[start : start + count], *[self._block] * (count // BLOCK + 1)]
+        return torch.cat(pieces)[:count].view(entry.shape).to(DTYPES[entry.dtype])
+
+    def rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        return self.tensor(name)[first : first + count]
+
+    def pieces(self, name: str):
+        return iter([lambda: self.tensor(name)])
