@@ -21,7 +21,7 @@ from nemotron.checkpoint import INDEX, Checkpoint, Slot, Work, write, write_inde
 from nemotron.names import Spec
 from stages import job
 from stages.job import Job, StageError
-from stages.quantize import calibrate
+from stages.quantize import calibrate, fidelity
 
 
 def run(its: Job) -> None:
@@ -47,6 +47,12 @@ def run(its: Job) -> None:
         "layout": chosen, "format": params["format"], "quantised": len(modules), "tensors": len(made.entries),
         "bytes": made.bytes, "source_bytes": source.bytes, "calibration": calibration, "findings": [f.as_json() for f in findings],
     }
+    if not findings and params["fidelity_tokens"]:
+        held_out = fidelity.rows(its.inputs["data"] / "eval.jsonl", params["fidelity_tokens"])
+        report["fidelity"] = found = fidelity.measure(source, made, held_out, its.device)
+        job.metric("held-out loss before", found["loss"]["source"])
+        job.metric("held-out loss in NVFP4", found["loss"]["quantised"])
+        job.metric("KL to the source", found["kl"])
     (its.output / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
     if findings:
         listed = "; ".join(str(f) for f in findings[:5])

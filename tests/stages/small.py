@@ -39,8 +39,9 @@ def adapter(folder, checkpoint, preset="all", size=0.05):
 def data(folder):
     torch.manual_seed(1)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"input_ids": torch.randint(20, 500, (150,)).tolist()} for _ in range(4)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"input_ids": ids, "labels": [-100] * 50 + ids[50:]} for ids in torch.randint(20, 500, (4, 150)).tolist()]
+    for name, part in (("train", rows), ("eval", rows[:2])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
 
 

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import small  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from nemotron import audit, layout  # noqa: E402
+from nemotron import audit, layout, names, native  # noqa: E402
 from nemotron.checkpoint import Checkpoint  # noqa: E402
-from stages.quantize import calibrate, quantize, reference  # noqa: E402
+from stages.quantize import calibrate, fidelity, quantize, reference  # noqa: E402
 
-PARAMS = {"layout": "official", "format": "w4a4", "engine": "own", "kv_cache": "FP8", "calibration_rows": 2, "calibration_tokens": 64}
+PARAMS = {"layout": "official", "format": "w4a4", "engine": "own", "kv_cache": "FP8", "calibration_rows": 2, "calibration_tokens": 64, "fidelity_tokens": 200}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,33 @@ def test_a_broken_checkpoint_is_caught_by_name(source, made, tmp_path, fault):
     module = next(n for n in layout.quantised(Checkpoint(made).config, "official") if n.endswith(".experts.0.down_proj"))
     folder = broken(made, tmp_path / "broken", module, change)
     assert any(subject in f.subject for f in audit.nvfp4(folder, "official", source))
+
+
+def test_fidelity_is_what_the_dequantised_weights_give_in_the_native_class(source, made, tmp_path):
+    """Loss, KL and agreement again, from two whole models; the second has the weights that the exported codes stand for."""
+    held_out = fidelity.rows(made.parent / "data" / "eval.jsonl", 200)
+    found = json.loads((made / "audit.json").read_text())["fidelity"]
+    stood_for, before, after = fidelity.dequantised(Checkpoint(made)), native.load(source), native.load(source)
+    parameters = dict(after.named_parameters())
+    for name in Checkpoint(source).entries:
+        if ".experts." in name:
+            parameters[names.native(name).removesuffix(".weight")].data[int(name.split(".experts.")[1].split(".")[0])] = stood_for(name)
+        elif f"{name}_scale" in Checkpoint(made).entries:
+            parameters[names.native(name)].data = stood_for(name)
+    p, q, targets = [], [], []
+    with torch.no_grad():
+        for ids, following in held_out:
+            trained = following != -100
+            p.append(before(input_ids=ids[None], use_cache=False).logits[0][trained].log_softmax(-1))
+            q.append(after(input_ids=ids[None], use_cache=False).logits[0][trained].log_softmax(-1))
+            targets.append(following[trained])
+    p, q, targets = torch.cat(p), torch.cat(q), torch.cat(targets)
+    assert found["tokens"] == len(targets) > 50
+    assert found["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3) and found["kl"] > 1e-5
+    for name, logs in (("source", p), ("quantised", q)):
+        assert found["loss"][name] == pytest.approx(-logs.gather(1, targets[:, None]).mean().item(), rel=1e-5)
+    assert found["greedy_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+    assert len(found["layers"]) == 5 and 0 < found["layers"][0] < 0.2
 
 
 def test_a_renamed_embedding_is_caught(source, tmp_path):

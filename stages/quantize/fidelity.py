@@ -1,0 +1,89 @@
+"""What four bits cost: the quantised model beside the one it was made from, on held-out conversations, before anything is served.
+
+Both go through the layers side by side (nemotron/walk.py), the quantised one with what its codes and scales stand for. Activations are
+not rounded here, as Marlin does not round them either; what W4A4 units add to it shows when the model is asked (stage evaluate).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nemotron import nvfp4, walk
+from nemotron.chat import IGNORED
+from nemotron.checkpoint import Checkpoint
+from stages import job
+from stages.job import StageError
+
+PACKED = 16384  # tokens that go through a layer at once
+
+
+def rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The first held-out conversations, `tokens` tokens at most: ids, and the label of the next token, both int64 (length,).
+
+    Raises StageError if no token of them is trained.
+    """
+    taken, left = [], tokens
+    with path.open() as opened:
+        for line in opened:
+            row = json.loads(line)
+            ids, following = torch.tensor(row["input_ids"])[:left], torch.tensor([*row["labels"][1:], IGNORED])[:left]
+            taken.append((ids, following))
+            left -= len(ids)
+            if left < 1:
+                break
+    if not any((following != IGNORED).any() for _, following in taken):
+        raise StageError(f"{path.name} has no trained token in its first {tokens}", "the assistant's tokens", "Raise fidelity_tokens, or hold out more conversations in stage data")
+    return taken
+
+
+def dequantised(made: Checkpoint) -> walk.Read:
+    """Reads a quantised checkpoint as the weights that it stands for, float32."""
+    def read(name: str) -> torch.Tensor:
+        stem = name.removesuffix(".weight")
+        if f"{stem}.weight_scale" not in made.entries:
+            return made.tensor(name)
+        return nvfp4.unpack(nvfp4.Packed(*(made.tensor(f"{stem}.{part}") for part in ("weight", "weight_scale", "weight_scale_2"))))
+
+    return read
+
+
+@torch.no_grad()
+def measure(source: Checkpoint, made: Checkpoint, held_out: list[tuple[torch.Tensor, torch.Tensor]], device: str) -> dict:
+    """Loss of both (nats a trained token), KL(source || quantised) in nats, share of equal greedy tokens, and the relative error after each layer."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    sequences = walk.packed([ids for ids, _ in held_out], PACKED)
+    layers, embeddings, read = walk.Layers(source.config, dtype, device), source.tensor("backbone.embeddings.weight"), dequantised(made)
+    before, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(2))
+    errors = []
+    for number in range(len(layers)):
+        before.through(layers.fill(number, source.tensor))
+        after.through(layers.fill(number, read, [name for name in layers.names(number) if f"{name}_scale" in made.entries]))
+        wanted = sum(hidden.float().square().sum().item() for hidden in before.hidden)
+        errors.append((sum((a.float() - b.float()).square().sum().item() for a, b in zip(after.hidden, before.hidden, strict=True)) / wanted) ** 0.5)
+        job.progress(number + 1, len(layers), "layers", "comparing with the source")
+    norm, head, eps = source.tensor("backbone.norm_f.weight"), source.tensor("lm_head.weight"), source.config["layer_norm_epsilon"]
+    following = torch.cat([labels for _, labels in held_out]).to(device)
+    return compared(before.logits(norm, head, eps), after.logits(norm, head, eps), following) | {"layers": [round(error, 5) for error in errors]}
+
+
+def compared(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], following: torch.Tensor) -> dict:
+    """The figures of two runs of logits (n, vocabulary) on the tokens that follow, where these are trained."""
+    count = agree = at = 0
+    sums = {"source": 0.0, "quantised": 0.0, "kl": 0.0}
+    for wanted, found in zip(before, after, strict=True):
+        targets = following[at : at + len(wanted)]
+        at += len(wanted)
+        trained = targets != IGNORED
+        p, q = (logits[trained].log_softmax(-1) for logits in (wanted, found))
+        sums["source"] += F.nll_loss(p, targets[trained], reduction="sum").item()
+        sums["quantised"] += F.nll_loss(q, targets[trained], reduction="sum").item()
+        sums["kl"] += F.kl_div(q, p, reduction="sum", log_target=True).item()
+        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+        count += len(p)
+    means = {name: value / count for name, value in sums.items()}
+    return {"tokens": count, "loss": {name: means[name] for name in ("source", "quantised")}, "kl": means["kl"], "greedy_agreement": agree / count}
