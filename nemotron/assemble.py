@@ -17,6 +17,7 @@ from nemotron import experts, layout, native, norm
 from nemotron.checkpoint import Checkpoint
 from nemotron.documents import Documents
 from nemotron.loss import cross_entropy, trained
+from nemotron.loss import distillation as distilled
 from nemotron.names import FLOAT32, tensors
 from nemotron.names import native as native_name
 from nemotron.projection import Projection
@@ -154,6 +155,21 @@ def loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: D
     hidden = hidden_states(model, ids, documents)
     positions, targets = trained(labels)
     return cross_entropy(hidden[positions], model.lm_head.weight, targets)
+
+
+def distillation(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: Documents, index: torch.Tensor, logs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the trained tokens of one packed sequence: the divergence from a teacher (nemotron/loss.py), and -log p, without a gradient."""
+    hidden = hidden_states(model, ids, documents)
+    positions, targets = trained(labels)
+    return distilled(hidden[positions], model.lm_head.weight, targets, index, logs)
+
+
+@torch.no_grad()
+def largest(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: Documents, count: int, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` likeliest next tokens at every trained position of one packed sequence: index int64 and log-probability float32, both (n, count)."""
+    hidden = hidden_states(model, ids, documents)[trained(labels)[0]]
+    found = [(rows @ model.lm_head.weight.t()).float().log_softmax(-1).topk(count) for rows in hidden.split(chunk)]
+    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
 
 
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, documents: Documents | None = None, **_):

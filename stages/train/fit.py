@@ -20,6 +20,7 @@ from stages.train import checkpoints, memory, picture, ranks
 from stages.train.board import Board
 from stages.train.loop import History, Loop
 from stages.train.pack import trained_tokens, unfilled
+from stages.train.teacher import Teacher
 from stages.train.watch import Watch
 
 
@@ -33,7 +34,8 @@ def run(task: job.Job) -> None:
     rows, held_out = read(task.inputs["data"] / "train.jsonl"), read(task.inputs["data"] / "eval.jsonl")
     fitting(rows + held_out, task.params["sequence_tokens"])
     model = adapted(task, its)
-    loop = Loop(task, model, rows, held_out, its, rounding(task, model))
+    teacher = Teacher(task, its) if task.params["rounded_loss"] == "teacher" else None
+    loop = Loop(task, model, rows, held_out, its, rounding(task, model, rows, teacher), teacher)
     if found := resume_from(task.scratch):
         loop.resume(found)
     watch = None
@@ -46,12 +48,12 @@ def run(task: job.Job) -> None:
 
 
 def read(path: Path) -> list[dict]:
-    """`input_ids` and `labels` of every row; both are lists of equal length. Raises StageError on an empty file."""
+    """`input_ids` and `labels` of every row, lists of equal length, and its `number`. Raises StageError on an empty file."""
     rows = []
     with path.open() as opened:
         for line in opened:
             row = json.loads(line)
-            rows.append({"input_ids": row["input_ids"], "labels": row["labels"]})
+            rows.append({"input_ids": row["input_ids"], "labels": row["labels"], "number": len(rows)})
     if not rows:
         raise job.StageError(f"{path.name} has no rows", "at least one conversation", "Look at stats.json and rejects.jsonl of stage data")
     return rows
@@ -98,18 +100,26 @@ def loading(form: str):
     return progress
 
 
-def rounding(task: job.Job, model: torch.nn.Module):
+def rounding(task: job.Job, model: torch.nn.Module, rows: list[dict], teacher: Teacher | None):
     """What Loop calls before each step: from `rounded_share` of the end on, adapted weights that the export will quantise go through its rounding.
 
-    Raises StageError if the base is not held as it is: what is exported is the rounding of the BF16 weights.
+    A teacher is asked just before that. Raises StageError if the base is not held as it is (what is exported is the rounding of the
+    BF16 weights), and for a teacher where no step is rounded or no adapted weight is.
     """
     params = task.params
     first = params["steps"] - round(params["rounded_share"] * params["steps"])
     if params["rounded_share"] and params["method"] != "lora":
         raise job.StageError(f"rounded_share with method {params['method']}", "method lora", "The export rounds BF16 weights: hold the base in BF16, or leave rounded_share 0")
     exported = assemble.exported(model)
+    if teacher and not (params["rounded_share"] and exported):
+        raise job.StageError("rounded_loss teacher with nothing to learn from it", "a rounded_share above 0, and targets that the export quantises",
+                             "Set rounded_share (0.3, say) and targets experts or all, or leave rounded_loss at labels")
 
     def change(step: int) -> bool:
+        if teacher and step >= first and not teacher.kept:
+            for module in exported:
+                module.rounded = False
+            teacher.keep(model, rows, step == first)
         for module in exported:
             module.rounded = step >= first
         return step == first

@@ -24,6 +24,7 @@ from stages.train import checkpoints
 from stages.train.guard import Guard, finite
 from stages.train.pack import IDLE, Order, Pack, packs, spread, trained_tokens
 from stages.train.ranks import Ranks
+from stages.train.teacher import Teacher
 
 KEPT = 2  # checkpoints
 
@@ -58,12 +59,14 @@ def rate(step: int, steps: int, warmup: int, peak: float) -> float:
 class Loop:
     """One run over `rows`.
 
-    `change(step)` is called before each step; it may alter the model (rounding from some step on), and is true where it has.
+    `change(step)` is called before each step; it may alter the model (rounding from some step on), and is true where it has. From the
+    time that `teacher` has been asked, steps learn what it said; the losses that are told and kept are those of the labels always.
     `watch` is told of every step and held-out loss (stages/train/watch.py); None watches nothing.
     """
 
-    def __init__(self, task: job.Job, model: nn.Module, rows: list[dict], held_out: list[dict], ranks: Ranks, change: Callable[[int], bool] = lambda step: False):
-        self.task, self.model, self.rows, self.ranks, self.change, self.watch = task, model, rows, ranks, change, None
+    def __init__(self, task: job.Job, model: nn.Module, rows: list[dict], held_out: list[dict], ranks: Ranks,
+                 change: Callable[[int], bool] = lambda step: False, teacher: Teacher | None = None):
+        self.task, self.model, self.rows, self.ranks, self.change, self.teacher, self.watch = task, model, rows, ranks, change, teacher, None
         self.order = Order(len(rows), task.seed)
         self.held_out, self.held_out_tokens = self.packs(held_out), trained_tokens(held_out)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -81,6 +84,9 @@ class Loop:
                 break
             if self.change(step):
                 self.history.best = None  # a loss of the unrounded model says nothing of the rounded one
+                if self.teacher:
+                    for state in self.optimizer.state.values():
+                        state["exp_avg"].zero_()  # the way to the labels; how far a step may go (exp_avg_sq) stays
             self.step(step)
             done = step + 1
             if self.held_out_tokens and (done % params["eval_every"] == 0 or done == params["steps"]):
@@ -99,9 +105,9 @@ class Loop:
         total = torch.zeros((), device=self.task.device)
         made = self.packs(rows)
         for pack in made:
-            loss = self.loss(pack) / count
-            loss.backward()
-            total += loss.detach()
+            learnt, told = self.learnt(pack)
+            (learnt / count).backward()
+            total += told.detach() / count
         for p in self.parameters.values():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)  # no conversation fell to this rank; the guard looks at the sum
@@ -127,6 +133,13 @@ class Loop:
         shares = [packs(share, self.task.params["sequence_tokens"]) for share in spread(rows, self.ranks.world)]
         own = shares[self.ranks.rank]
         return own + [IDLE] * (max(map(len, shares)) - len(own)) if self.task.params["sharded"] else own
+
+    def learnt(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a step's gradient is of, and the loss of the labels; sums over the pack's trained tokens."""
+        if not (self.teacher and self.teacher.kept and pack.rows):
+            return (self.loss(pack),) * 2
+        device = self.task.device
+        return assemble.distillation(self.model, pack.ids.to(device), pack.labels.to(device), pack.documents, *self.teacher.of(pack))
 
     def loss(self, pack: Pack) -> torch.Tensor:
         device = self.task.device

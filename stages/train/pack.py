@@ -16,11 +16,12 @@ from nemotron.documents import Documents
 
 @dataclass(frozen=True)
 class Pack:
-    """One packed sequence: `ids` and `labels` int64 (tokens,), and where its documents lie."""
+    """One packed sequence: `ids` and `labels` int64 (tokens,), where its documents lie, and which rows of the data set they are."""
 
     ids: torch.Tensor
     labels: torch.Tensor
     documents: Documents
+    rows: tuple[int, ...] = ()
 
 
 IDLE = Pack(torch.zeros(1, dtype=torch.int64), torch.tensor([IGNORED]), Documents((1,)))  # has no loss, and passes through every layer
@@ -67,13 +68,13 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def packs(rows: list[dict], capacity: int) -> list[Pack]:
-    """The rows (`input_ids`, `labels`) end to end in as few sequences of at most `capacity` tokens as best fit finds."""
+    """The rows (`input_ids`, `labels`, `number`) end to end in as few sequences of at most `capacity` tokens as best fit finds."""
     made = []
     for group in best_fit([len(row["input_ids"]) for row in rows], capacity):
         ids = [i for g in group for i in rows[g]["input_ids"]]
         # Nothing stands before a document's first token: whatever is packed before it must not predict it.
         labels = [i for g in group for i in (IGNORED, *rows[g]["labels"][1:])]
-        made.append(Pack(torch.tensor(ids), torch.tensor(labels), Documents(tuple(len(rows[g]["input_ids"]) for g in group))))
+        made.append(Pack(torch.tensor(ids), torch.tensor(labels), Documents(tuple(len(rows[g]["input_ids"]) for g in group)), tuple(rows[g]["number"] for g in group)))
     return made
 
 

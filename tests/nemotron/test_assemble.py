@@ -128,6 +128,33 @@ def test_the_loss_is_cross_entropy_of_full_logits_whatever_the_chunk(base, devic
         assert all(relative(p.grad, wanted[name]) < 1e-4 for name, p in model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_distillation_is_the_divergence_over_the_likeliest_tokens_and_the_rest(device):
+    """Against autograd on the definition; at most the full divergence, and zero for a student that says what the teacher says."""
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(30, 16, device=device), torch.randn(50, 16, device=device), torch.randint(0, 50, (30,), device=device)
+    teacher = (hidden @ head.t() + torch.randn(30, 50, device=device)).log_softmax(-1)
+    logs, index = teacher.topk(5)
+    leaf = hidden.clone().requires_grad_()
+    student = (leaf.double() @ head.double().t()).log_softmax(-1)
+    p, q = logs.double(), student.gather(1, index)
+    rests = [(1 - part.exp().sum(-1)) for part in (p, q)]
+    wanted = (p.exp() * (p - q)).sum() + (rests[0] * (rests[0] / rests[1]).log()).sum()
+    wanted.backward()
+    for chunk in (7, 1024):
+        given = hidden.clone().requires_grad_()
+        found, entropy = loss.distillation(given, head, targets, index, logs, chunk)
+        (3 * found).backward()
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-4) and relative(given.grad, 3 * leaf.grad) < 1e-3
+        assert entropy.item() == pytest.approx(-student.gather(1, targets[:, None]).sum().item(), rel=1e-5)
+    assert 0 < found < torch.nn.functional.kl_div(student.float(), teacher, reduction="sum", log_target=True)
+    same = (hidden @ head.t()).log_softmax(-1).topk(5)
+    given = hidden.clone().requires_grad_()
+    found, _ = loss.distillation(given, head, targets, same.indices, same.values)
+    found.backward()
+    assert abs(found) < 1e-3 and given.grad.abs().max() < 1e-4
+
+
 def test_gradient_checkpointing_changes_no_gradient(base):
     found = []
     for checkpointed in (False, True):

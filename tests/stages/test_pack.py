@@ -12,6 +12,10 @@ torch = pytest.importorskip("torch", reason="needs the train environment")
 from stages.train.pack import Order, best_fit, packs, spread, trained_tokens, unfilled  # noqa: E402
 
 
+def numbered(rows):
+    return [{**row, "number": number} for number, row in enumerate(rows)]
+
+
 def test_best_fit_puts_each_length_where_least_room_is_left():
     assert best_fit([5, 7, 3, 2, 8], 10) == [[4, 3], [1, 2], [0]]
     with pytest.raises(ValueError, match="row 1 has 11 tokens, a packed sequence 10"):
@@ -28,15 +32,16 @@ def test_every_row_is_in_one_sequence_once_and_none_is_over_full():
 
 
 def test_a_packed_sequence_is_its_rows_end_to_end():
-    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}, {"input_ids": [6], "labels": [-100]}]
+    rows = numbered([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}, {"input_ids": [6], "labels": [-100]}])
     first, second = packs(rows, 4)
     assert first.ids.tolist() == [1, 2, 3, 6] and first.labels.tolist() == [-100, 2, 3, -100] and first.documents.lengths == (3, 1)
+    assert (first.rows, second.rows) == ((0, 2), (1,))
     assert second.ids.tolist() == [4, 5] and second.documents.spans == [(0, 2)]
     assert first.documents.offsets("cpu").tolist() == [0, 3, 4] and first.documents.index("cpu").tolist() == [0, 0, 0, 1]
 
 
 def test_a_label_on_a_documents_first_token_is_trained_by_nothing_whatever_stands_before_it():
-    rows = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    rows = numbered([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [4, 5], "labels": [4, 5]}])
     assert packs(rows, 4)[0].labels.tolist() == [-100, 2, -100, 5] and trained_tokens(rows) == 2
 
 

@@ -15,12 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import short  # noqa: E402
 import small  # noqa: E402
 
-from nemotron import adapter, native  # noqa: E402
+from nemotron import adapter, assemble, native  # noqa: E402
 from nemotron.checkpoint import Slot, write  # noqa: E402
 from stages import job  # noqa: E402
 from stages.train import fit, memory  # noqa: E402
 from stages.train.board import FILE  # noqa: E402
 from stages.train.loop import Loop, rate  # noqa: E402
+from stages.train.pack import packs, trained_tokens  # noqa: E402
+from stages.train.ranks import Ranks  # noqa: E402
+from stages.train.teacher import Teacher  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,71 @@ def test_rounding_begins_with_the_last_share_of_the_steps(made, tmp_path, monkey
     assert short.losses(output)[3] != short.losses(short.run(tmp_path / "none", made))[3]
     with pytest.raises(job.StageError, match="rounded_share with method qlora"):
         short.run(tmp_path / "packed", made, rounded_share=0.5, method="qlora")
+
+
+QAD = {"rounded_share": 0.5, "rounded_loss": "teacher", "targets": "experts", "steps": 24, "save_every": 8, "eval_every": 24, "learning_rate": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def switch():
+    """The adapter as it was when rounding set in; filled by `distilled`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def distilled(made, switch, tmp_path_factory):
+    right = Teacher.keep
+
+    def keep(self, model, rows, begins):
+        switch.update(adapter.state(model))
+        right(self, model, rows, begins)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "keep", keep)
+        return short.watched(tmp_path_factory.mktemp("distilled"), made, **QAD)["task"]
+
+
+def divergence(task, tensors, rounded):
+    """From the teacher, in nats a trained token, of the model with an adapter."""
+    model, rows = fit.adapted(task, Ranks()), fit.read(task.inputs["data"] / "train.jsonl")
+    adapter.restore(model, tensors)
+    for module in assemble.exported(model):
+        module.rounded = rounded
+    teacher = Teacher(task, Ranks())
+    teacher.keep(model, rows, begins=False)
+    [pack] = packs(rows, 1024)
+    with torch.no_grad():
+        found, _ = assemble.distillation(model, pack.ids, pack.labels, pack.documents, *teacher.of(pack))
+    return found.item() / trained_tokens(rows)
+
+
+def test_distillation_learns_what_the_model_said_before_rounding(made, distilled, switch, tmp_path):
+    """QAD: at the switch the unrounded model is the teacher itself; steps bring the rounded one nearer to it, and as many on the labels (QAT) away."""
+    losses = short.losses(distilled.output)
+    assert 0.5 < losses[13] / losses[12] < 2, "what is told stays the loss of the labels"
+    assert divergence(distilled, switch, rounded=False) < 1e-4
+    labels = short.weights(short.run(tmp_path, made, **{**QAD, "rounded_loss": "labels"}))
+    before, qad, qat = (divergence(distilled, weights, rounded=True) for weights in (switch, short.weights(distilled.output), labels))
+    assert qad < 0.7 * before < before < qat
+
+
+def test_a_distilling_run_that_is_resumed_asks_no_teacher_that_has_moved_on(made, distilled, tmp_path, monkeypatch):
+    scratch = shutil.copytree(distilled.scratch, tmp_path / "scratch", ignore=shutil.ignore_patterns("*-output", "checkpoint-24"))
+    (tmp_path / "output").mkdir()
+    again = replace(distilled, scratch=scratch, output=tmp_path / "output")
+    monkeypatch.setattr(assemble, "largest", lambda *_: pytest.fail("the teacher was asked again"))
+    fit.run(again)
+    assert short.losses(again.output) == pytest.approx(short.losses(distilled.output), abs=1e-5)
+    shutil.rmtree(scratch / "checkpoint-24")
+    (scratch / "teacher-0-of-1.safetensors").unlink()
+    with pytest.raises(job.StageError, match="no teacher in scratch"):
+        fit.run(again)
+
+
+def test_a_teacher_of_nothing_is_refused(made, tmp_path):
+    for number, changes in enumerate(({"rounded_share": 0.0}, {"targets": "attention"})):
+        with pytest.raises(job.StageError, match="nothing to learn from it"):
+            short.run(tmp_path / str(number), made, **{**QAD, **changes})
 
 
 def test_the_adapter_s_config_holds_no_path_and_no_chance(made, trained):

@@ -1,0 +1,66 @@
+"""Distillation through the rounding (QAD): what the model says before rounding sets in is what the rounded one learns.
+
+The teacher is the adapter as trained so far on the unrounded base. Its likeliest tokens on every trained token are written once, so
+that from then on a step costs what any other does, and no second model is held.
+"""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nemotron import assemble
+from stages import job
+from stages.train.pack import IDLE, Pack, packs, spread
+from stages.train.ranks import Ranks
+
+TOP = 64  # tokens of the vocabulary that are kept of each distribution: 0.5 KB a trained token
+
+
+class Teacher:
+    """`of(pack)` once it was kept; every rank writes its share of the rows into scratch, and reads all shares."""
+
+    def __init__(self, task: job.Job, ranks: Ranks):
+        self.task, self.ranks, self.kept = task, ranks, {}
+
+    def keep(self, model: nn.Module, rows: list[dict], begins: bool) -> None:
+        """Asks the model, unrounded as it has to be now, about all rows; a run that goes on reads what was written when rounding set in.
+
+        Raises StageError if that is gone, since the adapter has moved on.
+        """
+        files = sorted(self.task.scratch.glob("teacher-*-of-*.safetensors"))
+        whole = {f"teacher-{rank}-of-{int(file.stem.rsplit('-', 1)[1])}.safetensors" for file in files for rank in range(int(file.stem.rsplit("-", 1)[1]))}
+        if not files or whole != {file.name for file in files}:
+            if not begins:
+                raise job.StageError("no teacher in scratch", "what was written when rounding set in", "Delete this stage's scratch folder and train anew")
+            self._write(model, rows)
+            self.ranks.wait()
+        for file in self.task.scratch.glob("teacher-*-of-*.safetensors"):
+            for name, value in load_file(file).items():
+                number, part = name.split(".")
+                self.kept.setdefault(int(number), {})[part] = value
+
+    @torch.no_grad()
+    def _write(self, model: nn.Module, rows: list[dict]) -> None:
+        model.eval()
+        found, device = {}, self.task.device
+        # Packed one after another, not all at once: every rank comes to as many sequences (a sharded base is read together).
+        shares = [packs(share, self.task.params["sequence_tokens"]) for share in spread(rows, self.ranks.world)]
+        for number in range(max(map(len, shares))):
+            own = shares[self.ranks.rank] or [IDLE]
+            pack = own[min(number, len(own) - 1)]
+            index, logs = assemble.largest(model, pack.ids.to(device), pack.labels.to(device), pack.documents, min(TOP, model.lm_head.weight.shape[0] - 1))
+            sizes = [int((labels[1:] != -100).sum()) for labels in pack.labels.split(pack.documents.lengths)]
+            for row, i, p in zip(pack.rows, index.split(sizes), logs.split(sizes), strict=False):  # an idle pack has no row
+                found |= {f"{row}.index": i.to("cpu", torch.int32), f"{row}.logs": p.cpu()}
+            job.progress(number + 1, max(map(len, shares)), "sequences", "asking the teacher")
+        file = self.task.scratch / f"teacher-{self.ranks.rank}-of-{self.ranks.world}.safetensors"
+        save_file({name: value.contiguous() for name, value in found.items()}, file.with_suffix(".new"))
+        file.with_suffix(".new").rename(file)
+        model.train()
+
+    def of(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index int64 and log-probability float32, both (n, k), for the trained tokens of a packed sequence in their order."""
+        rows = [self.kept[row] for row in pack.rows]
+        return tuple(torch.cat([row[part] for row in rows]).to(self.task.device) for part in ("index", "logs"))
