@@ -8,9 +8,10 @@
 | kv_cache_scheme read from the checkpoint | 0.17.1 | `--kv-cache-dtype fp8`, which is always right and always given |
 | a quantised Mamba in_proj read right | 0.18 | refused: two of its scales are uninitialised memory there |
 | FlashInfer chosen by `--moe-backend` | 0.31 | environment variables |
+| weight-only NVFP4 (`W4A16_NVFP4`), which Marlin alone computes | 0.22 | refused: linears from 0.21, experts from 0.22 |
 | SSM cache dtype read from the config | 0.13 | `--mamba-ssm-cache-dtype float32` |
 
-Sources: vLLM's release branches and pull requests 31343, 39765 and issue 52308. Prefix caching is off on CPU (its engine dies on
+Sources: vLLM's release branches and wheels, pull requests 31343, 39765, 41769 and issue 52308. Prefix caching is off on CPU (its engine dies on
 hybrid models), and float16 is refused everywhere (wrong results for this architecture's experts).
 """
 
@@ -28,7 +29,11 @@ RANKS = (8, 16, 32, 64, 128, 256, 512)
 
 
 class ServingError(ValueError):
-    """A combination that vLLM cannot serve right; the message says what can."""
+    """A combination that vLLM cannot serve right: what was found, and what can be served."""
+
+    def __init__(self, found: str, remedy: str):
+        super().__init__(f"{found}; {remedy}")
+        self.found, self.remedy = found, remedy
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,10 @@ class Serve:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What decides the flags. `layout` is None for BF16; `lora_rank` is 0 without an adapter."""
+    """What decides the flags. `layout` is None for BF16, `official` where a Mamba in_proj is quantised; `lora_rank` is 0 without an adapter."""
 
     layout: str | None = None
+    weight_only: bool = False
     fp8_cache: bool = False
     lora_rank: int = 0
     lora_attention_only: bool = True
@@ -54,30 +60,51 @@ def installed() -> str:
     try:
         return importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ServingError("this image holds no vLLM; check images/vllm") from error
+        raise ServingError("this image holds no vLLM", "check images/vllm") from error
 
 
 def version(text: str) -> tuple[int, ...]:
     """`0.12.0+cpu` -> (0, 12, 0)."""
     if not (match := re.match(r"(\d+(?:\.\d+)*)", text)):
-        raise ServingError(f"{text!r} is no version of vLLM; expected something like 0.31.0")
+        raise ServingError(f"{text!r} is no version of vLLM", "expected something like 0.31.0")
     return tuple(int(part) for part in match[1].split("."))
 
 
 def serve(vllm: str, device: str, checkpoint: Checkpoint, max_model_len: int, max_num_seqs: int, memory_share: float = 0.35) -> Serve:
-    """Flags for one vLLM version on `cpu` or `cuda`. Raises ServingError for what it cannot serve right."""
+    """All flags for one vLLM version on `cpu` or `cuda`, name and sizes included. Raises ServingError for what it cannot serve right."""
+    if faults := limits(vllm, checkpoint):
+        raise faults[0]
+    made = flags(vllm, device, checkpoint)
+    args = ["--served-model-name", SERVED_NAME, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
+    if device == "cuda":
+        args += ["--gpu-memory-utilization", str(memory_share)]
+    return Serve([*args, *made.args], made.env)
+
+
+def limits(vllm: str, checkpoint: Checkpoint) -> list[ServingError]:
+    """Everything that one vLLM version cannot serve right of `checkpoint`. Raises ServingError if `vllm` is no version."""
     its = version(vllm)
+    found = []
     if its < OLDEST:
-        raise ServingError(f"vLLM {vllm} does not know this model's NVFP4 experts; 0.12 or newer is needed")
-    nvfp4 = checkpoint.layout is not None
+        found.append(ServingError(f"vLLM {vllm} does not know this model's NVFP4 experts", "0.12 or newer is needed"))
     if checkpoint.layout == "official" and its < (0, 18):
-        raise ServingError(f"vLLM {vllm} reads a quantised in_proj wrongly; quantise with layout: conservative, or serve with 0.18 or newer")
-    args = [
-        "--served-model-name", SERVED_NAME,
-        "--max-model-len", str(max_model_len),
-        "--max-num-seqs", str(max_num_seqs),
-        "--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder",
-    ]
+        found.append(ServingError(f"vLLM {vllm} reads a quantised in_proj wrongly", "quantise with layout: conservative, or serve with 0.18 or newer"))
+    if checkpoint.weight_only and its < (0, 22):
+        found.append(ServingError(f"vLLM {vllm} cannot serve experts in W4A16_NVFP4", "quantise activations too, or serve with 0.22 or newer"))
+    if checkpoint.lora_rank:
+        if its < (0, 15):
+            found.append(ServingError(f"vLLM {vllm} cannot serve an adapter for this model", "merge it, or serve with 0.15 or newer"))
+        if not checkpoint.lora_attention_only:
+            found.append(ServingError("an adapter on Mamba or expert layers cannot be served at run time everywhere", "merge it"))
+        if checkpoint.lora_rank > RANKS[-1]:
+            found.append(ServingError(f"vLLM takes adapters of rank {RANKS[-1]} at most, this one has {checkpoint.lora_rank}", "merge it"))
+    return found
+
+
+def flags(vllm: str, device: str, checkpoint: Checkpoint) -> Serve:
+    """The flags that version, device and checkpoint decide, within the version's limits; name and sizes are the caller's."""
+    its, nvfp4 = version(vllm), checkpoint.layout is not None
+    args = ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder"]
     if its >= (0, 17, 1):
         args += ["--reasoning-parser", "nemotron_v3"]
     else:
@@ -86,31 +113,20 @@ def serve(vllm: str, device: str, checkpoint: Checkpoint, max_model_len: int, ma
         args += ["--default-chat-template-kwargs", json.dumps(THINKING_OFF)]
     if its < (0, 13):
         args += ["--mamba-ssm-cache-dtype", "float32"]
-    args += _lora(vllm, its, checkpoint)
+    if checkpoint.lora_rank:
+        rank = next(r for r in RANKS if r >= checkpoint.lora_rank)
+        args += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"]
     if device == "cpu":
         # BF16 for NVFP4, which is what its emulation computes in; float32 elsewhere, so that answers are the model's own.
         args += ["--dtype", "bfloat16" if nvfp4 else "float32", "--enforce-eager", "--no-enable-prefix-caching"]
         return Serve(args, {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
-    args += ["--dtype", "bfloat16", "--gpu-memory-utilization", str(memory_share)]
-    env: dict[str, str] = {}
-    if nvfp4:
-        if checkpoint.fp8_cache:
-            args += ["--kv-cache-dtype", "fp8"]
-        if its >= (0, 31):
-            args += ["--moe-backend", "flashinfer_cutlass"]
-        else:
-            env = {"VLLM_USE_FLASHINFER_MOE_FP4": "1", "VLLM_FLASHINFER_MOE_BACKEND": "throughput"}
-    return Serve(args, env)
-
-
-def _lora(vllm: str, its: tuple[int, ...], checkpoint: Checkpoint) -> list[str]:
-    if not checkpoint.lora_rank:
-        return []
-    if its < (0, 15):
-        raise ServingError(f"vLLM {vllm} cannot serve an adapter for this model; merge it, or serve with 0.15 or newer")
-    if not checkpoint.lora_attention_only:
-        raise ServingError("an adapter on Mamba or expert layers cannot be served at run time everywhere; merge it")
-    rank = next((r for r in RANKS if r >= checkpoint.lora_rank), None)
-    if rank is None:
-        raise ServingError(f"vLLM takes adapters of rank {RANKS[-1]} at most, this one has {checkpoint.lora_rank}; merge it")
-    return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"]
+    args += ["--dtype", "bfloat16"]
+    if not nvfp4:
+        return Serve(args, {})
+    if checkpoint.fp8_cache:
+        args += ["--kv-cache-dtype", "fp8"]
+    if checkpoint.weight_only:
+        return Serve([*args, "--moe-backend", "marlin"], {})
+    if its >= (0, 31):
+        return Serve([*args, "--moe-backend", "flashinfer_cutlass"], {})
+    return Serve(args, {"VLLM_USE_FLASHINFER_MOE_FP4": "1", "VLLM_FLASHINFER_MOE_BACKEND": "throughput"})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemotron.serving import Checkpoint, ServingError, serve, version
+from nemotron.serving import Checkpoint, ServingError, limits, serve, version
 
 BF16, OFFICIAL, CONSERVATIVE = Checkpoint(), Checkpoint("official", fp8_cache=True), Checkpoint("conservative", fp8_cache=True)
 ADAPTER = Checkpoint(lora_rank=16)
@@ -76,6 +76,20 @@ def test_trap_30_before_that_flashinfer_is_two_variables(vllm):
     made = served(vllm)
     assert value(made, "--moe-backend") is None
     assert made.env == {"VLLM_USE_FLASHINFER_MOE_FP4": "1", "VLLM_FLASHINFER_MOE_BACKEND": "throughput"}
+
+
+def test_weight_only_experts_take_marlin_and_0_22():
+    weight_only = Checkpoint("conservative", weight_only=True)
+    with pytest.raises(ServingError, match="W4A16_NVFP4.*0.22"):
+        served("0.21.0", weight_only)
+    assert value(served("0.22.0", weight_only), "--moe-backend") == value(served("0.31.0", weight_only), "--moe-backend") == "marlin"
+    assert served("0.22.0", weight_only).env == {}  # FlashInfer's variables would ask for a backend that refuses it
+
+
+def test_limits_are_named_all_at_once():
+    assert [fault.remedy for fault in limits("0.12.0", Checkpoint("official", weight_only=True, lora_rank=8))] == [
+        "quantise with layout: conservative, or serve with 0.18 or newer", "quantise activations too, or serve with 0.22 or newer",
+        "merge it, or serve with 0.15 or newer"]
 
 
 def test_trap_30_bf16_experts_take_vllm_s_own_choice():
