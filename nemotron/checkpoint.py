@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections import deque
@@ -58,16 +59,35 @@ def header(file: Path) -> tuple[dict[str, Entry], dict]:
             raise CheckpointError(f"{file.name} is not a safetensors file, or was cut off in its header ({size} bytes)")
         try:
             raw = json.loads(opened.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file.name} has a broken header: {error}") from error
-    metadata = raw.pop("__metadata__", {})
-    entries = {}
-    for name, value in raw.items():
-        first, last = value["data_offsets"]
-        entries[name] = Entry(file, value["dtype"], tuple(value["shape"]), 8 + length + first, 8 + length + last)
-        if entries[name].end > size:
-            raise CheckpointError(f"{file.name} is truncated: {name} ends at byte {entries[name].end}, the file at {size}")
+            metadata = raw.pop("__metadata__", {})
+            entries = {name: Entry(file, value["dtype"], tuple(value["shape"]), *(8 + length + at for at in value["data_offsets"])) for name, value in raw.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{file.name} has a broken header: {type(error).__name__}: {error}") from error
+    for name, entry in entries.items():
+        if entry.end > size:
+            raise CheckpointError(f"{file.name} is truncated: {name} ends at byte {entry.end}, the file at {size}")
+        if entry.dtype in DTYPES and entry.bytes != (needed := math.prod(entry.shape) * DTYPES[entry.dtype].itemsize):
+            raise CheckpointError(f"{file.name} has a broken header: {name} takes {needed} bytes as {entry.dtype} {entry.shape}, and has {entry.bytes}")
     return entries, metadata
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object. Raises CheckpointError, with the file's name, on anything else."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file.name} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file.name} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """The index of a folder: tensor -> file. Raises CheckpointError if it is none."""
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{INDEX} has no weight_map of tensor names to file names")
+    return found
 
 
 class Tensors:
@@ -131,7 +151,7 @@ class Checkpoint(Tensors):
         self.folder = Path(folder)
         index = self.folder / INDEX
         if index.exists():
-            self.files = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+            self.files = list(dict.fromkeys(weight_map(self.folder).values()))
         elif (self.folder / SINGLE).exists():
             self.files = [SINGLE]
         else:
@@ -145,7 +165,7 @@ class Checkpoint(Tensors):
 
     @property
     def config(self) -> dict:
-        return json.loads((self.folder / "config.json").read_text())
+        return read_json(self.folder / "config.json")
 
     def in_file(self, file: str) -> Iterator[str]:
         """Names of the tensors of one file, in the order of their bytes."""

@@ -6,6 +6,8 @@ layer directly before each attention layer, every convolution, the router and lm
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from nemotron import names
 from nemotron.names import Spec
 
@@ -36,6 +38,23 @@ def quantised(config: dict, layout: str) -> list[str]:
     return found
 
 
+def recognise(config: dict, packed: set[str]) -> tuple[str, list[str]]:
+    """The layout of a checkpoint in which the linears `packed` are packed (`other` if none of ours), and what is quantised in it.
+
+    What vLLM loads as one, the experts of a layer and its q, k and v, counts as quantised if most of it is: a single odd one is
+    a fault and no layout.
+    """
+    fused: dict[str, list[str]] = defaultdict(list)
+    for name in names.tensors(config):
+        if name.endswith("_proj.weight"):
+            module = name.removesuffix(".weight")
+            parent, _, projection = module.rpartition(".")
+            together = parent.split(".experts.")[0] if ".experts." in parent else parent if projection in ("q_proj", "k_proj", "v_proj") else module
+            fused[together].append(module)
+    chosen = [module for group in fused.values() if 2 * len(packed.intersection(group)) > len(group) for module in group]
+    return next((layout for layout in LAYOUTS if set(quantised(config, layout)) == set(chosen)), "other"), chosen
+
+
 def excluded(config: dict, layout: str) -> list[str]:
     """`exclude_modules` of hf_quant_config.json: every linear and convolution that stays as it is, and lm_head.
 
@@ -50,12 +69,16 @@ def excluded(config: dict, layout: str) -> list[str]:
 def tensors(config: dict, layout: str, source: dict[str, Spec] | None = None, weight_only: bool = False) -> dict[str, Spec]:
     """Hub name -> shape and dtype of every tensor of the quantised checkpoint.
 
-    What is not quantised keeps the shape and dtype of `source` (default: the BF16 checkpoint's). A quantised linear (out, in)
-    becomes U8 (out, in / 2), F8_E4M3 (out, in / 16) and two F32 scalars of shape ().
+    What is not quantised keeps the shape and dtype of `source` (default: the BF16 checkpoint's).
     """
-    chosen = set(quantised(config, layout))
+    return packed_tensors(source or names.tensors(config), quantised(config, layout), not weight_only)
+
+
+def packed_tensors(source: dict[str, Spec], modules: list[str], input_scales: bool = True) -> dict[str, Spec]:
+    """`source` with its linears `modules` packed: (out, in) becomes U8 (out, in / 2), F8_E4M3 (out, in / 16) and one or two F32 scalars of shape ()."""
+    chosen = set(modules)
     found: dict[str, Spec] = {}
-    for name, spec in (source or names.tensors(config)).items():
+    for name, spec in source.items():
         module = name.removesuffix(".weight")
         if module not in chosen or not name.endswith(".weight"):
             found[name] = spec
@@ -64,7 +87,7 @@ def tensors(config: dict, layout: str, source: dict[str, Spec] | None = None, we
         found[name] = Spec((out, inside // 2), "U8")
         found[f"{module}.weight_scale"] = Spec((out, inside // 16), "F8_E4M3")
         found[f"{module}.weight_scale_2"] = Spec((), "F32")
-        if not weight_only:
+        if input_scales:
             found[f"{module}.input_scale"] = Spec((), "F32")
     return found
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 # What the published BF16 checkpoint keeps in float32: rounding any of these to BF16 changes the model's function.
 FLOAT32 = ("A_log", "D", "e_score_correction_bias")
+# What NVIDIA's NVFP4 checkpoint keeps in float32 beside its scales; A_log and D are BF16 there.
+FLOAT32_NVFP4 = ("gate.weight", "e_score_correction_bias")
 LETTERS = {"M": "mamba", "*": "attention", "E": "experts"}
 
 
@@ -30,8 +32,8 @@ def pattern(config: dict) -> str:
     return letters
 
 
-def tensors(config: dict) -> dict[str, Spec]:
-    """Hub name -> shape and dtype of every tensor of the BF16 checkpoint that `config` describes."""
+def tensors(config: dict, float32: tuple[str, ...] = FLOAT32) -> dict[str, Spec]:
+    """Hub name -> shape and dtype of every tensor of the unquantised checkpoint that `config` describes: BF16, and F32 where a name ends in one of `float32`."""
     d, vocabulary = config["hidden_size"], config["vocab_size"]
     found = {"backbone.embeddings.weight": (vocabulary, d)}
     layer = {"M": _mamba, "*": _attention, "E": _experts}
@@ -41,7 +43,8 @@ def tensors(config: dict) -> dict[str, Spec]:
         found |= {f"{prefix}.mixer.{name}": shape for name, shape in layer[letter](config).items()}
     found["backbone.norm_f.weight"] = (d,)
     found["lm_head.weight"] = (vocabulary, d)
-    return {name: Spec(shape, "F32" if name.rsplit(".", 1)[-1] in FLOAT32 else "BF16") for name, shape in found.items()}
+    endings = tuple(f".{ending}" for ending in float32)
+    return {name: Spec(shape, "F32" if name.endswith(endings) else "BF16") for name, shape in found.items()}
 
 
 def _mamba(config: dict) -> dict[str, tuple[int, ...]]:
