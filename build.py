@@ -209,6 +209,22 @@ def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
 
 
 @command(
+    click.argument("folder", type=click.Path(path_type=Path)),
+    click.option("--base", type=click.Path(path_type=Path), metavar="FOLDER", help="What it was made from: the rest has to be equal."),
+    click.option("--vllm", metavar="VERSION", help="Also what this vLLM cannot load, and the flags it needs (0.31.0; 0.32.0+cpu without a GPU)."),
+    as_json,
+)
+def audit(recipe: str, executor: str | None, folder: Path, base: Path | None, vllm: str | None, as_json: bool) -> None:
+    """Checks every tensor, scale and exclude of the checkpoint in FOLDER. Exit 1 on a fault."""
+    from forge import audit, report
+
+    its = opened(recipe, executor)
+    made = audit.audit(its.context, its.executor, folder, base, vllm)
+    print(json.dumps(made, indent=1)) if as_json else show(report.of_audit(made))
+    sys.exit(bool(made["findings"]))
+
+
+@command(
     click.option("--port", default=8000, show_default=True),
     click.option("--detach", is_flag=True, help="Leave it running and come back."),
     click.option("--stop", is_flag=True, help="Stop what is served."),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,34 @@ def finding_line(finding: dict[str, Any]) -> Text:
 
 def of_findings(findings: list[Finding]) -> RenderableType:
     return Group(*(finding_line(f.__dict__) for f in findings))
+
+
+def of_audit(audit: dict[str, Any]) -> RenderableType:
+    """What a checkpoint is, the flags its vLLM needs, and its faults; of those that differ in numbers only, the first and how many."""
+    parts: list[RenderableType] = []
+    if its := audit["facts"]:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        cache = f", {its['kv_cache']} cache" if its["kv_cache"] else ""
+        rows = {"format": its["format"] + cache, "layout": its["layout"], "dtypes": its["dtypes"],
+                "tensors": f"{its['tensors']:,} in {its['files']} file{'s' if its['files'] > 1 else ''}",
+                "quantised": f"{its['quantised']:,} linears, {its['excludes']:,} excludes" if its["layout"] else "", "bytes": f"{its['bytes']:,}"}
+        for name, value in rows.items():
+            if value:
+                table.add_row(Text(name, style="dim"), Text(value))
+        parts = [table, Text()]
+    if audit["serve"]:
+        words = [*(f"{name}={value}" for name, value in audit["serve"]["env"].items()), "vllm", "serve", "FOLDER", *audit["serve"]["args"]]
+        parts += [Text(shlex.join(words), **_WHOLE), Text()]
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for finding in audit["findings"]:
+        alike.setdefault(re.sub(r"\d+", "#", str(finding)), []).append(finding)
+    for first, *more in alike.values():
+        parts.append(finding_line(first))
+        if more:
+            parts.append(Text(f"  and {len(more):,} more like it, to {more[-1]['subject']}", style="dim", **_WHOLE))
+    count = len(audit["findings"])
+    parts.append(Text(f"{count:,} faults" if count > 1 else "1 fault" if count else "no faults", style="bold red" if count else "green"))
+    return Group(*parts)
 
 
 def failure(event: dict[str, Any]) -> RenderableType:

@@ -1,4 +1,7 @@
-"""Where stages run. Five calls: prepare an image, submit a task, poll it, read its logs, cancel it."""
+"""Where stages run. Five calls: prepare an image, submit a task, poll it, read its logs, cancel it.
+
+A sixth, `command`, is for what only reads and answers on stdout: it takes no lock, leaves nothing, and no run notices it.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,9 @@ class Executor(Protocol):
 
     def cancel(self, running: Any) -> None:
         """Ends the task and everything it started."""
+
+    def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
+        """A command that runs a module of this repository in `image`, which is prepared. A Path among `arguments` is a folder that it may read."""
 
 
 def make(name: str | None, repo: Path, home: Path) -> Executor:

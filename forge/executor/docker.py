@@ -109,6 +109,10 @@ class Docker:
                 raise Refused(error("docker", f"no engine answers ({fault})", "a Docker engine", _ENGINE)) from fault
         return self._client
 
+    def reference(self, image: Image) -> str:
+        """What the engine knows a prepared image by."""
+        return self._bases.get(image.name) or self.tag(image)
+
     def tag(self, image: Image) -> str:
         return f"{REPOSITORY}/{image.name}:{images.fingerprint(image, self.name)}"
 
@@ -203,13 +207,29 @@ class Docker:
         return Running(container, output)
 
     def spec(self, task: Task, job: Path, mounts: list[tuple[str, str, bool]]) -> Spec:
-        code = [(str(task.repo / name), f"/annie/{name}", True) for name in CODE if (task.repo / name).exists()]
-        environment = {"HOME": "/scratch/home", "USER": "annie", "LOGNAME": "annie", "PYTHONPATH": "/annie", **stage_environment(task)}
+        environment = {"HOME": "/scratch/home", "USER": "annie", "LOGNAME": "annie", "PYTHONPATH": "/annie", **stage_environment(task.network)}
         return Spec(
-            image=self._bases.get(task.image.name) or self.tag(task.image), command=["python3", "-m", f"stages.{task.stage}", "/job.json"],
+            image=self.reference(task.image), command=["python3", "-m", f"stages.{task.stage}", "/job.json"],
             user=f"{self.user[0]}:{self.user[1]}", network="bridge" if task.network else "none", environment=environment,
-            mounts=[*code, (str(job), "/job.json", True), *mounts], labels={_OWNER: str(self.home), "io.annie.stage": task.stage}, gpu=task.gpu,
+            mounts=[*code(task.repo), (str(job), "/job.json", True), *mounts], labels={_OWNER: str(self.home), "io.annie.stage": task.stage}, gpu=task.gpu,
         )
+
+    def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
+        """Each file of a folder is mounted by its real path: in the hub's cache, files are links to where the container cannot follow them."""
+        mounts: list[tuple[str, str, bool]] = []
+
+        def inside(number: int, argument: str | Path) -> str:
+            if isinstance(argument, str):
+                return argument
+            target = PurePosixPath("/read", str(number), argument.resolve().name)
+            mounts.extend((str(path.resolve()), str(target / path.name), True) for path in sorted(argument.iterdir()) if path.is_file())
+            return str(target)
+
+        words = [inside(number, argument) for number, argument in enumerate(arguments)]
+        return Spec(
+            image=self.reference(image), command=["python3", "-m", module, *words], user=f"{self.user[0]}:{self.user[1]}", network="none",
+            environment={"HOME": "/tmp", "PYTHONPATH": "/annie", **stage_environment(network=False)}, mounts=[*code(self.repo), *mounts],
+        ).as_command()
 
     def poll(self, running: Running) -> int | None:
         return running.code
@@ -245,6 +265,11 @@ class Docker:
                 container.remove(force=True)
             except NotFound:
                 continue
+
+
+def code(repo: Path) -> list[tuple[str, str, bool]]:
+    """The mounts of the code that runs in a container."""
+    return [(str(repo / name), f"/annie/{name}", True) for name in CODE if (repo / name).exists()]
 
 
 def container_job(task: Task) -> tuple[dict[str, Any], list[tuple[str, str, bool]]]:

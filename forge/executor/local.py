@@ -42,6 +42,10 @@ class Local:
     def python(self, image: Image) -> Path:
         return self.environment(image) / "bin" / "python"
 
+    def interpreter(self, image: Image) -> Path:
+        """The environment's python; this one for an image without locked requirements."""
+        return self.python(image) if self.ready(image) else Path(sys.executable)
+
     def check(self, wanted: list[Image], gpu: bool) -> list[Finding]:
         found = []
         if gpu:
@@ -85,14 +89,14 @@ class Local:
         job.write_text(json.dumps(task.job, indent=1) + "\n")
         home = Path(task.job["scratch"]) / "home"
         home.mkdir(parents=True, exist_ok=True)
-        python = self.python(task.image) if self.ready(task.image) else Path(sys.executable)
+        python = self.interpreter(task.image)
         command = [str(python), "-m", f"stages.{task.stage}", str(job)]
         environment = {
             **{name: os.environ[name] for name in _PASSED_ON if name in os.environ},
             "PATH": os.pathsep.join([str(python.parent), "/usr/local/bin", "/usr/bin", "/bin"]),
             "HOME": str(home),
             "PYTHONPATH": str(task.repo),
-            **stage_environment(task),
+            **stage_environment(task.network),
         }
         render.write_script(task.folder / f"{task.prefix}.sh", task.stage, "Its output goes where the job says.", [
             ["cd", str(task.repo)],
@@ -124,11 +128,16 @@ class Local:
             except subprocess.TimeoutExpired:
                 continue
 
+    def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
+        # Without PYTHONSAFEPATH -m looks first in the caller's folder, which may be another clone.
+        environment = {"PYTHONPATH": str(self.repo), "PYTHONSAFEPATH": "1", **stage_environment(network=False)}
+        return ["env", "-i", *(f"{k}={v}" for k, v in environment.items()), str(self.interpreter(image)), "-m", module, *map(str, arguments)]
 
-def stage_environment(task: Task) -> dict[str, str]:
+
+def stage_environment(network: bool) -> dict[str, str]:
     """What a stage's process gets in every executor: no telemetry, no downloads it did not ask for, the same hashes every time."""
     return {
-        "HF_HUB_OFFLINE": "0" if task.network else "1",
+        "HF_HUB_OFFLINE": "0" if network else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MPLBACKEND": "Agg",
         "OMP_NUM_THREADS": str(os.cpu_count() or 1),

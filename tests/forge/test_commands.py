@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 
 import pytest
 import toy
@@ -87,6 +88,60 @@ def test_doctor_names_what_is_missing(its, command):
     assert "has what it takes" in command("doctor")
     toy.edit(its.recipe, "minutes: 0.5", "memory_gb: 90000")
     assert "90000 GB" in command("doctor", code=1)
+
+
+AUDIT = """\
+    import json, os, sys
+    folder, *more = sys.argv[1:]
+    assert "HOME" not in os.environ and json.load(open(folder + "/config.json")) == {}
+    if "crash" in folder:
+        sys.exit("it broke")
+    scale = {"found": "NaN or infinity", "expected": "finite scales", "remedy": "Quantise again."}
+    faults = [{"subject": f"layers.{n}.input_scale", **scale} for n in range(3)] if "bad" in folder else []
+    facts = {"format": "NVFP4", "layout": "official", "dtypes": "router in BF16", "kv_cache": "FP8", "tensors": 24147, "files": 5, "bytes": 19339781632,
+             "quantised": 5968, "excludes": 60}
+    serve = {"args": more, "env": {"A_VARIABLE": "1"}}
+    print(json.dumps({"facts": facts, "serve": serve if more else None, "findings": faults}))
+    sys.exit(bool(faults))
+    """
+
+
+@pytest.fixture
+def checkpoints(its):
+    """Folders that look like checkpoints, and an image whose audit is the one above."""
+    (its.repo / "images/train").mkdir()
+    (its.repo / "images/train/note.txt").write_text("this interpreter")
+    (its.repo / "nemotron/checkpoint_audit.py").write_text(textwrap.dedent(AUDIT))
+    for name in ("good", "bad", "crash"):
+        folder = its.repo / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").touch()
+    return its.repo
+
+
+def test_audit_describes_a_checkpoint_and_the_flags_it_needs(checkpoints, command):
+    good = str(checkpoints / "good")
+    lines = command("audit", good).splitlines()
+    assert [line.split("  ")[0] for line in lines if line] == ["format", "layout", "dtypes", "tensors", "quantised", "bytes", "no faults"]
+    for words in ("NVFP4, FP8 cache", "24,147 in 5 files", "5,968 linears, 60 excludes", "19,339,781,632"):
+        assert any(words in line for line in lines)
+    text = command("audit", good, "--vllm", "0.31.0", "--base", good)
+    assert f"A_VARIABLE=1 vllm serve FOLDER --base {good} --vllm=0.31.0\n" in text
+    assert json.loads(command("audit", good, "--json"))["facts"]["tensors"] == 24147
+
+
+def test_audit_ends_with_1_and_says_what_is_alike_once(checkpoints, command):
+    text = command("audit", str(checkpoints / "bad"), code=1)
+    assert "layers.0.input_scale: found NaN or infinity; expected finite scales\n  Quantise again.\n  and 2 more like it, to layers.2.input_scale" in text
+    assert text.endswith("3 faults\n") and len(json.loads(command("audit", str(checkpoints / "bad"), "--json", code=1))["findings"]) == 3
+
+
+def test_audit_of_no_checkpoint_and_one_that_breaks_the_audit(checkpoints, command):
+    assert f"found no folder {checkpoints}/none" in command("audit", str(checkpoints / "none"), code=1)
+    text = command("audit", str(checkpoints), "--base", str(checkpoints / "good/config.json"), code=1)
+    assert f"FOLDER: found no config.json and no *.safetensors in {checkpoints}" in text and "--base: found no folder" in text
+    assert "audit: found exit status 1 and no audit; it said: it broke" in command("audit", str(checkpoints / "crash"), code=1)
 
 
 def test_demo_ends_with_a_table_and_an_exchange(its, command):

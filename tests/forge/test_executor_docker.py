@@ -64,6 +64,36 @@ def test_the_job_in_a_container_has_no_path_of_the_host(toy):
         "/inputs/base": True, "/sources/words/0/words.txt": True, "/output": False, "/scratch": False}
 
 
+def test_a_command_mounts_what_links_lead_to_and_has_no_path_of_the_host(toy):
+    """The hub's cache: `snapshots/<commit>/config.json -> ../../blobs/<digest>`."""
+    folder, blobs = toy / "hub/snapshots/1234", toy / "hub/blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abcd").write_text("{}")
+    (folder / "config.json").symlink_to("../../blobs/abcd")
+    (folder / "torn.safetensors").symlink_to("../../blobs/nothing")
+    words = Docker(toy / "repo", toy / "home").command(task(toy).image, "nemotron.audit", [folder, "--vllm=0.31.0"])
+    assert words[-5:] == ["python3", "-m", "nemotron.audit", "/read/0/1234", "--vllm=0.31.0"]
+    assert {"--rm", "--network=none", "--read-only", f"--mount=type=bind,source={blobs}/abcd,target=/read/0/1234/config.json,readonly"} <= set(words)
+    assert not any("torn" in word or "scratch" in word for word in words) and all(word.endswith(",readonly") for word in words if "--mount" in word)
+
+
+@engine
+def test_a_command_reads_its_folder_and_can_write_nothing(toy):
+    (toy / "repo/nemotron").mkdir()
+    (toy / "repo/nemotron/look.py").write_text(textwrap.dedent("""\
+        import pathlib, sys
+        folder = pathlib.Path(sys.argv[1])
+        print((folder / "words.txt").read_text(), flush=True)
+        (folder / "more.txt").write_text("x")
+        """))
+    (toy / "input/words.txt").write_text("alpha")
+    its, wanted = Docker(toy / "repo", toy / "home"), task(toy)
+    its.prepare(wanted.image, lambda line: None)
+    done = subprocess.run(its.command(wanted.image, "nemotron.look", [toy / "input"]), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "alpha\n" and "Error" in done.stderr and not (toy / "input/more.txt").exists()
+
+
 @engine
 def test_what_a_container_writes_belongs_to_the_user_it_runs_as(toy):
     its = Docker(toy / "repo", toy / "home", user=(1234, 1234))

@@ -28,6 +28,7 @@ IN_TESTS = {  # what a command prints here, the demo having been made
     "python build.py path quantize": "/quantize/",
 }
 ELSEWHERE = {
+    'python build.py audit "$(python build.py path quantize)" --vllm 0.31.0': "test_audit",
     "make demo": "tests/line/test_demo.py", "make doctor": "test_doctor", "make chat": "test_serve_and_chat", "make serve RECIPE=tiny": "test_serve_and_chat",
 }
 
@@ -56,6 +57,13 @@ def test_a_command_does_what_the_readme_says(command, said):
 def test_doctor():
     text = ran("make", "doctor", code=0 if os.path.exists("/dev/nvidia0") else 2)
     assert "gpu: found no GPU" in text or os.path.exists("/dev/nvidia0")
+
+
+def test_audit():
+    path = [ran(*BUILD, "path", stage, "--executor", "local").strip() for stage in ("quantize", "merge")]
+    text = ran(*BUILD, "audit", path[0], "--vllm", "0.31.0", "--base", path[1], "--executor", "local")
+    assert "no faults" in text and "official" in text and "--moe-backend flashinfer_cutlass" in text
+    assert "layout: conservative" in ran(*BUILD, "audit", path[0], "--vllm", "0.12.0", "--executor", "local", code=1)
 
 
 def test_serve_and_chat():

@@ -1,0 +1,44 @@
+"""The audit of a checkpoint folder, run where the model's code runs: in the image `train`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from forge.executor import Executor
+from forge.finding import Finding, Refused, error
+from forge.plan import Context
+
+IMAGE, MODULE = "train", "nemotron.checkpoint_audit"
+
+
+def audit(context: Context, executor: Executor, folder: Path, base: Path | None = None, vllm: str | None = None) -> dict[str, Any]:
+    """`facts`, `serve` and `findings` of docs/formats.md. Refused if a folder holds no checkpoint, or the audit itself cannot run."""
+    folders = {"FOLDER": folder} | ({"--base": base} if base else {})
+    if missing := [finding for name, path in folders.items() for finding in _no_checkpoint(name, path)]:
+        raise Refused(missing)
+    image = context.recipe.images[IMAGE]
+    if lacking := [f for f in executor.check([image], gpu=False) if f.level == "error"]:
+        raise Refused(lacking)
+    executor.prepare(image, lambda line: print(line, file=sys.stderr))
+    arguments: list[str | Path] = [folder.absolute()]
+    arguments += ["--base", base.absolute()] if base else []
+    arguments += [f"--vllm={vllm}"] if vllm is not None else []
+    done = subprocess.run(executor.command(image, MODULE, arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    try:
+        return json.loads(done.stdout)
+    except ValueError as fault:
+        said = " | ".join(done.stderr.strip().splitlines()[-3:]) or "nothing"
+        found = f"exit status {done.returncode} and no audit; it said: {said}"
+        raise Refused(error("audit", found, "the audit as JSON", "It is a fault of the audit or of its image.")) from fault
+
+
+def _no_checkpoint(name: str, folder: Path) -> list[Finding]:
+    remedy = "`python build.py path quantize` prints the folder of what was built."
+    if not folder.is_dir():
+        return [error(name, f"no folder {folder}", "the folder of a checkpoint", remedy)]
+    lacking = [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]
+    return [error(name, f"no {' and no '.join(lacking)} in {folder}", "the folder of a checkpoint", remedy)] if lacking else []
