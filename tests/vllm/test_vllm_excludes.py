@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs the vllm environment")
 
-from nemotron import layout, names  # noqa: E402
+from nemotron import layout, names, quant_config  # noqa: E402
 
 NANO = json.loads((Path(__file__).parents[1] / "nemotron" / "golden" / "nano-config.json").read_text())
 
@@ -21,3 +21,22 @@ def test_trap_23_vllm_excludes_what_the_layout_leaves_in_bf16(chosen):
     assert not [m for m in excluded if not config.is_layer_excluded(m)]
     assert not [m for m in quantised if config.is_layer_excluded(m)]
     assert set(excluded).isdisjoint(quantised) and len(excluded) + len(quantised) < len(names.tensors(NANO))
+
+
+@pytest.mark.parametrize("exclude", ["lm_head", "backbone.layers.1", "backbone.layers.4.mixer*", "backbone.layers.*.mixer.conv1d", "*.q_proj", "in_proj", "lm_head.\0x"])
+def test_trap_23_the_audit_matches_an_exclude_as_vllm_does(exclude):
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    settings = layout.hf_quant_config(NANO, "official", "FP8", "0")
+    settings["quantization"]["exclude_modules"] = [exclude]
+    config = ModelOptNvFp4Config.from_config(settings)
+    config.apply_vllm_mapper(WeightsMapper())
+    modules = [name.removesuffix(".weight") for name in names.tensors(NANO) if name.endswith(("_proj.weight", "conv1d.weight", "lm_head.weight")) and ".experts." not in name]
+    assert [m for m in modules if quant_config.covers(exclude, m)] == [m for m in modules if config.is_layer_excluded(m)]
+
+
+def test_vllm_knows_the_algorithms_of_the_audit():
+    from vllm.model_executor.layers.quantization.modelopt import QUANT_ALGOS
+
+    assert quant_config.ALGORITHMS.keys() <= set(QUANT_ALGOS)
