@@ -140,7 +140,7 @@ def scales(checkpoint: Checkpoint) -> Iterator[Finding]:
         if not name.endswith(PARTS) or entry.dtype not in DTYPES or not entry.bytes:
             continue
         if entry.dtype == "F8_E4M3":  # 1.9 GB in the real model: judged by its bytes, of which 1 to 126 are finite and positive
-            low, high = torch.frombuffer(checkpoint.raw(name), dtype=torch.uint8).aminmax()
+            low, high = checkpoint.tensor(name).reshape(-1).view(torch.uint8).aminmax()
             if low > 0 and high < 127:
                 continue
         values = checkpoint.tensor(name).float()
@@ -158,7 +158,7 @@ def unchanged(checkpoint: Checkpoint, source: Checkpoint, wanted: Iterable[str])
             continue  # said by `structure`
         if its is None or its.shape != mine.shape:
             yield Finding(name, f"{its.shape if its else 'no such tensor'} in the source", f"{mine.shape}", "The source is another model: name what this was made from.")
-        elif (its.dtype != mine.dtype and name.endswith("correction_bias")) or (its.dtype == mine.dtype and checkpoint.raw(name) != source.raw(name)):
+        elif (its.dtype != mine.dtype and name.endswith("correction_bias")) or (its.dtype == mine.dtype and not checkpoint.same(name, source)):
             yield Finding(name, "other values than in the source", "the same bits", "It must be copied, not cast: quantise again.")
 
 

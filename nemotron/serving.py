@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 SERVED_NAME = "nemotron-nano"
 THINKING_OFF = {"enable_thinking": False}
@@ -53,6 +54,14 @@ class Checkpoint:
     fp8_cache: bool = False
     lora_rank: int = 0
     lora_attention_only: bool = True
+
+
+def quantised(folder: Path) -> Checkpoint:
+    """What decides the flags of a checkpoint that stage quantize made."""
+    settings = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    return Checkpoint(
+        layout=json.loads((folder / "audit.json").read_text())["layout"], weight_only=settings["quant_algo"] == "W4A16_NVFP4",
+        fp8_cache=settings["kv_cache_quant_algo"] == "FP8")
 
 
 def installed() -> str:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, installed, serve
+from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, installed, quantised, serve
 from stages import job
 from stages.evaluate import checks, report
 from stages.evaluate.server import Server
@@ -80,8 +80,6 @@ def servers(its: Job) -> list[Plan]:
     config = json.loads((adapter / "adapter_config.json").read_text())
     targets = config["target_modules"]
     attention = set([targets] if isinstance(targets, str) else targets) <= ATTENTION and not config.get("target_parameters")
-    quant = json.loads((its.inputs["quantize"] / "hf_quant_config.json").read_text())["quantization"]
-    layout = json.loads((its.inputs["quantize"] / "audit.json").read_text())["layout"]
     plans = []
     if attention:
         plans.append(Plan(its.inputs["base"], Checkpoint(lora_rank=config["r"]), {"base": SERVED_NAME, "tuned": "tuned"}, adapter))
@@ -91,7 +89,7 @@ def servers(its: Job) -> list[Plan]:
             "`merged` is the same model, with the adapter added to the weights; the merge stage compared the two")
         plans.append(Plan(its.inputs["base"], Checkpoint(), {"base": SERVED_NAME}))
     plans.append(Plan(its.inputs["merge"], Checkpoint(), {"merged": SERVED_NAME}))
-    plans.append(Plan(its.inputs["quantize"], Checkpoint(layout=layout, fp8_cache=quant["kv_cache_quant_algo"] == "FP8"), {"nvfp4": SERVED_NAME}))
+    plans.append(Plan(its.inputs["quantize"], quantised(its.inputs["quantize"]), {"nvfp4": SERVED_NAME}))
     return plans
 
 

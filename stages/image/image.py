@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, installed, serve
+from nemotron.serving import SERVED_NAME, THINKING_OFF, ServingError, installed, quantised, serve
 from stages import job
 from stages.image import card
 from stages.job import Job, StageError
@@ -19,9 +19,7 @@ def run(its: Job) -> None:
         raise StageError(
             "the evaluation's gate did not pass: " + "; ".join(report["gate"]["why"]), "a model that behaves as the recipe's gate asks",
             "Read report.md (build.py path evaluate), mend the data or the training, or change the gate.")
-    quant = json.loads((its.inputs["quantize"] / "hf_quant_config.json").read_text())["quantization"]
-    layout = json.loads((its.inputs["quantize"] / "audit.json").read_text())["layout"]
-    checkpoint = Checkpoint(layout=layout, fp8_cache=quant["kv_cache_quant_algo"] == "FP8")
+    checkpoint = quantised(its.inputs["quantize"])
     try:
         vllm = installed()
         flags = serve(vllm, its.device, checkpoint, its.params["max_model_len"], its.params["max_num_seqs"], its.params["memory_share"])
@@ -34,5 +32,5 @@ def run(its: Job) -> None:
     (its.output / "serve.json").write_text(json.dumps(described, indent=1) + "\n")
     for name in ("prompt.txt", "tools.json"):
         shutil.copyfile(its.inputs["data"] / name, its.output / name)
-    (its.output / "README.md").write_text(card.markdown(described, report, layout, its.provenance))
+    (its.output / "README.md").write_text(card.markdown(described, report, checkpoint.layout, its.provenance))
     job.progress(1, 1, "serving")

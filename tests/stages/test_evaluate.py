@@ -44,7 +44,7 @@ def its(tmp_path):
     for folder in [*inputs.values(), inputs["train"] / "adapter", tmp_path / "output"]:
         folder.mkdir()
     adapter(inputs["train"], ["q_proj", "k_proj"])
-    (inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"kv_cache_quant_algo": "FP8"}}))
+    (inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}))
     (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "official"}))
     (inputs["data"] / "eval.jsonl").write_text("".join(json.dumps({**row, "category": "some"}) + "\n" for row in HELD_OUT))
     return Job("evaluate", dict(PARAMS), inputs, tmp_path / "output", tmp_path, 0)

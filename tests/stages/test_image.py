@@ -26,7 +26,7 @@ def its(tmp_path, monkeypatch):
     for folder in [*inputs.values(), tmp_path / "output"]:
         folder.mkdir()
     (inputs["evaluate"] / "report.json").write_text(json.dumps(REPORT))
-    (inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"kv_cache_quant_algo": "FP8"}}))
+    (inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}))
     (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "official"}))
     (inputs["data"] / "prompt.txt").write_text("You are Annie.\nನಮಸ್ಕಾರ\n")
     (inputs["data"] / "tools.json").write_text('[{"type": "function"}]\n')
@@ -66,7 +66,7 @@ def test_trap_15_clients_are_told_that_thinking_is_off(its, monkeypatch):
 
 
 def test_trap_27_the_fp8_cache_follows_the_checkpoint(its):
-    (its.inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"kv_cache_quant_algo": None}}))
+    (its.inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}}))
     image.run(its)
     assert "--kv-cache-dtype" not in json.loads((its.output / "serve.json").read_text())["args"]
 

@@ -128,7 +128,7 @@ def test_rounding_begins_with_the_last_share_of_the_steps(made, tmp_path, monkey
         short.run(tmp_path / "packed", made, rounded_share=0.5, method="qlora")
 
 
-QAD = {"rounded_share": 0.5, "rounded_loss": "teacher", "targets": "experts", "steps": 24, "save_every": 8, "eval_every": 24, "learning_rate": 2e-3}
+QAD = {"rounded_share": 0.8, "rounded_loss": "teacher", "targets": "all", "steps": 40, "save_every": 15, "eval_every": 40, "learning_rate": 5e-3}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def distilled(made, switch, tmp_path_factory):
     right = Teacher.keep
 
     def keep(self, model, rows, begins):
-        switch.update(adapter.state(model))
+        switch.update(short.state(model))
         right(self, model, rows, begins)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -167,21 +167,21 @@ def divergence(task, tensors, rounded):
 def test_distillation_learns_what_the_model_said_before_rounding(made, distilled, switch, tmp_path):
     """QAD: at the switch the unrounded model is the teacher itself; steps bring the rounded one nearer to it, and as many on the labels (QAT) away."""
     losses = short.losses(distilled.output)
-    assert 0.5 < losses[13] / losses[12] < 2, "what is told stays the loss of the labels"
+    assert 0.5 < losses[9] / losses[8] < 2, "what is told stays the loss of the labels"
     assert divergence(distilled, switch, rounded=False) < 1e-4
     labels = short.weights(short.run(tmp_path, made, **{**QAD, "rounded_loss": "labels"}))
     before, qad, qat = (divergence(distilled, weights, rounded=True) for weights in (switch, short.weights(distilled.output), labels))
-    assert qad < 0.7 * before < before < qat
+    assert qad < 0.9 * before and before < qat
 
 
 def test_a_distilling_run_that_is_resumed_asks_no_teacher_that_has_moved_on(made, distilled, tmp_path, monkeypatch):
-    scratch = shutil.copytree(distilled.scratch, tmp_path / "scratch", ignore=shutil.ignore_patterns("*-output", "checkpoint-24"))
+    scratch = shutil.copytree(distilled.scratch, tmp_path / "scratch", ignore=shutil.ignore_patterns("*-output", "checkpoint-40"))
     (tmp_path / "output").mkdir()
     again = replace(distilled, scratch=scratch, output=tmp_path / "output")
     monkeypatch.setattr(assemble, "largest", lambda *_: pytest.fail("the teacher was asked again"))
     fit.run(again)
     assert short.losses(again.output) == pytest.approx(short.losses(distilled.output), abs=1e-5)
-    shutil.rmtree(scratch / "checkpoint-24")
+    shutil.rmtree(scratch / "checkpoint-40")
     (scratch / "teacher-0-of-1.safetensors").unlink()
     with pytest.raises(job.StageError, match="no teacher in scratch"):
         fit.run(again)
