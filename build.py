@@ -147,6 +147,22 @@ def demo(recipe: str, executor: str | None) -> None:
     show(report.of_demo(folder))
 
 
+@command(as_json)
+def compare(recipe: str, executor: str | None, as_json: bool) -> None:
+    """Every way of the recipe trained, merged, quantised and asked; then one table."""
+    from forge import compare, plan, report, run, watch
+
+    its = opened(recipe, executor)
+    ways = compare.ways(its.context)
+    for name, context in ways.items():
+        print(f"way {name}", file=sys.stderr)
+        with watch.watcher(as_json) as watcher:
+            if code := run.run(context, its.executor, plan.Selection(last=compare.LAST), watcher).code:
+                sys.exit(code)
+    rows = compare.collect(ways)
+    print(json.dumps({"event": "compared", "ways": rows})) if as_json else show(report.of_compare(rows))
+
+
 @command(on_stage, as_json)
 def explain(stage: str, recipe: str, executor: str | None, as_json: bool) -> None:
     """What changed since STAGE was last built, from what to what."""

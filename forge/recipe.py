@@ -6,7 +6,7 @@ Reading is strict: everything that is wrong is named at once, each with its line
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from forge.image import Image
 
 _TOP = {
     "name": "str", "about": "str", "seed": "int", "gpu": "str", "executor": "str", "images": "map", "secrets": "map",
-    "stages": "map",
+    "stages": "map", "ways": "map",
 }
 _GPU = ("none", "cuda")
 _EXECUTORS = ("docker", "local")
@@ -49,6 +49,7 @@ class Recipe:
     images: dict[str, Image]  # every image of the repository, with this recipe's build arguments
     secrets: dict[str, Path]
     stages: dict[str, Step]  # in an order in which every input comes before its use
+    ways: dict[str, Recipe] = field(default_factory=dict)  # this recipe with some parameters changed, to be compared
 
     def on_gpu(self, stage: str) -> bool:
         """Whether `stage` runs on a GPU under this recipe."""
@@ -156,14 +157,16 @@ class _Reading:
         steps = self.steps(top.get("stages") or {}, images)
         self.check_inputs(steps)
         ordered = self.ordered(steps)
+        ways = {name: self.way(name, values or {}, ordered) for name, values in (top.get("ways") or {}).items()}
         if self.findings:
             raise Refused(self.findings)
         home = self.path.absolute().parent == (self.repo / "recipes").absolute()
         option = self.path.stem if home else str(self.path)
-        return Recipe(
+        its = Recipe(
             name=top["name"], option=option, about=top.get("about") or "", seed=top.get("seed", 0) or 0, gpu=gpu,
             executor=executor, images=images, secrets=secrets, stages=ordered,
         )
+        return replace(its, ways={name: replace(its, name=f"{its.name}.{name}", stages=stages) for name, stages in ways.items()})
 
     def images(self, raw: dict[str, Any]) -> dict[str, Image]:
         folder = self.repo / "images"
@@ -201,8 +204,21 @@ class _Reading:
                 steps[name] = self.step(name, its, values)
         return steps
 
-    def step(self, name: str, its: Contract, values: dict[str, Any]) -> Step:
-        where = ("stages", name)
+    def way(self, name: str, values: Any, steps: dict[str, Step]) -> dict[str, Step]:
+        """The stages with the parameters that one way changes."""
+        where = ("ways", name)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            self.fault(where, f"the way {name!r}", "letters, digits and dashes, since it names folders")
+        changed = dict(steps)
+        for stage, values in (self.typed(where, values, "map") or {}).items():
+            if stage not in steps:
+                self.fault((*where, stage), f"unknown stage {stage} in the way {name}", "a stage of this recipe", nearest(stage, steps))
+            elif (given := self.typed((*where, stage), values or {}, "map")) is not None:
+                changed[stage] = self.step(stage, steps[stage].contract, {**(self.raw["stages"][stage] or {}), **given}, (*where, stage))
+        return changed
+
+    def step(self, name: str, its: Contract, values: dict[str, Any], where: tuple[str, ...] = ()) -> Step:
+        where = where or ("stages", name)
         for key in values:
             if key not in its.parameters and key not in _RESERVED:
                 self.fault((*where, key), f"unknown key {name}.{key}", f"a parameter of {name}", nearest(key, [*its.parameters, *_RESERVED]))
