@@ -149,8 +149,8 @@ def demo(recipe: str, executor: str | None) -> None:
 
 @command(as_json)
 def compare(recipe: str, executor: str | None, as_json: bool) -> None:
-    """Every way of the recipe trained, merged, quantised and asked; then one table."""
-    from forge import compare, plan, report, run, watch
+    """Every way of the recipe trained, merged, quantised and asked; then one table, and a picture."""
+    from forge import compare, picture, plan, report, run, watch
 
     its = opened(recipe, executor)
     ways = compare.ways(its.context)
@@ -159,8 +159,9 @@ def compare(recipe: str, executor: str | None, as_json: bool) -> None:
         with watch.watcher(as_json) as watcher:
             if code := run.run(context, its.executor, plan.Selection(last=compare.LAST), watcher).code:
                 sys.exit(code)
-    rows = compare.collect(ways)
-    print(json.dumps({"event": "compared", "ways": rows})) if as_json else show(report.of_compare(rows))
+    rows, file = compare.collect(ways), home() / f"compare-{its.context.recipe.name}.svg"
+    file.write_text(picture.ways(rows, f"{its.context.recipe.name}: what survives four bits"))
+    print(json.dumps({"event": "compared", "ways": rows, "picture": str(file)})) if as_json else show(report.of_compare(rows, file))
 
 
 @command(on_stage, as_json)

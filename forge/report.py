@@ -162,7 +162,7 @@ def _shade(share: float) -> str:
     return "green" if share >= 0.9 else "yellow" if share >= 0.5 else "red"
 
 
-def of_compare(rows: list[dict[str, Any]]) -> RenderableType:
+def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
     """The ways of a recipe, a row each: questions passed at every step, and what four bits cost on held-out tokens."""
     columns = ("base", "tuned", "merged", "nvfp4")
     table = _table("way", *(f">{c}" for c in columns), ">loss merged", ">nvfp4", ">KL", ">error", "")
@@ -173,7 +173,7 @@ def of_compare(rows: list[dict[str, Any]]) -> RenderableType:
         figures = [f"{its['loss']['source']:.3f}", f"{its['loss']['quantised']:.3f}", f"{its['kl']:.4f}", f"{its['layers'][-1]:.1%}"] if its else ["·"] * 4
         table.add_row(row["way"], *cells, *figures, Text("kept", style="green") if row["kept"] else Text("lost", style="red"))
     note = "tuned: the adapter at run time, where vLLM can. loss and KL: nats a held-out token. error: of the last hidden states. kept: NVFP4 within 2 points of merged."
-    return Group(table, Text(), Text(note, style="dim"))
+    return Group(Text(), table, Text(), Text(f"{note}\npicture: {_near(picture)}", style="dim"))
 
 
 def of_exchange(report: Path) -> RenderableType:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 import toy
 from test_commands import command  # noqa: F401
 
-from forge import recipe
+from forge import picture, recipe
 from forge.finding import Refused
 
 STAGE = '''\
@@ -59,6 +60,11 @@ def test_every_way_is_run_and_shown_in_a_row(compared, command):  # noqa: F811
     assert ["as-it-is", "0%", "·", "100%", "50%", "1.000", "1.500", "0.2500", "12.5%", "lost"] in rows
     assert ["loud", "0%", "·", "100%", "100%", "1.000", "1.000", "0.2500", "12.5%", "kept"] in rows
     assert "nothing to do" not in text and "slow" not in text, "no further than evaluate"
+    drawn = ElementTree.fromstring((compared.home / "compare-toy.svg").read_text())
+    texts = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"as-it-is", "loud", "0.2500", "toy: what survives four bits"} <= set(texts)
+    nvfp4 = [float(mark.get("cx")) for mark in drawn.iter("{http://www.w3.org/2000/svg}circle") if mark.get("r") == "5"]
+    assert nvfp4 == [picture.LEFT + picture.WIDTH / 2, picture.LEFT + picture.WIDTH], "half of the questions, and all"
     last = next(line for line in command("compare", "--json").splitlines() if line.startswith('{"event": "compared"'))
     assert [(row["way"], row["kept"]) for row in json.loads(last)["ways"]] == [("as-it-is", False), ("loud", True)]
 
