@@ -118,7 +118,7 @@ def quantised(base: Path, output: Path, form: str, engine: str) -> None:
     from stages.quantize import quantize
 
     (output.parent / "train.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in torch.randint(0, TOKENS, (8, 512)).tolist()))
-    params = {"layout": "official", "format": form, "engine": engine, "kv_cache": "FP8", "calibration_rows": 8, "calibration_tokens": 512, "fidelity_tokens": 0}
+    params = {"layout": "official", "format": form, "scales": "nearest", "engine": engine, "kv_cache": "FP8", "calibration_rows": 8, "calibration_tokens": 512, "fidelity_tokens": 0}
     quantize.run(Job("quantize", params, {"merge": base, "data": output.parent}, output, output, 0))
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from nemotron import experts, layout, native, norm
 from nemotron.checkpoint import Checkpoint
 from nemotron.documents import Documents
-from nemotron.loss import cross_entropy, trained
+from nemotron.loss import cross_entropy, likeliest, trained
 from nemotron.loss import distillation as distilled
 from nemotron.names import FLOAT32, tensors
 from nemotron.names import native as native_name
@@ -166,10 +166,10 @@ def distillation(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, docu
 
 @torch.no_grad()
 def largest(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: Documents, count: int, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` likeliest next tokens at every trained position of one packed sequence: index int64 and log-probability float32, both (n, count)."""
+    """The `count` likeliest next tokens at every trained position of one packed sequence, as nemotron/loss.py has them."""
     hidden = hidden_states(model, ids, documents)[trained(labels)[0]]
-    found = [(rows @ model.lm_head.weight.t()).float().log_softmax(-1).topk(count) for rows in hidden.split(chunk)]
-    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+    index, logs = zip(*(likeliest(rows @ model.lm_head.weight.t(), count) for rows in hidden.split(chunk)), strict=True)
+    return torch.cat(index), torch.cat(logs)
 
 
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, documents: Documents | None = None, **_):

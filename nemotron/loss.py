@@ -56,15 +56,29 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient * g, None, None, None
 
 
-def distillation(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, index: torch.Tensor, logs: torch.Tensor, chunk: int = CHUNK) -> tuple[torch.Tensor, torch.Tensor]:
+def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` likeliest tokens of each row of logits (n, vocabulary): index int64 (n, count), and float32 (n, count + 1) their
+    log-probabilities and, last, that of all others together."""
+    every = logits.float().log_softmax(-1)
+    found = every.topk(count)
+    return found.indices, torch.cat([found.values, _others(every, found.indices).logsumexp(-1, keepdim=True)], -1)
+
+
+def _others(logs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities (n, vocabulary) without those at index (n, k), which become -inf."""
+    return logs.scatter(1, index, -torch.inf)
+
+
+def distillation(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, index: torch.Tensor, logs: torch.Tensor, chunk: int = CHUNK // 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum over tokens of KL(teacher || student), and of -log p(target) beside it, which has no gradient: float32 scalars.
 
-    Of the teacher the k largest probabilities are known, `logs` float32 (n, k) at `index` int64 (n, k); all other tokens count as one,
-    with what is left. With p the teacher's and q the student's, both with that rest as one more entry:
+    Of the teacher the k likeliest tokens are known (`likeliest`: index (n, k), logs (n, k + 1)); all others count as one. With p the
+    teacher's and q the student's probabilities, both with that rest as one more entry:
 
-        sum_j p_j log(p_j / q_j);   d/d logit_j = q_j - p_j among the k,  q_j (1 - p_rest / q_rest) among the others
+        sum_j p_j log(p_j / q_j);   d/d logit_j = q_j - p_j among the k,  q_j - p_rest q_j / q_rest among the others
 
-    It is at most the full divergence, and zero where the two agree. Other shapes as in `cross_entropy`.
+    It is at most the full divergence, and zero where the two agree. The rest is summed and not taken from one: of a model that is sure
+    it is smaller than the rounding of one. Other shapes as in `cross_entropy`.
     """
     return _Distillation.apply(hidden, head, targets, index, logs, chunk)
 
@@ -76,16 +90,15 @@ class _Distillation(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at in range(0, len(targets), chunk):
             part = slice(at, at + chunk)
-            q_logs = (hidden[part] @ head.t()).float().log_softmax(-1)
-            entropy += F.nll_loss(q_logs, targets[part], reduction="sum")
-            p, q = logs[part].exp(), q_logs.gather(1, index[part])
-            p_rest, q_rest = (_rest(probabilities) for probabilities in (p, q.exp()))
-            divergence += (p * (logs[part] - q)).sum() + (p_rest * (p_rest / q_rest).log()).sum()
+            every = (hidden[part] @ head.t()).float().log_softmax(-1)
+            entropy += F.nll_loss(every, targets[part], reduction="sum")
+            others = _others(every, index[part])
+            rest = others.logsumexp(-1, keepdim=True)
+            p = logs[part].exp()
+            divergence += (p * (logs[part] - torch.cat([every.gather(1, index[part]), rest], -1))).sum()
             if gradient is not None:
-                slope = q_logs.exp_()
-                among = slope.gather(1, index[part]) - p
-                slope *= (1 - p_rest / q_rest)[:, None]
-                gradient[part] = slope.scatter_(1, index[part], among).to(head.dtype) @ head
+                slope = every.exp_().sub_(others.sub_(rest).exp_().mul_(p[:, -1:])).scatter_add_(1, index[part], -p[:, :-1])
+                gradient[part] = slope.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy)
         return divergence, entropy
@@ -94,8 +107,3 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx, g, _):
         (gradient,) = ctx.saved_tensors
         return gradient * g, None, None, None, None, None
-
-
-def _rest(probabilities: torch.Tensor) -> torch.Tensor:
-    """What (n, k) probabilities leave of one, (n,); never zero, since it stands in a quotient."""
-    return (1 - probabilities.sum(-1)).clamp(min=torch.finfo(torch.float32).tiny)

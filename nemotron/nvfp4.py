@@ -5,10 +5,13 @@
 `weight_scale_2` (float32, one for a matrix) is amax / (6 * 448): 6 is the largest E2M1 value, 448 the largest E4M3 one.
 `weight_scale` (float8 E4M3, one for a group) is the group's amax / (6 * weight_scale_2). Codes are rounded to nearest, ties to
 the even code; the low nibble of a byte is the even column. This is the format of NVIDIA's ModelOpt (NVFP4QTensor), bit for bit.
+
+A search may choose another `weight_scale`, with which the group's squared error is smaller; a reader need not know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +20,10 @@ GROUP = 16
 FP4_MAX, FP8_MAX = 6.0, 448.0
 SMALLEST = 2.0**-9  # of E4M3, subnormal: a scale of zero would lose its group
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_UP_ON_TIE = (0.75, 1.75, 3.5)  # between an odd code and the even one above it
+SEARCHES = ("nearest", "mse")
+CHUNK = 2**19  # weights that a CPU handles at once: few enough that temporaries stay in its cache, enough that threads seldom wait for each other
+_BYTES = (0x01, 0x7E)  # of SMALLEST and FP8_MAX: positive E4M3 numbers are in the order of their bytes
+_BETTER = 1 - 2.0**-16  # an error is smaller if it is so by more than the rounding of its float32 sum (about 2^-20)
 
 
 @dataclass(frozen=True)
@@ -35,36 +40,111 @@ def global_scale(amax: torch.Tensor) -> torch.Tensor:
     return amax.float() / (FP4_MAX * FP8_MAX)
 
 
-def pack(weight: torch.Tensor) -> Packed:
-    """Quantises matrices (..., out, in), each with its own weight_scale_2. Raises ValueError if `in` is no multiple of 16."""
-    if weight.shape[-1] % GROUP:
-        raise ValueError(f"NVFP4 needs an input dimension that is a multiple of {GROUP}, found {weight.shape[-1]}")
-    whole = weight.float()
-    second = global_scale(whole.abs().amax((-2, -1)))
-    groups = whole.unflatten(-1, (-1, GROUP))
-    spread = second[..., None, None]
-    scale = groups.abs().amax(-1) / (FP4_MAX * spread)
-    # A group of zeros (0, or 0/0 in a matrix of zeros) gets scale 1: its codes are 0 whatever the scale.
-    scale = torch.where((scale == 0) | scale.isnan(), 1.0, scale).clamp(SMALLEST, FP8_MAX).to(torch.float8_e4m3fn)
+@torch.no_grad()
+def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
+    """Quantises matrices (..., out, in), each with its own weight_scale_2.
+
+    `search` says how the scale of a group is found: "nearest" maps the group's amax to 6, as ModelOpt does; "mse" tries six
+    scales and takes the one with the least squared error (`least_error`). Both have the same weight_scale_2, so "mse" makes no
+    group worse than "nearest", and weights that are on the grid stay as they are. The price is that a group with an amax above
+    2/3 of its matrix's cannot have it mapped to 4: that scale would be beyond 448, and is clamped. Four Over Six makes room with
+    amax / (6 * 256); on normal weights at real widths, where 0.8 % of groups are so large, that gives the same error to 0.1 %.
+
+    Raises ValueError if `in` is no multiple of 16, or for a search that does not exist.
+    """
+    *front, width = weight.shape
+    if width % GROUP:
+        raise ValueError(f"NVFP4 needs an input dimension that is a multiple of {GROUP}, found {width}")
+    if search not in SEARCHES:
+        raise ValueError(f"NVFP4 scales are found by one of the searches {', '.join(SEARCHES)}; found {search!r}")
+    groups = weight.reshape(-1, GROUP)
+    # Floats without a sign are in the order of their bits, and torch takes the maximum of 16 integers in half the time.
+    amax = torch.cat([part.float().abs().view(torch.int32).amax(-1) for (part,) in _chunks(groups)]).view(torch.float32)
+    second = global_scale(amax.view(*front[:-1], -1).amax(-1))
+    spread = second[..., None, None].expand(*front, width // GROUP).reshape(-1)
+    scale = block_scale(amax, spread, FP4_MAX)
+    if search == "mse":
+        scale = torch.cat([least_error(*part) for part in _chunks(groups, amax, spread)])
     divisor = scale.float() * spread
-    scaled = torch.where(divisor[..., None] == 0, 0.0, groups / divisor[..., None]).flatten(-2)
-    codes = encode(scaled)
-    return Packed(codes[..., 0::2] | (codes[..., 1::2] << 4), scale, second)
+    divisor.masked_fill_(divisor == 0, torch.inf)  # smaller than any float32: such weights become 0
+    codes = torch.cat([_bytes(encode(part.float() / its[:, None])) for part, its in _chunks(groups, divisor)])
+    return Packed(codes.view(*front, width // 2), scale.view(*front, width // GROUP), second)
+
+
+def block_scale(amax: torch.Tensor, second: torch.Tensor, target: float) -> torch.Tensor:
+    """The float8_e4m3fn scale that maps the amax of a group to `target` on the E2M1 scale; amax and weight_scale_2 of each group, float32 (groups)."""
+    scale = amax / (target * second)
+    # A group of zeros (0, or 0/0 in a matrix of zeros) gets scale 1: its codes are 0 whatever the scale.
+    return torch.where((scale == 0) | scale.isnan(), 1.0, scale).clamp_(SMALLEST, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def least_error(groups: torch.Tensor, amax: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The float8_e4m3fn scale (groups) with which each of groups (groups, 16) comes out of `unpack` with the least squared error.
+
+    Six are tried: the one that maps amax to 6, the one that maps it to 4 (Cook et al., "Four Over Six", 2025: the widest step of
+    the grid, 4 to 6, is then not used), and the E4M3 numbers below and above each. All the numbers between and two further
+    gain 0.3 % more. The first stays unless another is better.
+    """
+    size = groups.float().abs()
+    six, four = (block_scale(amax, second, target).view(torch.uint8) for target in (6.0, 4.0))
+    best, least = six, _error(size, six, second)
+    for byte in (six - 1, six + 1, four, four - 1, four + 1):
+        byte.clamp_(*_BYTES)
+        error = _error(size, byte, second)
+        better = error < least * _BETTER  # never where `least` is NaN: zeros in a matrix whose scales are too small for float32
+        best, least = torch.where(better, byte, best), torch.where(better, error, least)
+    return best.view(torch.float8_e4m3fn)
+
+
+def _error(size: torch.Tensor, byte: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Squared error, float32 (groups), of absolute values (groups, 16) under scales given as E4M3 bytes."""
+    divisor = (byte.view(torch.float8_e4m3fn).float() * second)[:, None]
+    halves, ones, twos = _counts(size / divisor)
+    value = ones.add_(halves, alpha=0.5).add_(twos, alpha=2).sub_(6)
+    return value.mul_(divisor).sub_(size).square_().sum(-1)
 
 
 def encode(values: torch.Tensor) -> torch.Tensor:
-    """4-bit codes (uint8, one a value) of values on the E2M1 scale; beyond +-6 they saturate."""
-    size = values.abs()
-    code = torch.bucketize(size, torch.tensor(_MIDDLES, device=values.device))
-    for tie in _UP_ON_TIE:
-        code += size == tie
-    return code.to(torch.uint8) | ((values < 0).to(torch.uint8) << 3)
+    """4-bit codes (uint8, one a value) of values on the E2M1 scale; beyond +-6 they saturate, and NaN is taken for 6."""
+    room = values.abs()
+    halves, ones, twos = _counts(room)
+    code = halves.add_(ones).add_(twos).sub_(4).nan_to_num_(7)
+    code.add_(torch.lt(values, 0, out=room), alpha=8)
+    return code.to(torch.int8).view(torch.uint8)  # torch has vector instructions for the way to int8, and none for uint8
+
+
+def _counts(size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Absolute values on the E2M1 scale, counted in the steps of its three pieces; overwrites `size`.
+
+    The grid goes by 0.5 up to 2, by 1 up to 4 and by 2 up to 6. Counted from zero but held within its piece, a value is
+    0 to 4 halves, 2 to 4 ones and 2 to 3 twos. So code = halves + (ones - 2) + (twos - 2), and the value that it stands for is
+    halves / 2 + (ones - 2) + 2 (twos - 2). In every piece a code is even where the count is: half to even is to the even code.
+    """
+    halves = (size * 2).round_().clamp_(max=4)
+    ones = size.round().clamp_(2, 4)
+    twos = size.mul_(0.5).round_().clamp_(2, 3)
+    return halves, ones, twos
+
+
+def _bytes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes (..., in), two to a byte (..., in / 2). Read as one 16-bit number, two codes have the even column in the low byte."""
+    both = codes.view(torch.int16)
+    return ((both >> 4) | both).to(torch.uint8)
 
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The matrices that `packed` stands for, float32 (..., out, in)."""
-    low, high = packed.weight & 15, packed.weight >> 4
-    codes = torch.stack([low, high], -1).flatten(-2).long()
-    grid = torch.tensor([*GRID, *(-value for value in GRID)], device=packed.weight.device)
-    scale = packed.weight_scale.float() * packed.weight_scale_2[..., None, None]
-    return (grid[codes].unflatten(-1, (-1, GROUP)) * scale[..., None]).flatten(-2)
+    grid = torch.tensor([*GRID, *(-value for value in GRID)])
+    pairs = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], -1).to(packed.weight.device)  # what each of the 256 bytes stands for
+    codes = packed.weight.reshape(-1, GROUP // 2)
+    scale = (packed.weight_scale.float() * packed.weight_scale_2[..., None, None]).reshape(-1, 1)
+    out = torch.empty(len(codes), GROUP, device=codes.device)
+    for part, its, target in _chunks(codes, scale, out):
+        torch.mul(pairs.index_select(0, part.flatten().int()).view(-1, GROUP), its, out=target)
+    return out.view(*packed.weight.shape[:-1], -1)
+
+
+def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of tensors that have a row for each group: `CHUNK` weights at a time on a CPU, all of them on a GPU."""
+    rows = CHUNK // GROUP if tensors[0].device.type == "cpu" else len(tensors[0])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

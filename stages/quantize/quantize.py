@@ -44,7 +44,7 @@ def run(its: Job) -> None:
     findings = audit.nvfp4(its.output, chosen, source.folder, weight_only)
     made = Checkpoint(its.output)
     report = {
-        "layout": chosen, "format": params["format"], "quantised": len(modules), "tensors": len(made.entries),
+        "layout": chosen, "format": params["format"], "scales": params["scales"], "quantised": len(modules), "tensors": len(made.entries),
         "bytes": made.bytes, "source_bytes": source.bytes, "calibration": calibration, "findings": [f.as_json() for f in findings],
     }
     if not findings and params["fidelity_tokens"]:
@@ -71,14 +71,14 @@ def calibrated(source: Checkpoint, chosen: str, rows: list[torch.Tensor], engine
 class Packing:
     """One matrix on its way to NVFP4: packed by whichever of its parts is asked for first, dropped after the last."""
 
-    def __init__(self, source: Checkpoint, module: str, input_scale: torch.Tensor | None, device: str):
-        self.source, self.module, self.input_scale, self.device = source, module, input_scale, device
+    def __init__(self, source: Checkpoint, module: str, input_scale: torch.Tensor | None, search: str, device: str):
+        self.source, self.module, self.input_scale, self.search, self.device = source, module, input_scale, search, device
         self._lock, self._parts = Lock(), None
 
     def part(self, name: str) -> torch.Tensor:
         with self._lock:
             if self._parts is None:
-                packed = nvfp4.pack(self.source.tensor(f"{self.module}.weight").to(self.device))
+                packed = nvfp4.pack(self.source.tensor(f"{self.module}.weight").to(self.device), self.search)
                 self._parts = {**vars(packed), "input_scale": self.input_scale}
             return self._parts.pop(name)
 
@@ -101,7 +101,7 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
         if module not in packed:
             return source.pieces(slot.name)
         if part == "weight":
-            current = Packing(source, module, nvfp4.global_scale(maxima[module]) if maxima else None, its.device)
+            current = Packing(source, module, nvfp4.global_scale(maxima[module]) if maxima else None, its.params["scales"], its.device)
         return [partial(current.part, part)]
 
     for file in source.files:

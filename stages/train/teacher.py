@@ -61,6 +61,6 @@ class Teacher:
         model.train()
 
     def of(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index int64 and log-probability float32, both (n, k), for the trained tokens of a packed sequence in their order."""
+        """Index int64 (n, k) and log-probabilities float32 (n, k + 1) for the trained tokens of a packed sequence in their order."""
         rows = [self.kept[row] for row in pack.rows]
         return tuple(torch.cat([row[part] for row in rows]).to(self.task.device) for part in ("index", "logs"))

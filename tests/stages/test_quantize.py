@@ -18,7 +18,7 @@ from nemotron import audit, layout, names, native  # noqa: E402
 from nemotron.checkpoint import Checkpoint  # noqa: E402
 from stages.quantize import calibrate, fidelity, quantize, reference  # noqa: E402
 
-PARAMS = {"layout": "official", "format": "w4a4", "engine": "own", "kv_cache": "FP8", "calibration_rows": 2, "calibration_tokens": 64, "fidelity_tokens": 200}
+PARAMS = {"layout": "official", "format": "w4a4", "scales": "nearest", "engine": "own", "kv_cache": "FP8", "calibration_rows": 2, "calibration_tokens": 64, "fidelity_tokens": 200}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,13 @@ def test_fidelity_is_what_the_dequantised_weights_give_in_the_native_class(sourc
         assert found["loss"][name] == pytest.approx(-logs.gather(1, targets[:, None]).mean().item(), rel=1e-5)
     assert found["greedy_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
     assert len(found["layers"]) == 5 and 0 < found["layers"][0] < 0.2
+
+
+def test_searched_scales_bring_the_model_nearer_to_its_source(source, made, tmp_path):
+    its = small.job("quantize", tmp_path, {**PARAMS, "scales": "mse"}, merge=source, data=small.data(tmp_path / "data"))
+    quantize.run(its)
+    nearest, mse = (json.loads((folder / "audit.json").read_text())["fidelity"] for folder in (made, its.output))
+    assert mse["kl"] < nearest["kl"] and mse["layers"][-1] < nearest["layers"][-1]
 
 
 def test_a_renamed_embedding_is_caught(source, tmp_path):
