@@ -11,7 +11,7 @@ A search may choose another `weight_scale`, with which the group's squared error
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ FP4_MAX, FP8_MAX = 6.0, 448.0
 SMALLEST = 2.0**-9  # of E4M3, subnormal: a scale of zero would lose its group
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SEARCHES = ("nearest", "mse")
-CHUNK = 2**19  # weights that a CPU handles at once: few enough that temporaries stay in its cache, enough that threads seldom wait for each other
+CHUNK = 2**18  # weights that a CPU handles at once: few enough that temporaries stay in its cache
 _BYTES = (0x01, 0x7E)  # of SMALLEST and FP8_MAX: positive E4M3 numbers are in the order of their bytes
 _BETTER = 1 - 2.0**-16  # an error is smaller if it is so by more than the rounding of its float32 sum (about 2^-20)
 
@@ -59,15 +59,15 @@ def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
         raise ValueError(f"NVFP4 scales are found by one of the searches {', '.join(SEARCHES)}; found {search!r}")
     groups = weight.reshape(-1, GROUP)
     # Floats without a sign are in the order of their bits, and torch takes the maximum of 16 integers in half the time.
-    amax = torch.cat([part.float().abs().view(torch.int32).amax(-1) for (part,) in _chunks(groups)]).view(torch.float32)
+    amax = _by_chunks(lambda part: part.float().abs().view(torch.int32).amax(-1), groups).view(torch.float32)
     second = global_scale(amax.view(*front[:-1], -1).amax(-1))
     spread = second[..., None, None].expand(*front, width // GROUP).reshape(-1)
     scale = block_scale(amax, spread, FP4_MAX)
     if search == "mse":
-        scale = torch.cat([least_error(*part) for part in _chunks(groups, amax, spread)])
+        scale = _by_chunks(least_error, groups, amax, spread)
     divisor = scale.float() * spread
     divisor.masked_fill_(divisor == 0, torch.inf)  # smaller than any float32: such weights become 0
-    codes = torch.cat([_bytes(encode(part.float() / its[:, None])) for part, its in _chunks(groups, divisor)])
+    codes = _by_chunks(lambda part, its: _bytes(encode(part.float() / its[:, None])), groups, divisor)
     return Packed(codes.view(*front, width // 2), scale.view(*front, width // GROUP), second)
 
 
@@ -138,13 +138,19 @@ def unpack(packed: Packed) -> torch.Tensor:
     pairs = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], -1).to(packed.weight.device)  # what each of the 256 bytes stands for
     codes = packed.weight.reshape(-1, GROUP // 2)
     scale = (packed.weight_scale.float() * packed.weight_scale_2[..., None, None]).reshape(-1, 1)
-    out = torch.empty(len(codes), GROUP, device=codes.device)
-    for part, its, target in _chunks(codes, scale, out):
-        torch.mul(pairs.index_select(0, part.flatten().int()).view(-1, GROUP), its, out=target)
-    return out.view(*packed.weight.shape[:-1], -1)
+    values = _by_chunks(lambda part, its: pairs.index_select(0, part.flatten().int()).view(-1, GROUP).mul_(its), codes, scale)
+    return values.view(*packed.weight.shape[:-1], -1)
 
 
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views of tensors that have a row for each group: `CHUNK` weights at a time on a CPU, all of them on a GPU."""
-    rows = CHUNK // GROUP if tensors[0].device.type == "cpu" else len(tensors[0])
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+def _by_chunks(work: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """What `work` gives for tensors that have a row for each group: `CHUNK` weights at a time on a CPU, all of them on a GPU."""
+    if tensors[0].device.type != "cpu":
+        return work(*tensors)
+    out, start = None, 0
+    for part in zip(*(tensor.split(CHUNK // GROUP) for tensor in tensors), strict=True):
+        made = work(*part)
+        if out is None:
+            out = made.new_empty(len(tensors[0]), *made.shape[1:])
+        out[start : start + len(made)] = made  # and not joined at the end, which with two threads took longer than the rest
+        start += len(made)
+    return out
