@@ -5,7 +5,6 @@ Two servers are started. References are transformers' class with our repairs, gi
 
 import json
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,8 @@ from nemotron.serving import Checkpoint as Served  # noqa: E402
 from stages.base import tokenizer  # noqa: E402
 from stages.evaluate import evaluate  # noqa: E402
 from stages.evaluate.server import Server  # noqa: E402
+from stages.job import Job  # noqa: E402
+from stages.quantize import quantize  # noqa: E402
 
 # ChatML with the switch of the model's own template, which is TRL's to ship and so not in this environment.
 TEMPLATE = """\
@@ -33,7 +34,7 @@ TEMPLATE = """\
 {{ '<think></think>' if enable_thinking is defined and not enable_thinking else '<think>\n' }}"""
 THINK, NO_MORE = 12, 13  # token ids of <think> and </think>
 LONG = "hello how are you today " * 60  # 381 tokens: six chunks of the Mamba scan, and beyond the 319 of trap 31
-AMAX = 8.0  # of activations; in the line ModelOpt measures it
+AMAX = 8.0  # of activations; in the line it is measured
 
 
 def remember(folder):
@@ -59,13 +60,11 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "chat_template", lambda: TEMPLATE)
         tokenizer.write(tokenizer.train(["hello world how are you today"], 512), base)
-        # ModelOpt calibrates, and is not in this environment.
-        patch.setitem(sys.modules, "stages.quantize.calibrate", types.ModuleType("calibrate"))
-        from stages.quantize import quantize
     small.adapter(folder / "train", base, "attention", size=0.3)
     (folder / "nvfp4").mkdir()
     config = Checkpoint(base).config
-    quantize.stream(Checkpoint(base), {name: torch.tensor(AMAX) for name in layout.quantised(config, "official")}, "official", folder / "nvfp4", "cpu")
+    modules, its = layout.quantised(config, "official"), Job("quantize", {"layout": "official", "scales": "nearest"}, {}, folder / "nvfp4", folder, 0)
+    quantize.stream(Checkpoint(base), modules, dict.fromkeys(modules, torch.tensor(AMAX)), its)
     (folder / "nvfp4" / audit.QUANT).write_text(json.dumps(layout.hf_quant_config(config, "official", "FP8", "0")))
     assert audit.nvfp4(folder / "nvfp4", "official", base) == []
     return folder
