@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Random(config, Path(folder))
         layers = walk.Layers(config, dtype, options.device)
-        its = walk.Walk(walk.packed(rows, calibrate.PACKED), source.tensor("backbone.embeddings.weight"), dtype, options.device)
+        its = walk.Walk(walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, options.device)
         wanted = layout.quantised(config, "official")
         for number in range(len(layers)):
             block = clocked("filling", lambda: layers.fill(number, source.tensor))

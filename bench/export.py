@@ -58,8 +58,8 @@ def adapter(folder: Path, base: Path) -> Path:
     endings, tensors = tuple(f".{name}" for name in (*chosen.target_modules, *chosen.target_parameters)), {}
     for name, module in model.named_modules():
         if isinstance(module, Projection) and name.endswith(endings):
-            tensors[f"{its._key(name)}.lora_A.weight"] = torch.randn(module.experts * RANK, module.in_features) * 0.02
-            tensors[f"{its._key(name)}.lora_B.weight"] = torch.randn(module.out_features, RANK * module.experts) * 0.01
+            tensors[f"{its.peft_name(name)}.lora_A.weight"] = torch.randn(module.experts * RANK, module.in_features) * 0.02
+            tensors[f"{its.peft_name(name)}.lora_B.weight"] = torch.randn(module.out_features, RANK * module.experts) * 0.01
     folder.mkdir(parents=True)
     save_file(tensors, folder / its.WEIGHTS)
     import peft

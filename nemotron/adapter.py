@@ -45,21 +45,21 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for name, module in adapted(model).items():
         a, b = module.lora_a.detach().float().cpu(), module.lora_b.detach().float().cpu()
-        found[f"{_key(name)}.lora_A.weight"] = a.flatten(0, 1).contiguous()
-        found[f"{_key(name)}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
+        found[f"{peft_name(name)}.lora_A.weight"] = a.flatten(0, 1).contiguous()
+        found[f"{peft_name(name)}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
     return found
 
 
 @torch.no_grad()
 def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Puts what `state` gave back. Raises ValueError where the two are not of the same adapter."""
-    wanted = {f"{_key(name)}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
+    wanted = {f"{peft_name(name)}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
     if wanted != tensors.keys():
         raise ValueError(f"an adapter with other tensors: {sorted(wanted ^ tensors.keys())[0]} is in one of the two only")
     for name, module in adapted(model).items():
-        a, b = (tensors[f"{_key(name)}.lora_{side}.weight"] for side in "AB")
-        module.lora_a.copy_(a.view(module.lora_a.shape))
-        module.lora_b.copy_(b.view(module.out_features, module.rank, module.experts).permute(2, 0, 1))
+        a, b = (tensors[f"{peft_name(name)}.lora_{side}.weight"] for side in "AB")
+        for factor, value in zip(module.pair, _stacks(a, b, module, module.rank), strict=True):
+            factor.copy_(value)
 
 
 def save(model: nn.Module, folder: Path, preset: str, rank: int, alpha: float) -> None:
@@ -87,11 +87,11 @@ def factors(tensors: Tensors, name: str, module: Projection, rank: int) -> tuple
     it leaves out are zero. None if the adapter does not change `name`.
     """
     stored = {key.replace(".default.weight", ".weight"): key for key in tensors.entries}
-    a, b = (f"{_key(name)}.lora_{side}.weight" for side in "AB")
+    a, b = (f"{peft_name(name)}.lora_{side}.weight" for side in "AB")
     if a in stored:
         found = [stored[a], stored[b]]
         a, b = (tensors.tensor(key).float() for key in found)
-        return a.view(module.experts, rank, -1), b.view(module.out_features, rank, module.experts).permute(2, 0, 1), found
+        return *_stacks(a, b, module, rank), found
     stem, _, last = name.replace("model.", "backbone.", 1).rpartition(".")
     made = torch.zeros(module.experts, rank, module.in_features), torch.zeros(module.experts, module.out_features, rank)
     found = []
@@ -104,7 +104,13 @@ def factors(tensors: Tensors, name: str, module: Projection, rank: int) -> tuple
     return (*made, found) if found else None
 
 
-def _key(name: str) -> str:
+def _stacks(a: torch.Tensor, b: torch.Tensor, module: Projection, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's A (experts * rank, in) and B (out, rank * experts) as (experts, rank, in) and (experts, out, rank)."""
+    return a.view(module.experts, rank, -1), b.view(module.out_features, rank, module.experts).permute(2, 0, 1)
+
+
+def peft_name(name: str) -> str:
+    """What PEFT calls the Projection `name`, before `.lora_A.weight` and `.lora_B.weight`."""
     for suffix, wrapper in _STACKS.items():
         if name.endswith("." + suffix):
             name = name.removesuffix(suffix) + wrapper

@@ -105,18 +105,18 @@ class Tensors:
         return data(self.tensor(name))
 
     def same(self, name: str, other: Tensors) -> bool:
-        """Whether `other` holds the tensor, of the same shape and dtype, with the same bits."""
+        """Whether `other`, in which the tensor has the same shape and dtype, holds it with the same bits."""
         return all(torch.equal(*(piece().reshape(-1).view(torch.uint8) for piece in pieces)) for pieces in zip(self.pieces(name), other.pieces(name), strict=True))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its own dtype and shape."""
         entry = self.entries[name]
-        return self._read(entry, entry.start, torch.empty(entry.shape, dtype=DTYPES[entry.dtype]))
+        return self._read(name, entry.start, torch.empty(entry.shape, dtype=DTYPES[entry.dtype]))
 
     def rows(self, name: str, first: int, count: int) -> torch.Tensor:
         """Some rows (of the first dimension) of one tensor, on the CPU."""
         entry = self.entries[name]
-        return self._read(entry, entry.start + entry.bytes // entry.shape[0] * first, torch.empty((count, *entry.shape[1:]), dtype=DTYPES[entry.dtype]))
+        return self._read(name, entry.start + entry.bytes // entry.shape[0] * first, torch.empty((count, *entry.shape[1:]), dtype=DTYPES[entry.dtype]))
 
     def spans(self, name: str) -> list[tuple[int, int]]:
         """First row and number of rows of pieces of about a megabyte, which stay in the cache between being read and written; a scalar has none."""
@@ -132,14 +132,15 @@ class Tensors:
             return iter([partial(self.tensor, name)])
         return (partial(self.rows, name, *span) for span in self.spans(name))
 
-    def _read(self, entry: Entry, start: int, into: torch.Tensor) -> torch.Tensor:
-        with entry.file.open("rb", buffering=0) as opened:
+    def _read(self, name: str, start: int, into: torch.Tensor) -> torch.Tensor:
+        file = self.entries[name].file
+        with file.open("rb", buffering=0) as opened:
             opened.seek(start)
             left = data(into)
             while left and (count := opened.readinto(left)):
                 left = left[count:]
         if left:
-            raise CheckpointError(f"{entry.file.name} ended in the middle of a tensor, {left.nbytes} bytes early")
+            raise CheckpointError(f"{file.name} ended in the middle of {name}")
         return into
 
 

@@ -58,14 +58,13 @@ class Adapter:
         self.rank = self.config["r"]
         divisor = self.rank**0.5 if self.config.get("use_rslora") else self.rank
         self.scale = self.config["lora_alpha"] / divisor
-        self._entries, _ = header(self.folder / "adapter_model.safetensors")
-        self.tensors = Tensors(self._entries)
+        self.tensors = Tensors(header(self.folder / "adapter_model.safetensors")[0])
         self._read: dict[str, torch.Tensor] = {}
         self.pairs = self._pair(base)
 
     def _pair(self, base: Checkpoint) -> dict[str, Pair]:
         sides: dict[str, dict[str, str]] = {}
-        for key in self._entries:
+        for key in self.tensors.entries:
             if not (match := _KEY.match(key)):
                 raise AdapterError(f"{key} is not a LoRA tensor that PEFT writes")
             sides.setdefault(match["module"], {})[match["side"]] = key
@@ -90,8 +89,8 @@ class Adapter:
             stacked = max(pair.experts, 1)
             expected = {pair.a: (self.rank * stacked, inside), pair.b: (out, self.rank * stacked)}
             for key, shape in expected.items():
-                if self._entries[key].shape != shape:
-                    raise AdapterError(f"{key} has shape {self._entries[key].shape}, expected {shape} for {name}")
+                if self.tensors.entries[key].shape != shape:
+                    raise AdapterError(f"{key} has shape {self.tensors.entries[key].shape}, expected {shape} for {name}")
         return pairs
 
     def tensor(self, key: str) -> torch.Tensor:

@@ -22,6 +22,7 @@ from nemotron import decode, nf4, nvfp4, rounding
 from nemotron.shards import Shards
 
 FORMS = {"bf16": 16.0, "nf4": 4.25, "nvfp4": 4.5}  # bits a weight
+PACKINGS = {"nf4": nf4, "nvfp4": nvfp4}
 ROUNDED_AT_ONCE = 8  # matrices whose float32 form is held while a stack is rounded
 
 
@@ -49,6 +50,7 @@ class Projection(nn.Module):
         }[form]
         for name, (shape, kind) in parts.items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        self._by_rows = tuple(name for name in parts if name != "weight_scale_2")
 
     @torch.no_grad()
     def put(self, expert: int, matrix: torch.Tensor) -> None:
@@ -57,20 +59,16 @@ class Projection(nn.Module):
         if tuple(matrix.shape) != wanted:
             raise ValueError(f"a matrix of shape {tuple(matrix.shape)}, expected {wanted}")
         matrix = matrix.to(self.weight.device)
-        packed = matrix if self.form == "bf16" else {"nf4": nf4, "nvfp4": nvfp4}[self.form].pack(matrix)
+        packed = {"weight": matrix} if self.form == "bf16" else vars(PACKINGS[self.form].pack(matrix))
         if self.form == "nvfp4":
-            self.weight_scale_2[expert] = packed.weight_scale_2
-        for name, own in self._rows().items():
-            self.shards.put(own, expert * self.out_features, matrix if self.form == "bf16" else getattr(packed, name))
-
-    def _rows(self) -> dict[str, torch.Tensor]:
-        """Name -> buffer of those that have a row for every row of the matrices."""
-        return {name: own for name, own in self.named_buffers() if name != "weight_scale_2"}
+            self.weight_scale_2[expert] = packed["weight_scale_2"]
+        for name in self._by_rows:
+            self.shards.put(getattr(self, name), expert * self.out_features, packed[name])
 
     def held(self) -> torch.Tensor | nf4.Packed | nvfp4.Packed:
         """The frozen weights in their form, whole: tensors (experts, out, ...)."""
         rows, sizes = self.experts * self.out_features, (self.experts, self.out_features)
-        whole = {name: self.shards.whole(own, rows).unflatten(0, sizes) for name, own in self._rows().items()}
+        whole = {name: self.shards.whole(getattr(self, name), rows).unflatten(0, sizes) for name in self._by_rows}
         if self.form == "bf16":
             return whole["weight"]
         return nf4.Packed(**whole) if self.form == "nf4" else nvfp4.Packed(**whole, weight_scale_2=self.weight_scale_2)
@@ -82,7 +80,7 @@ class Projection(nn.Module):
             return held if out is None else out.copy_(held)
         if self.weight.is_cuda:
             return decode.stack(held, torch.empty(self.experts, self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device) if out is None else out)
-        found = (nf4 if self.form == "nf4" else nvfp4).unpack(held).to(self.dtype)
+        found = PACKINGS[self.form].unpack(held).to(self.dtype)
         return found if out is None else out.copy_(found)
 
     def adapt(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from nemotron import assemble, names
 from nemotron.documents import Documents
 
+CAPACITY = 16384  # tokens of a packed sequence
 Sequence = tuple[torch.Tensor, Documents]  # ids int64 (tokens,), and the documents that they are
 Read = Callable[[str], torch.Tensor]  # the hub name of a tensor -> the tensor
 
@@ -62,17 +63,21 @@ class Walk:
         for n, (hidden, documents) in enumerate(zip(self.hidden, self.documents, strict=True)):
             self.hidden[n] = block(hidden[None], attention_mask=None, documents=documents)[0]
 
+    def distance(self, other: Walk | None = None) -> float:
+        """Root of the summed squares of all that the hidden states differ by from another's; of themselves without one."""
+        others = other.hidden if other else [0.0] * len(self.hidden)
+        return sum((a.float() - b).square().sum().item() for a, b in zip(self.hidden, others, strict=True)) ** 0.5
+
     @torch.no_grad()
     def logits(self, norm: torch.Tensor, head: torch.Tensor, eps: float, chunk: int = 1024) -> Iterable[torch.Tensor]:
         """Logits float32 (at most `chunk`, vocabulary) of all tokens in their order, a chunk at a time; norm (hidden size,), head (vocabulary, hidden size)."""
         for hidden in self.hidden:
             head, norm = head.to(hidden), norm.to(hidden)
             for rows in hidden.split(chunk):
-                scaled = rows.float() * torch.rsqrt(rows.float().square().mean(-1, keepdim=True) + eps)
-                yield ((norm.float() * scaled).to(rows) @ head.t()).float()
+                yield (F.rms_norm(rows.float(), norm.shape, norm.float(), eps).to(rows) @ head.t()).float()
 
 
-def packed(rows: list[torch.Tensor], capacity: int) -> list[Sequence]:
+def packed(rows: list[torch.Tensor], capacity: int = CAPACITY) -> list[Sequence]:
     """Documents, ids int64 (tokens,) each, end to end in their order, in sequences of at most `capacity` tokens (or one document)."""
     groups: list[list[torch.Tensor]] = []
     for row in rows:

@@ -63,7 +63,7 @@ def forward(base: Checkpoint, adapter: Adapter, merged: Checkpoint, rows: Path, 
         for module in projections(block).values():
             module.rank = 0
         after.through(layers.fill(number, merged.tensor, [name for name in layers.names(number) if name in adapter.pairs]))
-        worst = max(worst, (distance(after.hidden, adapted.hidden) / max(distance(adapted.hidden, plain.hidden), 1e-30), f"layer {number}"))
+        worst = max(worst, (after.distance(adapted) / max(adapted.distance(plain), 1e-30), f"layer {number}"))
         job.progress(number + 1, len(layers), "layers", "proving the merge")
     read |= {key for name, pair in adapter.pairs.items() if name == "lm_head.weight" for key in (pair.a, pair.b)}
     if left := sorted(adapter.tensors.entries.keys() - read):
@@ -87,11 +87,6 @@ def beside(block: torch.nn.Module, number: int, adapter: Adapter) -> list[str]:
             module.change(a, b, adapter.scale)
             read += keys
     return read
-
-
-def distance(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-    """Root of the summed squares of the differences."""
-    return sum((a.float() - b.float()).square().sum().item() for a, b in zip(some, others, strict=True)) ** 0.5
 
 
 def judged(plain: Iterable[torch.Tensor], adapted: Iterable[torch.Tensor], merged: Iterable[torch.Tensor], limit: float, worst: tuple[float, str]) -> dict:

@@ -20,8 +20,6 @@ from nemotron.projection import Projection
 from stages import job
 from stages.job import StageError
 
-PACKED = 16384  # tokens that go through a layer at once
-
 
 def conversations(rows: Path, count: int, tokens: int) -> list[torch.Tensor]:
     """Up to `count` training conversations of at most `tokens` tokens, spread evenly over the file, int64 (length,) each."""
@@ -35,12 +33,13 @@ class Maxima:
 
     def __init__(self, block: nn.Module):
         self.found: dict[str, torch.Tensor] = {}
-        self._handles = []
+        self._handles, self._stacks = [], []
         for name, module in block.named_modules():
             if isinstance(module, Projection) and module.experts == 1:
                 self._handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: self._keep(name, inputs[0].abs().amax().view(1))))
             elif isinstance(getattr(module, "up_proj", None), Projection) and module.up_proj.experts > 1:
-                self._stack, module.forward = module, types.MethodType(self._routed(name), module)
+                module.forward = types.MethodType(self._routed(name), module)
+                self._stacks.append(module)
 
     def _keep(self, name: str, values: torch.Tensor) -> None:
         values = values.float()
@@ -62,8 +61,8 @@ class Maxima:
         """Takes the block's own forwards back."""
         for handle in self._handles:
             handle.remove()
-        if hasattr(self, "_stack"):
-            del self._stack.forward
+        for module in self._stacks:
+            del module.forward
 
 
 @torch.no_grad()
@@ -75,7 +74,7 @@ def maxima(source: Checkpoint, chosen: str, rows: list[torch.Tensor], device: st
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # BF16 products are emulated on a CPU, and several times slower
     wanted, found, idle = layout.quantised(source.config, chosen), {}, []
     layers = walk.Layers(source.config, dtype, device)
-    its = walk.Walk(walk.packed(rows, PACKED), source.tensor("backbone.embeddings.weight"), dtype, device)
+    its = walk.Walk(walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, device)
     for number in range(len(layers)):
         block = layers.fill(number, source.tensor)
         seen = Maxima(block)

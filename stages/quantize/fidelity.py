@@ -19,8 +19,6 @@ from nemotron.checkpoint import Checkpoint
 from stages import job
 from stages.job import StageError
 
-PACKED = 16384  # tokens that go through a layer at once
-
 
 def rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The first held-out conversations, `tokens` tokens at most: ids, and the label of the next token, both int64 (length,).
@@ -56,15 +54,14 @@ def dequantised(made: Checkpoint) -> walk.Read:
 def measure(source: Checkpoint, made: Checkpoint, held_out: list[tuple[torch.Tensor, torch.Tensor]], device: str) -> dict:
     """Loss of both (nats a trained token), KL(source || quantised) in nats, share of equal greedy tokens, and the relative error after each layer."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    sequences = walk.packed([ids for ids, _ in held_out], PACKED)
+    sequences = walk.packed([ids for ids, _ in held_out])
     layers, embeddings, read = walk.Layers(source.config, dtype, device), source.tensor("backbone.embeddings.weight"), dequantised(made)
     before, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(2))
     errors = []
     for number in range(len(layers)):
         before.through(layers.fill(number, source.tensor))
         after.through(layers.fill(number, read, [name for name in layers.names(number) if f"{name}_scale" in made.entries]))
-        wanted = sum(hidden.float().square().sum().item() for hidden in before.hidden)
-        errors.append((sum((a.float() - b.float()).square().sum().item() for a, b in zip(after.hidden, before.hidden, strict=True)) / wanted) ** 0.5)
+        errors.append(after.distance(before) / before.distance())
         job.progress(number + 1, len(layers), "layers", "comparing with the source")
     norm, head, eps = source.tensor("backbone.norm_f.weight"), source.tensor("lm_head.weight"), source.config["layer_norm_epsilon"]
     following = torch.cat([labels for _, labels in held_out]).to(device)

@@ -12,6 +12,7 @@ from nemotron import layout, names, native
 from stages import job
 from stages.job import StageError
 
+
 def settings(config: dict, chosen: str) -> dict:
     """ModelOpt's preset for this architecture, with all that `chosen` leaves in BF16 switched off by name."""
     made = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)

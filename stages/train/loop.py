@@ -22,7 +22,7 @@ from nemotron import adapter, assemble
 from stages import job
 from stages.train import checkpoints
 from stages.train.guard import Guard, finite
-from stages.train.pack import IDLE, Order, Pack, packs, spread, trained_tokens
+from stages.train.pack import Order, Pack, share, trained_tokens
 from stages.train.ranks import Ranks
 from stages.train.teacher import Teacher
 
@@ -129,10 +129,8 @@ class Loop:
             self.watch.step(self.history, done, sum(len(row["input_ids"]) for row in rows), time.monotonic() - began)
 
     def packs(self, rows: list[dict]) -> list[Pack]:
-        """This rank's share of rows, packed. Where the base is sharded, as many sequences as the rank with most has: each is one of all ranks."""
-        shares = [packs(share, self.task.params["sequence_tokens"]) for share in spread(rows, self.ranks.world)]
-        own = shares[self.ranks.rank]
-        return own + [IDLE] * (max(map(len, shares)) - len(own)) if self.task.params["sharded"] else own
+        """This rank's share of rows, packed."""
+        return share(rows, self.ranks.rank, self.ranks.world, self.task.params["sequence_tokens"], self.task.params["sharded"])
 
     def learnt(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step's gradient is of, and the loss of the labels; sums over the pack's trained tokens."""

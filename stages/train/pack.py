@@ -89,6 +89,14 @@ def spread(rows: list[dict], count: int) -> list[list[dict]]:
     return shares
 
 
+def share(rows: list[dict], rank: int, count: int, capacity: int, level: bool) -> list[Pack]:
+    """The packed share of rank `rank` of `count`. `level`: every rank has as many sequences, the last of some idle, since each is one of all ranks."""
+    shares = spread(rows, count)
+    own = packs(shares[rank], capacity)
+    most = max(len(best_fit([len(row["input_ids"]) for row in its], capacity)) for its in shares) if level else len(own)
+    return own + [IDLE] * (most - len(own))
+
+
 def trained_tokens(rows: list[dict]) -> int:
     """Tokens that are predicted and trained: all labelled ones but a document's first."""
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nemotron import assemble
+from nemotron.chat import IGNORED
 from stages import job
-from stages.train.pack import IDLE, Pack, packs, spread
+from stages.train.pack import Pack, share
 from stages.train.ranks import Ranks
 
 TOP = 64  # tokens of the vocabulary that are kept of each distribution: 0.5 KB a trained token
@@ -45,16 +46,13 @@ class Teacher:
     def _write(self, model: nn.Module, rows: list[dict]) -> None:
         model.eval()
         found, device = {}, self.task.device
-        # Packed one after another, not all at once: every rank comes to as many sequences (a sharded base is read together).
-        shares = [packs(share, self.task.params["sequence_tokens"]) for share in spread(rows, self.ranks.world)]
-        for number in range(max(map(len, shares))):
-            own = shares[self.ranks.rank] or [IDLE]
-            pack = own[min(number, len(own) - 1)]
+        packs = share(rows, self.ranks.rank, self.ranks.world, self.task.params["sequence_tokens"], self.task.params["sharded"])
+        for number, pack in enumerate(packs, 1):
             index, logs = assemble.largest(model, pack.ids.to(device), pack.labels.to(device), pack.documents, min(TOP, model.lm_head.weight.shape[0] - 1))
-            sizes = [int((labels[1:] != -100).sum()) for labels in pack.labels.split(pack.documents.lengths)]
+            sizes = [int((labels[1:] != IGNORED).sum()) for labels in pack.labels.split(pack.documents.lengths)]
             for row, i, p in zip(pack.rows, index.split(sizes), logs.split(sizes), strict=False):  # an idle pack has no row
                 found |= {f"{row}.index": i.to("cpu", torch.int32), f"{row}.logs": p.cpu()}
-            job.progress(number + 1, max(map(len, shares)), "sequences", "asking the teacher")
+            job.progress(number, len(packs), "sequences", "asking the teacher")
         file = self.task.scratch / f"teacher-{self.ranks.rank}-of-{self.ranks.world}.safetensors"
         save_file({name: value.contiguous() for name, value in found.items()}, file.with_suffix(".new"))
         file.with_suffix(".new").rename(file)
