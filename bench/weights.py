@@ -35,8 +35,8 @@ class Random(Checkpoint):
         if name.endswith(("A_log", "norm.weight", "norm_f.weight", ".D")):
             return torch.ones(entry.shape, dtype=DTYPES[entry.dtype])
         count, start = torch.Size(entry.shape).numel(), zlib.crc32(name.encode()) % (BLOCK // 2)
-        pieces = [self._block[start : start + count], *[self._block] * (count // BLOCK + 1)]
-        return torch.cat(pieces)[:count].view(entry.shape).to(DTYPES[entry.dtype])
+        block = self._block if start + count <= BLOCK else self._block.repeat((start + count) // BLOCK + 1)
+        return block[start : start + count].clone().view(entry.shape).to(DTYPES[entry.dtype])
 
     def rows(self, name: str, first: int, count: int) -> torch.Tensor:
         return self.tensor(name)[first : first + count]

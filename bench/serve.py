@@ -1,0 +1,116 @@
+"""This project's own export through a real vLLM, at the real widths and with random weights.
+
+    python -m bench.serve make FOLDER [--pattern MEM*EME]     calibrated, packed and written as stage quantize does it
+    python -m bench.serve ask FOLDER [--eager]                what vLLM makes of it, and how fast
+
+The weights are made as they are read, so that the BF16 model needs no disk. `ask` compares the log-probabilities that vLLM gives 100 tokens
+of prompt with those of the weights that the codes stand for, computed in BF16 layer by layer (nemotron/walk.py); and counts tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from bench import operations
+from bench.weights import Random
+from nemotron import audit, layout, walk
+from nemotron.checkpoint import Checkpoint, Slot, write_index
+from stages.job import Job
+from stages.quantize import calibrate, quantize
+from stages.quantize.fidelity import dequantised
+
+MORE = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "dtype": "bfloat16", "max_position_embeddings": 4096,
+        "mamba_ssm_cache_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+PROMPT, GREEDY, DECODED = 100, 24, 256
+
+
+def make(folder: Path, config: dict, device: str, form: str, chosen: str, kv_cache: str | None) -> None:
+    """Writes FOLDER/nvfp4 and prints what its parts took."""
+    source, output = Random(config, folder / "source"), folder / "nvfp4"
+    output.mkdir()
+    write_index(source.folder, [(file, [Slot(name, source.entries[name].dtype, source.entries[name].shape) for name in source.in_file(file)]) for file in source.files])
+    modules, maxima, idle, began = layout.quantised(config, chosen), {}, [], time.perf_counter()
+    if form == "w4a4":
+        rows = list(torch.randint(0, config["vocab_size"], (64, 512), generator=torch.Generator().manual_seed(0)))
+        maxima, idle = calibrate.maxima(source, chosen, rows, device)
+    calibrated = time.perf_counter()
+    quantize.stream(source, modules, maxima, Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, output, folder, 0, device=device))
+    written = time.perf_counter()
+    (output / audit.QUANT).write_text(json.dumps(layout.hf_quant_config(config, chosen, kv_cache, "0.47.0", form == "w4a16")))
+    if found := audit.nvfp4(output, chosen, weight_only=form == "w4a16"):
+        raise SystemExit("\n".join(map(str, found)))
+    made = Checkpoint(output)
+    print(f"{len(made.entries):,} tensors, {made.bytes:,} bytes, {len(modules):,} matrices packed, {len(idle)} idle; "
+          f"calibrated {calibrated - began:.1f} s, packed and written {written - calibrated:.1f} s, audited")
+
+
+@torch.no_grad()
+def expected(made: Checkpoint, ids: list[int], device: str) -> torch.Tensor:
+    """Log-probabilities (tokens, vocabulary), float32 on the CPU, of what follows each token."""
+    dtype, read = torch.bfloat16 if device == "cuda" else torch.float32, dequantised(made)
+    layers = walk.Layers(made.config, dtype, device)
+    its = walk.Walk(walk.packed([torch.tensor(ids)]), made.tensor("backbone.embeddings.weight"), dtype, device)
+    for number in range(len(layers)):
+        its.through(layers.fill(number, read))
+    logits = its.logits(made.tensor("backbone.norm_f.weight"), made.tensor("lm_head.weight"), made.config["layer_norm_epsilon"])
+    return torch.cat([chunk.log_softmax(-1).cpu() for chunk in logits])
+
+
+def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
+    """Starts vLLM in this process, and prints the comparison and the speeds."""
+    from vllm import LLM, SamplingParams
+
+    weight_only = json.loads((folder / "nvfp4" / audit.QUANT).read_text())["quantization"]["quant_algo"] == "W4A16_NVFP4"
+    began = time.perf_counter()
+    served = LLM(str(folder / "nvfp4"), dtype="bfloat16", max_model_len=2048, max_num_seqs=16, gpu_memory_utilization=0.5,
+                 enable_prefix_caching=False, skip_tokenizer_init=True, enforce_eager=eager, **({"moe_backend": "marlin"} if weight_only else {}))
+    print(f"engine up in {time.perf_counter() - began:.1f} s", flush=True)
+    made = Checkpoint(folder / "nvfp4")
+    ids = torch.randint(3, made.config["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def generate(count: int, tokens: int, **more: int) -> list:
+        settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more)
+        return served.generate([{"prompt_token_ids": ids}] * count, settings, use_tqdm=False)
+
+    answer = generate(1, GREEDY, logprobs=1, prompt_logprobs=1)[0]
+    greedy = list(answer.outputs[0].token_ids)
+    its = expected(made, ids + greedy, device)
+    differences = [abs(place[token].logprob - its[n, token].item()) for n, (token, place) in enumerate(zip(ids[1:], answer.prompt_logprobs[1:]))]
+    agree = sum(token == its[PROMPT + n - 1].argmax().item() for n, token in enumerate(greedy))
+    spread = its[: PROMPT - 1].gather(1, torch.tensor(ids[1:])[:, None]).std()
+    print(f"prompt log-probabilities differ by {sum(differences) / len(differences):.4f} on average, {max(differences):.4f} at most "
+          f"(they spread by {spread:.2f}); greedy tokens agree {agree} of {GREEDY}", flush=True)
+    for size in sizes:
+        generate(size, 16)
+        began = time.perf_counter()
+        generate(size, DECODED)
+        print(f"batch {size}: {size * DECODED / (time.perf_counter() - began):,.1f} tokens/s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("make", "ask"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--pattern", default=operations.PATTERN, help="layers: M Mamba, E experts, * attention (default: all 52)")
+    parser.add_argument("--config", type=Path, help="a config.json instead of the real widths")
+    parser.add_argument("--form", choices=("w4a4", "w4a16"), default="w4a4")
+    parser.add_argument("--layout", choices=tuple(layout.LAYOUTS), default="official")
+    parser.add_argument("--kv-cache", choices=("FP8", "none"), default="FP8")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    if options.what == "ask":
+        return ask(options.folder, options.device, options.eager, [int(size) for size in options.batches.split(",") if size])
+    wide = operations.WIDTHS | {"hybrid_override_pattern": options.pattern, "num_hidden_layers": len(options.pattern)} | MORE
+    config = json.loads(options.config.read_text()) if options.config else wide
+    make(options.folder, config, options.device, options.form, options.layout, None if options.kv_cache == "none" else options.kv_cache)
+
+
+if __name__ == "__main__":
+    main()
