@@ -26,7 +26,7 @@ TYPES: dict[str, tuple[str, ...]] = {
     ),
     "nvfp4-checkpoint": ("config.json", "hf_quant_config.json", "tokenizer.json", "*.safetensors", "audit.json"),
     "report": ("report.json", "report.md", "behaviour.png", "answers.jsonl", "exchange.json"),
-    "serving": ("serve.json", "prompt.txt", "tools.json", "README.md"),
+    "serving": ("serve.json", "check.json", "prompt.txt", "tools.json", "README.md"),
 }
 
 _SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
@@ -127,10 +127,15 @@ NEEDS_TYPES = {"gpu": "bool", "network": "bool", "memory_gb": "float", "disk_gb"
 
 @dataclass(frozen=True)
 class Product:
-    """An image made from the stage's output (`[build]`): its name, and context name -> input name."""
+    """An image made from the stage's output (`[build]`): its name, and for each value of the parameter `by` context name -> input name."""
 
     image: str
-    contexts: dict[str, str]
+    by: str
+    contexts: dict[str, dict[str, str]]
+
+    def inputs(self, params: dict[str, Any]) -> dict[str, str | None]:
+        """Context name -> input name under these parameters; None for a context that only other values have."""
+        return dict.fromkeys(name for contexts in self.contexts.values() for name in contexts) | self.contexts[params[self.by]]
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,20 @@ class Contract:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
     product: Product | None = None
+
+
+def _product(name: str, raw: dict[str, Any], parameters: dict[str, Parameter], consumes: dict[str, str], findings: list[Finding]) -> Product | None:
+    if set(raw) != {"image", "by", "contexts"} or not isinstance(raw["contexts"], dict):
+        findings.append(error(name, f"[build] with {', '.join(raw) or 'nothing'}", "image, by and contexts", "docs/formats.md says what it holds."))
+        return None
+    choices = parameters[raw["by"]].choices if raw["by"] in parameters else ()
+    if set(choices) != set(raw["contexts"]):
+        findings.append(error(name, f"build.contexts for {', '.join(raw['contexts'])}", f"one for each choice of the parameter {raw['by']}: {', '.join(choices) or 'none'}", ""))
+    for contexts in raw["contexts"].values():
+        for supplier in contexts.values():
+            if supplier not in consumes:
+                findings.append(error(name, f"build.contexts names {supplier}", "an input of [consumes]", nearest(supplier, consumes)))
+    return Product(**raw)
 
 
 _KEYS = {
@@ -207,10 +226,7 @@ def load(folder: Path) -> Contract:
     sources = {key: table(Source, f"sources.{key}", values) for key, values in raw.get("sources", {}).items()}
     secrets = {key: table(Secret, f"secrets.{key}", values).doc for key, values in raw.get("secrets", {}).items()}
     needs = table(Needs, "needs", raw.get("needs", {}))
-    product = table(Product, "build", raw["build"]) if "build" in raw else None
-    for input_name in product.contexts.values() if product else ():
-        if input_name not in raw.get("consumes", {}):
-            findings.append(error(name, f"build.contexts names {input_name}", "an input of [consumes]", ""))
+    product = _product(name, raw["build"], parameters, raw.get("consumes", {}), findings) if "build" in raw else None
     if findings:
         raise Refused(findings)
     return Contract(

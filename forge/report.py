@@ -180,13 +180,13 @@ def of_exchange(report: Path) -> RenderableType:
     """One exchange with the served model: the question and the answer; the system prompt stays out."""
     its = json.loads((report / "exchange.json").read_text())
     lines: list[RenderableType] = []
-    for message in [m for m in its["messages"] if m["role"] != "system"] + [{"role": "assistant", **its["answer"]}]:
-        who = its["model"] if message["role"] == "assistant" else message["role"]
+    for message in [m for m in its["messages"] if m["role"] != "system"] + [{"role": "nvfp4", **its["answers"]["nvfp4"]}]:
+        who = message["role"]
         said = message.get("content") or ""
         for call in message.get("tool_calls") or []:
             function = call.get("function", call)
             said = f"{said} [calls {function['name']}({function['arguments']})]".strip()
-        lines.append(Text.assemble((f"{who:>9}  ", "bold cyan" if who == its["model"] else "bold"), said))
+        lines.append(Text.assemble((f"{who:>9}  ", "bold cyan" if who == "nvfp4" else "bold"), said))
     return Group(*lines)
 
 

@@ -19,6 +19,7 @@ from forge.finding import Refused, error
 from forge.plan import Context
 
 SERVICE = "vllm-nemotron-annie"
+CHECK_TOKENS, CHECK_SECONDS = 64, 600
 READY_SECONDS = 1800  # a 19 GB checkpoint from a cold disk, CUDA graphs included
 _RECORD = "serving.json"
 
@@ -52,6 +53,7 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
 
     _record(context, folder, port)
     _wait(port, state)
+    _check(port, folder)
     print(f"serving {tag} on http://127.0.0.1:{port}")
     return 0 if detach else subprocess.run([*compose, "logs", "--follow", "--no-log-prefix", "--tail=0", SERVICE], env=environment).returncode
 
@@ -59,12 +61,16 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
 def _local(context: Context, executor: Any, port: int, detach: bool, stop: bool) -> int:
     if stop:
         return _stop(context.store.home)
-    folder, model = plan.artifact(context, "image").folder, plan.artifact(context, "quantize").folder
+    folder, step = plan.artifact(context, "image").folder, context.recipe.stages["image"]
+    parts = {name: plan.artifact(context, step.inputs[supplier]).folder for name, supplier in step.contract.product.inputs(step.params).items() if supplier}
+    model = parts["checkpoint"]
     image = context.recipe.images["vllm"]
     executor.prepare(image, print)
     its = json.loads((folder / "serve.json").read_text())
     program = executor.environment(image) / "bin" / "vllm"
     command = [str(program), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *its["args"]]
+    if "adapter" in parts:
+        command += ["--lora-modules", f"{its['served_name']}={parts['adapter'] / 'adapter'}"]
     environment = {**os.environ, **its["env"], "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
                    "PATH": os.pathsep.join([str(program.parent), os.environ.get("PATH", "")])}
     log = context.store.home / "serving.log"
@@ -73,6 +79,7 @@ def _local(context: Context, executor: Any, port: int, detach: bool, stop: bool)
     try:
         _record(context, folder, port, process.pid)
         _wait(port, lambda: None if process.poll() is None else f"vLLM ended with {process.returncode}; see {log}")
+        _check(port, folder)
         print(f"serving {model} on http://127.0.0.1:{port}" + ("" if detach else "; Ctrl-C stops it"))
         if detach:
             return 0
@@ -96,6 +103,31 @@ def _wait(port: int, dead: Callable[[], str | None]) -> None:
         except (OSError, urllib.error.URLError):
             time.sleep(1)
     raise Refused(error("serve", f"no answer after {READY_SECONDS} s", "a server that answers", "Its log says why."))
+
+
+def _check(port: int, folder: Path) -> None:
+    """Asks what the base answers otherwise, so that nobody takes for tuned what is not. Refused if it answers as the base."""
+    its, serve = (json.loads((folder / name).read_text()) for name in ("check.json", "serve.json"))
+    body = {"model": serve["served_name"], "messages": its["messages"], "temperature": 0, "seed": 0, "max_tokens": CHECK_TOKENS,
+            "chat_template_kwargs": serve["chat_template_kwargs"], **({"tools": its["tools"]} if its["tools"] else {})}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=CHECK_SECONDS) as response:
+            answer = json.load(response)["choices"][0]["message"]
+    except (OSError, ValueError, LookupError) as fault:
+        raise Refused(error("serve", f"a question of the evaluation got no answer: {fault}", "an answer", "The server's log says why.")) from fault
+    calls = [{"function": {key: call["function"][key] for key in ("name", "arguments")}} for call in answer.get("tool_calls") or []]
+    if {"content": answer.get("content"), "tool_calls": calls} == its["base"]:
+        raise Refused(error("serve", f"it answers {_said(its['base'])} as the base does", f"the tuned model's answer: {_said(its['expected'])}",
+                            "What is served is not what was evaluated. Build it again: python build.py run --only image --force"))
+    print(f"it answers as the {serve['serves']} model: {_said(answer)} (the base: {_said(its['base'])})")
+
+
+def _said(answer: dict[str, Any]) -> str:
+    """An answer in a few words."""
+    calls = [f"{call['function']['name']}(...)" for call in answer.get("tool_calls") or []]
+    text = " ".join([*(answer.get("content") or "").split(), *calls])
+    return json.dumps(text if len(text) <= 60 else f"{text[:57]}...", ensure_ascii=False)
 
 
 def _record(context: Context, folder: Path, port: int, pid: int | None = None) -> None:

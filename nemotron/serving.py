@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SERVED_NAME = "nemotron-nano"
+BASE_NAME = "nemotron-nano-base"  # where the adapter is added at run time and has the name that clients know
 THINKING_OFF = {"enable_thinking": False}
 OLDEST = (0, 12)
 RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -64,6 +65,17 @@ def quantised(folder: Path) -> Checkpoint:
         fp8_cache=settings["kv_cache_quant_algo"] == "FP8")
 
 
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def adapted(adapter: Path) -> Checkpoint:
+    """What decides the flags of a BF16 base that is served with this adapter (a folder with adapter_config.json)."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    targets = config["target_modules"]
+    attention = set([targets] if isinstance(targets, str) else targets) <= ATTENTION and not config.get("target_parameters")
+    return Checkpoint(lora_rank=config["r"], lora_attention_only=attention)
+
+
 def installed() -> str:
     """The version of the vLLM that is installed here. Raises ServingError if there is none."""
     try:
@@ -79,12 +91,12 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match[1].split("."))
 
 
-def serve(vllm: str, device: str, checkpoint: Checkpoint, max_model_len: int, max_num_seqs: int, memory_share: float = 0.35) -> Serve:
-    """All flags for one vLLM version on `cpu` or `cuda`, name and sizes included. Raises ServingError for what it cannot serve right."""
+def serve(vllm: str, device: str, checkpoint: Checkpoint, max_model_len: int, max_num_seqs: int, memory_share: float = 0.35, name: str = SERVED_NAME) -> Serve:
+    """All flags for one vLLM version on `cpu` or `cuda`, name, sizes and (on cuda) the share of the GPU's memory included. Raises ServingError for what it cannot serve right."""
     if faults := limits(vllm, checkpoint):
         raise faults[0]
     made = flags(vllm, device, checkpoint)
-    args = ["--served-model-name", SERVED_NAME, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
+    args = ["--served-model-name", name, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
     if device == "cuda":
         args += ["--gpu-memory-utilization", str(memory_share)]
     return Serve([*args, *made.args], made.env)

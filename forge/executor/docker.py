@@ -152,8 +152,8 @@ class Docker:
             arguments = {name.upper(): value for name, value in image.args.items()}
             self._build(image, tag, image.folder.parent, {"wheels": _wheels()}, arguments, {"io.annie.image": image.name}, on_line)
 
-    def build_product(self, image: Image, contexts: dict[str, Path], output: Path, tag: str, labels: dict[str, str], on_line: Callable[[str], None]) -> None:
-        """Builds the serving image with `output` as context, tags it by `tag` and `latest`, and writes output/image.json."""
+    def build_product(self, image: Image, contexts: dict[str, Path | None], output: Path, tag: str, labels: dict[str, str], on_line: Callable[[str], None]) -> None:
+        """Builds the serving image with `output` as context (a named context of None is empty), tags it by `tag` and `latest`, and writes output/image.json."""
         base = image.args.get("base") or self._bases.get("vllm")
         if not base:
             raise Refused(error(f"image {image.name}", "no base", "the vllm image, prepared before", "Let the stage run in the image vllm, or name `base` in the recipe."))

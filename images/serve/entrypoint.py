@@ -11,6 +11,7 @@ from pathlib import Path
 
 SERVING = Path(os.environ.get("ANNIE_SERVING", "/opt/annie/serving"))
 MODEL = os.environ.get("ANNIE_MODEL", "/model")
+ADAPTER = "/adapter"
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +24,8 @@ def main(arguments: list[str]) -> int:
         return 0
     os.makedirs(os.environ["HOME"], exist_ok=True)
     os.environ.update(serve["env"])
-    command = ["vllm", "serve", MODEL, "--host", "0.0.0.0", "--port", str(serve["port"]), *serve["args"], *arguments]
+    adapter = ["--lora-modules", f"{serve['served_name']}={ADAPTER}"] if serve["serves"] == "tuned" else []
+    command = ["vllm", "serve", MODEL, "--host", "0.0.0.0", "--port", str(serve["port"]), *serve["args"], *adapter, *arguments]
     os.execvp(command[0], command)
 
 

@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, installed, quantised, serve
+from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, adapted, installed, quantised, serve
 from stages import job
 from stages.evaluate import checks, report
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
 
 COLUMNS = ("base", "tuned", "merged", "nvfp4")
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def run(its: Job) -> None:
     plans = servers(its)
     try:  # all of them before the first server starts
         vllm = installed()
-        flags = [serve(vllm, its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"]) for plan in plans]
+        flags = [serve(vllm, its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"], its.params["memory_share"]) for plan in plans]
     except ServingError as error:
         raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image, layout or targets.") from error
     answers: dict[str, list[dict]] = {}
@@ -77,12 +76,10 @@ def questions(its: Job) -> list[dict]:
 
 def servers(its: Job) -> list[Plan]:
     adapter = its.inputs["train"] / "adapter"
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    targets = config["target_modules"]
-    attention = set([targets] if isinstance(targets, str) else targets) <= ATTENTION and not config.get("target_parameters")
+    tuned = adapted(adapter)
     plans = []
-    if attention:
-        plans.append(Plan(its.inputs["base"], Checkpoint(lora_rank=config["r"]), {"base": SERVED_NAME, "tuned": "tuned"}, adapter))
+    if tuned.lora_attention_only:
+        plans.append(Plan(its.inputs["base"], tuned, {"base": SERVED_NAME, "tuned": "tuned"}, adapter))
     else:
         job.warning(
             "the adapter is not on attention alone, which vLLM cannot add at run time everywhere: the column `tuned` is left out",
@@ -128,8 +125,25 @@ def as_openai(message: dict) -> dict:
 
 def check_adapter(answers: dict[str, list[dict]]) -> None:
     """A server can take an adapter and not use it: if it changes no answer at all, it is not there."""
-    if all(a.get("content") == b.get("content") and a.get("tool_calls") == b.get("tool_calls") for a, b in zip(answers["base"], answers["tuned"])):
+    if all(spoken(a) == spoken(b) for a, b in zip(answers["base"], answers["tuned"])):
         raise StageError("the adapter changes no answer", "other answers than the base's", "vLLM did not apply it (names that match nothing), or it was not trained.")
+
+
+def exchange(asked: list[dict], scored: dict[str, list[list]], answers: dict[str, list[dict]]) -> dict:
+    """The question that shows best what the adapter does: one that NVFP4 passes and that most columns answer otherwise than the base."""
+    def shows(number: int) -> tuple[bool, int]:
+        given = {column: spoken(its[number]) for column, its in answers.items()}
+        return not scored["nvfp4"][number], sum(answer != given["base"] for answer in given.values())
+
+    best = max(range(len(asked)), key=shows)  # the first of the best
+    return {"messages": [as_openai(m) for m in asked[best]["messages"]], "tools": asked[best].get("tools") or [],
+            "answers": {column: spoken(its[best]) for column, its in answers.items()}}
+
+
+def spoken(answer: dict) -> dict:
+    """What a user gets of an answer: its text, and the calls it makes."""
+    calls = [{"function": {key: call["function"][key] for key in ("name", "arguments")}} for call in answer.get("tool_calls") or []]
+    return {"content": answer.get("content"), "tool_calls": calls}
 
 
 def write(its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]], seconds: dict[str, float]) -> None:
@@ -144,9 +158,7 @@ def write(its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]]
                 row = {"id": question["id"], "column": column, "question": question["messages"][-1].get("content"), "answer": given[number].get("content"),
                        "tool_calls": given[number].get("tool_calls") or [], "failures": [asdict(f) for f in scored[column][number]]}
                 opened.write(json.dumps(row, ensure_ascii=False) + "\n")
-    best = next((n for n, found in enumerate(scored["nvfp4"]) if not found), 0)
-    (its.output / "exchange.json").write_text(json.dumps(
-        {"model": "nvfp4", "messages": asked[best]["messages"], "answer": answers["nvfp4"][best]}, indent=2, ensure_ascii=False) + "\n")
+    (its.output / "exchange.json").write_text(json.dumps(exchange(asked, scored, answers), indent=2, ensure_ascii=False) + "\n")
     for column, share in summary["pass"].items():
         job.metric(f"pass_{column}", share)
     if not summary["gate"]["passed"]:

@@ -6,16 +6,22 @@ from pathlib import Path
 
 import jinja2
 
+from nemotron.serving import Checkpoint
+
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 
 
-def markdown(serve: dict, report: dict, layout: str, provenance: dict[str, dict[str, str]]) -> str:
+def markdown(serve: dict, report: dict, checkpoint: Checkpoint, provenance: dict[str, dict[str, str]]) -> str:
+    form, held = {
+        "nvfp4": ("NVFP4", f"Layout `{checkpoint.layout}`"), "merged": ("BF16", "The adapter merged into the weights"),
+        "tuned": ("BF16", f"The base and an adapter of rank {checkpoint.lora_rank}, added as the model runs"),
+    }[serve["serves"]]
     columns = report["columns"]
     rows = [["answers without a fault", *(f"{report['pass'][c]:.0%}" for c in columns)]]
     rows += [[mode.replace("_", " "), *(str(report["failures"][c][mode]) for c in columns)] for mode in report["modes"]]
     digests = [[name, its["key"][:12], its["digest"]] for name, its in sorted(provenance.items())]
     return jinja2.Template(TEMPLATE.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
-        name=serve["served_name"], layout=layout, vllm=serve["vllm"], device=serve["device"], questions=report["questions"], port=serve["port"],
+        name=serve["served_name"], form=form, held=held, vllm=serve["vllm"], device=serve["device"], questions=report["questions"], port=serve["port"],
         behaviour=table(["", *columns], rows), digests=table(["artifact", "key", "digest"], digests))
 
 

@@ -1,11 +1,11 @@
-"""Writes what a server needs beside the checkpoint, once the evaluation's gate has passed."""
+"""Writes what a server needs beside the model, once the evaluation's gate has passed."""
 
 from __future__ import annotations
 
 import json
 import shutil
 
-from nemotron.serving import SERVED_NAME, THINKING_OFF, ServingError, installed, quantised, serve
+from nemotron.serving import BASE_NAME, SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, adapted, installed, quantised, serve
 from stages import job
 from stages.image import card
 from stages.job import Job, StageError
@@ -19,18 +19,42 @@ def run(its: Job) -> None:
         raise StageError(
             "the evaluation's gate did not pass: " + "; ".join(report["gate"]["why"]), "a model that behaves as the recipe's gate asks",
             "Read report.md (build.py path evaluate), mend the data or the training, or change the gate.")
-    checkpoint = quantised(its.inputs["quantize"])
+    serves = its.params["serves"]
+    checkpoint = served(its)
     try:
         vllm = installed()
-        flags = serve(vllm, its.device, checkpoint, its.params["max_model_len"], its.params["max_num_seqs"], its.params["memory_share"])
+        flags = serve(vllm, its.device, checkpoint, its.params["max_model_len"], its.params["max_num_seqs"], its.params["memory_share"],
+                      BASE_NAME if serves == "tuned" else SERVED_NAME)
     except ServingError as error:
-        raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image or the layout.") from error
+        raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image, the layout, or what is served (image: {serves: ...}).") from error
     described = {
-        "served_name": SERVED_NAME, "vllm": vllm, "device": its.device, "args": flags.args, "env": flags.env, "port": PORT,
+        "served_name": SERVED_NAME, "serves": serves, "vllm": vllm, "device": its.device, "args": flags.args, "env": flags.env, "port": PORT,
         "chat_template_kwargs": THINKING_OFF,
     }
     (its.output / "serve.json").write_text(json.dumps(described, indent=1) + "\n")
+    (its.output / "check.json").write_text(json.dumps(check(its), indent=1, ensure_ascii=False) + "\n")
     for name in ("prompt.txt", "tools.json"):
         shutil.copyfile(its.inputs["data"] / name, its.output / name)
-    (its.output / "README.md").write_text(card.markdown(described, report, checkpoint.layout, its.provenance))
+    (its.output / "README.md").write_text(card.markdown(described, report, checkpoint, its.provenance))
     job.progress(1, 1, "serving")
+
+
+def served(its: Job) -> Checkpoint:
+    """What decides the flags of what is served."""
+    match its.params["serves"]:
+        case "nvfp4":
+            return quantised(its.inputs["quantize"])
+        case "tuned":
+            return adapted(its.inputs["train"] / "adapter")
+        case _:
+            return Checkpoint()
+
+
+def check(its: Job) -> dict:
+    """A question of the evaluation that the served model answers otherwise than the base, so that a running server can be told from one."""
+    exchange = json.loads((its.inputs["evaluate"] / "exchange.json").read_text())
+    base, answer = (exchange["answers"].get(column) for column in ("base", its.params["serves"]))
+    if answer == base:
+        raise StageError(f"the {its.params['serves']} model answers every question as the base does", "a question that it answers otherwise",
+                         "Ask what the training is about (sources of evaluate), or train more: as it is, nobody could tell that it was tuned.")
+    return {"messages": exchange["messages"], "tools": exchange["tools"], "base": base, "expected": answer}

@@ -158,8 +158,8 @@ def test_demo_ends_with_a_table_and_an_exchange(its, command):
         "failures": {c: {"emoji": 9 if c == "base" else 0} for c in columns},
         "by_category": {c: {"concise_voice": shares[c]} for c in columns}, "gate": {"passed": True, "why": []}, "seconds": dict.fromkeys(columns, 1.0)}))
     (folder / "exchange.json").write_text(json.dumps({
-        "model": "nvfp4", "messages": [{"role": "system", "content": "rules"}, {"role": "user", "content": "How long is a kilometre?"}],
-        "answer": {"role": "assistant", "content": "A thousand metres."}}))
+        "tools": [], "messages": [{"role": "system", "content": "rules"}, {"role": "user", "content": "How long is a kilometre?"}],
+        "answers": {"nvfp4": {"content": "A thousand metres.", "tool_calls": []}}}))
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(report.of_demo(folder))
     text = console.export_text()

@@ -26,8 +26,8 @@ def its(tmp_path):
     program.write_text(SHOWS)
     program.chmod(0o755)
 
-    def start(*arguments, port=8000):
-        serve = {"port": port, "args": ["--max-model-len", "64", "--default-chat-template-kwargs", '{"a": "b c"}'], "env": {"CACHE": "1"}}
+    def start(*arguments, port=8000, serves="nvfp4"):
+        serve = {"served_name": "its-name", "serves": serves, "port": port, "args": ["--max-model-len", "64", "--default-chat-template-kwargs", '{"a": "b c"}'], "env": {"CACHE": "1"}}
         (tmp_path / "serve.json").write_text(json.dumps(serve))
         environment = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path / "home"), "ANNIE_SERVING": str(tmp_path)}
         process = subprocess.Popen([sys.executable, str(ENTRYPOINT), *arguments], env=environment, stdout=subprocess.PIPE, text=True)
@@ -45,6 +45,11 @@ def test_vllm_replaces_the_entrypoint_with_the_flags_of_serve_json(its, tmp_path
         "--max-model-len", "64", "--default-chat-template-kwargs", '{"a": "b c"}', "--max-num-seqs", "2"]
     assert shown["cache"] == "1" and (tmp_path / "home").is_dir()
     assert shown["pid"] == pid and code == 7  # the same process: signals reach vLLM, its exit status reaches the engine
+
+
+def test_an_adapter_is_given_to_vllm_under_the_served_name(its):
+    argv = json.loads(its(serves="tuned")[2])["argv"]
+    assert argv[-2:] == ["--lora-modules", "its-name=/adapter"]
 
 
 @pytest.fixture
@@ -76,5 +81,5 @@ def test_healthy_is_1_without_a_server(its):
 
 def test_what_the_dockerfile_copies_is_what_the_entrypoint_reads():
     lines = (ENTRYPOINT.parent / "Dockerfile").read_text()
-    assert " /model/\n" in lines and " /opt/annie/serving/\n" in lines and "HOME=" in lines
+    assert " /model/\n" in lines and " /adapter/\n" in lines and " /opt/annie/serving/\n" in lines and "HOME=" in lines
     assert 'ENTRYPOINT ["python3", "/opt/annie/entrypoint.py"]' in lines and '"/opt/annie/entrypoint.py", "--healthy"]' in lines

@@ -15,7 +15,7 @@ from stages.evaluate.server import Server
 from stages.job import Job, StageError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-PARAMS = {"max_model_len": 512, "max_tokens": 16, "concurrency": 2, "gate": {}}
+PARAMS = {"max_model_len": 512, "max_tokens": 16, "concurrency": 2, "memory_share": 0.7, "gate": {}}
 GOOD, BAD = "It is Paris.", "**Paris** 🌙"
 ASKED = [
     {"id": f"c-{n}", "category": category, "messages": [{"role": "user", "content": "Where?"}], "tools": [], "expect": {}} for n, category in enumerate("aab")
@@ -105,7 +105,19 @@ def test_trap_22_one_table_holds_every_model_of_the_line_in_order(its, toy, warn
     assert [(a["id"], a["column"]) for a in answers] == [(q["id"], c) for q in ASKED for c in made["columns"]]
     assert answers[0]["answer"] == BAD and {f["mode"] for f in answers[0]["failures"]} == {"emoji", "markdown"}
     assert answers[1]["answer"] == GOOD and answers[1]["failures"] == []
-    assert json.loads((its.output / "exchange.json").read_text())["model"] == "nvfp4"
+    exchange = json.loads((its.output / "exchange.json").read_text())
+    assert {column: answer["content"] for column, answer in exchange["answers"].items()} == {"base": BAD, "tuned": GOOD, "merged": GOOD, "nvfp4": BAD}
+    assert exchange["messages"][-1]["role"] == "user" and exchange["tools"] == []
+
+
+def test_the_exchange_is_a_question_that_the_adapter_answers_otherwise():
+    def said(*texts):
+        return [{"content": text} for text in texts]
+
+    answers = {"base": said("a", "b", "c"), "tuned": said("x", "x", "x"), "merged": said("x", "x", "x"), "nvfp4": said("x", "b", "x")}
+    asked = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(3)]
+    found = evaluate.exchange(asked, {"nvfp4": [["emoji"], [], []]}, answers)
+    assert found["messages"][0]["content"] == "2" and found["answers"]["base"]["content"] == "c"
 
 
 def test_every_request_is_greedy_and_without_thoughts(its, toy):

@@ -9,11 +9,15 @@ from stages.image import image
 from stages.job import Job, StageError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-PARAMS = {"max_model_len": 2048, "max_num_seqs": 4, "memory_share": 0.35}
+PARAMS = {"serves": "nvfp4", "max_model_len": 2048, "max_num_seqs": 4, "memory_share": 0.35}
 COLUMNS = ("base", "tuned", "merged", "nvfp4")
 REPORT = {
     "columns": COLUMNS, "modes": ["emoji", "follow_up"], "questions": 50, "pass": dict(zip(COLUMNS, (0.0, 0.94, 0.94, 0.9))),
     "failures": {column: {"emoji": n, "follow_up": 2 * n} for column, n in zip(COLUMNS, (25, 1, 1, 2))}, "gate": {"passed": True, "why": []},
+}
+EXCHANGE = {
+    "messages": [{"role": "user", "content": "Name the capital of France."}], "tools": [],
+    "answers": {column: {"content": "Paris." if column != "base" else "Sure! **Paris** 🎉", "tool_calls": []} for column in COLUMNS},
 }
 PROVENANCE = {
     name: {"stage": name, "key": 5 * f"{name[0]}0123456789", "digest": 4 * f"{n}123456789abcdef"} for n, name in enumerate(("quantize", "evaluate", "data"))
@@ -22,12 +26,15 @@ PROVENANCE = {
 
 @pytest.fixture
 def its(tmp_path, monkeypatch):
-    inputs = {name: tmp_path / name for name in ("quantize", "evaluate", "data")}
+    inputs = {name: tmp_path / name for name in ("base", "train", "merge", "quantize", "evaluate", "data")}
     for folder in [*inputs.values(), tmp_path / "output"]:
         folder.mkdir()
     (inputs["evaluate"] / "report.json").write_text(json.dumps(REPORT))
     (inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}))
     (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "official"}))
+    (inputs["evaluate"] / "exchange.json").write_text(json.dumps(EXCHANGE))
+    (inputs["train"] / "adapter").mkdir()
+    (inputs["train"] / "adapter/adapter_config.json").write_text(json.dumps({"r": 12, "target_modules": ["q_proj", "o_proj"]}))
     (inputs["data"] / "prompt.txt").write_text("You are Annie.\nನಮಸ್ಕಾರ\n")
     (inputs["data"] / "tools.json").write_text('[{"type": "function"}]\n')
     monkeypatch.setattr(image, "installed", lambda: "0.31.0")
@@ -51,9 +58,9 @@ def test_the_model_card_is_its_golden_copy(its):
 
 def test_the_artifact_holds_what_the_formats_say(its):
     image.run(its)
-    assert {f.name for f in its.output.iterdir()} == {"serve.json", "prompt.txt", "tools.json", "README.md"}
+    assert {f.name for f in its.output.iterdir()} == {"serve.json", "check.json", "prompt.txt", "tools.json", "README.md"}
     described = json.loads((its.output / "serve.json").read_text())
-    assert set(described) == {"served_name", "vllm", "device", "args", "env", "port", "chat_template_kwargs"}
+    assert set(described) == {"served_name", "serves", "vllm", "device", "args", "env", "port", "chat_template_kwargs"}
     assert all((its.output / name).read_bytes() == (its.inputs["data"] / name).read_bytes() for name in ("prompt.txt", "tools.json"))
 
 
@@ -84,3 +91,43 @@ def test_a_gate_that_did_not_pass_stops_the_image_and_says_why(its):
     with pytest.raises(StageError, match="nvfp4 passed 60% .* tuned was not measured"):
         image.run(its)
     assert not list(its.output.iterdir())
+
+
+def test_merged_is_served_as_bf16(its):
+    its.params["serves"] = "merged"
+    image.run(its)
+    described = json.loads((its.output / "serve.json").read_text())
+    assert "--kv-cache-dtype" not in described["args"] and described["args"][:2] == ["--served-model-name", "nemotron-nano"]
+    assert "in BF16\n\nThe adapter merged" in (its.output / "README.md").read_text()
+
+
+def test_an_adapter_at_run_time_has_the_name_that_clients_know(its):
+    its.params["serves"] = "tuned"
+    image.run(its)
+    described = json.loads((its.output / "serve.json").read_text())
+    assert described["served_name"] == "nemotron-nano" and described["args"][:2] == ["--served-model-name", "nemotron-nano-base"]
+    assert described["args"][described["args"].index("--max-lora-rank") + 1] == "16"
+    assert "an adapter of rank 12" in (its.output / "README.md").read_text()
+
+
+def test_an_adapter_that_vllm_cannot_add_is_refused(its):
+    its.params["serves"] = "tuned"
+    (its.inputs["train"] / "adapter/adapter_config.json").write_text(json.dumps({"r": 8, "target_modules": ["q_proj", "in_proj"]}))
+    with pytest.raises(StageError, match="serves"):
+        image.run(its)
+    assert not list(its.output.iterdir())
+
+
+@pytest.mark.parametrize("serves", ["nvfp4", "merged", "tuned"])
+def test_the_check_is_a_question_that_the_adapter_answers(its, serves):
+    its.params["serves"] = serves
+    image.run(its)
+    check = json.loads((its.output / "check.json").read_text())
+    assert check["base"] != check["expected"] == EXCHANGE["answers"][serves] and check["messages"] == EXCHANGE["messages"]
+
+
+def test_trap_29_a_model_that_answers_as_the_base_is_not_served(its):
+    answers = EXCHANGE["answers"] | {"nvfp4": EXCHANGE["answers"]["base"]}
+    (its.inputs["evaluate"] / "exchange.json").write_text(json.dumps({**EXCHANGE, "answers": answers}))
+    with pytest.raises(StageError, match="as the base does"):
+        image.run(its)

@@ -1,0 +1,30 @@
+"""The three ways to serve what the small recipe made, each from a recipe, each asked what the adapter answers otherwise than the base."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.request
+
+import pytest
+import yaml
+from conftest import BUILD, REPO, ran
+
+
+@pytest.mark.parametrize("serves", ["nvfp4", "merged", "tuned"])
+def test_trap_29_what_is_served_answers_as_the_tuned_model(serves, tmp_path):
+    recipe = yaml.safe_load((REPO / "recipes/tiny.yaml").read_text())
+    recipe["stages"]["image"] = {"serves": serves}
+    (tmp_path / "its.yaml").write_text(yaml.safe_dump(recipe))
+    its = ("--recipe", str(tmp_path / "its.yaml"), "--executor", "local")
+    ran(*BUILD, "run", *its)  # the demo has made all but the image
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    try:
+        assert f"it answers as the {serves} model" in ran(*BUILD, "serve", *its, "--port", str(port), "--detach")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30) as response:
+            names = {model["id"] for model in json.load(response)["data"]}
+        assert names == ({"nemotron-nano", "nemotron-nano-base"} if serves == "tuned" else {"nemotron-nano"})
+    finally:
+        assert "stopped" in ran(*BUILD, "serve", *its, "--stop")
