@@ -19,7 +19,7 @@ import torch
 
 from bench import operations
 from bench.weights import Random
-from nemotron import audit, layout, walk
+from nemotron import audit, layout, quant_config, walk
 from nemotron.checkpoint import Checkpoint, Slot, write_index
 from stages.job import Job
 from stages.quantize import calibrate, quantize
@@ -42,7 +42,7 @@ def make(folder: Path, config: dict, device: str, form: str, chosen: str, kv_cac
     calibrated = time.perf_counter()
     quantize.stream(source, modules, maxima, Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, output, folder, 0, device=device))
     written = time.perf_counter()
-    (output / audit.QUANT).write_text(json.dumps(layout.hf_quant_config(config, chosen, kv_cache, "0.47.0", form == "w4a16")))
+    quant_config.write(output, layout.hf_quant_config(config, chosen, kv_cache, "0.47.0", form == "w4a16"))
     if found := audit.nvfp4(output, chosen, weight_only=form == "w4a16"):
         raise SystemExit("\n".join(map(str, found)))
     made = Checkpoint(output)

@@ -41,8 +41,8 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bo
     try:
         its = Checkpoint(folder)
         config = its.config
-        said = [c for c in quant_config.read(folder, config) if c.file == QUANT]
-        if not said:
+        said = quant_config.read(folder, config)
+        if not any(c.file == QUANT for c in said):
             raise CheckpointError(f"{folder.name} has no {QUANT}")
         original = Checkpoint(source) if source else None
         plain = {n: Spec(e.shape, e.dtype) for n, e in original.entries.items()} if original else names.tensors(config)

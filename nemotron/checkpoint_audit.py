@@ -104,7 +104,7 @@ def settings(its: Checkpoint, plain: dict[str, Spec], packed: set[str], said: li
     found = [*faults.settings(said), *faults.excludes(its, plain, packed, first)]
     if first.algorithm == "NVFP4" and not has_input_scales(its):
         found.append(Finding(first.file, "quant_algo NVFP4, and no input_scale in the files", "W4A16_NVFP4, or an input_scale for each linear",
-                             "vLLM would compute with whatever memory holds: say W4A16_NVFP4 of a weight-only export."))
+                             "vLLM would compute with whatever memory holds: say W4A16_NVFP4 of a weight-only export, in config.json."))
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from nemotron.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, CheckpointError, header, weight_map
 from nemotron.layout import PARTS
 from nemotron.names import Spec
-from nemotron.quant_config import ALGORITHMS, GROUP, QuantConfig, covers
+from nemotron.quant_config import ALGORITHMS, CONFIG, GROUP, INSIDE, ONLY_INSIDE, QuantConfig, covers
 
 _AGAIN = "Copy or download it again."
 
@@ -99,13 +99,23 @@ def structure(checkpoint: Checkpoint, expected: dict[str, Spec]) -> Iterator[Fin
             yield Finding(name, "a tensor that the config has no place for", "only the model's own tensors", remedy)
 
 
+def _said(config: QuantConfig) -> tuple:
+    return config.algorithm, config.kv_cache, config.group_size, sorted(config.excludes)
+
+
+def _shown(config: QuantConfig) -> str:
+    return f"{config.algorithm} with {len(config.excludes)} excludes, groups of {config.group_size} and KV cache {config.kv_cache or 'as computed'}"
+
+
 def settings(configs: list[QuantConfig]) -> Iterator[Finding]:
     """What is said about the quantisation, against what vLLM reads."""
     its = configs[0]
     for other in configs[1:]:
-        if (its.algorithm, sorted(its.excludes)) != (other.algorithm, sorted(other.excludes)):
-            yield Finding(other.file, f"{other.algorithm} with {len(other.excludes)} excludes", f"what {its.file} says: {its.algorithm} with {len(its.excludes)} excludes",
-                          f"vLLM takes {its.file}: make them agree.")
+        if _said(its) != _said(other):
+            yield Finding(other.file, _shown(other), f"what {its.file} says: {_shown(its)}", f"vLLM takes {its.file}: make them agree.")
+    if its.algorithm in ONLY_INSIDE and its.file != CONFIG:
+        yield Finding(its.file, f"quant_algo {its.algorithm}, and no {INSIDE} in {CONFIG}", f"these settings in {CONFIG}",
+                      f"Every vLLM refuses {its.algorithm} from {its.file}: add {INSIDE} to {CONFIG} (its form is in docs/formats.md), or quantise again.")
     for config in configs:
         if config.missing:
             yield Finding(config.file, f"no {', '.join(config.missing)}", "the keys that vLLM asks for", "Add them; kv_cache_quant_algo may be null.")

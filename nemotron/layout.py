@@ -93,7 +93,7 @@ def packed_tensors(source: dict[str, Spec], modules: list[str], input_scales: bo
 
 
 def hf_quant_config(config: dict, layout: str, kv_cache: str | None, producer: str, weight_only: bool = False) -> dict:
-    """hf_quant_config.json in the form that every vLLM version reads, beside an untouched config.json."""
+    """hf_quant_config.json in the form that every vLLM version reads; nemotron/quant_config.py writes it, for weights alone into config.json too."""
     return {
         "producer": {"name": "modelopt", "version": producer},
         "quantization": {

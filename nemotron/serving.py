@@ -8,7 +8,7 @@
 | kv_cache_scheme read from the checkpoint | 0.17.1 | `--kv-cache-dtype fp8`, which is always right and always given |
 | a quantised Mamba in_proj read right | 0.18 | refused: two of its scales are uninitialised memory there |
 | FlashInfer chosen by `--moe-backend` | 0.31 | environment variables |
-| weight-only NVFP4 (`W4A16_NVFP4`), which Marlin alone computes | 0.22 | refused: linears from 0.21, experts from 0.22 |
+| weight-only NVFP4 (`W4A16_NVFP4`), by Marlin, read from config.json alone (nemotron/quant_config.py) | 0.22 | refused: linears from 0.21, experts from 0.22 |
 | SSM cache dtype read from the config | 0.13 | `--mamba-ssm-cache-dtype float32` |
 
 Sources: vLLM's release branches and wheels, pull requests 31343, 39765, 41769 and issue 52308. Prefix caching is off on CPU (its engine dies on

@@ -16,7 +16,7 @@ from threading import Lock
 
 import torch
 
-from nemotron import audit, layout, nvfp4
+from nemotron import audit, layout, nvfp4, quant_config
 from nemotron.checkpoint import INDEX, Checkpoint, Slot, Work, write, write_index
 from nemotron.names import Spec
 from stages import job
@@ -39,8 +39,7 @@ def run(its: Job) -> None:
                         "Raise calibration_rows, or give conversations that look like those it will serve")
     stream(source, modules, maxima, its)
     kv_cache = None if params["kv_cache"] == "none" else params["kv_cache"]
-    settings = layout.hf_quant_config(source.config, chosen, kv_cache, importlib.metadata.version("nvidia-modelopt"), weight_only)
-    (its.output / audit.QUANT).write_text(json.dumps(settings, indent=4) + "\n")
+    quant_config.write(its.output, layout.hf_quant_config(source.config, chosen, kv_cache, importlib.metadata.version("nvidia-modelopt"), weight_only))
     findings = audit.nvfp4(its.output, chosen, source.folder, weight_only)
     made = Checkpoint(its.output)
     report = {

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 import small  # noqa: E402
 
-from nemotron import faults, layout, names, nvfp4  # noqa: E402
+from nemotron import faults, layout, names, nvfp4, quant_config  # noqa: E402
 from nemotron.checkpoint import DTYPES, INDEX, Checkpoint, Slot, shards, write, write_index  # noqa: E402
 from nemotron.checkpoint import NAMES as DTYPE_NAMES  # noqa: E402
 from nemotron.checkpoint_audit import PRECISIONS, QUANT, audit  # noqa: E402
@@ -44,7 +44,7 @@ def written(folder, config, values, quant=None):
     write_index(folder, files)
     (folder / "config.json").write_text(json.dumps(config))
     if quant:
-        (folder / QUANT).write_text(json.dumps(quant))
+        quant_config.write(folder, quant)
     return folder
 
 
@@ -57,10 +57,7 @@ def quantised(base, folder, chosen, change=lambda values: None, weight_only=Fals
         if not weight_only:
             values[f"{name}.input_scale"] = torch.tensor(0.01)
     change(values)
-    quant = layout.hf_quant_config(config, chosen, "FP8", "0")
-    if weight_only:
-        quant["quantization"]["quant_algo"] = "W4A16_NVFP4"
-    return written(folder, config, values, quant)
+    return written(folder, config, values, layout.hf_quant_config(config, chosen, "FP8", "0", weight_only))
 
 
 def edited(folder, copy, change, file=QUANT):
@@ -141,9 +138,21 @@ def test_a_weight_only_export_passes_as_what_it_is(base, tmp_path):
     folder = quantised(base, tmp_path / "made", "official", weight_only=True)
     made = audit(folder, vllm="0.31.0")
     assert made.findings == [] and made.facts["format"] == "W4A16_NVFP4"
-    assert made.serve.args[-2:] == ["--moe-backend", "marlin"]
-    as_nvfp4 = edited(folder, tmp_path / "broken", lambda quant: quant["quantization"].update(quant_algo="NVFP4"))
+    assert (made.facts["kv_cache"], made.facts["excludes"]) == ("FP8", len(layout.excluded(Checkpoint(base).config, "official")))
+    assert made.serve.args[-4:] == ["--kv-cache-dtype", "fp8", "--moe-backend", "marlin"]
+    alone = edited(folder, tmp_path / "alone", lambda config: config.pop("quantization_config"), "config.json")
+    as_nvfp4 = edited(alone, tmp_path / "broken", lambda quant: quant["quantization"].update(quant_algo="NVFP4"))
     assert [(f.subject, f.found) for f in audit(as_nvfp4).findings] == [(QUANT, "quant_algo NVFP4, and no input_scale in the files")]
+
+
+def test_weights_alone_whose_settings_no_vllm_reads_are_named(base, tmp_path):
+    folder = quantised(base, tmp_path / "made", "official", weight_only=True)
+    alone = edited(folder, tmp_path / "alone", lambda config: config.pop("quantization_config"), "config.json")
+    finding, = audit(alone, base).findings
+    assert (finding.subject, finding.found) == (QUANT, "quant_algo W4A16_NVFP4, and no quantization_config in config.json")
+    assert "Every vLLM refuses" in finding.remedy and "config.json" in finding.remedy
+    (folder / QUANT).unlink()
+    assert audit(folder, base).findings == []  # config.json is enough for vLLM
 
 
 def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_path, monkeypatch):
@@ -262,11 +271,12 @@ def test_wrong_settings_are_named(official, tmp_path, fault):
 
 
 def test_two_settings_that_differ_and_none_at_all(official, base, tmp_path):
-    inside = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": json.loads((official / QUANT).read_text())["quantization"]["exclude_modules"]}
+    inside = quant_config.inside(json.loads((official / QUANT).read_text()))
     both = edited(official, tmp_path / "both", lambda config: config.update(quantization_config=inside), "config.json")
     assert subjects(both) == set()
-    inside["ignore"].append("backbone.layers.1.mixer.gate")
-    assert subjects(edited(official, tmp_path / "differ", lambda config: config.update(quantization_config=inside), "config.json")) == {QUANT}
+    other = {"ignore": [*inside["ignore"], "backbone.layers.1.mixer.gate"], "kv_cache_scheme": None}
+    for key, value in other.items():
+        assert subjects(edited(official, tmp_path / key, lambda config: config.update(quantization_config=inside | {key: value}), "config.json")) == {QUANT}
     (both / QUANT).unlink()
     shutil.copyfile(official / "config.json", both / "config.json")
     assert [f.found for f in audit(both).findings] == ["no such file, and no quantization_config in config.json"]

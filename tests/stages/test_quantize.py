@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import small  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from nemotron import audit, layout, names, native  # noqa: E402
+from nemotron import audit, layout, names, native, quant_config  # noqa: E402
 from nemotron.checkpoint import Checkpoint  # noqa: E402
+from stages.job import StageError  # noqa: E402
 from stages.quantize import calibrate, fidelity, quantize, reference  # noqa: E402
 
 PARAMS = {"layout": "official", "format": "w4a4", "scales": "nearest", "engine": "own", "kv_cache": "FP8", "calibration_rows": 2, "calibration_tokens": 64, "fidelity_tokens": 200}
@@ -81,7 +82,24 @@ def test_weights_alone_need_no_forward_and_have_no_input_scale(source, tmp_path,
     quantize.run(its)
     made = Checkpoint(its.output)
     assert not [name for name in made.entries if name.endswith("input_scale")] and audit.nvfp4(its.output, "official", source, weight_only=True) == []
-    assert json.loads((its.output / audit.QUANT).read_text())["quantization"]["quant_algo"] == "W4A16_NVFP4"
+    config, settings = json.loads((its.output / "config.json").read_text()), json.loads((its.output / audit.QUANT).read_text())
+    assert settings["quantization"]["quant_algo"] == "W4A16_NVFP4"
+    assert config.pop("quantization_config") == {
+        "quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": 16, "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "producer": settings["producer"], "ignore": settings["quantization"]["exclude_modules"]}
+    assert config == json.loads((source / "config.json").read_text())  # all else is the source's
+
+
+def test_weights_alone_are_not_handed_on_where_no_vllm_reads_that_they_are(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(quant_config, "ONLY_INSIDE", ())
+    its = small.job("quantize", tmp_path, {**PARAMS, "format": "w4a16"}, merge=source, data=small.data(tmp_path / "data"))
+    with pytest.raises(StageError, match="no quantization_config in config.json"):
+        quantize.run(its)
+
+
+def test_a_kv_cache_that_config_json_has_no_form_for_is_refused(source):
+    with pytest.raises(ValueError, match="NVFP4.*expected FP8 or null"):
+        quant_config.inside(layout.hf_quant_config(Checkpoint(source).config, "official", "NVFP4", "0", weight_only=True))
 
 
 def test_trap_24_every_expert_has_every_scale(source, made):

@@ -1,7 +1,8 @@
-"""Trap 23: vLLM's own matching agrees with our layout on every module of the real model."""
+"""What vLLM reads of a checkpoint's settings: trap 23, its own matching agrees with our layout on every module of the real model; and weight-only."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,3 +41,27 @@ def test_vllm_knows_the_algorithms_of_the_audit():
     from vllm.model_executor.layers.quantization.modelopt import QUANT_ALGOS
 
     assert quant_config.ALGORITHMS.keys() <= set(QUANT_ALGOS)
+
+
+@pytest.mark.parametrize("kv_cache", ["FP8", None])
+def test_vllm_reads_in_config_json_what_hf_quant_config_says(kv_cache):
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+    from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
+
+    nested = layout.hf_quant_config(NANO, "official", kv_cache, "0", weight_only=True)
+    inside = quant_config.inside(nested)
+    assert vars(ModelOptNvFp4Config.from_config(inside)) == vars(ModelOptNvFp4Config.from_config(nested))
+    assert get_kv_cache_quant_algo_string(inside) == get_kv_cache_quant_algo_string({**nested, "quant_method": "modelopt"}) == ("fp8_e4m3" if kv_cache else None)
+    assert ModelOptNvFp4Config.override_quantization_method(inside, None) == "modelopt_fp4"
+
+
+def test_vllm_takes_weights_alone_from_config_json_only():
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    def taken(settings):
+        return ModelArchConfigConvertorBase._normalize_quantization_config(None, SimpleNamespace(quantization_config=settings))
+
+    nested = layout.hf_quant_config(NANO, "official", "FP8", "0", weight_only=True)
+    assert taken(quant_config.inside(nested))["quant_method"] == "modelopt"
+    with pytest.raises(ValueError, match="Unknown ModelOpt quant algo: W4A16_NVFP4"):
+        taken(nested)  # once this passes, W4A16 can do without config.json: see nemotron/quant_config.py
