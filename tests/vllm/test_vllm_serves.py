@@ -1,72 +1,35 @@
 """A real vLLM on a CPU: what it answers about a small checkpoint, an adapter and an NVFP4 export is what they hold.
 
-Two servers are started. References are transformers' class with our repairs, given vLLM's own tokens.
+Three servers are started. References are transformers' class with our repairs, given vLLM's own tokens. Every layout is asked in
+test_vllm_exports.py.
 """
 
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs the vllm environment")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
+import exported  # noqa: E402
 import peft  # noqa: E402
 import small  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 
-from nemotron import audit, layout, names, native, nvfp4  # noqa: E402
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from nemotron.serving import SERVED_NAME, serve  # noqa: E402
+from nemotron import native, nvfp4  # noqa: E402
+from nemotron.serving import SERVED_NAME, quantised, serve  # noqa: E402
 from nemotron.serving import Checkpoint as Served  # noqa: E402
-from stages.base import tokenizer  # noqa: E402
 from stages.evaluate import evaluate  # noqa: E402
 from stages.evaluate.server import Server  # noqa: E402
-from stages.job import Job  # noqa: E402
-from stages.quantize import quantize  # noqa: E402
 
-# ChatML with the switch of the model's own template, which is TRL's to ship and so not in this environment.
-TEMPLATE = """\
-{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant
-{{ '<think></think>' if enable_thinking is defined and not enable_thinking else '<think>\n' }}"""
 THINK, NO_MORE = 12, 13  # token ids of <think> and </think>
 LONG = "hello how are you today " * 60  # 381 tokens: six chunks of the Mamba scan, and beyond the 319 of trap 31
-AMAX = 8.0  # of activations; in the line it is measured
-
-
-def remember(folder):
-    """Makes the Mamba layers carry a state, by small steps (dt is about 0.0003): untrained ones hardly use theirs."""
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name, tensor in tensors.items():
-            if name.endswith(("in_proj.weight", "conv1d.weight")):
-                tensor *= 10
-            elif name.endswith(".D"):
-                tensor *= 0.1
-            elif name.endswith("dt_bias"):
-                tensor.fill_(-8)
-        save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A base, an attention adapter for it, and its NVFP4 export, written by the stage's own writer."""
+    """A base, and an attention adapter for it."""
     folder = tmp_path_factory.mktemp("made")
-    base = small.base(folder / "base")
-    remember(base)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "chat_template", lambda: TEMPLATE)
-        tokenizer.write(tokenizer.train(["hello world how are you today"], 512), base)
-    small.adapter(folder / "train", base, "attention", size=0.3)
-    (folder / "nvfp4").mkdir()
-    config = Checkpoint(base).config
-    modules, its = layout.quantised(config, "official"), Job("quantize", {"layout": "official", "scales": "nearest"}, {}, folder / "nvfp4", folder, 0)
-    quantize.stream(Checkpoint(base), modules, dict.fromkeys(modules, torch.tensor(AMAX)), its)
-    (folder / "nvfp4" / audit.QUANT).write_text(json.dumps(layout.hf_quant_config(config, "official", "FP8", "0")))
-    assert audit.nvfp4(folder / "nvfp4", "official", base) == []
+    small.adapter(folder / "train", exported.base(folder / "base"), "attention", size=0.3)
     return folder
 
 
@@ -85,10 +48,12 @@ def bf16(made):
         yield server
 
 
-@pytest.fixture(scope="module")
-def in_4_bits(made):
-    with Server(made / "nvfp4", serve(evaluate.installed(), "cpu", Served("official", fp8_cache=True), 512, 4), "nvfp4") as server:
-        yield server
+@pytest.fixture(scope="module", params=["w4a4", "w4a16"])
+def in_4_bits(request, made):
+    """An export in NVIDIA's layout, and a server of it as stage evaluate starts one."""
+    folder = exported.export(made / "base", made / request.param, "official", request.param)
+    with Server(folder, serve(evaluate.installed(), "cpu", quantised(folder), 512, 4), "nvfp4") as server:
+        yield folder, server
 
 
 def ask(server, name=SERVED_NAME, content=LONG, **more):
@@ -107,16 +72,6 @@ def difference(answer, model):
     places = [[(int(t["token"].removeprefix("token_id:")), t["logprob"]) for t in place["top_logprobs"][:20]] for place in choice["logprobs"]["content"]]
     found = torch.tensor(places, dtype=torch.float64)
     return (found[..., 1] - expected.gather(1, found[..., 0].long())).abs()
-
-
-def decoded(folder, read=nvfp4.unpack):
-    """The model that an NVFP4 export stands for, with its weights in float32."""
-    model, checkpoint = native.load(folder.parent / "base"), Checkpoint(folder)
-    for name in layout.quantised(checkpoint.config, "official"):
-        weight = read(nvfp4.Packed(*(checkpoint.tensor(f"{name}.{part}") for part in ("weight", *layout.PARTS[:2]))))
-        parameter = model.get_parameter(names.native(f"{name}.weight")).data
-        (parameter[int(name.split(".experts.")[1].split(".")[0])] if ".experts." in name else parameter).copy_(weight)
-    return model
 
 
 def test_trap_2_bf16_answers_as_transformers_does_after_the_repair(made, bf16):
@@ -152,11 +107,13 @@ def test_trap_31_a_long_prompt_that_comes_back_does_not_kill_the_engine(bf16):
 
 
 def test_nvfp4_answers_as_its_decoded_weights_do(made, in_4_bits):
-    answer = ask(in_4_bits)
-    assert difference(answer, decoded(made / "nvfp4")).mean() < 0.15  # activations are in 4 bits too: noise remains
+    folder, server = in_4_bits
+    answer = ask(server)
+    # In W4A4 activations are in 4 bits too: noise remains. In W4A16 all that remains is BF16's.
+    assert difference(answer, exported.decoded(made / "base", folder)).mean() < (0.15 if folder.name == "w4a4" else 0.02)
     # The measure tells a checkpoint that is read wrongly: nibbles swapped, a scale lost.
     for wrong in (lambda p: nvfp4.unpack(replace(p, weight=p.weight << 4 | p.weight >> 4)), lambda p: nvfp4.unpack(p) / 2):
-        assert difference(answer, decoded(made / "nvfp4", wrong)).mean() > 0.25
+        assert difference(answer, exported.decoded(made / "base", folder, wrong)).mean() > 0.25
 
 
 def test_the_plugin_refuses_another_vllm(monkeypatch):
