@@ -16,7 +16,7 @@ from nemotron import adapter, assemble, native, recompute
 from nemotron.checkpoint import Checkpoint
 from nemotron.shards import Shards
 from stages import job
-from stages.train import checkpoints, memory, picture, ranks
+from stages.train import checkpoints, guard, memory, picture, ranks
 from stages.train.board import Board
 from stages.train.loop import History, Loop
 from stages.train.pack import trained_tokens, unfilled
@@ -27,6 +27,7 @@ from stages.train.watch import Watch
 def run(task: job.Job) -> None:
     """Trains and writes `adapter/`, `training.json`, `loss.jsonl`, `loss.png` and `tensorboard/`."""
     began = time.monotonic()
+    guard.enough(task.params["steps"])
     its = ranks.join(task.device)
     if task.device == "cpu":
         # Small matrices gain from a second core and lose from a third; and sums come out the same everywhere.
@@ -140,23 +141,26 @@ def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[d
     params = task.params
     adapter.save(model, task.output / "adapter", params["targets"], params["rank"], params["alpha"])
     with (task.output / "loss.jsonl").open("w") as opened:
-        for step in sorted(history.train):
-            line = {"step": step, "train": history.train[step], "held_out": history.held_out.get(step), "norm": history.norm[step], "learning_rate": history.rate[step]}
+        for step in sorted({*history.train, *history.held_out}):  # a held-out loss alone at step 0 of a run of none
+            line = {"step": step, "train": history.train.get(step), "held_out": history.held_out.get(step), "norm": history.norm.get(step), "learning_rate": history.rate.get(step)}
             opened.write(json.dumps({key: value for key, value in line.items() if value is not None}) + "\n")
-    first, last, best = ends(list(history.train.values()))
-    drop = 1 - last / first
+    steps = max(history.train, default=0)
+    first, last, best = ends(list(history.train.values())) if steps else (None, None, None)
+    drop = 1 - last / first if steps else None
     picture.draw(history.train, history.held_out, drop, task.output / "loss.png")
     report = {
-        "method": params["method"], "targets": params["targets"], "rank": params["rank"], "alpha": params["alpha"], "steps": max(history.train),
-        "stopped_early": history.stopped is not None, "kept_step": history.best[1] if history.best else max(history.train),
+        "method": params["method"], "targets": params["targets"], "rank": params["rank"], "alpha": params["alpha"], "steps": steps,
+        "stopped_early": history.stopped is not None, "kept_step": history.best[1] if history.best else steps,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": assemble.parameters(model), "groups": native.bytes_by_group(model), "conversations": len(rows),
         "trained_tokens": trained_tokens(rows),
-        "unfilled": unfilled([len(row["input_ids"]) for row in rows], task.seed, params["batch"], params["sequence_tokens"], max(history.train)),
+        "unfilled": unfilled([len(row["input_ids"]) for row in rows], task.seed, params["batch"], params["sequence_tokens"], steps),
         "loss": {"first": first, "last": last, "best": best, "drop": drop, "held_out": history.held_out[max(history.held_out)] if history.held_out else None},
         "tokens_per_second": round(watch.speed), "peak_bytes": watch.memory(), "seconds": round(seconds, 1),
     }
     (task.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    if drop is None:
+        return
     job.metric("loss drop", drop)
     if drop < params["min_loss_drop"]:
         found, wanted = f"the loss fell by {drop:.0%}, from {first:.3f} to {last:.3f}", f"at least {params['min_loss_drop']:.0%}"

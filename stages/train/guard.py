@@ -12,6 +12,13 @@ from stages import job
 LOOKED_AT = 3  # steps: B begins at zero and blocks A's gradient on the first, and the warm-up may begin at a rate of zero
 
 
+def enough(steps: int) -> None:
+    """Raises StageError if a run of `steps` steps would end before the guard has looked; a run of none trains nothing, and says so."""
+    if 0 < steps < LOOKED_AT:
+        raise job.StageError(f"steps = {steps}", f"{LOOKED_AT} or more, after which every adapter tensor has to have moved",
+                             "Set steps to 3 or more, or to 0 for an adapter that is left as it begins")
+
+
 class Guard:
     """Refuses adapters that do not learn: after three steps every tensor has had a gradient and has moved.
 

@@ -76,9 +76,14 @@ class Loop:
         self.guard = Guard(self.parameters)
 
     def run(self) -> History:
-        """Trains from `start` to the last step, or until held-out losses stop falling; leaves the kept adapter in the model."""
+        """Trains from `start` to the last step, or until held-out losses stop falling; leaves the kept adapter in the model.
+
+        Of a run of no steps only the held-out loss is measured, as of step 0: the base's own.
+        """
         params = self.task.params
         self.model.train()
+        if not params["steps"] and self.held_out_tokens:
+            self.evaluate(0)
         for step in range(self.start, params["steps"]):
             if self.history.stopped:
                 break
@@ -93,7 +98,7 @@ class Loop:
                 self.evaluate(done)
             if done % params["save_every"] == 0 or done == params["steps"] or self.history.stopped:
                 self.save(done)
-        if self.history.best and self.history.best[1] != max(self.history.train):
+        if self.history.best and self.history.best[1] != max(self.history.train, default=0):
             adapter.restore(self.model, load_file(self.best))
         return self.history
 

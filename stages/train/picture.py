@@ -16,8 +16,8 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return found
 
 
-def draw(train: dict[int, float], held_out: dict[int, float], drop: float, path: Path) -> None:
-    """Training and held-out loss (nats per assistant token) over steps, on a logarithmic axis."""
+def draw(train: dict[int, float], held_out: dict[int, float], drop: float | None, path: Path) -> None:
+    """Training and held-out loss (nats per assistant token) over steps, on a logarithmic axis. `drop` is None where nothing was trained."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,8 +25,9 @@ def draw(train: dict[int, float], held_out: dict[int, float], drop: float, path:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=144, layout="constrained")
     steps, losses = list(train), list(train.values())
-    axes.plot(steps, losses, color=PALE, linewidth=0.8)
-    axes.plot(steps, smooth(losses), color=INK, linewidth=2, label="training")
+    if train:
+        axes.plot(steps, losses, color=PALE, linewidth=0.8)
+        axes.plot(steps, smooth(losses), color=INK, linewidth=2, label="training")
     if held_out:
         axes.plot(list(held_out), list(held_out.values()), color=ACCENT, linewidth=1.5, marker="o", markersize=4, label="held out")
     axes.set_yscale("log")
@@ -34,9 +35,10 @@ def draw(train: dict[int, float], held_out: dict[int, float], drop: float, path:
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per assistant token")
-    axes.set_title(f"Loss fell by {drop:.0%}", loc="left", color=INK, fontweight="bold")
+    axes.set_title("Not trained" if drop is None else f"Loss fell by {drop:.0%}", loc="left", color=INK, fontweight="bold")
     axes.grid(axis="y", which="both", color="#e6ebf0", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    if train or held_out:
+        axes.legend(frameon=False, loc="upper right")
     figure.savefig(path, metadata={"Software": None})
     pyplot.close(figure)

@@ -85,6 +85,24 @@ def test_a_held_out_loss_that_is_no_number_stops_training(made, tmp_path, monkey
         short.run(tmp_path, made)
 
 
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_a_run_of_no_steps_leaves_the_adapter_as_it_begins_and_measures_the_base(made, tmp_path, monkeypatch, targets):
+    warned = short.warnings(monkeypatch)
+    output = short.run(tmp_path, made, steps=0, targets=targets, min_loss_drop=0.75, require_loss_drop=True)
+    assert {name: bool(value.any()) for name, value in short.weights(output).items()} == {name: "lora_A" in name for name in short.weights(output)}
+    report = json.loads((output / "training.json").read_text())
+    assert (report["steps"], report["kept_step"]) == (0, 0) and report["loss"]["drop"] is None and not warned
+    assert [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()] == [{"step": 0, "held_out": report["loss"]["held_out"]}]
+    assert report["loss"]["held_out"] > 5, "of random weights: the log of 512 tokens, 6.2"
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG") and (output / "tensorboard" / FILE).is_file()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_trap_8_a_run_that_ends_before_the_guard_looks_is_refused(made, tmp_path, steps):
+    with pytest.raises(job.StageError, match=f"steps = {steps}; expected 3 or more"):
+        short.run(tmp_path, made, steps=steps)
+
+
 def test_the_learning_rate_rises_and_then_falls_to_zero(made, tmp_path):
     rates = short.rates(short.run(tmp_path, made, steps=10, warmup_steps=3, save_every=10, eval_every=10))
     assert rates[:3] == pytest.approx([5e-3 / 3, 5e-3 * 2 / 3, 5e-3]) and rates[2:] == sorted(rates[2:], reverse=True)
