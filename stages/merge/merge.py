@@ -32,8 +32,8 @@ def run(its: Job) -> None:
     except (CheckpointError, AdapterError) as error:
         raise StageError(str(error), "a BF16 checkpoint and an adapter made on it", "Train again on this base.") from error
     merged = stream(base, adapter, its.output)
-    facts = proof.files(base, Checkpoint(its.output), adapter, merged)
-    if its.params["proof_tokens"]:
+    facts = proof.files(base, Checkpoint(its.output), adapter, merged, its.params["control"])
+    if its.params["proof_tokens"] and not its.params["control"]:  # equal bytes have an equal forward
         facts |= proof.forward(base, adapter, Checkpoint(its.output), its.inputs["data"] / "train.jsonl", its.params, its.device)
     (its.output / "merge.json").write_text(json.dumps({"rank": adapter.rank, "scale": adapter.scale, **facts}, indent=2) + "\n")
 

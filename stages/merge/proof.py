@@ -17,26 +17,31 @@ from stages import job
 from stages.job import StageError
 
 
-def files(base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[str, int]) -> dict:
-    """Same names, shapes and dtypes as the source; changed tensors exactly those that the adapter names.
+def files(base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[str, int], control: bool = False) -> dict:
+    """Same names, shapes and dtypes as the source; changed tensors exactly those that the adapter names, or of a control none.
 
     Reads the merged files back from disk. Raises StageError with the tensor's name.
     """
+    # Not by what it changed alone: a trained adapter that BF16 rounds away would pass for a control too.
+    if control and (trained := sorted(name for name in {pair.b for pair in adapter.pairs.values()} if adapter.tensor(name).any())):
+        raise StageError(f"{trained[0]} and {len(trained) - 1} more tensors of a control are not zero", "an adapter whose B is zero",
+                         "Set train's steps to 0, or leave merge's `control` out.")
     for name in sorted(set(base.entries) ^ set(merged.entries)):
         raise StageError(f"{name} is in {'the source' if name in base.entries else 'the merge'} only", "the same tensors in both", "Do not use this merge; report it.")
     for name, entry in base.entries.items():
         other = merged.entries[name]
         if (entry.shape, entry.dtype) != (other.shape, other.dtype):
             raise StageError(f"{name} is {other.dtype} {other.shape}", f"{entry.dtype} {entry.shape} as in the source", "Do not use this merge; report it.")
-        if name not in adapter.pairs and not base.same(name, merged):
-            raise StageError(f"{name} differs from the source though the adapter does not name it", "equal bytes", "Do not use this merge; report it.")
+        if (control or name not in adapter.pairs) and not base.same(name, merged):
+            raise StageError(f"{name} differs from the source though the adapter {'is zero' if control else 'does not name it'}", "equal bytes", "Do not use this merge; report it.")
     if missing := sorted(set(adapter.pairs) - set(changed)):
         raise StageError(f"{missing[0]} and {len(missing) - 1} more were named by the adapter and not merged", "all of them merged", "Report it.")
-    if idle := sorted(name for name, count in changed.items() if not count):
+    if not control and (idle := sorted(name for name, count in changed.items() if not count)):
         raise StageError(
             f"the adapter changes nothing in {len(idle)} of {len(changed)} tensors, first {idle[0]}", "a change in each",
-            "That layer was not trained, or so little that BF16 rounds it away: see training.json, and train longer or with a higher learning rate.")
-    return {"tensors": len(base.entries), "merged": len(changed), "changed_elements": sum(changed.values())}
+            "That layer was not trained, or so little that BF16 rounds it away: see training.json, and train longer or with a higher learning rate. "
+            "If the adapter is meant to be zero, say control: true.")
+    return {"tensors": len(base.entries), "merged": len(changed), "changed_elements": sum(changed.values()), "control": control}
 
 
 def forward(base: Checkpoint, adapter: Adapter, merged: Checkpoint, rows: Path, params: dict, device: str) -> dict:

@@ -19,7 +19,7 @@ from nemotron.lora import Adapter  # noqa: E402
 from stages.job import StageError  # noqa: E402
 from stages.merge import merge  # noqa: E402
 
-PARAMS = {"proof_tokens": 300, "proof_error": 0.25, "proof_precision": "float32"}
+PARAMS = {"proof_tokens": 300, "proof_error": 0.25, "proof_precision": "float32", "control": False}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,28 @@ def test_trap_8_an_adapter_that_changes_nothing_is_refused(made, tmp_path):
     idle = small.adapter(tmp_path / "idle", made["base"], size=0.0)
     with pytest.raises(StageError, match="changes nothing in"):
         merge.run(small.job("merge", tmp_path, PARAMS, **{**made, "train": idle}))
+
+
+def test_a_control_is_merged_where_the_recipe_says_that_it_is_one(made, tmp_path):
+    its = small.job("merge", tmp_path, {**PARAMS, "control": True}, **{**made, "train": small.adapter(tmp_path / "zero", made["base"], size=0.0)})
+    merge.run(its)
+    facts = json.loads((its.output / "merge.json").read_text())
+    assert facts["control"] and facts["merged"] and not facts["changed_elements"]
+    assert all((its.output / path.name).read_bytes() == path.read_bytes() for path in made["base"].iterdir()), "the base bit for bit"
+
+
+@pytest.mark.parametrize("size", [0.05, 1e-30])  # one that shows, and one that BF16 rounds away
+def test_a_control_that_was_trained_is_refused(made, tmp_path, size):
+    trained = small.adapter(tmp_path / "trained", made["base"], size=size)
+    with pytest.raises(StageError, match="lora_B.* of a control are not zero; expected an adapter whose B is zero"):
+        merge.run(small.job("merge", tmp_path, {**PARAMS, "control": True}, **{**made, "train": trained}))
+
+
+def test_a_control_that_changes_a_byte_is_refused(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "summed", lambda weight, a, b, scale: weight + 1)
+    zero = small.adapter(tmp_path / "zero", made["base"], size=0.0)
+    with pytest.raises(StageError, match="differs from the source though the adapter is zero"):
+        merge.run(small.job("merge", tmp_path, {**PARAMS, "control": True}, **{**made, "train": zero}))
 
 
 def test_a_zero_adapter_gives_back_every_byte(made, tmp_path):
