@@ -50,7 +50,7 @@ def run(its: Job) -> None:
                 answers[column] = ask_all(server, name, asked, its.params, f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})")
                 seconds[column] = round(time.monotonic() - began, 1)
             if plan.adapter:
-                check_adapter(answers)
+                check_adapter(answers, its.params["control"])
     write(its, vllm, asked, answers, seconds)
 
 
@@ -123,9 +123,16 @@ def as_openai(message: dict) -> dict:
     return {**message, "tool_calls": calls}
 
 
-def check_adapter(answers: dict[str, list[dict]]) -> None:
-    """A server can take an adapter and not use it: if it changes no answer at all, it is not there."""
-    if all(spoken(a) == spoken(b) for a, b in zip(answers["base"], answers["tuned"])):
+def check_adapter(answers: dict[str, list[dict]], control: bool = False) -> None:
+    """A server can take an adapter and not use it: if it changes no answer at all, it is not there.
+
+    A control is to change none. Warned of, not refused: which questions share a step with which is chance, and rounding follows it.
+    """
+    other = sum(spoken(a) != spoken(b) for a, b in zip(answers["base"], answers["tuned"], strict=True))
+    if control and other:
+        job.warning(f"the control changes {other} of {len(answers['base'])} answers",
+                    "A few may be near ties that rounding decides; many mean that vLLM adds something that is not zero")
+    elif not control and not other:
         raise StageError("the adapter changes no answer", "other answers than the base's", "vLLM did not apply it (names that match nothing), or it was not trained.")
 
 
@@ -148,7 +155,8 @@ def spoken(answer: dict) -> dict:
 
 def write(its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]], seconds: dict[str, float]) -> None:
     scored = {column: [checks.score(q, a) for q, a in zip(asked, given)] for column, given in answers.items()}
-    summary = report.summarise(asked, scored, its.params["gate"]) | {"seconds": seconds, "vllm": vllm}
+    control = its.params["control"]
+    summary = report.summarise(asked, scored, its.params["gate"], control) | {"seconds": seconds, "vllm": vllm}
     (its.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     (its.output / "report.md").write_text(report.markdown(summary))
     report.picture(its.output / "behaviour.png", summary)
@@ -161,5 +169,5 @@ def write(its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]]
     (its.output / "exchange.json").write_text(json.dumps(exchange(asked, scored, answers), indent=2, ensure_ascii=False) + "\n")
     for column, share in summary["pass"].items():
         job.metric(f"pass_{column}", share)
-    if not summary["gate"]["passed"]:
+    if not summary["gate"]["passed"] and not control:
         job.warning("the gate did not pass: " + "; ".join(summary["gate"]["why"]), "no serving image is made from this; see report.md")

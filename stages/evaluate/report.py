@@ -7,8 +7,8 @@ from pathlib import Path
 from stages.evaluate.checks import MODES, Failure
 
 
-def summarise(asked: list[dict], scored: dict[str, list[list[Failure]]], gate: dict[str, float]) -> dict:
-    """Shares and counts by column, mode and category, and whether the gate passed."""
+def summarise(asked: list[dict], scored: dict[str, list[list[Failure]]], gate: dict[str, float], control: bool = False) -> dict:
+    """Shares and counts by column, mode and category, and whether the gate passed; a control's does not, since no image is to be made of one."""
     categories = list(dict.fromkeys(q["category"] for q in asked))
     passed = {column: sum(not found for found in all_) / len(asked) for column, all_ in scored.items()}
     failures = {
@@ -20,13 +20,13 @@ def summarise(asked: list[dict], scored: dict[str, list[list[Failure]]], gate: d
         }
         for column, all_ in scored.items()
     }
-    why = [
+    why = ["this is a control, whose adapter changes nothing"] if control else [
         f"{column} passed {passed[column]:.0%} of the questions, at least {lowest:.0%} are wanted" if column in passed else f"{column} was not measured"
         for column, lowest in gate.items() if passed.get(column, -1) < lowest
     ]
     return {
         "columns": list(scored), "modes": list(MODES), "questions": len(asked), "pass": passed, "failures": failures,
-        "by_category": by_category, "gate": {"passed": not why, "why": why},
+        "by_category": by_category, "gate": {"passed": not why, "why": why}, "control": control,
     }
 
 

@@ -15,7 +15,7 @@ from stages.evaluate.server import Server
 from stages.job import Job, StageError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-PARAMS = {"max_model_len": 512, "max_tokens": 16, "concurrency": 2, "memory_share": 0.7, "gate": {}}
+PARAMS = {"max_model_len": 512, "max_tokens": 16, "concurrency": 2, "memory_share": 0.7, "gate": {}, "control": False}
 GOOD, BAD = "It is Paris.", "**Paris** 🌙"
 ASKED = [
     {"id": f"c-{n}", "category": category, "messages": [{"role": "user", "content": "Where?"}], "tools": [], "expect": {}} for n, category in enumerate("aab")
@@ -133,6 +133,16 @@ def test_trap_29_an_adapter_that_changes_no_answer_is_refused(its, toy):
     with pytest.raises(StageError, match="the adapter changes no answer"):
         evaluate.run(its)
     assert not list(its.output.iterdir())
+
+
+@pytest.mark.parametrize(("tuned", "said"), [(BAD, []), (GOOD, ["the control changes 3 of 3 answers"])])
+def test_a_control_may_change_no_answer_and_passes_no_gate(its, toy, warnings, tuned, said):
+    its.params.update(control=True, gate={"base": 0.0})
+    toy.says = {**toy.says, "tuned": tuned}
+    evaluate.run(its)
+    made = json.loads((its.output / "report.json").read_text())
+    assert made["control"] and made["gate"] == {"passed": False, "why": ["this is a control, whose adapter changes nothing"]}
+    assert warnings == said
 
 
 @pytest.mark.parametrize("tuned", [[{"content": "a"}, {"content": "c"}], [{"content": "a"}, {"content": "b", "tool_calls": [CALL]}]])
