@@ -149,7 +149,7 @@ def demo(recipe: str, executor: str | None) -> None:
 
 @command(as_json)
 def compare(recipe: str, executor: str | None, as_json: bool) -> None:
-    """Every way of the recipe trained, merged, quantised and asked; then one table, and a picture."""
+    """Every way of the recipe trained, merged, quantised and asked; then one table with a verdict, and a picture."""
     from forge import compare, picture, plan, report, run, watch
 
     its = opened(recipe, executor)
@@ -160,7 +160,7 @@ def compare(recipe: str, executor: str | None, as_json: bool) -> None:
             if code := run.run(context, its.executor, plan.Selection(last=compare.LAST), watcher).code:
                 sys.exit(code)
     rows, file = compare.collect(ways), home() / f"compare-{its.context.recipe.name}.svg"
-    file.write_text(picture.ways(rows, f"{its.context.recipe.name}: what survives four bits"))
+    file.write_text(picture.ways(rows, f"{its.context.recipe.name}: what survives four bits", compare.verdict(rows)))
     print(json.dumps({"event": "compared", "ways": rows, "picture": str(file)})) if as_json else show(report.of_compare(rows, file))
 
 

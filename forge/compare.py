@@ -11,7 +11,7 @@ from forge.finding import Refused, error
 from forge.plan import Context
 
 LAST = "evaluate"
-KEPT = 0.02  # share of the questions by which the NVFP4 model may be behind the merged one and still counts as kept
+POINTS = 2  # of the questions in a hundred, by which the NVFP4 model may be behind the tuned one and still counts as kept
 
 
 def ways(context: Context) -> dict[str, Context]:
@@ -24,11 +24,24 @@ def ways(context: Context) -> dict[str, Context]:
 
 
 def collect(contexts: dict[str, Context]) -> list[dict[str, Any]]:
-    """A row for each way that was built: `way`, shares of questions passed by column (`pass`), `fidelity` of the quantised model, `kept`."""
+    """A row for each way that was built (docs/formats.md, What compare prints)."""
     rows = []
     for name, context in contexts.items():
         evaluated, quantised = (plan.artifact(context, stage).folder for stage in (LAST, "quantize"))
-        passed = json.loads((evaluated / "report.json").read_text())["pass"]
+        report = json.loads((evaluated / "report.json").read_text())
         fidelity = json.loads((quantised / "audit.json").read_text()).get("fidelity")
-        rows.append({"way": name, "pass": passed, "fidelity": fidelity, "kept": passed["nvfp4"] >= passed["merged"] - KEPT - 1e-9})
+        rows.append({"way": name, "pass": report["pass"], "fidelity": fidelity, **judged(report["pass"], report["control"])})
     return rows
+
+
+def judged(passed: dict[str, float], control: bool) -> dict[str, str]:
+    """What the NVFP4 column is held `against` (tuned, or merged where tuned was not asked) and the `verdict`: kept, lost, or control."""
+    against = "tuned" if "tuned" in passed else "merged"
+    kept = passed["nvfp4"] >= passed[against] - POINTS / 100 - 1e-9  # shares are sums of binary fractions
+    return {"against": against, "verdict": "control" if control else "kept" if kept else "lost"}  # a control was taught nothing that could be kept
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Which ways keep what was tuned, in one sentence."""
+    kept, lost = ([row["way"] for row in rows if row["verdict"] == word] for word in ("kept", "lost"))
+    return f"NVFP4 within {POINTS} points of tuned: {', '.join(kept) or 'no way'}" + (f"; not: {', '.join(lost)}" if lost else "")

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from forge.compare import verdict
 from forge.finding import Finding
 from forge.plan import Context, Explanation, Plan, age
 from forge.store import Artifact
@@ -19,6 +20,7 @@ from forge.store import Artifact
 _STATES = {"cached": "green", "run": "bold cyan", "waits": "cyan", "blocked": "red"}
 # A path that is cut or broken cannot be copied; the terminal itself breaks the line.
 _WHOLE: dict[str, Any] = {"no_wrap": True, "overflow": "ignore"}
+_VERDICTS = {"kept": "green", "lost": "red", "control": "dim"}
 _LEVELS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -163,7 +165,7 @@ def _shade(share: float) -> str:
 
 
 def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
-    """The ways of a recipe, a row each: questions passed at every step, and what four bits cost on held-out tokens."""
+    """The ways of a recipe, a row each: questions passed at every step, and what four bits cost on held-out tokens; then which ways keep what was tuned."""
     columns = ("base", "tuned", "merged", "nvfp4")
     table = _table("way", *(f">{c}" for c in columns), ">loss merged", ">nvfp4", ">KL", ">error", "")
     for row in rows:
@@ -171,9 +173,9 @@ def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
         cells = [Text("·") if share is None else Text(f"{share:.0%}", style=_shade(share)) for share in shares]
         its = row["fidelity"]
         figures = [f"{its['loss']['source']:.3f}", f"{its['loss']['quantised']:.3f}", f"{its['kl']:.4f}", f"{its['layers'][-1]:.1%}"] if its else ["·"] * 4
-        table.add_row(row["way"], *cells, *figures, Text("kept", style="green") if row["kept"] else Text("lost", style="red"))
-    note = "tuned: the adapter at run time, where vLLM can. loss and KL: nats a held-out token. error: of the last hidden states. kept: NVFP4 within 2 points of merged."
-    return Group(Text(), table, Text(), Text(f"{note}\npicture: {_near(picture)}", style="dim"))
+        table.add_row(row["way"], *cells, *figures, Text(row["verdict"], style=_VERDICTS[row["verdict"]]))
+    note = "tuned: the adapter at run time, where vLLM can; else merged stands for it. loss: nats a held-out token. KL: to the merged model. error: of the last hidden states."
+    return Group(Text(), table, Text(), Text(verdict(rows), style="bold"), Text(f"{note}\npicture, with the error of every layer: {_near(picture)}", style="dim"))
 
 
 def of_exchange(report: Path) -> RenderableType:
