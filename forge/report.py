@@ -167,14 +167,16 @@ def _shade(share: float) -> str:
 def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
     """The ways of a recipe, a row each: questions passed at every step, and what four bits cost on held-out tokens; then which ways keep what was tuned."""
     columns = ("base", "tuned", "merged", "nvfp4")
-    table = _table("way", *(f">{c}" for c in columns), ">loss merged", ">nvfp4", ">KL", ">error", "")
+    table = _table("way", *(f">{c}" for c in columns), ">loss", ">nvfp4", ">KL", ">error", "")
+    table.columns[0].min_width = max(len(row["way"]) for row in rows)  # a name that is cut says nothing
+    table.columns[-1].min_width = max(len(row["verdict"]) for row in rows)
     for row in rows:
         shares = [row["pass"].get(c) for c in columns]
         cells = [Text("·") if share is None else Text(f"{share:.0%}", style=_shade(share)) for share in shares]
         its = row["fidelity"]
         figures = [f"{its['loss']['source']:.3f}", f"{its['loss']['quantised']:.3f}", f"{its['kl']:.4f}", f"{its['layers'][-1]:.1%}"] if its else ["·"] * 4
         table.add_row(row["way"], *cells, *figures, Text(row["verdict"], style=_VERDICTS[row["verdict"]]))
-    note = "tuned: the adapter at run time, where vLLM can; else merged stands for it. loss: nats a held-out token. KL: to the merged model. error: of the last hidden states."
+    note = "tuned: the adapter at run time, where vLLM can; else merged stands for it. loss: merged and nvfp4, nats a held-out token. KL: to merged. error: of the last hidden states."
     return Group(Text(), table, Text(), Text(verdict(rows), style="bold"), Text(f"{note}\npicture, with the error of every layer: {_near(picture)}", style="dim"))
 
 

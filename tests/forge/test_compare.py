@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from itertools import combinations
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import toy
+from rich.console import Console
 from test_commands import command  # noqa: F401
 
-from forge import compare, picture, recipe
+from forge import compare, picture, recipe, report
 from forge.finding import Refused
 
 STAGE = '''\
@@ -88,6 +90,15 @@ def test_the_verdict_names_the_ways_that_keep_and_those_that_do_not():
     rows = [{"way": name, "verdict": verdict} for name, verdict in (("zero", "control"), ("ptq", "lost"), ("qat", "kept"), ("qad", "kept"))]
     assert compare.verdict(rows) == "NVFP4 within 2 points of tuned: qat, qad; not: ptq"
     assert compare.verdict(rows[:2]) == "NVFP4 within 2 points of tuned: no way; not: ptq"
+
+
+def test_a_narrow_terminal_cuts_no_way_and_no_verdict():
+    its = rows(3, 7)
+    for row in its:
+        row["fidelity"]["loss"] = {"source": 1.0, "quantised": 1.0}
+    with (console := Console(width=60)).capture() as captured:
+        console.print(report.of_compare(its, Path("picture.svg")), crop=False)  # as build.py shows it
+    assert all(row["way"] in captured.get() and row["verdict"] in captured.get() for row in its)
 
 
 def rows(count, layers):
