@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,15 +127,17 @@ NEEDS_TYPES = {"gpu": "bool", "network": "bool", "memory_gb": "float", "disk_gb"
 
 @dataclass(frozen=True)
 class Product:
-    """An image made from the stage's output (`[build]`): its name, and for each value of the parameter `by` context name -> input name."""
+    """An image made from the stage's output (`[build]`): its name, and for each value of the parameter `by` context name -> input name, or a folder in it."""
 
     image: str
     by: str
     contexts: dict[str, dict[str, str]]
 
-    def inputs(self, params: dict[str, Any]) -> dict[str, str | None]:
-        """Context name -> input name under these parameters; None for a context that only other values have."""
-        return dict.fromkeys(name for contexts in self.contexts.values() for name in contexts) | self.contexts[params[self.by]]
+    def folders(self, params: dict[str, Any], folder: Callable[[str], Path]) -> dict[str, Path | None]:
+        """Context name -> folder under these parameters, None for a context that only other values have; `folder` gives that of an input."""
+        chosen = {context: place.partition("/") for context, place in self.contexts[params[self.by]].items()}
+        return dict.fromkeys(name for contexts in self.contexts.values() for name in contexts) | {
+            context: folder(supplier) / below for context, (supplier, _, below) in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def _product(name: str, raw: dict[str, Any], parameters: dict[str, Parameter], c
     if set(choices) != set(raw["contexts"]):
         findings.append(error(name, f"build.contexts for {', '.join(raw['contexts'])}", f"one for each choice of the parameter {raw['by']}: {', '.join(choices) or 'none'}", ""))
     for contexts in raw["contexts"].values():
-        for supplier in contexts.values():
-            if supplier not in consumes:
+        for place in contexts.values():
+            if (supplier := place.partition("/")[0]) not in consumes:
                 findings.append(error(name, f"build.contexts names {supplier}", "an input of [consumes]", nearest(supplier, consumes)))
     return Product(**raw)
 

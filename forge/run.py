@@ -290,7 +290,7 @@ class _Run:
             self.journal.emit("log", stage=stage.name, line=log.line(line))
 
         self.executor.build_product(
-            self.recipe.images[product.image], {context: suppliers[name].folder if name else None for context, name in product.inputs(step.params).items()},
+            self.recipe.images[product.image], product.folders(step.params, lambda name: suppliers[name].folder),
             output, key[:12], labels, on_line,
         )
 

@@ -62,15 +62,15 @@ def _local(context: Context, executor: Any, port: int, detach: bool, stop: bool)
     if stop:
         return _stop(context.store.home)
     folder, step = plan.artifact(context, "image").folder, context.recipe.stages["image"]
-    parts = {name: plan.artifact(context, step.inputs[supplier]).folder for name, supplier in step.contract.product.inputs(step.params).items() if supplier}
+    parts = step.contract.product.folders(step.params, lambda name: plan.artifact(context, step.inputs[name]).folder)
     model = parts["checkpoint"]
     image = context.recipe.images["vllm"]
     executor.prepare(image, print)
     its = json.loads((folder / "serve.json").read_text())
     program = executor.environment(image) / "bin" / "vllm"
     command = [str(program), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *its["args"]]
-    if "adapter" in parts:
-        command += ["--lora-modules", f"{its['served_name']}={parts['adapter'] / 'adapter'}"]
+    if parts["adapter"]:
+        command += ["--lora-modules", f"{its['served_name']}={parts['adapter']}"]
     environment = {**os.environ, **its["env"], "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
                    "PATH": os.pathsep.join([str(program.parent), os.environ.get("PATH", "")])}
     log = context.store.home / "serving.log"

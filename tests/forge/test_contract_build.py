@@ -11,9 +11,9 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("serves", "wanted"), [
-    ("nvfp4", {"checkpoint": "quantize", "adapter": None}), ("merged", {"checkpoint": "merge", "adapter": None}), ("tuned", {"checkpoint": "base", "adapter": "train"})])
+    ("nvfp4", {"checkpoint": Path("/quantize"), "adapter": None}), ("merged", {"checkpoint": Path("/merge"), "adapter": None}), ("tuned", {"checkpoint": Path("/base"), "adapter": Path("/train/adapter")})])
 def test_every_way_to_serve_has_its_contexts(serves, wanted):
-    assert contract.load(REPO / "stages/image").product.inputs({"serves": serves}) == wanted
+    assert contract.load(REPO / "stages/image").product.folders({"serves": serves}, lambda name: Path("/") / name) == wanted
 
 
 @pytest.mark.parametrize(("before", "after", "found"), [

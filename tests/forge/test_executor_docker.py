@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from forge.executor.docker import Docker, answers, container_job
 from forge.image import Image
 
 BASE = "python:3.11-slim-bookworm"
+REPO = Path(__file__).resolve().parents[2]
 engine = pytest.mark.skipif(not answers(), reason="no Docker engine answers here")
 
 STAGE = """\
@@ -159,3 +161,23 @@ def test_this_machine_has_what_the_small_recipe_needs(toy):
 def test_an_engine_without_the_gpu_runtime_is_named_before_anything_runs(toy):
     found = Docker(toy / "repo", toy / "home").check([], gpu=True)
     assert any("NVIDIA" in f.found and f.remedy for f in found)
+
+
+@engine
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_serving_image_holds_the_checkpoint_and_an_adapter_if_there_is_one(toy, adapter):
+    for name, files in (("output", ("serve.json", "check.json", "prompt.txt", "tools.json", "README.md")), ("checkpoint", ("config.json", "chat_template.jinja", "model.safetensors")),
+                        ("adapter", ("adapter_config.json", "adapter_model.safetensors"))):
+        (toy / name).mkdir()
+        for file in files:
+            (toy / name / file).write_text(name)
+    image, tag = Image("serve", REPO / "images/serve", {}), "annie/toy-serving:test"
+    contexts = {"checkpoint": toy / "checkpoint", "adapter": toy / "adapter" if adapter else None, "image": image.folder}
+    Docker(toy / "repo", toy / "home")._build(image, tag, toy / "output", contexts, {"BASE": BASE}, {}, print)  # build_product would tag it as the newest
+    try:
+        shown = subprocess.run(["docker", "run", "--rm", "--entrypoint", "find", tag, "/model", "/opt/annie/serving", "-type", "f"], capture_output=True, text=True, check=True).stdout
+        assert len(shown.split()) == 8
+        found = subprocess.run(["docker", "run", "--rm", "--entrypoint", "ls", tag, "/adapter"], capture_output=True, text=True)
+        assert found.stdout.split() == (["adapter_config.json", "adapter_model.safetensors"] if adapter else [])
+    finally:
+        subprocess.run(["docker", "image", "rm", tag], check=True, capture_output=True)
