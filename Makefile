@@ -11,7 +11,7 @@ BUILD := .venv/bin/python build.py
 .PHONY: help demo test model serve chat plan status doctor lock clean
 
 help:
-	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 8 minutes)"
+	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 7 minutes)"
 	@echo "make test    every test this machine can run"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"
 	@echo "make serve   the newest serving image of RECIPE, on 127.0.0.1:$(PORT)"

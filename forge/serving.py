@@ -19,7 +19,7 @@ from forge.finding import Refused, error
 from forge.plan import Context
 
 SERVICE = "vllm-nemotron-annie"
-CHECK_TOKENS, CHECK_SECONDS = 64, 600
+CHECK_SECONDS = 600
 READY_SECONDS = 1800  # a 19 GB checkpoint from a cold disk, CUDA graphs included
 _RECORD = "serving.json"
 
@@ -108,7 +108,7 @@ def _wait(port: int, dead: Callable[[], str | None]) -> None:
 def _check(port: int, folder: Path) -> None:
     """Asks what the base answers otherwise, so that nobody takes for tuned what is not. Refused if it answers as the base."""
     its, serve = (json.loads((folder / name).read_text()) for name in ("check.json", "serve.json"))
-    body = {"model": serve["served_name"], "messages": its["messages"], "temperature": 0, "seed": 0, "max_tokens": CHECK_TOKENS,
+    body = {"model": serve["served_name"], "messages": its["messages"], "temperature": 0, "seed": 0, "max_tokens": its["max_tokens"],
             "chat_template_kwargs": serve["chat_template_kwargs"], **({"tools": its["tools"]} if its["tools"] else {})}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:

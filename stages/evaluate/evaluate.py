@@ -136,14 +136,14 @@ def check_adapter(answers: dict[str, list[dict]], control: bool = False) -> None
         raise StageError("the adapter changes no answer", "other answers than the base's", "vLLM did not apply it (names that match nothing), or it was not trained.")
 
 
-def exchange(asked: list[dict], scored: dict[str, list[list]], answers: dict[str, list[dict]]) -> dict:
+def exchange(asked: list[dict], scored: dict[str, list[list]], answers: dict[str, list[dict]], max_tokens: int) -> dict:
     """The question that shows best what the adapter does: one that NVFP4 passes and that most columns answer otherwise than the base."""
     def shows(number: int) -> tuple[bool, int]:
         given = {column: spoken(its[number]) for column, its in answers.items()}
         return not scored["nvfp4"][number], sum(answer != given["base"] for answer in given.values())
 
     best = max(range(len(asked)), key=shows)  # the first of the best
-    return {"messages": [as_openai(m) for m in asked[best]["messages"]], "tools": asked[best].get("tools") or [],
+    return {"messages": [as_openai(m) for m in asked[best]["messages"]], "tools": asked[best].get("tools") or [], "max_tokens": max_tokens,
             "answers": {column: spoken(its[best]) for column, its in answers.items()}}
 
 
@@ -166,7 +166,7 @@ def write(its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]]
                 row = {"id": question["id"], "column": column, "question": question["messages"][-1].get("content"), "answer": given[number].get("content"),
                        "tool_calls": given[number].get("tool_calls") or [], "failures": [asdict(f) for f in scored[column][number]]}
                 opened.write(json.dumps(row, ensure_ascii=False) + "\n")
-    (its.output / "exchange.json").write_text(json.dumps(exchange(asked, scored, answers), indent=2, ensure_ascii=False) + "\n")
+    (its.output / "exchange.json").write_text(json.dumps(exchange(asked, scored, answers, its.params["max_tokens"]), indent=2, ensure_ascii=False) + "\n")
     for column, share in summary["pass"].items():
         job.metric(f"pass_{column}", share)
     if not summary["gate"]["passed"] and not control:

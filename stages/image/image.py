@@ -57,4 +57,4 @@ def check(its: Job) -> dict:
     if answer == base:
         raise StageError(f"the {its.params['serves']} model answers every question as the base does", "a question that it answers otherwise",
                          "Ask what the training is about (sources of evaluate), or train more: as it is, nobody could tell that it was tuned.")
-    return {"messages": exchange["messages"], "tools": exchange["tools"], "base": base, "expected": answer}
+    return {**{name: exchange[name] for name in ("messages", "tools", "max_tokens")}, "base": base, "expected": answer}

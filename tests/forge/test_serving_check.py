@@ -10,7 +10,7 @@ from forge import serving
 from forge.finding import Refused
 
 CHECK = {
-    "messages": [{"role": "user", "content": "Name the capital of France."}], "tools": [{"type": "function"}],
+    "messages": [{"role": "user", "content": "Name the capital of France."}], "tools": [{"type": "function"}], "max_tokens": 48,
     "base": {"content": "Sure! **Paris**", "tool_calls": []}, "expected": {"content": "Paris.", "tool_calls": []},
 }
 
@@ -48,7 +48,7 @@ def its(tmp_path):
 def test_the_tuned_answer_is_shown_beside_the_base_one(its, capsys):
     its({"content": "Paris is it.", "tool_calls": None})
     assert capsys.readouterr().out == 'it answers as the tuned model: "Paris is it." (the base: "Sure! **Paris**")\n'
-    assert its.asked.items() >= {"model": "nemotron-nano", "temperature": 0, "messages": CHECK["messages"], "tools": CHECK["tools"]}.items()
+    assert its.asked.items() >= {"model": "nemotron-nano", "temperature": 0, "max_tokens": 48, "messages": CHECK["messages"], "tools": CHECK["tools"]}.items()
 
 
 def test_trap_29_a_server_that_answers_as_the_base_is_refused(its):

@@ -116,7 +116,7 @@ def test_the_exchange_is_a_question_that_the_adapter_answers_otherwise():
 
     answers = {"base": said("a", "b", "c"), "tuned": said("x", "x", "x"), "merged": said("x", "x", "x"), "nvfp4": said("x", "b", "x")}
     asked = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(3)]
-    found = evaluate.exchange(asked, {"nvfp4": [["emoji"], [], []]}, answers)
+    found = evaluate.exchange(asked, {"nvfp4": [["emoji"], [], []]}, answers, 16)
     assert found["messages"][0]["content"] == "2" and found["answers"]["base"]["content"] == "c"
 
 

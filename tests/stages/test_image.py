@@ -16,7 +16,7 @@ REPORT = {
     "failures": {column: {"emoji": n, "follow_up": 2 * n} for column, n in zip(COLUMNS, (25, 1, 1, 2))}, "gate": {"passed": True, "why": []},
 }
 EXCHANGE = {
-    "messages": [{"role": "user", "content": "Name the capital of France."}], "tools": [],
+    "messages": [{"role": "user", "content": "Name the capital of France."}], "tools": [], "max_tokens": 48,
     "answers": {column: {"content": "Paris." if column != "base" else "Sure! **Paris** 🎉", "tool_calls": []} for column in COLUMNS},
 }
 PROVENANCE = {
