@@ -53,7 +53,11 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
 
     _record(context, folder, port)
     _wait(port, state)
-    _check(port, folder)
+    try:
+        _check(port, folder)
+    except Refused:
+        subprocess.run([*compose, "down"], env=environment)
+        raise
     print(f"serving {tag} on http://127.0.0.1:{port}")
     return 0 if detach else subprocess.run([*compose, "logs", "--follow", "--no-log-prefix", "--tail=0", SERVICE], env=environment).returncode
 
