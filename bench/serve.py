@@ -66,10 +66,11 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
     """Starts vLLM in this process, and prints the comparison and the speeds."""
     from vllm import LLM, SamplingParams
 
-    weight_only = json.loads((folder / "nvfp4" / audit.QUANT).read_text())["quantization"]["quant_algo"] == "W4A16_NVFP4"
+    algorithm = json.loads((folder / "nvfp4" / audit.QUANT).read_text())["quantization"]["quant_algo"]
+    more = {"moe_backend": "marlin"} if algorithm == "W4A16_NVFP4" and device == "cuda" else {}  # as nemotron/serving.py has it
     began = time.perf_counter()
     served = LLM(str(folder / "nvfp4"), dtype="bfloat16", max_model_len=2048, max_num_seqs=16, gpu_memory_utilization=0.5,
-                 enable_prefix_caching=False, skip_tokenizer_init=True, enforce_eager=eager, **({"moe_backend": "marlin"} if weight_only else {}))
+                 enable_prefix_caching=False, skip_tokenizer_init=True, enforce_eager=eager, **more)
     print(f"engine up in {time.perf_counter() - began:.1f} s", flush=True)
     made = Checkpoint(folder / "nvfp4")
     ids = torch.randint(3, made.config["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
