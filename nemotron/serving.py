@@ -5,7 +5,8 @@
 | `--reasoning-parser nemotron_v3` | 0.17.1 | the plugin file beside the published checkpoint |
 | `--default-chat-template-kwargs` (thinking off) | 0.15 | every client says so in its request |
 | LoRA on ungated experts | 0.15 | refused: the model has no expert mapping there |
-| kv_cache_scheme read from the checkpoint | 0.17.1 | `--kv-cache-dtype fp8`, which is always right and always given |
+| kv_cache_scheme read from the checkpoint | 0.17.1 | `--kv-cache-dtype`, which overrides the file and is always given |
+| `--kv-cache-dtype bfloat16` known to every attention backend (pull request 32795) | 0.15 | `auto`: BF16 for a BF16 model |
 | a quantised Mamba in_proj read right | 0.18 | refused: two of its scales are uninitialised memory there |
 | FlashInfer chosen by `--moe-backend` | 0.31 | environment variables |
 | weight-only NVFP4 (`W4A16_NVFP4`), by Marlin, read from config.json alone (nemotron/quant_config.py) | 0.22 | refused: linears from 0.21, experts from 0.22 |
@@ -28,6 +29,8 @@ BASE_NAME = "nemotron-nano-base"  # where the adapter is added at run time and h
 THINKING_OFF = {"enable_thinking": False}
 OLDEST = (0, 12)
 RANKS = (8, 16, 32, 64, 128, 256, 512)
+KV_CACHES = ("auto", "bfloat16", "fp8")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class ServingError(ValueError):
@@ -91,11 +94,51 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match[1].split("."))
 
 
-def serve(vllm: str, device: str, checkpoint: Checkpoint, max_model_len: int, max_num_seqs: int, memory_share: float = 0.35, name: str = SERVED_NAME) -> Serve:
-    """All flags for one vLLM version on `cpu` or `cuda`, name, sizes and (on cuda) the share of the GPU's memory included. Raises ServingError for what it cannot serve right."""
+@dataclass(frozen=True)
+class KVCache:
+    """The value of `--kv-cache-dtype`, and the reason for it in one sentence."""
+
+    dtype: str
+    why: str
+
+
+def kv_cache(vllm: str, device: str, checkpoint: Checkpoint, asked: str = "auto", cpuinfo: Path = CPUINFO) -> KVCache:
+    """The KV cache of a server on `device`, whatever the checkpoint's files ask for.
+
+    `asked` is one of KV_CACHES. `auto` takes FP8 where the checkpoint asks for it and a GPU serves it, and the model's own dtype
+    everywhere else: on a CPU an FP8 cache saves nothing that matters, and vLLM refuses it without AVX-512 or AMX. Raises
+    ServingError for `fp8` on such a CPU, and for `bfloat16` where an older vLLM would follow the checkpoint instead.
+    """
+    on_cpu, explicit = device == "cpu", version(vllm) >= (0, 15)
+    if asked == "fp8" or (asked == "auto" and checkpoint.fp8_cache and not on_cpu):
+        if on_cpu and not fp8_on_cpu(cpuinfo):
+            raise ServingError("kv_cache: fp8 on a CPU without AVX-512 and AMX, where vLLM refuses to start", "set kv_cache: auto")
+        return KVCache("fp8", "the recipe asks for it" if asked == "fp8" else "the checkpoint asks for it")
+    if on_cpu:
+        why = "the checkpoint asks for FP8, which vLLM has only on some CPUs" if checkpoint.fp8_cache else "a CPU serves it"
+        # A model without a layout runs in float32 on a CPU, which `--kv-cache-dtype` has no word for.
+        return KVCache("bfloat16", why) if checkpoint.layout else KVCache("auto", "the model runs in float32 on a CPU")
+    if checkpoint.fp8_cache and not explicit:
+        raise ServingError(f"vLLM {vllm} takes the KV cache that the checkpoint asks for, FP8", "quantise with kv_cache: none, or serve with 0.15 or newer")
+    return KVCache("bfloat16" if explicit else "auto", "the recipe asks for it" if asked == "bfloat16" else "the checkpoint asks for no other")
+
+
+def fp8_on_cpu(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether vLLM's CPU build has an FP8 KV cache on this machine: x86-64 with AVX-512 or AMX."""
+    flags = {flag for line in cpuinfo.read_text().splitlines() if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    return bool(flags & {"avx512f", "amx_tile"})
+
+
+def serve(vllm: str, device: str, checkpoint: Checkpoint, max_model_len: int, max_num_seqs: int, memory_share: float = 0.35, name: str = SERVED_NAME,
+          kv_cache: str = "auto") -> Serve:
+    """All flags for one vLLM version on `cpu` or `cuda`.
+
+    Name, sizes and (on cuda) the share of the GPU's memory are included; `kv_cache` is one of KV_CACHES. Raises ServingError for
+    what that version cannot serve correctly.
+    """
     if faults := limits(vllm, checkpoint):
         raise faults[0]
-    made = flags(vllm, device, checkpoint)
+    made = flags(vllm, device, checkpoint, kv_cache)
     args = ["--served-model-name", name, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
     if device == "cuda":
         args += ["--gpu-memory-utilization", str(memory_share)]
@@ -122,8 +165,8 @@ def limits(vllm: str, checkpoint: Checkpoint) -> list[ServingError]:
     return found
 
 
-def flags(vllm: str, device: str, checkpoint: Checkpoint) -> Serve:
-    """The flags that version, device and checkpoint decide, within the version's limits; name and sizes are the caller's."""
+def flags(vllm: str, device: str, checkpoint: Checkpoint, cache: str = "auto") -> Serve:
+    """The flags that version, device, checkpoint and KV cache decide, within the version's limits; name and sizes are the caller's."""
     its, nvfp4 = version(vllm), checkpoint.layout is not None
     args = ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder"]
     if its >= (0, 17, 1):
@@ -137,15 +180,14 @@ def flags(vllm: str, device: str, checkpoint: Checkpoint) -> Serve:
     if checkpoint.lora_rank:
         rank = next(r for r in RANKS if r >= checkpoint.lora_rank)
         args += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"]
+    dtype = ["--kv-cache-dtype", kv_cache(vllm, device, checkpoint, cache).dtype]
     if device == "cpu":
         # BF16 for NVFP4, which is what its emulation computes in; float32 elsewhere, so that answers are the model's own.
-        args += ["--dtype", "bfloat16" if nvfp4 else "float32", "--enforce-eager", "--no-enable-prefix-caching"]
+        args += ["--dtype", "bfloat16" if nvfp4 else "float32", *dtype, "--enforce-eager", "--no-enable-prefix-caching"]
         return Serve(args, {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
-    args += ["--dtype", "bfloat16"]
+    args += ["--dtype", "bfloat16", *dtype]
     if not nvfp4:
         return Serve(args, {})
-    if checkpoint.fp8_cache:
-        args += ["--kv-cache-dtype", "fp8"]
     if checkpoint.weight_only:
         return Serve([*args, "--moe-backend", "marlin"], {})
     if its >= (0, 31):

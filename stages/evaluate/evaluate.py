@@ -38,7 +38,8 @@ def run(its: Job) -> None:
     plans = servers(its)
     try:  # all of them before the first server starts
         vllm = installed()
-        flags = [serve(vllm, its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"], its.params["memory_share"]) for plan in plans]
+        flags = [serve(vllm, its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"], its.params["memory_share"],
+                       kv_cache=its.params["kv_cache"]) for plan in plans]
     except ServingError as error:
         raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image, layout or targets.") from error
     answers: dict[str, list[dict]] = {}

@@ -24,7 +24,7 @@ def run(its: Job) -> None:
     try:
         vllm = installed()
         flags = serve(vllm, its.device, checkpoint, its.params["max_model_len"], its.params["max_num_seqs"], its.params["memory_share"],
-                      BASE_NAME if serves == "tuned" else SERVED_NAME)
+                      BASE_NAME if serves == "tuned" else SERVED_NAME, its.params["kv_cache"])
     except ServingError as error:
         raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image, the layout, or what is served (image: {serves: ...}).") from error
     described = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemotron.serving import Checkpoint, ServingError, limits, serve, version
+from nemotron.serving import Checkpoint, ServingError, kv_cache, limits, serve, version
 
 BF16, OFFICIAL, CONSERVATIVE = Checkpoint(), Checkpoint("official", fp8_cache=True), Checkpoint("conservative", fp8_cache=True)
 ADAPTER = Checkpoint(lora_rank=16)
@@ -34,9 +34,41 @@ def test_trap_26_it_is_served_from_0_18_on(vllm):
 
 
 @pytest.mark.parametrize("vllm", RELEASES)
-def test_trap_27_the_fp8_cache_is_always_said(vllm):
+def test_trap_27_the_kv_cache_is_always_said(vllm):
     assert value(served(vllm), "--kv-cache-dtype") == "fp8"
-    assert value(served(vllm, Checkpoint("conservative")), "--kv-cache-dtype") is None  # a checkpoint that asks for none
+    bf16 = "bfloat16" if version(vllm) >= (0, 15) else "auto"  # before, some attention backends knew BF16 as auto only
+    assert value(served(vllm, Checkpoint("conservative")), "--kv-cache-dtype") == bf16
+    assert value(served(vllm, BF16), "--kv-cache-dtype") == bf16
+
+
+def test_the_recipe_overrides_the_kv_cache_that_the_checkpoint_asks_for():
+    assert value(served("0.31.0", OFFICIAL, kv_cache="bfloat16"), "--kv-cache-dtype") == "bfloat16"
+    assert value(served("0.31.0", Checkpoint("official"), kv_cache="fp8"), "--kv-cache-dtype") == "fp8"
+    with pytest.raises(ServingError, match="0.14.1 takes the KV cache that the checkpoint asks for"):
+        served("0.14.1", CONSERVATIVE, kv_cache="bfloat16")
+
+
+CPUS = {
+    "AVX2": ("flags\t\t: fpu sse4_2 avx avx2 fma\n", False),
+    "AVX-512": ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512bw\n", True),
+    "AMX": ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+    "aarch64": ("Features\t: fp asimd sve bf16\n", False),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_an_fp8_cache_on_a_cpu_is_served_only_where_vllm_can(cpu, tmp_path):
+    text, can = CPUS[cpu]
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(text)
+    if can:
+        assert kv_cache("0.32.0+cpu", "cpu", OFFICIAL, "fp8", cpuinfo).dtype == "fp8"
+    else:
+        with pytest.raises(ServingError, match="kv_cache: auto"):
+            kv_cache("0.32.0+cpu", "cpu", OFFICIAL, "fp8", cpuinfo)
+    # Unless the recipe insists, the answer does not depend on the CPU: a report is the same report on every machine.
+    assert kv_cache("0.32.0+cpu", "cpu", OFFICIAL, "auto", cpuinfo).dtype == "bfloat16"
+    assert kv_cache("0.32.0+cpu", "cpu", BF16, "auto", cpuinfo).dtype == "auto"
 
 
 @pytest.mark.parametrize("vllm", ["0.12.0", "0.14.1"])
@@ -102,7 +134,7 @@ def test_trap_31_no_prefix_caching_on_a_cpu_and_float16_nowhere(vllm, checkpoint
     on_cpu, on_cuda = served(vllm, checkpoint, "cpu"), served(vllm, checkpoint)
     assert "--no-enable-prefix-caching" in on_cpu.args and "--no-enable-prefix-caching" not in on_cuda.args
     assert value(on_cpu, "--dtype") == ("float32" if checkpoint == BF16 else "bfloat16") and value(on_cuda, "--dtype") == "bfloat16"
-    assert not {"float16", "half", "auto"} & {*on_cpu.args, *on_cuda.args}
+    assert not {"float16", "half"} & {*on_cpu.args, *on_cuda.args}
 
 
 @pytest.mark.parametrize("vllm", RELEASES)

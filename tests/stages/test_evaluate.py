@@ -15,7 +15,7 @@ from stages.evaluate.server import Server
 from stages.job import Job, StageError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-PARAMS = {"max_model_len": 512, "max_tokens": 16, "concurrency": 2, "memory_share": 0.7, "gate": {}, "control": False}
+PARAMS = {"max_model_len": 512, "max_tokens": 16, "concurrency": 2, "memory_share": 0.7, "kv_cache": "auto", "gate": {}, "control": False}
 GOOD, BAD = "It is Paris.", "**Paris** 🌙"
 ASKED = [
     {"id": f"c-{n}", "category": category, "messages": [{"role": "user", "content": "Where?"}], "tools": [], "expect": {}} for n, category in enumerate("aab")

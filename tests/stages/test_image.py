@@ -9,7 +9,7 @@ from stages.image import image
 from stages.job import Job, StageError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-PARAMS = {"serves": "nvfp4", "max_model_len": 2048, "max_num_seqs": 4, "memory_share": 0.35}
+PARAMS = {"serves": "nvfp4", "max_model_len": 2048, "max_num_seqs": 4, "memory_share": 0.35, "kv_cache": "auto"}
 COLUMNS = ("base", "tuned", "merged", "nvfp4")
 REPORT = {
     "columns": COLUMNS, "modes": ["emoji", "follow_up"], "questions": 50, "pass": dict(zip(COLUMNS, (0.0, 0.94, 0.94, 0.9))),
@@ -72,10 +72,16 @@ def test_trap_15_clients_are_told_that_thinking_is_off(its, monkeypatch):
     assert described["chat_template_kwargs"] == {"enable_thinking": False} and "--default-chat-template-kwargs" not in described["args"]
 
 
+def said(its):
+    """The KV cache that serve.json names."""
+    image.run(its)
+    args = json.loads((its.output / "serve.json").read_text())["args"]
+    return args[args.index("--kv-cache-dtype") + 1]
+
+
 def test_trap_27_the_fp8_cache_follows_the_checkpoint(its):
     (its.inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}}))
-    image.run(its)
-    assert "--kv-cache-dtype" not in json.loads((its.output / "serve.json").read_text())["args"]
+    assert said(its) == "bfloat16"
 
 
 def test_trap_26_a_layout_that_this_vllm_reads_wrongly_is_refused(its, monkeypatch):
@@ -97,7 +103,7 @@ def test_merged_is_served_as_bf16(its):
     its.params["serves"] = "merged"
     image.run(its)
     described = json.loads((its.output / "serve.json").read_text())
-    assert "--kv-cache-dtype" not in described["args"] and described["args"][:2] == ["--served-model-name", "nemotron-nano"]
+    assert said(its) == "bfloat16" and described["args"][:2] == ["--served-model-name", "nemotron-nano"]
     assert "in BF16\n\nThe adapter merged" in (its.output / "README.md").read_text()
 
 

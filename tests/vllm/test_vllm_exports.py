@@ -48,18 +48,18 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
-    """(folder, what it is, *more flags) -> the Answer of a vLLM in this process, of which nothing is left afterwards."""
+    """(folder, what it is) -> the Answer of a vLLM in this process, of which nothing is left afterwards."""
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    def asked(folder, checkpoint, *more):
+    def asked(folder, checkpoint):
         flags = serve(installed(), "cpu", checkpoint, 512, 4)
         for name, value in flags.env.items():
             patch.setenv(name, value)
-        options = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(folder), *flags.args, *more])
+        options = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(folder), *flags.args])
         engine = LLM.from_engine_args(EngineArgs.from_cli_args(options))
         try:
             settings = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=20, prompt_logprobs=20)
@@ -109,6 +109,6 @@ def test_every_export_answers_as_its_decoded_weights_do(base, served, chosen, fo
 @pytest.mark.parametrize("chosen", layout.LAYOUTS)
 def test_weights_alone_answer_as_vllm_does_about_the_decoded_checkpoint(base, served, ask, tmp_path, chosen):
     folder, answer = served(chosen, "w4a16")
-    apart = answer.apart(ask(exported.in_bf16(base, folder, tmp_path / "twin"), quantised(folder), "--kv-cache-dtype", "fp8"))
+    apart = answer.apart(ask(exported.in_bf16(base, folder, tmp_path / "twin"), quantised(folder)))
     assert len(apart) > 20 * 370
     assert apart.mean() < 1e-3  # measured: every bit the same
