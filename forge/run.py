@@ -251,7 +251,8 @@ class _Run:
             raise
         if code == 0 and not last_error:
             return
-        tail = [line for line in log.tail(_TAIL) if not line.startswith("error: found")]  # said in the finding
+        # A stage that says why it failed is shown with that alone; what led to it, tracebacks too, is in the log.
+        tail = [] if last_error else log.tail(_TAIL)
         raise StageFailed(self.stage_finding(task, code, last_error, log), log.path, tail)
 
     def stage_finding(self, task: Task, code: int | None, last_error: dict[str, str], log: Log) -> Finding:

@@ -1,10 +1,14 @@
-"""A vLLM server for the time of an evaluation: started, waited for, asked, and always stopped."""
+"""A vLLM server for the time of an evaluation: started, waited for, asked, and always stopped.
+
+When it fails, the error names the cause that its own log gives (stages/evaluate/server_log.py); the whole log is the stage's.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,10 +24,14 @@ from types import TracebackType
 
 from nemotron.serving import Serve
 from stages import job
+from stages.evaluate import server_log
 from stages.job import StageError
 
 START_SECONDS = 1800  # a 19 GB checkpoint from a cold disk, CUDA graphs included
 ANSWER_SECONDS = 600
+KEPT = 400  # lines of the log that are searched for the cause: two tracebacks of vLLM's
+SHOWN = 5  # of these, where they name no cause
+MEMINFO = Path("/proc/meminfo")
 
 
 class Server:
@@ -39,7 +47,7 @@ class Server:
         if adapter:
             self.command += ["--lora-modules", f"tuned={adapter}"]
         self.env = {**os.environ, **serve.env}
-        self.last: deque[str] = deque(maxlen=25)
+        self.last: deque[str] = deque(maxlen=KEPT)
 
     def __enter__(self) -> Server:
         self.began = time.monotonic()
@@ -69,7 +77,7 @@ class Server:
         except urllib.error.HTTPError as error:
             raise StageError(f"vLLM refused a question ({error.code}): {error.read().decode(errors='replace')[:500]}", "an answer", "The log has the server's side.") from error
         except OSError as error:
-            raise self._dead(f"vLLM did not answer: {error}") from error
+            raise self._dead(f"vLLM did not answer about {self.label}", error) from error
 
     def _wait(self) -> None:
         while time.monotonic() - self.began < START_SECONDS:
@@ -83,8 +91,18 @@ class Server:
                 time.sleep(1)
         raise self._dead(f"vLLM was not ready after {START_SECONDS} s")
 
-    def _dead(self, found: str) -> StageError:
-        return StageError(f"{found}. Its last words:\n" + "\n".join(self.last), "a server that answers", "The reason is most often in the lines above; the whole log has more.")
+    def _dead(self, found: str, error: OSError | None = None) -> StageError:
+        """What is said of a server that failed: the cause from its log, else its last lines."""
+        try:  # a process that has just hung up may need a moment to end, and to write why
+            self.process.wait(2)
+            self.reader.join(2)
+        except subprocess.TimeoutExpired:
+            pass
+        code = self.process.poll()
+        if cause := server_log.cause(list(self.last), code, _available_gb()):
+            return StageError(f"{found}: {cause.text}", "a server that answers", cause.remedy or "Look that message up in vLLM's issues.")
+        ending = "\n".join(list(self.last)[-SHOWN:])
+        return StageError(f"{found}{f': {error}' if error else ''}. Its last lines:\n{ending}", "a server that answers", "See the whole log.")
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -104,6 +122,14 @@ class Server:
             except subprocess.TimeoutExpired:
                 continue
         self.reader.join(5)
+
+
+def _available_gb() -> float | None:
+    """GB of memory that a new program could take; None where the system does not say (not Linux)."""
+    if not MEMINFO.exists():
+        return None
+    kilobytes = re.search(r"^MemAvailable: +(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
+    return int(kilobytes[1]) * 1024 / 1e9 if kilobytes else None
 
 
 def _free_port() -> int:

@@ -1,0 +1,85 @@
+"""Teaching the tiny base beside other work: how OpenMP's threads wait decides how much a busy machine slows it.
+
+    python -m bench.busy BASE DATA [SECONDS]
+
+BASE and DATA are what `build.py path base` and `build.py path data` print. Prints the steps that each way of waiting does in
+SECONDS (default 15), alone and beside busy loops, one process after the other, so compare rows of one run only.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+WAYS = {
+    "as GNU OpenMP comes": {},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "GOMP_SPINCOUNT=100000": {"GOMP_SPINCOUNT": "100000"},
+    "GOMP_SPINCOUNT=30000": {"GOMP_SPINCOUNT": "30000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+}
+BESIDE = (0, 2, 3)  # busy loops
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+WARM = 3  # steps that are not counted
+
+
+class Enough(Exception):
+    """The time is over."""
+
+
+def steps(base: Path, data: Path, seconds: float) -> int:
+    """How many steps of stage base's second phase this process does in `seconds`."""
+    import torch
+
+    from nemotron import native
+    from nemotron.chat import Rendered
+    from stages import dataset
+    from stages.base import teach
+
+    torch.set_num_threads(2)
+    rows = [Rendered(row["text"], row["input_ids"], row["labels"]) for _, row in dataset.read(data / "train.jsonl")]
+    model = native.load(base).requires_grad_(True)
+    model.set_experts_implementation("eager")
+    done, began = 0, 0.0
+
+    def on_step(step: int, loss: float) -> None:
+        nonlocal done, began
+        if step <= WARM:
+            began = time.monotonic()
+        elif time.monotonic() - began > seconds:
+            raise Enough
+        else:
+            done += 1
+
+    try:
+        teach.teach(model, rows, 100_000, 1024, 1e-6, 0, on_step)
+    except Enough:
+        pass
+    return done
+
+
+def main(base: str, data: str, seconds: float = 15.0) -> None:
+    plain = {name: value for name, value in os.environ.items() if name not in WAITING}
+    print(f"{'steps in ' + format(seconds, 'g') + ' s':26s}" + "".join(f"{f'{n} busy loops':>14s}" for n in BESIDE))
+    for name, variables in WAYS.items():
+        row = []
+        for count in BESIDE:
+            loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+            command = [sys.executable, "-m", "bench.busy", base, data, str(seconds), "--count"]
+            try:
+                made = subprocess.run(command, env={**plain, **variables}, stdout=subprocess.PIPE, text=True, check=True)
+                row.append(int(made.stdout))
+            finally:
+                for loop in loops:
+                    loop.kill()
+        print(f"{name:26s}" + "".join(f"{value:14,}" for value in row), flush=True)
+
+
+if __name__ == "__main__":
+    if "--count" in sys.argv:
+        print(steps(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])))
+    else:
+        main(*sys.argv[1:3], *map(float, sys.argv[3:]))
