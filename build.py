@@ -142,9 +142,7 @@ def demo(recipe: str, executor: str | None) -> None:
 
     if code := run_stages(recipe, executor, False, True):
         sys.exit(code)
-    stages = {s.name: s for s in plan.make(opened(recipe, executor).context).stages}
-    folder = stages["evaluate"].artifact.folder
-    show(report.of_demo(folder))
+    show(report.of_demo(plan.artifact(opened(recipe, executor).context, "evaluate").folder))
 
 
 @command(as_json)

@@ -184,7 +184,8 @@ def flags(vllm: str, device: str, checkpoint: Checkpoint, cache: str = "auto") -
     if device == "cpu":
         # BF16 for NVFP4, which is what its emulation computes in; float32 elsewhere, so that answers are the model's own.
         args += ["--dtype", "bfloat16" if nvfp4 else "float32", *dtype, "--enforce-eager", "--no-enable-prefix-caching"]
-        return Serve(args, {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+        # A bounded spin, since OpenMP's threads otherwise slow whatever else the machine does, and themselves (bench/busy.py).
+        return Serve(args, {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "GOMP_SPINCOUNT": "30000"})
     args += ["--dtype", "bfloat16", *dtype]
     if not nvfp4:
         return Serve(args, {})

@@ -21,6 +21,11 @@ from forge.finding import Finding, Refused, error
 from forge.image import Image
 
 _PASSED_ON = ("LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT")
+# torch's and its libraries' own limits on the instructions that they use: to see what another CPU would compute (`make long`).
+_INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+# How often a thread of GNU OpenMP looks for work before it sleeps. It spins for ever by default, which slows a busy machine up to
+# 50 times; sleeping at once (OMP_WAIT_POLICY=PASSIVE) halves the speed of an idle one. Measured by bench/busy.py.
+SPIN_COUNT = "30000"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -109,7 +114,7 @@ class Local:
         python = self.interpreter(task.image)
         command = [str(python), "-m", f"stages.{task.stage}", str(job)]
         environment = {
-            **{name: os.environ[name] for name in _PASSED_ON if name in os.environ},
+            **{name: os.environ[name] for name in (*_PASSED_ON, *_INSTRUCTIONS) if name in os.environ},
             "PATH": os.pathsep.join([str(python.parent), "/usr/local/bin", "/usr/bin", "/bin"]),
             "HOME": str(home),
             "PYTHONPATH": str(task.repo),
@@ -154,6 +159,7 @@ class Local:
 def stage_environment(network: bool) -> dict[str, str]:
     """What a stage's process gets in every executor: no telemetry, no downloads it did not ask for, the same hashes every time."""
     return {
+        "GOMP_SPINCOUNT": SPIN_COUNT,
         "HF_HUB_OFFLINE": "0" if network else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MPLBACKEND": "Agg",
