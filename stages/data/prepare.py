@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from nemotron import chat
-from stages import job
+from stages import dataset, job
 from stages.data import picture
 from stages.data.rows import Reject, Row, files, read
 from stages.job import Job, StageError
@@ -39,15 +39,15 @@ def run(its: Job) -> None:
     tokenizer = AutoTokenizer.from_pretrained(its.inputs["base"])
     prepared, refused = render(tokenizer, rows, its.params["max_tokens"])
     rejects += refused
-    write_lines(its.output / "rejects.jsonl", [asdict(r) for r in rejects])
+    dataset.write(its.output / "rejects.jsonl", [asdict(r) for r in rejects])
     for reject in rejects[:5]:
         job.warning(f"{reject.file}:{reject.line} rejected: {reject.reason}", "all rejects are in rejects.jsonl")
     refuse_many(rejects, total, its.params["max_reject_share"])
     train, held_out = split(prepared, its.params["eval_share"])
     if not train:
         raise StageError("no row left to train on", "at least one", "See the reasons in the log; check max_tokens and eval_share.")
-    write_lines(its.output / "train.jsonl", [line(p) for p in train])
-    write_lines(its.output / "eval.jsonl", [line(p) for p in held_out])
+    dataset.write(its.output / "train.jsonl", [line(p) for p in train])
+    dataset.write(its.output / "eval.jsonl", [line(p) for p in held_out])
     (its.output / "prompt.txt").write_text(prompt + "\n")
     (its.output / "tools.json").write_text(json.dumps(tools, indent=2) + "\n")
     stats = summary(train, held_out, rejects, duplicates=duplicates, other_prompts=others, prompt=prompt)
@@ -176,9 +176,3 @@ def histogram(values: list[int], most: int = 30) -> dict[str, list[int]]:
     for value in values:
         counts[(value - low) // width] += 1
     return {"edges": [low + width * n for n in range(len(counts) + 1)], "counts": counts}
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    with path.open("w") as opened:
-        for row in rows:
-            opened.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron import chat
+from stages import dataset
 from stages.job import StageError
 
 HEAD = 200  # characters of a bad line that rejects.jsonl keeps
@@ -60,14 +61,13 @@ def files(sources: list[Path]) -> dict[str, Path]:
 
 
 def read(name: str, path: Path) -> Iterator[Row | Reject]:
-    """Every non-empty line of one file. Read as bytes: a file cut off by a crash may end in NULs or half a character."""
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            yield parse(raw, name, number, path.stem)
-        except chat.ChatError as error:
-            yield Reject(name, number, str(error), head(raw))
+    """Every line of one file that is not blank. Read as bytes: a file cut off by a crash may end in NULs or half a character."""
+    with path.open("rb") as opened:
+        for number, raw in dataset.lines(opened):
+            try:
+                yield parse(raw, name, number, path.stem)
+            except chat.ChatError as error:
+                yield Reject(name, number, str(error), head(raw))
 
 
 def head(raw: bytes) -> str:
@@ -79,9 +79,9 @@ def parse(raw: bytes, file: str, line: int, category: str) -> Row:
     if b"\0" in raw:
         raise chat.ChatError("NUL bytes: the file was cut off while it was written")
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or a nesting without end
-        raise chat.ChatError(f"not JSON: {error}") from error
+        value = dataset.parse(raw)
+    except ValueError as error:
+        raise chat.ChatError(str(error)) from error
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list) or not value["messages"]:
         raise chat.ChatError("no list of messages")
     messages = value["messages"]

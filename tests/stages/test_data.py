@@ -74,7 +74,7 @@ def questions(output, name="train"):
 
 BAD = {
     "not JSON": (b'{"messages": [', "not JSON"),
-    "half a character": (b'{"messages": [{"role": "user", "content": "\xe0\xb2"}]}', "not JSON: 'utf-8'"),
+    "half a character": (b'{"messages": [{"role": "user", "content": "\xe0\xb2"}]}', "not UTF-8: byte 0xe0"),
     "NUL-filled tail": (json.dumps(talk("Late?")).encode()[:-9] + b"\0" * 64, "NUL bytes"),
     "unknown role": ({"messages": [{"role": "bot", "content": "Hi"}, *talk("Hi?")["messages"]]}, "message 1 has the unknown role 'bot'"),
     "empty assistant turn": (talk("Hello?", " "), "message 3 is an empty assistant turn"),
