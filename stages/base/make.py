@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from nemotron import native
 from nemotron.chat import ChatError, Rendered, render, template_text
-from stages import job
+from stages import dataset, job
 from stages.base import teach, tiny
 from stages.base import tokenizer as words
 
@@ -65,11 +64,10 @@ def read(paths: list[Path]) -> list[dict]:
         raise job.StageError("no lessons", "JSONL files in `sources: {lessons: [...]}`", "Name them in the recipe; the sample's are data/sample/lessons.jsonl")
     found = []
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, row in dataset.read(file):
             try:
-                row = json.loads(line)
                 row["messages"][0]["role"]
-            except (ValueError, LookupError, TypeError) as error:
+            except (LookupError, TypeError) as error:
                 raise job.StageError(f"{file.name}:{number} is not a conversation ({error})", 'a line such as {"messages": [...]}', "Mend or remove that line") from error
             found.append(row)
     return found

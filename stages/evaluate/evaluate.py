@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, adapted, installed, quantised, serve
-from stages import job
+from stages import dataset, job
 from stages.evaluate import checks, report
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
@@ -57,11 +57,9 @@ def run(its: Job) -> None:
 def questions(its: Job) -> list[dict]:
     """The questions of the source, or of the held-out conversations: their last answer says what is expected."""
     if its.sources.get("questions"):
-        lines = its.sources["questions"][0].read_text().splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        return [row for _, row in dataset.read(its.sources["questions"][0])]
     made = []
-    for line in (its.inputs["data"] / "eval.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for _, row in dataset.read(its.inputs["data"] / "eval.jsonl"):
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
         expected = row["messages"][last]
         calls = expected.get("tool_calls")
@@ -160,12 +158,10 @@ def write(its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]]
     (its.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     (its.output / "report.md").write_text(report.markdown(summary))
     report.picture(its.output / "behaviour.png", summary)
-    with (its.output / "answers.jsonl").open("w") as opened:
-        for number, question in enumerate(asked):
-            for column, given in answers.items():
-                row = {"id": question["id"], "column": column, "question": question["messages"][-1].get("content"), "answer": given[number].get("content"),
-                       "tool_calls": given[number].get("tool_calls") or [], "failures": [asdict(f) for f in scored[column][number]]}
-                opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+    dataset.write(its.output / "answers.jsonl", (
+        {"id": question["id"], "column": column, "question": question["messages"][-1].get("content"), "answer": given[number].get("content"),
+         "tool_calls": given[number].get("tool_calls") or [], "failures": [asdict(f) for f in scored[column][number]]}
+        for number, question in enumerate(asked) for column, given in answers.items()))
     (its.output / "exchange.json").write_text(json.dumps(exchange(asked, scored, answers, its.params["max_tokens"]), indent=2, ensure_ascii=False) + "\n")
     for column, share in summary["pass"].items():
         job.metric(f"pass_{column}", share)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from nemotron.adapter import factors
 from nemotron.checkpoint import Checkpoint
 from nemotron.lora import Adapter
 from nemotron.projection import Projection
-from stages import job
+from stages import dataset, job
 from stages.job import StageError
 
 
@@ -116,11 +115,10 @@ def judged(plain: Iterable[torch.Tensor], adapted: Iterable[torch.Tensor], merge
 def sample(rows: Path, tokens: int) -> list[torch.Tensor]:
     """The first training conversations, int64 (length,) each, until there are `tokens` tokens."""
     taken, count = [], 0
-    with rows.open() as opened:
-        for line in opened:
-            ids = json.loads(line)["input_ids"][: tokens - count]
-            taken.append(torch.tensor(ids))
-            count += len(ids)
-            if count >= tokens:
-                break
+    for _, row in dataset.read(rows):
+        ids = row["input_ids"][: tokens - count]
+        taken.append(torch.tensor(ids))
+        count += len(ids)
+        if count >= tokens:
+            break
     return taken

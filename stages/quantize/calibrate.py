@@ -6,7 +6,7 @@ experts run as grouped products and keep a maximum for each expert. `stages/quan
 
 from __future__ import annotations
 
-import json
+import itertools
 import types
 from pathlib import Path
 
@@ -17,15 +17,14 @@ from nemotron import experts, layout, walk
 from nemotron.checkpoint import Checkpoint
 from nemotron.grouped import Routing
 from nemotron.projection import Projection
-from stages import job
+from stages import dataset, job
 from stages.job import StageError
 
 
 def conversations(rows: Path, count: int, tokens: int) -> list[torch.Tensor]:
     """Up to `count` training conversations of at most `tokens` tokens, spread evenly over the file, int64 (length,) each."""
-    lines = rows.read_text().splitlines()
-    chosen = lines[:: max(1, len(lines) // count)][:count]
-    return [torch.tensor(json.loads(line)["input_ids"][:tokens]) for line in chosen]
+    chosen = itertools.islice(dataset.read(rows, step=max(1, dataset.count(rows) // count)), count)
+    return [torch.tensor(row["input_ids"][:tokens]) for _, row in chosen]
 
 
 class Maxima:

@@ -6,7 +6,6 @@ not rounded here, as Marlin does not round them either; what W4A4 units add to i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from nemotron import nvfp4, walk
 from nemotron.chat import IGNORED
 from nemotron.checkpoint import Checkpoint
-from stages import job
+from stages import dataset, job
 from stages.job import StageError
 
 
@@ -26,14 +25,12 @@ def rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     Raises StageError if no token of them is trained.
     """
     taken, left = [], tokens
-    with path.open() as opened:
-        for line in opened:
-            row = json.loads(line)
-            ids, following = torch.tensor(row["input_ids"])[:left], torch.tensor([*row["labels"][1:], IGNORED])[:left]
-            taken.append((ids, following))
-            left -= len(ids)
-            if left < 1:
-                break
+    for _, row in dataset.read(path):
+        ids, following = torch.tensor(row["input_ids"])[:left], torch.tensor([*row["labels"][1:], IGNORED])[:left]
+        taken.append((ids, following))
+        left -= len(ids)
+        if left < 1:
+            break
     if not any((following != IGNORED).any() for _, following in taken):
         raise StageError(f"{path.name} has no trained token in its first {tokens}", "the assistant's tokens", "Raise fidelity_tokens, or hold out more conversations in stage data")
     return taken

@@ -15,7 +15,7 @@ import torch
 from nemotron import adapter, assemble, native, recompute
 from nemotron.checkpoint import Checkpoint
 from nemotron.shards import Shards
-from stages import job
+from stages import dataset, job
 from stages.train import checkpoints, guard, memory, picture, ranks
 from stages.train.board import Board
 from stages.train.loop import History, Loop
@@ -50,11 +50,7 @@ def run(task: job.Job) -> None:
 
 def read(path: Path) -> list[dict]:
     """`input_ids` and `labels` of every row, lists of equal length, and its `number`. Raises StageError on an empty file."""
-    rows = []
-    with path.open() as opened:
-        for line in opened:
-            row = json.loads(line)
-            rows.append({"input_ids": row["input_ids"], "labels": row["labels"], "number": len(rows)})
+    rows = [{"input_ids": row["input_ids"], "labels": row["labels"], "number": n} for n, (_, row) in enumerate(dataset.read(path))]
     if not rows:
         raise job.StageError(f"{path.name} has no rows", "at least one conversation", "Look at stats.json and rejects.jsonl of stage data")
     return rows
