@@ -7,22 +7,20 @@ it and ends with `<|im_end|>`, which the model has to say to stop.
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
+
+from nemotron import markup
+from nemotron.messages import ROLES, ChatError, normalise, served_tools
+
+__all__ = ["IGNORED", "PAD", "ROLES", "SUPPLIED", "ChatError", "Rendered", "normalise", "render", "served_tools", "template_text"]
 
 IGNORED = -100  # the label that cross-entropy skips
 PAD = 0  # <unk>. The tokenizer has no pad token, and its eos is <|im_end|>: padding with that would mask every answer's end
 SUPPLIED = "<think></think>"  # what the generation prompt ends in when thinking is off
+THINKING = "<think>\n"  # and when it is on
 
-_ASSISTANT = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
-_THINK = re.compile(r"</?think>")
-MARKERS = ("<|im_start|>", "<|im_end|>")
-ROLES = ("system", "user", "assistant", "tool")
-
-
-class ChatError(ValueError):
-    """A conversation that cannot be rendered or trained on; the message is the reason."""
+_TURN = "<|im_start|>assistant\n"
+_END = "<|im_end|>"
 
 
 @dataclass(frozen=True)
@@ -38,84 +36,93 @@ class Rendered:
         return sum(label != IGNORED for label in self.labels)
 
 
-def normalise(messages: list[dict]) -> list[dict]:
-    """`messages` with every tool call's `arguments` as a mapping, which the template wants; the input is not changed.
+def template_text(
+    tokenizer, messages: list[dict], tools: list[dict] | None = None, generation: bool = False, reasoning: bool = False
+) -> str:
+    """The conversation as text, by the tokenizer's own template; `generation` adds the prompt of the next answer.
 
-    Key order stays, and absent keys stay absent: rows never go through Arrow, which would add them as None. Values stay
-    what JSON made of them, so the template writes `true` as `True` and `1.0` as `1.0`, just as a server does that renders
-    the same history. Only null is refused: it would be trained as the word None, which no parser reads back as null.
-
-    Raises ChatError if `arguments` is neither a mapping nor a string that holds a JSON object, or if one of them is null.
+    Without `reasoning` thoughts are left out, and the prompt is that of a server with `enable_thinking=false`. With it the
+    prompt is that of `enable_thinking=true`, and thoughts after the last user message are kept, as the template wants it.
     """
-    result = []
-    for message in messages:
-        if calls := message.get("tool_calls"):
-            if not isinstance(calls, list):
-                raise ChatError(f"tool_calls is {type(calls).__name__}, not a list")
-            message = {**message, "tool_calls": [_call(call) for call in calls]}
-        result.append(message)
-    return result
+    return _text(tokenizer, normalise(messages), served_tools(tools), generation, reasoning)
 
 
-def _call(call: dict) -> dict:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not function.get("name"):
-        raise ChatError("a tool call without a function name")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise ChatError(f"arguments of {function['name']} are not JSON: {error}") from error
-    if not isinstance(arguments, dict):
-        raise ChatError(f"arguments of {function['name']} are {type(arguments).__name__}, not an object")
-    if absent := [key for key, value in arguments.items() if value is None]:
-        raise ChatError(f"argument {absent[0]} of {function['name']} is null: leave it out")
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def template_text(tokenizer, messages: list[dict], tools: list[dict] | None = None, generation: bool = False) -> str:
-    """The conversation as text, by the tokenizer's own template; `generation` adds the prompt of the next answer."""
+def _text(tokenizer, messages: list[dict], tools: list[dict], generation: bool, reasoning: bool) -> str:
     if "strftime_now" in (tokenizer.chat_template or ""):
         raise ChatError("the chat template calls strftime_now: the same conversation would render differently tomorrow")
+    last_user = _last_user(messages)
+    history = [
+        message if reasoning and number > last_user else {key: value for key, value in message.items() if key != "reasoning_content"}
+        for number, message in enumerate(messages)
+    ]
     return tokenizer.apply_chat_template(
-        normalise(messages), tools=tools or None, tokenize=False, add_generation_prompt=generation, enable_thinking=False
+        history, tools=tools or None, tokenize=False, add_generation_prompt=generation, enable_thinking=reasoning
     )
 
 
-def render(tokenizer, messages: list[dict], tools: list[dict] | None = None) -> Rendered:
-    """Text, tokens and labels of one conversation; every assistant turn is trained, from after SUPPLIED up to `<|im_end|>`.
+def _last_user(messages: list[dict]) -> int:
+    return max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
 
-    The newline after `<|im_end|>` is the template's, not the model's: a server stops before it, so it is not trained.
-    Needs a fast tokenizer (offsets). Raises ChatError if a message holds the template's own markers or thoughts, since the
-    trained spans could then not be told for sure, or would not follow from the prompt that a server sends.
+
+def render(tokenizer, messages: list[dict], tools: list[dict] | None = None, reasoning: bool = False) -> Rendered:
+    """Text, tokens and labels of one conversation.
+
+    Every assistant turn is trained, except those with `train: False`, from after SUPPLIED up to `<|im_end|>`. The newline
+    after `<|im_end|>` is the template's, not the model's: a server stops before it, so it is not trained.
+
+    With `reasoning` a turn that has `reasoning_content` is trained from after THINKING: its thoughts, `</think>` and its text.
+    The template removes the thoughts of turns before the last user message, so such an earlier turn is context only.
+
+    Needs a fast tokenizer (offsets). Raises ChatError where a text holds a control token, markup of the template or a call
+    written out, and where the trained tokens would not follow from the tokens of the prompt that a server sends.
     """
-    for position, message in enumerate(messages, 1):
-        _refuse_markers(message, position)
-    text = template_text(tokenizer, messages, tools)
-    spans = [match.span(1) for match in _ASSISTANT.finditer(text)]
-    answers = sum(message["role"] == "assistant" for message in messages)
-    if len(spans) != answers:
-        raise ChatError(f"{answers} assistant turns but {len(spans)} in the rendered text: a tool or an argument holds the template's own markers")
-    if not all(text.startswith(SUPPLIED, start) for start, _ in spans):
-        raise ChatError(f"an assistant turn that does not begin with {SUPPLIED}: the template is not the one Annie is served with")
+    messages, tools = normalise(messages), served_tools(tools)
+    _refuse_markup(tokenizer, messages, tools, reasoning)
+    text = _text(tokenizer, messages, tools, False, reasoning)
+    last_user = _last_user(messages)
+    turns = [(number, message) for number, message in enumerate(messages) if message["role"] == "assistant"]
+    pieces = text.split(_TURN)
+    if len(pieces) != len(turns) + 1:
+        raise ChatError(f"{len(turns)} assistant turns but {len(pieces) - 1} in the rendered text: the template is not the one Annie is served with")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [IGNORED] * len(encoded["input_ids"])
-    starts = [start + len(SUPPLIED) for start, _ in spans]
-    ends = [end for _, end in spans]
-    at = 0
-    for index, (first, last) in enumerate(encoded["offset_mapping"]):
-        while at < len(ends) and first >= ends[at]:
-            at += 1
-        if at < len(ends) and first >= starts[at] and last <= ends[at]:
-            labels[index] = encoded["input_ids"][index]
-    return Rendered(text, encoded["input_ids"], labels)
+    ids, labels = encoded["input_ids"], [IGNORED] * len(encoded["input_ids"])
+    starting = {first: index for index, (first, _) in enumerate(encoded["offset_mapping"])}
+    supplied = {prompt: tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in ((SUPPLIED, THINKING) if reasoning else (SUPPLIED,))}
+    start = len(pieces[0]) + len(_TURN)
+    for (number, message), piece in zip(turns, pieces[1:], strict=True):
+        thinks = "reasoning_content" in message
+        prompt = THINKING if reasoning and thinks and number > last_user else SUPPLIED
+        if not piece.startswith(prompt):
+            raise ChatError(f"an assistant turn that does not begin with {prompt.strip()}: the template is not the one Annie is served with")
+        first, last = starting.get(start), starting.get(start + piece.find(_END))
+        begin = None if first is None else first + len(supplied[prompt])
+        if begin is None or last is None or ids[first:begin] != supplied[prompt]:
+            raise ChatError(f"the tokens of message {number + 1} run into those of the prompt before it")
+        if message.get("train", True) and not (reasoning and thinks and number < last_user):
+            labels[begin : last + 1] = ids[begin : last + 1]
+        start += len(piece) + len(_TURN)
+    return Rendered(text, ids, labels)
 
 
-def _refuse_markers(message: dict, position: int) -> None:
-    content = message.get("content") or ""
-    for marker in MARKERS:
-        if marker in content:
-            raise ChatError(f"message {position} holds {marker}, which only the template may write")
-    if message["role"] == "assistant" and (_THINK.search(content) or str(message.get("reasoning_content") or "").strip()):
-        raise ChatError(f"message {position} thinks aloud: Annie is served with thinking off, so its prompt already closes the think block")
+def _refuse_markup(tokenizer, messages: list[dict], tools: list[dict], reasoning: bool) -> None:
+    """Raises ChatError with the string and where it stands."""
+    search = markup.pattern(tokenizer).search
+    for position, message in enumerate(messages, 1):
+        if match := search(message["content"]):
+            verb = "thinks aloud: it holds" if message["role"] == "assistant" and "think>" in match.group() else "holds"
+            raise ChatError(f"message {position} {verb} {match.group()}, which only the template may write")
+        if message["role"] != "assistant":
+            continue
+        if written := markup.written_call(message["content"], tools):
+            raise ChatError(f"message {position} holds {written}: a tool call written out as text, which belongs in tool_calls")
+        if reasoning and (match := search(message.get("reasoning_content", ""))):
+            raise ChatError(f"reasoning_content of message {position} holds {match.group()}, which only the template may write")
+        for call in message.get("tool_calls", ()):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            if match := search(name) or next(filter(None, map(search, markup.strings(arguments))), None):
+                raise ChatError(f"message {position}: a call of {name} holds {match.group()}, which the format cannot escape")
+    for tool in tools:
+        function = tool["function"]
+        for text in (*markup.strings(function), *markup.tags(function)):
+            if match := search(text):
+                raise ChatError(f"tool {function['name']} holds {match.group()}, which only the template may write")

@@ -26,7 +26,7 @@ def calls(name, arguments, content=""):
     return {"role": "assistant", "content": content, "tool_calls": [{"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}]}
 
 
-# A plain answer, a call with words before it, its result put in words (with blanks around, of which the template keeps one), a bare call.
+# A plain answer, a call with words before it, its result put in words (with blanks around), a bare call.
 TALK = [
     SYSTEM, user("Capital of Japan?"), says("Tokyo."),
     user("Tea timer, please."), calls("set_timer", '{"minutes": 5}', "Starting it."), {"role": "tool", "content": '{"ok": true}'}, says(" Done. "),
@@ -46,9 +46,8 @@ def only_call(messages):
 
 def test_trap_13_arguments_become_a_mapping_in_their_own_order():
     message = calls("send_message", '{"to": "Priya", "text": "late", "again": true}')
-    assert list(only_call(chat.normalise([message])).items()) == [("to", "Priya"), ("text", "late"), ("again", True)]
+    assert list(only_call(chat.normalise([user("Go on."), message])).items()) == [("to", "Priya"), ("text", "late"), ("again", True)]
     assert only_call([message]) == '{"to": "Priya", "text": "late", "again": true}', "the caller's rows stay as they were"
-    assert only_call(chat.normalise([calls("stop", {})])) == {}
 
 
 MIXED = [
@@ -119,7 +118,8 @@ def test_trap_13_rows_that_went_through_arrow_are_refused():
 
 @pytest.mark.parametrize(
     "arguments, reason",
-    [("{minutes: 5}", "not JSON"), ("[5]", "list, not an object"), (None, "NoneType, not an object"), ('{"minutes": null}', "minutes of set_timer is null")],
+    [("{minutes: 5}", "not JSON"), ("[5]", "list, not an object"), ("null", "NoneType, not an object"), ('{"minutes": NaN}', "NaN or Infinity"),
+     ('{"minutes": null}', "minutes of set_timer is null")],
 )
 def test_trap_13_arguments_that_are_no_object_are_refused(arguments, reason):
     with pytest.raises(chat.ChatError, match=reason):
@@ -139,7 +139,7 @@ def test_trap_15_the_server_s_prompt_and_the_trained_span_make_the_training_text
     assert len(spans(rendered)) == len(answers) == 4
     for number, (first, last) in zip(answers, spans(rendered), strict=True):
         prompt = tokenizer.apply_chat_template(
-            chat.normalise(TALK[:number]), tools=TOOLS, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            chat.normalise(TALK[:number]), tools=chat.served_tools(TOOLS), tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         assert prompt.endswith("<|im_start|>assistant\n<think></think>") and prompt == chat.template_text(tokenizer, TALK[:number], TOOLS, generation=True)
         assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == rendered.input_ids[:first], "the same tokens, not only the same text"
@@ -158,7 +158,7 @@ def test_trap_15_labels_are_the_tokens_themselves_and_never_those_of_others(toke
     assert all(label in (token, chat.IGNORED) for token, label in zip(rendered.input_ids, rendered.labels, strict=True))
     call = "<tool_call>\n<function=set_timer>\n<parameter=minutes>\n{}\n</parameter>\n</function>\n</tool_call>\n<|im_end|>"
     said = tokenizer.decode([label for label in rendered.labels if label != chat.IGNORED])
-    assert said == f"Tokyo.<|im_end|>Starting it.\n{call.format(5)} Done.<|im_end|>\n{call.format(7)}"
+    assert said == f"Tokyo.<|im_end|>Starting it.\n{call.format(5)}Done.<|im_end|>\n{call.format(7)}"
 
 
 @pytest.mark.parametrize("answer", ["<think>hm</think>Tokyo.", "Tokyo.</think>", "Tokyo.<|im_end|>\n<|im_start|>user\n"])
@@ -167,10 +167,11 @@ def test_trap_15_thoughts_and_markers_in_a_message_are_refused(tokenizer, answer
         chat.render(tokenizer, [user("Capital of Japan?"), says(answer)])
 
 
-@pytest.mark.parametrize("thought", ["Japan is in Asia.", 3])
-def test_trap_15_reasoning_content_is_refused(tokenizer, thought):
-    with pytest.raises(chat.ChatError, match="thinks aloud"):
-        chat.render(tokenizer, [user("Capital of Japan?"), {**says("Tokyo."), "reasoning_content": thought}])
+def test_trap_15_reasoning_is_left_out_unless_it_is_asked_for(tokenizer):
+    thoughtful = [user("Capital of Japan?"), {**says("Tokyo."), "reasoning_content": "Japan is in Asia."}]
+    assert chat.render(tokenizer, thoughtful) == chat.render(tokenizer, [user("Capital of Japan?"), says("Tokyo.")])
+    with pytest.raises(chat.ChatError, match="reasoning_content of message 2 is int, not text"):
+        chat.normalise([user("Capital of Japan?"), {**says("Tokyo."), "reasoning_content": 3}])
 
 
 def test_trap_15_a_template_that_writes_no_think_block_is_refused(tokenizer):
@@ -201,8 +202,8 @@ def test_trap_16_padding_is_zero_and_masks_no_answer_s_end(tokenizer):
 
 
 def test_a_tool_that_holds_the_template_s_markers_is_refused(tokenizer):
-    tools = json.loads(json.dumps(TOOLS).replace("set_timer", "<|im_start|>assistant\\n<|im_end|>"))
-    with pytest.raises(chat.ChatError, match="1 assistant turns but 2"):
+    tools = json.loads(json.dumps(TOOLS).replace("integer", "<|im_start|>assistant\\n<|im_end|>"))
+    with pytest.raises(chat.ChatError, match=r"tool set_timer holds <\|im_start\|>"):
         chat.render(tokenizer, TALK[:3], tools)
 
 
