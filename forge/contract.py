@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from forge.finding import Finding, Refused, error
+from forge.parameter import Parameter, Unfit, convert, nearest
+from forge.parameter import TYPES as PARAMETER_TYPES
+
+__all__ = ["Contract", "Needs", "Parameter", "Unfit", "convert", "load", "nearest"]
 
 # Artifact type -> patterns of which each must match at least one file (docs/formats.md).
 TYPES: dict[str, tuple[str, ...]] = {
@@ -28,75 +30,6 @@ TYPES: dict[str, tuple[str, ...]] = {
     "report": ("report.json", "report.md", "behaviour.png", "answers.jsonl", "exchange.json"),
     "serving": ("serve.json", "check.json", "prompt.txt", "tools.json", "README.md"),
 }
-
-_SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
-_PARAMETER_TYPES = (*_SCALARS, "list[str]", "list[int]", "map")
-_MISSING: Any = object()
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """A sentence that names the valid word closest to `word`, or all of them."""
-    choices = list(choices)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {close[0]}?"
-    return f"Valid here: {', '.join(choices)}." if choices else "Nothing is valid here."
-
-
-def convert(value: Any, kind: str) -> Any:
-    """`value` as a parameter of type `kind`; TypeError if it is of another type.
-
-    An int stands for a float. YAML 1.1 reads `1e-3` (no dot) as a string, so a string that is a number does too.
-    """
-    if kind == "float" and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            raise TypeError(kind) from None
-        if not math.isfinite(number):
-            raise TypeError(kind)
-        return number
-    if kind in _SCALARS:
-        # bool is a subclass of int: `rank: true` must not become 1.
-        if isinstance(value, _SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool)):
-            return value
-    elif kind.startswith("list[") and isinstance(value, list):
-        return [convert(item, kind[5:-1]) for item in value]
-    elif kind == "map" and isinstance(value, dict):
-        return value
-    raise TypeError(kind)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    type: str
-    doc: str = ""
-    default: Any = _MISSING
-    choices: tuple[Any, ...] = ()
-    min: float | None = None
-    max: float | None = None
-
-    @property
-    def required(self) -> bool:
-        return self.default is _MISSING
-
-    @property
-    def expected(self) -> str:
-        if self.choices:
-            return "one of " + ", ".join(map(str, self.choices))
-        limits = [f"at least {self.min:g}"] if self.min is not None else []
-        limits += [f"at most {self.max:g}"] if self.max is not None else []
-        return f"{self.type} {' and '.join(limits)}".strip()
-
-    def accept(self, value: Any) -> Any:
-        """The value, converted; TypeError or ValueError if it is not one this parameter takes."""
-        value = convert(value, self.type)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if self.choices and value not in self.choices:
-            raise ValueError(value)
-        if number and ((self.min is not None and value < self.min) or (self.max is not None and value > self.max)):
-            raise ValueError(value)
-        return value
 
 
 @dataclass(frozen=True)
@@ -153,6 +86,7 @@ class Contract:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
     product: Product | None = None
+    check: str | None = None  # a module that looks at the stage's sources before any stage runs (forge/sources.py)
 
 
 def _product(name: str, raw: dict[str, Any], parameters: dict[str, Parameter], consumes: dict[str, str], findings: list[Finding]) -> Product | None:
@@ -171,7 +105,7 @@ def _product(name: str, raw: dict[str, Any], parameters: dict[str, Parameter], c
 
 _KEYS = {
     "summary": str, "image": str, "produces": str, "consumes": dict, "sources": dict, "secrets": dict,
-    "parameters": dict, "needs": dict, "build": dict,
+    "parameters": dict, "needs": dict, "build": dict, "check": str,
 }
 
 
@@ -211,20 +145,33 @@ def load(folder: Path) -> Contract:
             findings.append(error(name, f"unknown key {where}.{key}", "a key of this table", nearest(key, allowed)))
         return kind(**{**{k: v for k, v in values.items() if k not in unknown}, **renamed})
 
-    parameters = {}
-    for key, values in raw.get("parameters", {}).items():
-        where = f"parameters.{key}"
+    def described(where: str, values: Any) -> Parameter | None:
+        """The parameter of one table, with those of the tables inside it; None, and a finding, if its type is unknown."""
         kind = values.get("type") if isinstance(values, dict) else None
-        if kind not in _PARAMETER_TYPES:
-            findings.append(error(name, f"{where}.type = {kind!r}", "one of " + ", ".join(_PARAMETER_TYPES), ""))
-            continue
-        parameter = table(Parameter, where, values, choices=tuple(values.get("choices", ())))
-        parameters[key] = parameter
+        if kind not in PARAMETER_TYPES:
+            findings.append(error(name, f"{where}.type = {kind!r}", "one of " + ", ".join(PARAMETER_TYPES), ""))
+            return None
+        inner = {key: described(f"{where}.fields.{key}", below) for key, below in values.get("fields", {}).items()}
+        parameter = table(
+            Parameter, where, values, **{key: tuple(values.get(key, ())) for key in ("choices", "also", "keys")},
+            each=described(f"{where}.each", values["each"]) if "each" in values else None,
+            fields={key: below for key, below in inner.items() if below},
+        )
         if not parameter.required:
             try:
                 parameter.accept(parameter.default)
-            except (TypeError, ValueError):
-                findings.append(error(name, f"{where}.default = {parameter.default!r}", parameter.expected, ""))
+            except Unfit as unfit:
+                findings.append(error(name, f"{where}.default = {parameter.default!r}", unfit.faults[0].expected, ""))
+        return parameter
+
+    read = {key: described(f"parameters.{key}", values) for key, values in raw.get("parameters", {}).items()}
+    parameters = {key: parameter for key, parameter in read.items() if parameter}
+    for key, parameter in parameters.items():
+        if parameter.at_most and (parameter.at_most not in parameters or parameters[parameter.at_most].type not in ("int", "float")):
+            findings.append(error(name, f"parameters.{key}.at_most = {parameter.at_most!r}", "a number among the stage's parameters",
+                                  nearest(parameter.at_most, parameters)))
+    if "check" in raw and not raw["check"].startswith(f"stages.{folder.name}."):
+        findings.append(error(name, f"check = {raw['check']!r}", f"a module of this stage, such as stages.{folder.name}.sources", ""))
     sources = {key: table(Source, f"sources.{key}", values) for key, values in raw.get("sources", {}).items()}
     secrets = {key: table(Secret, f"secrets.{key}", values).doc for key, values in raw.get("secrets", {}).items()}
     needs = table(Needs, "needs", raw.get("needs", {}))
@@ -234,5 +181,5 @@ def load(folder: Path) -> Contract:
     return Contract(
         name=folder.name, folder=folder, summary=raw["summary"], image=raw["image"], produces=raw["produces"],
         consumes=raw.get("consumes", {}), sources=sources, secrets=secrets, parameters=parameters, needs=needs,
-        product=product,
+        product=product, check=raw.get("check"),
     )

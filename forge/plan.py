@@ -46,7 +46,15 @@ class Selection:
             names = [n for n in names if n in recipe.upstream(self.last)]
         if self.first:
             names = [n for n in names if self.first in recipe.upstream(n)]
+        if not names:
+            raise Refused(error("selection", f"no stage in {self.words()}", "at least one stage",
+                                f"The stages in their order: {', '.join(recipe.stages)}."))
         return names
+
+    def words(self) -> str:
+        """The options that chose these stages."""
+        options = [*(("--from", self.first),) * bool(self.first), *(("--until", self.last),) * bool(self.last), *(("--only", name) for name in self.only)]
+        return " ".join(f"{option} {name}" for option, name in options)
 
 
 @dataclass(frozen=True)

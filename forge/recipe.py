@@ -16,12 +16,14 @@ from forge import contract
 from forge.contract import Contract, Needs, nearest
 from forge.finding import Finding, Refused, error
 from forge.image import Image
+from forge.parameter import Fault, Unfit
 
 _TOP = {
     "name": "str", "about": "str", "seed": "int", "gpu": "str", "executor": "str", "images": "map", "secrets": "map",
     "stages": "map", "ways": "map",
 }
 _GPU = ("none", "cuda")
+LARGEST_SEED = 2**32 - 1  # numpy's limit
 _EXECUTORS = ("docker", "local")
 _RESERVED = ("inputs", "sources", "needs")
 
@@ -148,6 +150,8 @@ class _Reading:
             self.fault(("gpu",), f"gpu = {gpu!r}", "one of " + ", ".join(_GPU))
         if executor is not None and executor not in _EXECUTORS:
             self.fault(("executor",), f"executor = {executor!r}", "one of " + ", ".join(_EXECUTORS))
+        if not 0 <= (top.get("seed") or 0) <= LARGEST_SEED:
+            self.fault(("seed",), f"seed = {top['seed']}", f"0 to {LARGEST_SEED}, which every library takes")
         images = self.images(top.get("images") or {})
         secrets = {
             name: self.repo / Path(path).expanduser()
@@ -209,12 +213,15 @@ class _Reading:
         where = ("ways", name)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             self.fault(where, f"the way {name!r}", "letters, digits and dashes, since it names folders")
-        changed = dict(steps)
+        changed, said = dict(steps), {(f.found, f.expected) for f in self.findings}
+        before = len(self.findings)
         for stage, values in (self.typed(where, values, "map") or {}).items():
             if stage not in steps:
                 self.fault((*where, stage), f"unknown stage {stage} in the way {name}", "a stage of this recipe", nearest(stage, steps))
             elif (given := self.typed((*where, stage), values or {}, "map")) is not None:
                 changed[stage] = self.step(stage, steps[stage].contract, {**(self.raw["stages"][stage] or {}), **given}, (*where, stage))
+        # What the way has from the recipe's own stages has been named there, with its line.
+        self.findings[before:] = [f for f in self.findings[before:] if (f.found, f.expected) not in said]
         return changed
 
     def step(self, name: str, its: Contract, values: dict[str, Any], where: tuple[str, ...] = ()) -> Step:
@@ -227,12 +234,18 @@ class _Reading:
             if key in values:
                 try:
                     params[key] = parameter.accept(values[key])
-                except (TypeError, ValueError):
-                    self.fault((*where, key), f"{name}.{key} = {values[key]!r}", parameter.expected, parameter.doc)
+                except Unfit as unfit:
+                    for fault in unfit.faults:
+                        self.unfit((*where, key), name, fault)
             elif parameter.required:
                 self.fault(where, f"no {key} in {name}", f"{key}: {parameter.expected}", parameter.doc)
             else:
-                params[key] = contract.convert(parameter.default, parameter.type)
+                params[key] = parameter.accept(parameter.default)
+        for key, parameter in its.parameters.items():
+            limit = params.get(parameter.at_most)
+            if limit and key in params and params[key] > limit:
+                unsaid = "" if key in values else " (the default)"
+                self.fault((*where, key), f"{name}.{key} = {params[key]!r}{unsaid}", f"at most {parameter.at_most}, which is {limit!r}", parameter.doc)
         inputs = {key: key for key in its.consumes}
         for key, value in (self.typed((*where, "inputs"), values.get("inputs") or {}, "map") or {}).items():
             if key not in its.consumes:
@@ -240,6 +253,12 @@ class _Reading:
             elif self.typed((*where, "inputs", key), value, "str") is not None:
                 inputs[key] = value
         return Step(name, its, params, inputs, self.sources(name, its, values), self.needs(name, its, values))
+
+    def unfit(self, where: tuple[str, ...], name: str, fault: Fault) -> None:
+        """A finding for one fault of the parameter at `where` of the stage `name`."""
+        path = ".".join((name, where[-1], *fault.where))
+        found = f"unknown key {path}" if fault.found.startswith("unknown key ") else f"{path} = {fault.found}"
+        self.fault((*where, *fault.where), found, fault.expected, fault.remedy)
 
     def sources(self, name: str, its: Contract, values: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
         where = ("stages", name, "sources")
@@ -273,6 +292,8 @@ class _Reading:
             if key not in contract.NEEDS_TYPES:
                 self.fault((*where, key), f"unknown key {name}.needs.{key}", "a key of needs", nearest(key, contract.NEEDS_TYPES))
             elif (checked := self.typed((*where, key), value, contract.NEEDS_TYPES[key])) is not None:
+                if checked < 0:
+                    self.fault((*where, key), f"{name}.needs.{key} = {checked:g}", "0 or more")
                 changed[key] = checked
         return replace(its.needs, **changed)
 

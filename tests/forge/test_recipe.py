@@ -81,3 +81,9 @@ def test_the_recipes_of_this_repository_read(its):
 
     for path in sorted((toy.REPO / "recipes").glob("*.yaml")):
         assert recipe.load(path, toy.REPO).name == path.stem
+
+
+@pytest.mark.parametrize("selected", [{"first": "slow", "last": "words"}, {"first": "count", "only": ("words",)}])
+def test_a_selection_of_no_stage_is_refused(its, selected):
+    with pytest.raises(Refused, match="found no stage in --from .*; expected at least one stage. The stages in their order: words, count, slow."):
+        its.plan(**selected)
