@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from forge.finding import Finding, error, warning
+from forge.finding import Finding, error
 from forge.plan import Context, Plan
 from forge.recipe import Recipe, Step
 
@@ -50,6 +50,9 @@ def _check(context: Context, step: Step, module: str) -> list[Finding]:
     return [error(step.name, f"its check {module} ended with {said}", "findings, a JSON object a line", "It is a fault of that module: report it with this line.")]
 
 
-def _finding(raw: dict[str, str]) -> Finding:
-    level = raw.pop("level")
-    return {"error": error, "warning": warning}[level](**raw)
+def _finding(raw: dict[str, Any]) -> Finding:
+    """A line of the check's answer. TypeError or ValueError if it is none."""
+    finding = Finding(**raw)
+    if finding.level not in ("error", "warning"):
+        raise ValueError(f"the level {finding.level!r}")
+    return finding
