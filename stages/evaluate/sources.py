@@ -16,6 +16,9 @@ MOST_BYTES = 5_000_000  # of conversations that are read here, a tenth of a seco
 def look(its: Given) -> list[Finding]:
     findings = [Finding("evaluate.gate", fault, "a gate that can be held", "docs/formats.md, The gate, says what one holds.") for fault in gate.faults(its.params["gate"])]
     if not its.sources.get("questions"):
+        if "data" in its.inputs and its.inputs["data"].params.get("eval_share") == 0:
+            findings.append(Finding("evaluate.sources", "no questions, and data.eval_share = 0, which leaves none to make them from", "at least one question",
+                                    "Name `sources: {questions: ...}` in stage evaluate, or set eval_share above 0."))
         return findings
     asked, wrong = questions.read(its.sources["questions"][0])
     data = its.inputs["data"].sources if "data" in its.inputs else {}

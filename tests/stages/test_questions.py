@@ -201,6 +201,12 @@ def test_the_sample_passes_its_own_check_and_a_copied_line_does_not(tmp_path):
     assert "which stands in the training data at conversations/concise_voice.jsonl:1" in found.found
 
 
+@pytest.mark.parametrize(("share", "count"), [(0, 1), (0.1, 0)])
+def test_nothing_held_out_and_no_questions_is_named_before_the_first_stage(share, count):
+    data = check.Given("data", {"eval_share": share})
+    assert len(sources.look(check.Given("evaluate", {"gate": "none"}, {}, {"data": data}))) == count
+
+
 @pytest.mark.parametrize(("params", "subject"), [
     ({"gate": {}, "control": False}, "evaluate.gate"), ({"gate": {"tuned": 0.9}, "control": True}, "evaluate.control"),
     ({"gate": "none", "control": False}, None), ({"gate": {"tuned": 0.9}, "control": False}, None),
