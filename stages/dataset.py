@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from stages.job import StageError
 
 BOM = b"\xef\xbb\xbf"
 
 
-def lines(opened: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def lines(opened: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """Number, from 1, and bytes of every line that is not blank; a UTF-8 byte order mark at the start is left out."""
     for number, raw in enumerate(opened, 1):
         line = (raw.removeprefix(BOM) if number == 1 else raw).strip(b" \t\r\n")
@@ -30,16 +30,18 @@ def parse(raw: bytes | str) -> Any:
     Stricter than json.loads: NaN and Infinity are no JSON, and of two equal keys in an object one would be lost.
     """
     try:
-        text = raw.decode() if isinstance(raw, bytes) else raw
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+        return DECODER.decode(raw.decode() if isinstance(raw, bytes) else raw)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start} ({error.reason})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
-    except RecursionError as error:
-        raise ValueError("not JSON: nested too deeply") from error
-    except ValueError as error:  # an integer of thousands of digits, a constant, a repeated key
-        raise ValueError(f"not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {reason(error)}") from error
+
+
+def reason(error: ValueError | RecursionError) -> str:
+    """Why DECODER did not read a text, in words."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)  # else digits by the thousand, a constant, a repeated key
 
 
 def read(path: Path, name: str = "", step: int = 1) -> Iterator[tuple[int, dict]]:
@@ -101,3 +103,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {twice!r} stands twice in one object")
     return result
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)  # what `parse` reads with

@@ -289,6 +289,7 @@ def container_job(task: Task) -> tuple[dict[str, Any], list[tuple[str, str, bool
     job["secrets"] = {name: mounted(path, f"/secrets/{name}") for name, path in task.job["secrets"].items()}
     job["output"] = mounted(task.job["output"], "/output", False)
     job["scratch"] = mounted(task.job["scratch"], "/scratch", False)
+    job["host_scratch"] = task.job["scratch"]
     return job, mounts
 
 

@@ -1,12 +1,9 @@
-"""From files of conversations to tokens and labels: merge, check, render, mask, split, and say what was found."""
+"""From files of conversations to tokens and labels: find, read, check, render, mask, split, and say what there was."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import json
-import math
-import statistics
+import tomllib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +12,16 @@ from transformers import AutoTokenizer
 
 from nemotron import chat
 from stages import dataset, job
-from stages.data import picture
-from stages.data.rows import Reject, Row, files, read
+from stages.data import files, formats, picture, production, rows, stats
+from stages.data.rows import Reject, Row
+from stages.data.split import split
 from stages.job import Job, StageError
 
+CONTRACT = Path(__file__).with_name("stage.toml")
 LITTLE = 0.05  # a share of trained tokens that is worth a warning: most of such a run is spent on reading prompts
+SHOWN, SHOWN_REFUSED = 5, 20  # rejects that the log shows, in a stage that goes on and in one that stops
+LONG = "max_tokens is"
+REJECTS = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,75 +30,59 @@ class Prepared:
     rendered: chat.Rendered
 
 
-def run(its: Job) -> None:
-    prompt = its.sources["prompt"][0].read_text().strip()
-    tools = json.loads(its.sources["tools"][0].read_text()) if its.sources.get("tools") else []
-    rows, rejects, duplicates = merge(files(its.sources["conversations"]))
-    total = len(rows) + len(rejects) + duplicates
-    if not total:
-        raise StageError("no rows in the sources", "JSONL files with one conversation a line", "Check `sources.conversations` in the recipe.")
-    others = compare_prompts(rows, prompt, its.params["other_prompts"])
-    tokenizer = AutoTokenizer.from_pretrained(its.inputs["base"])
-    prepared, refused = render(tokenizer, rows, its.params["max_tokens"])
-    rejects += refused
-    dataset.write(its.output / "rejects.jsonl", [asdict(r) for r in rejects])
-    for reject in rejects[:5]:
+def run(task: Job) -> None:
+    """Writes the artifact `chat-dataset` (docs/formats.md). Raises StageError if a source or too many of the rows cannot be used."""
+    params = {name: value["default"] for name, value in tomllib.loads(CONTRACT.read_text())["parameters"].items()} | task.params
+    prompt = production.read_prompt(task.sources["prompt"][0])
+    tools = production.read_tools(task.sources["tools"][0]) if task.sources.get("tools") else []
+    listing = files.listed(task.sources["conversations"])
+    gathered = rows.gather(listing)
+    unused = rows.unused(gathered.rows)
+    say(listing, unused)
+    if not gathered.total:
+        raise StageError(f"no rows in the sources{left_out(listing)}", "files with one conversation a line", "Check `sources.conversations` in the recipe.")
+    refuse_many(task, gathered.rejects, gathered.total, params["max_reject_share"])
+    chosen, prompts = production.with_prompt(gathered.rows, prompt, params["missing_prompt"], params["other_prompts"])
+    chosen, equipped = production.with_tools(chosen, tools, params["tools"])
+    chosen, duplicates, overlap = rows.once(chosen)
+    prepared, refused = render(AutoTokenizer.from_pretrained(task.inputs["base"]), chosen, params["max_tokens"])
+    rejects = gathered.rejects + refused
+    refuse_many(task, rejects, gathered.total, params["max_reject_share"])
+    for reject in rejects[:SHOWN]:
         job.warning(f"{reject.file}:{reject.line} rejected: {reject.reason}", "all rejects are in rejects.jsonl")
-    refuse_many(rejects, total, its.params["max_reject_share"])
-    train, held_out = split(prepared, its.params["eval_share"])
+    train, held_out = split(prepared, params["eval_share"])
     if not train:
-        raise StageError("no row left to train on", "at least one", "See the reasons in the log; check max_tokens and eval_share.")
-    dataset.write(its.output / "train.jsonl", [line(p) for p in train])
-    dataset.write(its.output / "eval.jsonl", [line(p) for p in held_out])
-    (its.output / "prompt.txt").write_text(prompt + "\n")
-    (its.output / "tools.json").write_text(json.dumps(tools, indent=2) + "\n")
-    stats = summary(train, held_out, rejects, duplicates=duplicates, other_prompts=others, prompt=prompt)
-    (its.output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-    picture.draw(its.output / "tokens.png", stats)
-    if stats["trained_share"] < LITTLE:
-        job.warning(f"only {stats['trained_share']:.1%} of the tokens are trained", "shorten the system prompt, or leave out tools that a conversation does not need")
-    for name in ("train", "eval", "rejected", "duplicates", "trained_share"):
-        job.metric(name, stats[name])
+        save(task, rejects)
+        raise StageError(f"no row left to train on: {len(rejects)} rejected, {len(held_out)} held out", "at least one",
+                         f"See the reasons in the log and in {task.on_host(task.scratch / REJECTS)}; check max_tokens and eval_share.")
+    counts = {"duplicates": duplicates, "overlap": overlap, **prompts, **equipped, "splits": {f.name: f.split for f in listing.files if f.split},
+              "left_out": listing.left_out, "unused_keys": unused}
+    write(task.output, train, held_out, rejects, prompt, tools, stats.summary(pairs(train), pairs(held_out), rejects, prompt, counts))
 
 
-def merge(paths: dict[str, Path]) -> tuple[list[Row], list[Reject], int]:
-    """Rows of all files in order, rejects, and how many exact duplicates were left out."""
-    rows, rejects, seen, duplicates = [], [], set(), 0
-    for number, (name, path) in enumerate(paths.items(), 1):
-        for found in read(name, path):
-            if isinstance(found, Reject):
-                rejects.append(found)
-            elif found.content in seen:
-                duplicates += 1
-            else:
-                seen.add(found.content)
-                rows.append(found)
-        job.progress(number, len(paths), "file", f"{len(rows)} rows")
-    return rows, rejects, duplicates
+def pairs(prepared: list[Prepared]) -> list[tuple[Row, chat.Rendered]]:
+    return [(p.row, p.rendered) for p in prepared]
 
 
-def compare_prompts(rows: list[Row], prompt: str, policy: str) -> int:
-    """The prompt of training has to be the prompt of production: a model trained under a stale one misbehaves under the new.
-
-    Returns how many rows have another one. Raises StageError with a diff, unless the recipe allows them.
-    """
-    others = Counter(row.prompt.strip() for row in rows if row.prompt.strip() != prompt)
-    if not others:
-        return 0
-    worst, count = others.most_common(1)[0]
-    example = next(row for row in rows if row.prompt.strip() == worst)
-    diff = "\n".join(difflib.unified_diff(prompt.splitlines(), worst.splitlines(), "production", f"{example.file}:{example.line}", lineterm="", n=1))
-    found = f"{sum(others.values())} of {len(rows)} rows with {len(others)} other system prompts; the most common ({count} rows) differs so:\n{diff}"
-    if policy == "refuse":
-        raise StageError(found, "the production prompt in every row", "Rewrite the rows' system prompt, name the right prompt file, or set other_prompts: allow.")
-    job.warning(found, "other_prompts: allow is set; these rows are trained as they are")
-    return sum(others.values())
+def say(listing: files.Listing, unused: dict[str, int]) -> None:
+    """Warns of the files that are not read, of the data set's own split, and of the keys that no rule uses; each once."""
+    if listing.left_out:
+        job.warning(f"{len(listing.left_out)} files are not read{left_out(listing)}", "name a file itself in `sources.conversations` to have it read")
+    if splits := [f"{file.name} ({file.split})" for file in listing.files if file.split]:
+        job.warning(f"held out, by their names: {files.some(splits)}",
+                    "eval_share then holds out nothing more; to train on a file, name it itself in `sources.conversations`, not its folder")
+    if unused:
+        job.warning(f"keys that are not used: {files.some((f'{key} ({count} rows)' for key, count in unused.items()), 8)}", "docs/formats.md says which are")
 
 
-def render(tokenizer, rows: list[Row], limit: int) -> tuple[list[Prepared], list[Reject]]:
+def left_out(listing: files.Listing) -> str:
+    return ": " + files.some((f"{name} {reason}" for name, reason in listing.left_out.items())) if listing.left_out else ""
+
+
+def render(tokenizer, chosen: list[Row], limit: int) -> tuple[list[Prepared], list[Reject]]:
     """Rows as tokens; those that cannot be trained on become rejects."""
     prepared, rejects = [], []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(chosen, 1):
         try:
             rendered = chat.render(tokenizer, row.messages, row.tools)
             reason = ""
@@ -104,75 +90,61 @@ def render(tokenizer, rows: list[Row], limit: int) -> tuple[list[Prepared], list
             reason = str(error)
         else:
             if len(rendered.input_ids) > limit:
-                reason = f"{len(rendered.input_ids)} tokens, the limit is {limit}"
+                reason = f"{len(rendered.input_ids)} tokens, {LONG} {limit}"
             elif not rendered.trained:
                 reason = "no token to train on"
         if reason:
             rejects.append(Reject(row.file, row.line, reason, row.head))
         else:
             prepared.append(Prepared(row, rendered))
-        if number % 50 == 0 or number == len(rows):
-            job.progress(number, len(rows), "row")
+        if number % 50 == 0 or number == len(chosen):
+            job.progress(number, len(chosen), "row")
     return prepared, rejects
 
 
-def refuse_many(rejects: list[Reject], total: int, share: float) -> None:
+def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> None:
+    """Raises StageError if more than `share` of the rows are rejects; all of them are then in the scratch folder, which stays."""
     if len(rejects) <= share * total:
         return
+    save(task, rejects)
+    for reject in rejects[:SHOWN_REFUSED]:
+        job.warning(f"{reject.file}:{reject.line} rejected: {reject.reason}")
     reasons = Counter(r.reason for r in rejects).most_common(3)
     first = rejects[0]
+    remedy = "Mend or remove them, or raise max_reject_share if you mean to lose them"
+    if any(LONG in reject.reason for reject in rejects):
+        remedy += ", or max_tokens for the long ones"
+    if any(reject.reason.startswith((formats.NO_FORMAT, "not JSON")) for reject in rejects):
+        remedy += ". A row is read in one of these forms:\n" + "\n".join(formats.SHAPES) + "\n"
+    else:
+        remedy += ". "
     raise StageError(
         f"{len(rejects)} of {total} rows are bad ({'; '.join(f'{n} x {reason}' for reason, n in reasons)}), first {first.file}:{first.line}",
-        f"at most {share:.1%}", "Mend or remove them, or raise max_reject_share if you mean to lose them.")
+        f"at most {share:.1%}", f"{remedy}All of them are in {task.on_host(task.scratch / REJECTS)}.")
 
 
-def split(prepared: list[Prepared], share: float) -> tuple[list[Prepared], list[Prepared]]:
-    """Train and held-out rows: in each category the share with the lowest hashes, whatever the order of the files.
+def save(task: Job, rejects: list[Reject]) -> None:
+    """Writes the rejects where they stay when the stage refuses; its output is then deleted."""
+    dataset.write(task.scratch / REJECTS, map(asdict, rejects))
 
-    New rows leave every old one on its side, but for the few at the border that keep the share what it is.
-    """
-    groups: dict[str, list[Prepared]] = {}
-    for item in prepared:
-        groups.setdefault(item.row.category, []).append(item)
-    held: set[int] = set()
-    for items in groups.values():
-        ranked = sorted(items, key=lambda p: hashlib.sha256(p.row.content.encode()).hexdigest())
-        held |= {id(p) for p in ranked[: round(share * len(items))]}
-    return [p for p in prepared if id(p) not in held], [p for p in prepared if id(p) in held]
+
+def write(output: Path, train: list[Prepared], held_out: list[Prepared], rejects: list[Reject], prompt: str, tools: list[dict], told: dict) -> None:
+    dataset.write(output / "train.jsonl", map(line, train))
+    dataset.write(output / "eval.jsonl", map(line, held_out))
+    dataset.write(output / REJECTS, map(asdict, rejects))
+    (output / "prompt.txt").write_text(prompt + "\n", encoding="utf-8")
+    (output / "tools.json").write_text(json.dumps(tools, indent=2) + "\n")
+    (output / "stats.json").write_text(json.dumps(told, indent=2) + "\n")
+    picture.draw(output / "tokens.png", told)
+    if told["trained_share"] < LITTLE:
+        job.warning(f"only {told['trained_share']:.1%} of the tokens are trained", "shorten the system prompt, or leave out tools that a conversation does not need")
+    for name in ("train", "eval", "rejected", "duplicates", "trained_share"):
+        job.metric(name, told[name])
 
 
 def line(item: Prepared) -> dict:
     row, rendered = item.row, item.rendered
     return {
-        "id": hashlib.sha256(row.content.encode()).hexdigest()[:16], "category": row.category, "file": row.file, "line": row.line,
+        "id": row.digest[:16], "category": row.category, "file": row.file, "line": row.line,
         "messages": row.messages, "tools": row.tools or [], "text": rendered.text, "input_ids": rendered.input_ids, "labels": rendered.labels,
     }
-
-
-def summary(train: list[Prepared], held_out: list[Prepared], rejects: list[Reject], duplicates: int, other_prompts: int, prompt: str) -> dict:
-    """What `stats.json` says. Shares are of tokens; `lowest_` and `median_trained_share` are over conversations."""
-    both = [*train, *held_out]
-    lengths = [len(p.rendered.input_ids) for p in both]
-    trained = [p.rendered.trained for p in both]
-    shares = [part / whole for part, whole in zip(trained, lengths)]
-    return {
-        "train": len(train), "eval": len(held_out), "rejected": len(rejects), "duplicates": duplicates, "other_prompts": other_prompts,
-        "tokens": sum(lengths), "trained_tokens": sum(trained), "trained_share": round(sum(trained) / sum(lengths), 4),
-        "lowest_trained_share": round(min(shares), 4), "median_trained_share": round(statistics.median(shares), 4),
-        "longest": max(lengths), "median_length": round(statistics.median(lengths)),
-        "histograms": {"tokens": histogram(lengths), "trained_tokens": histogram(trained)},
-        "categories": dict(sorted(Counter(p.row.category for p in both).items())),
-        "files": dict(sorted(Counter(p.row.file for p in both).items())),
-        "reasons": dict(Counter(r.reason for r in rejects).most_common()),
-        "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
-    }
-
-
-def histogram(values: list[int], most: int = 30) -> dict[str, list[int]]:
-    """Counts in bins of equal whole width; `edges` has one entry more than `counts`, and a bin holds its lower edge."""
-    low, high = min(values), max(values)
-    width = max(1, math.ceil((high - low + 1) / most))
-    counts = [0] * ((high - low) // width + 1)
-    for value in values:
-        counts[(value - low) // width] += 1
-    return {"edges": [low + width * n for n in range(len(counts) + 1)], "counts": counts}

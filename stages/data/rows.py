@@ -1,39 +1,51 @@
-"""Reading conversations: every line becomes a row or a reject with its reason."""
+"""Reading conversations: every record of a file becomes a row or a reject with its reason."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemotron import chat
-from stages import dataset
-from stages.job import StageError
+from stages import job
+from stages.data import content, formats
+from stages.data.files import HELD_OUT, WITH_TRAIN, File, Listing
 
-HEAD = 200  # characters of a bad line that rejects.jsonl keeps
+HEAD = 200  # characters of a bad row that rejects.jsonl keeps
 
 
 @dataclass(frozen=True)
 class Row:
+    """A conversation in canonical form. `split`: the held-out split that its file, or its own key `split`, says it is of; "" else."""
+
     file: str
     line: int
     messages: list[dict]
     tools: list[dict] | None
     category: str
     head: str
+    format: str = "messages"
+    split: str = ""
+    unused: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what makes two rows the same: everything but where they stand and what they are filed under."""
+        return hashlib.sha256(_text([self.messages, self.tools]).encode()).hexdigest()
 
     @property
-    def content(self) -> str:
-        """What makes two rows the same: everything but where they stand and what they are filed under."""
-        return json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)
+    def place(self) -> str:
+        return f"{self.file}:{self.line}"
 
     @property
     def prompt(self) -> str:
         """The system prompt, "" if the conversation has none."""
         first = self.messages[0]
-        return str(first.get("content") or "") if first["role"] == "system" else ""
+        return first["content"] if first["role"] == "system" else ""
 
 
 @dataclass(frozen=True)
@@ -44,78 +56,84 @@ class Reject:
     head: str
 
 
-def files(sources: list[Path]) -> dict[str, Path]:
-    """Name -> JSONL file, in the order of `sources`, a folder's files in the order of their names.
+@dataclass
+class Gathered:
+    """All rows of all files in their order, and the rejects."""
 
-    A name starts at its source, such as `conversations/direct_action.jsonl`; where two sources share it, the later says which.
-    """
-    found: dict[str, Path] = {}
-    for number, source in enumerate(sources, 1):
-        paths = sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
-        if not paths:
-            raise StageError(f"no .jsonl file in {source.name}", "at least one in every folder of the sources", "Check `sources.conversations` in the recipe.")
-        for path in paths:
-            name = str(path.relative_to(source.parent))
-            found[f"{name} (source {number})" if name in found else name] = path
-    return found
+    rows: list[Row] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return len(self.rows) + len(self.rejects)
 
 
-def read(name: str, path: Path) -> Iterator[Row | Reject]:
-    """Every line of one file that is not blank. Read as bytes: a file cut off by a crash may end in NULs or half a character."""
-    with path.open("rb") as opened:
-        for number, raw in dataset.lines(opened):
-            try:
-                yield parse(raw, name, number, path.stem)
-            except chat.ChatError as error:
-                yield Reject(name, number, str(error), head(raw))
+def gather(listing: Listing) -> Gathered:
+    """Reads every file of a listing. One of a folder that is a single JSON object and no conversation is left out, and the listing says so."""
+    gathered = Gathered()
+    for number, file in enumerate(listing.files, 1):
+        results = list(read(file))
+        if _settings(file, results):
+            listing.left_out[file.name] = "is one JSON object and no conversation"
+            continue
+        gathered.rows += [row for row in results if isinstance(row, Row)]
+        gathered.rejects += [reject for reject in results if isinstance(reject, Reject)]
+        job.progress(number, len(listing.files), "file", f"{len(gathered.rows)} rows")
+    return gathered
 
 
-def head(raw: bytes) -> str:
-    return raw[:HEAD].decode("utf-8", "replace")
+def read(file: File) -> Iterator[Row | Reject]:
+    """Every record of one file, as a row or a reject."""
+    for record in content.records(file.path, file.name, file.kind):
+        head = record.head.decode("utf-8", "replace")[:HEAD]
+        try:
+            if record.fault:
+                raise chat.ChatError(record.fault)
+            yield _row(record.value, file, record.line, head)
+        except chat.ChatError as error:
+            yield Reject(file.name, record.line, str(error), head)
 
 
-def parse(raw: bytes, file: str, line: int, category: str) -> Row:
-    """One row, checked and with tool arguments as mappings. Raises ChatError with the reason."""
-    if b"\0" in raw:
-        raise chat.ChatError("NUL bytes: the file was cut off while it was written")
+def once(rows: list[Row]) -> tuple[list[Row], int, int]:
+    """The rows without exact duplicates, how many those were, and how many rows to train on were left out as copies of held-out ones."""
+    held_out = {row.digest for row in rows if row.split}
+    seen: set[str] = set()
+    kept, overlap = [], 0
+    for row in rows:
+        if not row.split and row.digest in held_out:
+            overlap += 1
+        elif row.digest not in seen:
+            seen.add(row.digest)
+            kept.append(row)
+    return kept, len(rows) - len(kept) - overlap, overlap
+
+
+def unused(rows: list[Row]) -> dict[str, int]:
+    """Key that no rule uses -> rows that have it, the most frequent first."""
+    return dict(Counter(key for row in rows for key in row.unused).most_common())
+
+
+def _row(value: Any, file: File, line: int, head: str) -> Row:
+    """One row, checked and in canonical form. Raises ChatError with the reason."""
+    conversation = formats.canonical(value)
+    split = str(value.get("split") or "").lower()
+    row = Row(
+        file.name, line, chat.normalise(conversation.messages), conversation.tools and formats.wrapped(conversation.tools), str(value.get("category") or file.stem), head,
+        conversation.format, file.split or (split if split in HELD_OUT | WITH_TRAIN else ""), conversation.unused)
     try:
-        value = dataset.parse(raw)
-    except ValueError as error:
-        raise chat.ChatError(str(error)) from error
-    if not isinstance(value, dict) or not isinstance(value.get("messages"), list) or not value["messages"]:
-        raise chat.ChatError("no list of messages")
-    messages = value["messages"]
-    for position, message in enumerate(messages, 1):
-        check(message, position)
-    if not any(m["role"] == "assistant" for m in messages):
-        raise chat.ChatError("no assistant turn: nothing to train on")
-    tools = value.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(map(named, tools))):
-        raise chat.ChatError("tools is not a list of functions with names")
-    row = Row(file, line, chat.normalise(messages), tools or None, str(value.get("category") or category), head(raw))
-    try:
-        (row.content + row.category).encode()
+        _text([row.messages, row.tools, row.category]).encode()
     except UnicodeEncodeError as error:
         raise chat.ChatError("half a surrogate pair: a character was cut in two") from error
+    except (TypeError, ValueError) as error:  # a table may hold dates and NaN
+        raise chat.ChatError(f"a value that JSON does not have: {error}") from error
     return row
 
 
-def named(tool: Any) -> bool:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
+def _settings(file: File, results: list[Row | Reject]) -> bool:
+    """Whether a file of a folder only describes the data set, such as dataset_info.json."""
+    return (file.in_folder and len(results) == 1 and isinstance(results[0], Reject) and results[0].reason.startswith(formats.NO_FORMAT)
+            and file.path.suffix.lower() == ".json" and results[0].head.startswith("{"))
 
 
-def check(message: Any, position: int) -> None:
-    if not isinstance(message, dict):
-        raise chat.ChatError(f"message {position} is not an object")
-    role = message.get("role")
-    if role not in chat.ROLES:
-        raise chat.ChatError(f"message {position} has the unknown role {role!r}; known are {', '.join(chat.ROLES)}")
-    if role == "system" and position > 1:
-        raise chat.ChatError(f"message {position} is a second system prompt")
-    content = message.get("content")
-    # Only a turn that calls a tool may be without text: the template would write the word None for the others.
-    if not isinstance(content, str) and not (content is None and role == "assistant"):
-        raise chat.ChatError(f"content of message {position} is {'null' if content is None else type(content).__name__}, not text")
-    if role == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
-        raise chat.ChatError(f"message {position} is an empty assistant turn")
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)

@@ -19,7 +19,7 @@ from stages.job import Job, StageError  # noqa: E402
 REPO = Path(__file__).resolve().parents[2]
 PROMPT = "You are Annie.\n<rules>\n1. Be brief.\n2. No markdown.\n</rules>"
 TOOLS = [{"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}}}}]
-PARAMS = {"max_tokens": 500, "eval_share": 0.0, "other_prompts": "refuse", "max_reject_share": 1.0}
+PARAMS = {"max_tokens": 500, "eval_share": 0.0, "other_prompts": "refuse", "max_reject_share": 1.0, "missing_prompt": "refuse", "tools": "allow"}
 
 
 def talk(question, answer="Yes, Rajesh.", prompt=PROMPT, **more):
@@ -79,7 +79,7 @@ BAD = {
     "unknown role": ({"messages": [{"role": "bot", "content": "Hi"}, *talk("Hi?")["messages"]]}, "message 1 has the unknown role 'bot'"),
     "empty assistant turn": (talk("Hello?", " "), "message 3 is an empty assistant turn"),
     "trap 14: nothing to train on": ({"messages": talk("Hello?")["messages"][:2]}, "nothing to train on"),
-    "too long": (talk("Why? " * 500), r"\d+ tokens, the limit is 500"),
+    "too long": (talk("Why? " * 500), r"\d+ tokens, max_tokens is 500"),
     "trap 13: a null argument": (timer('{"minutes": null}'), "argument minutes of set_timer is null"),
     "trap 13: arguments that are no JSON": (timer("{minutes: 5}"), "arguments of set_timer are not JSON"),
     "no content": (talk("Hello?", None), "empty assistant turn"),
@@ -114,7 +114,7 @@ def test_too_many_bad_lines_stop_the_stage_and_are_listed(base, tmp_path):
     folder = written(tmp_path / "talks", a=[talk(f"Is it {n}?") for n in range(8)] + [b"{", b"{"])
     with pytest.raises(StageError, match=r"2 of 10 rows are bad \(2 x not JSON.*first talks/a.jsonl:9"):
         prepared(base, tmp_path, [folder], max_reject_share=0.1)
-    assert [r["line"] for r in lines(tmp_path / "output", "rejects")] == [9, 10]
+    assert [r["line"] for r in lines(tmp_path, "rejects")] == [9, 10], "in the scratch folder: the output of a stage that refuses is deleted"
     assert len(questions(prepared(base, tmp_path / "again", [folder], max_reject_share=0.2))) == 8
 
 
@@ -168,7 +168,7 @@ def test_sources_that_leave_nothing_to_train_on_are_refused(base, tmp_path):
     with pytest.raises(StageError, match="no rows in the sources"):
         prepared(base, tmp_path / "empty", [written(tmp_path / "empty" / "talks", a=[b""])])
     (tmp_path / "none").mkdir()
-    with pytest.raises(StageError, match="no .jsonl file in none"):
+    with pytest.raises(StageError, match="no file of conversations in none"):
         prepared(base, tmp_path / "nothing", [tmp_path / "none"])
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="needs the train environment")
 
 from stages import dataset  # noqa: E402
 from stages.base import make  # noqa: E402
-from stages.data import rows  # noqa: E402
+from stages.data import files, rows  # noqa: E402
 from stages.evaluate import evaluate  # noqa: E402
 from stages.job import Job, StageError  # noqa: E402
 from stages.merge import proof  # noqa: E402
@@ -44,7 +44,7 @@ def job(path, **sources):
 
 
 CONSUMERS = {
-    "data": lambda path: [row.messages for row in rows.read("eval.jsonl", path)] == [row["messages"] for row in ROWS],
+    "data": lambda path: [row.messages for row in rows.read(files.listed([path]).files[0])] == [row["messages"] for row in ROWS],
     "base: lessons": lambda path: make.read([path]) == ROWS,
     "train": lambda path: [row["input_ids"][0] for row in fit.read(path)] == [0, 1, 2],
     "merge: proof": lambda path: [ids[0].item() for ids in proof.sample(path, 100)] == [0, 1, 2],

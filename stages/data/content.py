@@ -1,0 +1,305 @@
+"""What a file holds, told by its bytes and not by its name, and the records in it.
+
+Read are JSON Lines and JSON (an array, or objects over several lines) in UTF-8, UTF-16 or UTF-32, each also as gzip, and
+Parquet. Everything else is called what it is, with a way out of it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stages import dataset
+from stages.job import StageError
+
+HEAD = 1 << 16  # bytes that recognition reads
+HEAD_OF_ROW = 800  # bytes of a row that are kept to show what it was
+_BLANK = re.compile(r"[ \t\r\n]*")
+JSON, PARQUET, EMPTY = "JSON", "Parquet", "an empty file"
+MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # the mark of UTF-32 LE begins with that of UTF-16 LE
+SAVE = "Save the conversations as JSON Lines or Parquet."
+FOREIGN = (
+    (b"SQLite format 3\0", "an SQLite database", SAVE),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file (.xls, .doc)", SAVE),
+    (b"%PDF", "a PDF", SAVE),
+    (b"ARROW1", "an Arrow file", "Save it with `dataset.to_parquet(...)` or `to_json(...)`."),
+    (b"\xff\xff\xff\xff", "an Arrow stream, as `save_to_disk` writes it", "Save it with `dataset.to_parquet(...)` or `to_json(...)`."),
+    (b"PARE", "an encrypted Parquet file", "Write it without encryption."),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive", "Unpack it (zstd -d), or pack it with gzip."),
+    (b"\xfd7zXZ\0", "an xz archive", "Unpack it (xz -d), or pack it with gzip."),
+    (b"BZh", "a bzip2 archive", "Unpack it (bzip2 -d), or pack it with gzip."),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "Unpack it, and name the folder."),
+    (b"Rar!", "a rar archive", "Unpack it, and name the folder."),
+    (b"Obj\x01", "an Avro file", SAVE),
+    (b"\x89HDF", "an HDF5 file", SAVE),
+    (b"\x80\x04", "a pickle", SAVE),
+    (b"version https://git-lfs", "a Git LFS pointer: the data itself was not downloaded", "Run `git lfs pull` in its repository."),
+)
+
+
+class Foreign(Exception):
+    """A file that is none of the kinds that are read: what it is, and the remedy."""
+
+    def __init__(self, kind: str, remedy: str):
+        super().__init__(f"{kind}. {remedy}")
+        self.kind, self.remedy = kind, remedy
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a file. `line` counts from 1: lines in JSON Lines, rows in Parquet, in an array and in objects over several lines.
+
+    `value` is the JSON value, or None with the `fault` that keeps it from being one; `head` is the beginning of its text.
+    """
+
+    line: int
+    value: Any
+    fault: str = ""
+    head: bytes = b""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to read a file: JSON, PARQUET or EMPTY; whether it is packed; a text's encoding, and the end of its lines."""
+
+    name: str
+    packed: bool = False
+    encoding: str = "utf-8"
+    newline: str = "\n"
+
+
+def recognise(path: Path) -> Kind:
+    """The kind of a file. Raises Foreign if it is none that is read, and StageError if it is torn or cannot be opened."""
+    with faults(path.name):
+        with path.open("rb") as opened:
+            head = opened.read(HEAD)
+        packed = head.startswith(b"\x1f\x8b")
+        if packed:
+            with gzip.open(path) as opened:
+                head = opened.read(HEAD)
+    if not head.strip(b" \t\r\n"):
+        return Kind(EMPTY, packed)
+    if head.startswith(b"PAR1"):
+        if packed:
+            raise Foreign("Parquet inside gzip", "Unpack it (gzip -d): Parquet packs its columns itself.")
+        return Kind(PARQUET)
+    if head.startswith(b"PK\x03\x04"):
+        raise Foreign(*_zip(path))
+    if head[257:262] == b"ustar":
+        raise Foreign("a tar archive", "Unpack it, and name the folder.")
+    for magic, kind, remedy in FOREIGN:
+        if head.startswith(magic):
+            raise Foreign(kind, remedy)
+    encoding = _encoding(head)
+    text = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
+    if text[:1] not in ("{", "["):
+        _not_json(text)
+    return Kind(JSON, packed, encoding, "\r" if "\r" in text and "\n" not in text else "\n")
+
+
+def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
+    """Every record of a file of a known kind. Raises StageError where the rest cannot be read: torn, or another encoding."""
+    with faults(name):
+        if kind.name == PARQUET:
+            yield from _parquet(path)
+        elif kind.name == JSON:
+            yield from _json(path, name, kind)
+
+
+@contextlib.contextmanager
+def faults(name: str) -> Iterator[None]:
+    """Errors of reading as StageErrors with the file's name."""
+    import pyarrow
+
+    remedy = "Copy or download it again, or write it anew."
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise StageError(f"{name} is a torn gzip file: {error}", "a whole one", remedy) from error
+    except pyarrow.ArrowException as error:
+        raise StageError(f"{name} begins as Parquet and cannot be read: {str(error).splitlines()[0]}", "a whole Parquet file", remedy) from error
+    except UnicodeDecodeError as error:
+        raise StageError(f"{name} is no {error.encoding} text ({error.reason} at {error.start})", "one encoding, UTF-8 at best", "Save it as UTF-8.") from error
+    except OSError as error:
+        raise StageError(f"{name} cannot be read: {error.strerror or error}", "a file that this user may read", "Check the path and its permissions.") from error
+
+
+def text(path: Path, what: str) -> str:
+    """The whole text of a file in UTF-8, UTF-16 or UTF-32, without a byte order mark and with LF for every end of line.
+
+    Raises StageError, with `what` the file is for, if it is a folder, empty or no text.
+    """
+    expected = f"{what}, as a text file in UTF-8"
+    if path.is_dir():
+        raise StageError(f"{path.name} is a folder", expected, "Name the file in the recipe.")
+    with faults(path.name):
+        raw = path.read_bytes()
+        encoding = _encoding(raw)
+        decoded = "" if b"\0" in raw and encoding.startswith("utf-8") else raw.decode(encoding)
+    if raw and not decoded:
+        raise StageError(f"{path.name} is no text: it has NUL bytes", expected, "Name the right file, or save it as UTF-8.")
+    if not decoded.strip():
+        raise StageError(f"{path.name} is empty", expected, "Name the right file in the recipe.")
+    return lf(decoded)
+
+
+def lf(text: str) -> str:
+    """`text` with LF for CRLF and for a lone CR."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _encoding(head: bytes) -> str:
+    for mark, encoding in MARKS:
+        if head.startswith(mark):
+            return encoding
+    # Without a mark: JSON begins with two ASCII characters, so the NULs among the first four bytes tell the width (RFC 4627, section 3).
+    nuls = tuple(byte == 0 for byte in head[:4])
+    return {(False, True, False, True): "utf-16-le", (True, False, True, False): "utf-16-be",
+            (False, True, True, True): "utf-32-le", (True, True, True, False): "utf-32-be"}.get(nuls, "utf-8")
+
+
+def _zip(path: Path) -> tuple[str, str]:
+    try:
+        names = zipfile.ZipFile(path).namelist()
+    except (zipfile.BadZipFile, OSError):
+        names = []
+    if any(name.startswith("xl/") for name in names):
+        return "an Excel workbook", SAVE
+    if any(name.startswith("word/") for name in names):
+        return "a Word document", SAVE
+    return "a zip archive", "Unpack it, and name the folder."
+
+
+def _not_json(text: str) -> None:
+    """Raises Foreign for text that begins as something well known; any other is read line by line, and its lines are rejects."""
+    first = text.partition("\n")[0]
+    if text.startswith("<"):
+        raise Foreign("HTML or XML", "If it was downloaded: a page came instead of the file. " + SAVE)
+    if text.startswith("---") or re.match(r"- ?\w*:|\w+:\s*$", first):
+        raise Foreign("YAML", SAVE)
+    fields = re.split(r"[,;\t]", first.strip())
+    if len(fields) > 1 and all(re.fullmatch(r'"?[\w .-]{1,40}"?', field.strip()) for field in fields):
+        raise Foreign("a table in CSV", "Save it as JSON Lines: `datasets.load_dataset('csv', data_files=...)` and `.to_json(...)`.")
+    if text.startswith("#"):
+        raise Foreign("text (Markdown?)", SAVE)
+
+
+def _json(path: Path, name: str, kind: Kind) -> Iterator[Record]:
+    """Records of JSON text: a line each, the elements of an array, or objects over several lines."""
+    lines = _lines(path, kind)
+    first = next(lines)[1]
+    following = next(lines, None)
+    try:
+        value = dataset.parse(first)
+    except ValueError:
+        several = first[:1] == b"[" or (following is not None and _over_lines(path, kind))
+    else:
+        several = isinstance(value, list) and following is None
+    if several:
+        yield from _values(_whole(path, kind), name)
+    else:
+        yield from (_line(number, raw) for number, raw in _lines(path, kind))
+
+
+@contextlib.contextmanager
+def _open(path: Path, kind: Kind) -> Iterator[BinaryIO]:
+    with gzip.open(path) if kind.packed else path.open("rb") as opened:
+        yield opened  # type: ignore[misc]
+
+
+def _lines(path: Path, kind: Kind) -> Iterator[tuple[int, bytes]]:
+    """Number and UTF-8 of every line. UTF-8 itself is not decoded here: one bad line is one reject, not the end of the file."""
+    with _open(path, kind) as opened:
+        if kind.encoding.startswith("utf-8") and kind.newline == "\n":
+            yield from dataset.lines(opened)
+        else:
+            text = io.TextIOWrapper(opened, kind.encoding, newline=kind.newline)
+            yield from dataset.lines(line.encode() for line in text)
+
+
+def _whole(path: Path, kind: Kind) -> str:
+    with _open(path, kind) as opened:
+        return opened.read().decode(kind.encoding)
+
+
+def _over_lines(path: Path, kind: Kind) -> bool:
+    """Whether the first object of a text, whose first line is no JSON by itself, is whole over several lines."""
+    try:
+        dataset.DECODER.raw_decode(_whole(path, kind).lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _values(text: str, name: str) -> Iterator[Record]:
+    """The elements of an array, or objects one after another; numbered from 1. Raises StageError where one is no JSON."""
+    array = text.lstrip().startswith("[")
+    at, number = text.index("[") + 1 if array else 0, 0
+    while (at := _after_blanks(text, at)) < len(text):
+        if array and text[at] == "]":
+            break
+        if array and number:
+            if text[at] != ",":
+                raise StageError(f"{name}: no comma after row {number} of the array, at line {_line_of(text, at)}", "JSON throughout", "Mend it there.")
+            at = _after_blanks(text, at + 1)
+        number += 1
+        try:
+            value, end = dataset.DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            place = getattr(error, "pos", at)
+            raise StageError(
+                f"{name}: row {number} is no JSON ({dataset.reason(error)}), at line {_line_of(text, place)} of the file", "JSON throughout",
+                "Mend it there. In JSON Lines, one object a line, one bad row does not stop the others.") from error
+        yield Record(number, value, "", text[at : min(end, at + HEAD_OF_ROW)].encode("utf-8", "replace"))
+        at = end
+    if array and at == len(text):
+        raise StageError(f"{name}: the array has no end after row {number}: the file was cut off", "a whole JSON array", "Copy or write the file again.")
+    if array and text[at + 1 :].strip():
+        raise StageError(f"{name}: more text follows the array, at line {_line_of(text, at)}", "one JSON array, or JSON Lines", "Put all rows into one array.")
+
+
+def _after_blanks(text: str, at: int) -> int:
+    return _BLANK.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _line_of(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _line(number: int, raw: bytes) -> Record:
+    head = raw[:HEAD_OF_ROW]
+    if b"\0" in raw:
+        return Record(number, None, "NUL bytes: the file was cut off while it was written", head)
+    try:
+        return Record(number, dataset.parse(raw), "", head)
+    except ValueError as error:
+        return Record(number, None, str(error), head)
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    """Rows of a Parquet file. Arrow gives every object of a column the same keys, so null is an absent key here: it is left out."""
+    import pyarrow.parquet
+
+    number = 0
+    with pyarrow.parquet.ParquetFile(path) as table:
+        for batch in table.iter_batches(1024):
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
+                number += 1
+                value = _present(row)
+                yield Record(number, value, "", str(value)[:HEAD_OF_ROW].encode("utf-8", "replace"))
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [_present(item) for item in value] if isinstance(value, list) else value

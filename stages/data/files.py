@@ -1,0 +1,178 @@
+"""Which files of the sources hold conversations, which are a data set's own held-out split, and which are left out and why."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from stages.data import content
+from stages.job import StageError
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet")  # in any letter case; each but the last also with .gz
+PACKED = ".gz"
+HELD_OUT = {"test", "testing", "validation", "valid", "val", "eval", "evaluation", "heldout", "held_out", "held-out", "holdout"}
+WITH_TRAIN = {"dev"}  # a split only beside a file called train: alone it may as well be what the conversations are about
+TRAIN = ("train", "training")
+COPY = re.compile(r"(?:^copy of | - copy(?: ?\(\d+\))?$| copy(?: \d+)?$| ?\(\d+\)$)", re.IGNORECASE)
+EDITORS = re.compile(r"~$|^#.*#$|\.(?:swp|swo|bak|orig|rej|tmp|part|crdownload)$", re.IGNORECASE)
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin"}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to read. `name` starts at its source, such as `conversations/direct_action.jsonl`; `split` is the held-out split that it is, or "".
+
+    `in_folder`: the recipe names its folder, not the file itself.
+    """
+
+    name: str
+    path: Path
+    kind: content.Kind
+    split: str = ""
+    in_folder: bool = False
+
+    @property
+    def stem(self) -> str:
+        """What its rows are filed under where they do not say."""
+        return SHARD.sub("", stem(self.path.name))
+
+
+@dataclass
+class Listing:
+    """The files of all sources in their order, and those of folders that are not read: name -> reason."""
+
+    files: list[File] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def listed(sources: list[Path]) -> Listing:
+    """Every file of the sources. A file that the recipe names is read whatever it is called; in a folder the name decides.
+
+    Raises StageError if a file to read is of a foreign kind or torn, if a folder has none, or if all that is there is held out.
+    """
+    listing = Listing()
+    names: set[str] = set()
+    for number, source in enumerate(sources, 1):
+        files = _folder(source, listing) if source.is_dir() else [(source, "")]
+        for path, split in files:
+            name = str(path.relative_to(source.parent))
+            name = f"{name} (source {number})" if name in names else name
+            names.add(name)
+            try:
+                kind = content.recognise(path)
+            except content.Foreign as foreign:
+                raise StageError(f"{name} is {foreign.kind}", "conversations as JSON Lines, JSON or Parquet", foreign.remedy) from foreign
+            if kind.name == content.EMPTY:
+                listing.left_out[name] = "is empty"
+            else:
+                listing.files.append(File(name, path, kind, split, source.is_dir()))
+    if listing.files and all(file.split for file in listing.files):
+        raise StageError(
+            f"nothing but held-out splits: {some(file.name for file in listing.files)}", "files to train on",
+            "To train on one of them, name the file itself in `sources.conversations`, not its folder.")
+    return listing
+
+
+def some(names: Iterable[str], most: int = 20) -> str:
+    """Names in one line, the first `most` of them."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def stem(name: str) -> str:
+    """A file's name without the ending that says how it is read."""
+    lower = name.lower().removesuffix(PACKED)
+    ending = next((e for e in ENDINGS if lower.endswith(e)), "")
+    return name[: len(lower) - len(ending)] if ending else Path(name).stem
+
+
+def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
+    """Files of a folder to read, in the order of their names, each with the split that it belongs to; names the others in `listing`."""
+    chosen: list[Path] = []
+    for folder, folders, files in os.walk(source, onerror=_unreadable):
+        here = Path(folder)
+        folders.sort()
+        for name in list(folders):
+            reason = "is hidden" if name.startswith(".") else "holds a system's own files" if name.lower() in SYSTEM else \
+                "is a link to a folder, which is not followed" if (here / name).is_symlink() else ""
+            if reason:
+                folders.remove(name)
+                listing.left_out[f"{(here / name).relative_to(source.parent)}/"] = reason
+        for name in sorted(files):
+            if reason := _left_out(here / name, files):
+                listing.left_out[str((here / name).relative_to(source.parent))] = reason
+            else:
+                chosen.append(here / name)
+    chosen.sort()
+    if not chosen:
+        others = f"; there are {some(f'{name} ({reason})' for name, reason in listing.left_out.items())}" if listing.left_out else ""
+        raise StageError(f"no file of conversations in {source.name}{others}", f"files that end in {', '.join(ENDINGS)} (or .gz) in every folder of the sources",
+                         "Check `sources.conversations` in the recipe.")
+    relatives = [PurePosixPath(path.relative_to(source).as_posix()) for path in chosen]
+    places = {_place(relative) for relative in relatives}
+    return [(path, _split(relative, places)) for path, relative in zip(chosen, relatives)]
+
+
+def _unreadable(error: OSError) -> None:
+    raise StageError(f"the folder {Path(error.filename).name} cannot be read: {error.strerror}", "one that this user may read", "Change its permissions.")
+
+
+def _left_out(path: Path, beside: list[str]) -> str:
+    """Why a file of a folder is not read; "" if it is."""
+    name = path.name
+    if name.startswith("."):
+        return "is hidden"
+    if EDITORS.search(name):
+        return "is an editor's or a download's own copy"
+    if name.lower() in SYSTEM:
+        return "is a system's own file"
+    if not path.exists():
+        return "is a link to nothing"
+    if not path.is_file():
+        return "is no file"
+    if not name.lower().removesuffix(PACKED).endswith(ENDINGS):
+        try:
+            kind = content.recognise(path)
+        except content.Foreign as foreign:
+            return f"is {foreign.kind}"
+        except StageError as error:
+            return error.found.removeprefix(f"{name} ")
+        return "is empty" if kind.name == content.EMPTY else f"holds {kind.name} by its content: end its name in .jsonl or .parquet to have it read"
+    plain = COPY.sub("", stem(name))
+    if plain != stem(name) and any(plain == stem(other) for other in beside):
+        return f"is a copy of {plain}"
+    return ""
+
+
+def _words(relative: PurePosixPath) -> list[str]:
+    """The folders and the stem of a file, in small letters, without a shard's number."""
+    return [*(part.lower() for part in relative.parts[:-1]), SHARD.sub("", stem(relative.name)).lower()]
+
+
+def _place(relative: PurePosixPath) -> tuple[str, ...]:
+    return tuple(_words(relative))
+
+
+def _split(relative: PurePosixPath, places: set[tuple[str, ...]]) -> str:
+    """The held-out split that a file of a folder belongs to, "" if it is to be trained on.
+
+    A folder or stem that is the split's name alone says so; as a part of a longer name (`chats_test`) it says so only if there
+    is a twin to train on (`chats_train`), since an `eye_test.jsonl` may be about eyes.
+    """
+    words = _words(relative)
+    for position, word in enumerate(words):
+        if word in HELD_OUT:
+            return word
+        parts = re.split(r"([-_. ])", word)
+        for at, part in enumerate(parts):
+            if part in HELD_OUT | WITH_TRAIN:
+                for train in TRAIN:
+                    twin = "".join([*parts[:at], train, *parts[at + 1 :]])
+                    beside = tuple([*words[:position], twin])
+                    if any(place[: position + 1] == beside for place in places):
+                        return part
+    return ""

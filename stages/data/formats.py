@@ -1,0 +1,327 @@
+"""Any row that is read, as canonical messages: the formats, their keys, and what becomes of each (docs/formats.md has the table).
+
+Canonical: `role` in chat.ROLES; `content` a string, or None on an assistant turn that calls tools; `tool_calls`, a list of
+`{"id"?, "type": "function", "function": {"name", "arguments": mapping}}`; `tool_call_id` and `name` on a tool's message;
+`reasoning_content` on an assistant turn; `train: False` on any message. No other key survives. A key whose value is null
+counts as absent. What carries content and cannot be represented is refused by name, the rest is counted in `unused`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemotron.chat import ROLES, ChatError
+from stages import dataset
+
+ROLE = {  # ours are the four of chat.ROLES; the others are OpenAI's developer and function, and ShareGPT's
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "model": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "function_response": "tool", "function-response": "tool",
+    "ipython": "tool",
+}
+CALLS = {"function_call", "function-call", "tool_call", "tool-call"}  # ShareGPT's turns that are a call and nothing else
+SHAPES = (
+    '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}',
+    '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}',
+    '{"instruction": "Say hello.", "input": "", "output": "Hello."}',
+)
+NO_FORMAT = "no format that is read"  # what the reason of a row begins with whose keys are of none
+FOREIGN_SHAPES = (
+    ({"chosen", "rejected"}, "preference pairs"), ({"prompt", "completion"}, "a prompt and its completion"), ({"question", "answer"}, "a question and its answer"),
+    ({"prompt", "response"}, "a prompt and its response"), ({"instruction", "response"}, "an instruction and its response"),
+    ({"contents"}, "Gemini's contents"), ({"custom_id", "body"}, "requests of a batch API"), ({"text"}, "plain text"),
+)
+MEDIA = ("audio", "audios", "image", "images", "video", "videos", "file", "files", "attachments", "documents")
+FLAGS = ("loss", "loss_mask", "mask", "masked", "learn", "ignore", "no_train", "trainable", "training", "train_on_turn", "train_detail", "training_detail")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+SILENT = {"id", "index", "category", "split"}  # a row's name is of no use and no loss; the other two are read in rows.py
+HISTORY = ("messages", "conversations", "conversation")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row in canonical form: `tools` as the row has them (a list, or None), and the keys that were not used, such as `messages[].name`."""
+
+    format: str
+    messages: list[dict]
+    tools: list[Any] | None
+    unused: tuple[str, ...] = ()
+
+
+def canonical(row: Any) -> Conversation:
+    """A row of any format that is read. Raises ChatError with the reason; one that begins with NO_FORMAT if no format was recognised."""
+    if not isinstance(row, dict):
+        raise ChatError(f"{NO_FORMAT}: the row is {_kind(row)}, not an object")
+    row = _present(row)
+    if key := next((key for key in HISTORY if key in row), ""):
+        turns = _decoded(row[key], key)
+        if not isinstance(turns, list) or not turns:
+            raise ChatError(f"{key} is {_kind(turns) if turns else 'empty'}, not a list of messages")
+        form = "ShareGPT" if isinstance(turns[0], dict) and "from" in turns[0] else "messages"
+        used = {key, "system", "tools", "functions"}
+    elif "instruction" in row and "output" in row:
+        form, turns, used = "Alpaca", _alpaca(row), {"instruction", "input", "output", "history", "system", "tools", "functions"}
+    else:
+        raise ChatError(f"{NO_FORMAT}: {_shape(row)}")
+    unused = _rest(row, used, "")
+    messages = []
+    for position, turn in enumerate(turns, 1):
+        message, names = _message(turn, position)
+        messages.append(message)
+        unused += [f"{key or 'history'}[].{name}" for name in names]
+    messages = _with_system(row.get("system"), messages)
+    _check(messages)
+    return Conversation(form, messages, _tools(row), tuple(dict.fromkeys(unused)))
+
+
+def _message(turn: Any, position: int) -> tuple[dict, list[str]]:
+    """A message in canonical form, and its keys that were not used."""
+    if not isinstance(turn, dict):
+        raise ChatError(f"message {position} is {_kind(turn)}, not an object")
+    turn = _present(turn)
+    where = f"message {position}"
+    names = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
+    said = turn.get(names[0])
+    used = {*names, "weight", "train"}
+    if isinstance(said, str) and said in CALLS:
+        return {"role": "assistant", "content": None, "tool_calls": _written(turn.get(names[1]), where), **_flag(turn, "assistant", where)}, _rest(turn, used, where)
+    if not isinstance(said, str) or said not in ROLE:
+        raise ChatError(f"{where} has the unknown role {said!r}; known are {', '.join(ROLE)}")
+    message: dict[str, Any] = {"role": ROLE[said], "content": _text(turn.get(names[1]), where)}
+    calls = _calls(turn, message["role"], where)
+    if calls:
+        message["tool_calls"] = calls
+    used |= {"tool_calls", "function_call"}
+    if message["role"] == "tool":
+        message |= {key: _string(turn[key], key, where) for key in ("tool_call_id", "name") if key in turn}
+        used |= {"tool_call_id", "name"}
+    if thought := _reasoning(turn, where):
+        if message["role"] != "assistant":
+            raise ChatError(f"{where} of role {said} has reasoning, which only an assistant's may have")
+        message["reasoning_content"] = thought
+    used |= set(REASONING)
+    return message | _flag(turn, message["role"], where), _rest(turn, used, where)
+
+
+def _text(value: Any, where: str) -> str | None:
+    """Content as one string; parts are joined as the server joins them, with a newline."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ChatError(f"content of {where} is {_kind(value)}, not text")
+    parts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise ChatError(f"content of {where} has a part of type {kind!r}, which is not text" if kind != "text" else f"content of {where} has a part without text")
+        parts.append(text)
+    return "\n".join(parts)
+
+
+def _calls(turn: dict, role: str, where: str) -> list[dict]:
+    """The calls of a message, in both of OpenAI's forms."""
+    calls, older = _decoded(turn.get("tool_calls") or [], "tool_calls"), turn.get("function_call")
+    if not isinstance(calls, list):
+        raise ChatError(f"tool_calls of {where} is {_kind(calls)}, not a list")
+    if (calls or older is not None) and role != "assistant":
+        raise ChatError(f"{where} of role {role} calls a tool, which only an assistant's may")
+    if calls and older is not None:
+        raise ChatError(f"{where} has both tool_calls and function_call")
+    if older is not None:
+        calls = [{"function": _decoded(older, "function_call")}]
+    return [_call(call, where) for call in calls]
+
+
+def _call(call: Any, where: str) -> dict:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise ChatError(f"{where} has a tool call without a function name")
+    if call.get("type") not in (None, "function"):
+        raise ChatError(f"{where} calls a tool of type {call['type']!r}, not function")
+    id = {"id": _string(call["id"], "the id of a call", where)} if call.get("id") is not None else {}
+    return {**id, "type": "function", "function": {"name": function["name"], "arguments": _arguments(function)}}
+
+
+def _arguments(function: dict) -> dict:
+    """A call's arguments as a mapping: none at all, null and blank text are {}, as for the server. Nulls inside stay, for chat to refuse."""
+    name, value = function["name"], function.get("arguments", function.get("parameters"))
+    if isinstance(value, str):
+        if not value.strip():
+            return {}
+        try:
+            value = dataset.parse(value)
+        except ValueError as error:
+            raise ChatError(f"arguments of {name} are {error}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ChatError(f"arguments of {name} are {_kind(value)}, not an object")
+    return value
+
+
+def _written(value: Any, where: str) -> list[dict]:
+    """The calls of a ShareGPT turn, whose text is one in JSON or a list of them."""
+    calls = _decoded(value, f"the call of {where}")
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls:
+        raise ChatError(f"{where} is a call, and names none")
+    return [_call(call, where) for call in calls]
+
+
+def _reasoning(turn: dict, where: str) -> str:
+    thoughts = {turn[key] if isinstance(turn[key], str) else None for key in REASONING if key in turn}
+    if None in thoughts:
+        raise ChatError(f"reasoning of {where} is not text")
+    thoughts = {thought for thought in thoughts if thought.strip()}
+    if len(thoughts) > 1:
+        raise ChatError(f"{where} has two different texts of reasoning")
+    return next(iter(thoughts), "")
+
+
+def _flag(turn: dict, role: str, where: str) -> dict[str, bool]:
+    """`{"train": False}` if the message is to be left out of the loss, else {}."""
+    asked = set()
+    if "weight" in turn:
+        weight = turn["weight"]
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise ChatError(f"weight of {where} is {_shown(weight)}: 0 leaves it out of the loss, 1 trains it, and nothing else is known")
+        asked.add(weight == 1)
+    if "train" in turn:
+        if not isinstance(turn["train"], bool):
+            raise ChatError(f"train of {where} is {_shown(turn['train'])}, not true or false")
+        asked.add(turn["train"])
+    if len(asked) > 1:
+        raise ChatError(f"weight and train of {where} contradict each other")
+    if True in asked and role != "assistant":
+        raise ChatError(f"{where} of role {role} is flagged to be trained; only an assistant's tokens are")
+    return {"train": False} if False in asked else {}
+
+
+def _rest(held: dict, used: set[str], where: str) -> list[str]:
+    """The keys of a row or a message that no rule has used. Raises ChatError by name where one holds content, or a flag that is not known."""
+    rest = []
+    of = f" of {where}" if where else ""
+    for key in held:
+        if key in used or key in SILENT:
+            continue
+        value = held[key]
+        if key == "refusal" and value:
+            raise ChatError(f"refusal{of} holds text: put it into content if it is to be trained")
+        if key in MEDIA and value:
+            raise ChatError(f"{key}{of} is not text, which is all that is trained")
+        if key in FLAGS:
+            raise ChatError(f"{key}{of} may be a flag of what is trained, and is not known; known are weight and train, on a message")
+        if not where and key in ("weight", "train"):
+            raise ChatError(f"{key} stands on the row; known it is on a message alone")
+        if where and key in ("tool_calls", "function_call", "tool_call", "tool_use", "function_calls", "text", "content", "value", "parts") and value:
+            raise ChatError(f"{key}{of} is not known in this place")
+        rest.append(key)
+    return rest
+
+
+def _alpaca(row: dict) -> list[dict]:
+    """Turns of an instruction, its input on the lines after it, and the output; `history` is earlier pairs of the two."""
+    parts = {key: row.get(key, "") for key in ("instruction", "input", "output")}
+    for key, value in parts.items():
+        if not isinstance(value, str):
+            raise ChatError(f"{key} is {_kind(value)}, not text")
+    history = _decoded(row.get("history") or [], "history")
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ChatError("history is not a list of pairs of instruction and output")
+    asked = "\n".join(part for part in (parts["instruction"], parts["input"]) if part)
+    pairs = [*history, [asked, parts["output"]]]
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+
+
+def _with_system(system: Any, messages: list[dict]) -> list[dict]:
+    """The messages with the row's own `system` in front, where they have none."""
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise ChatError(f"system is {_kind(system)}, not text")
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise ChatError("system and the first message are two different system prompts")
+    return messages
+
+
+def _check(messages: list[dict]) -> None:
+    """What a conversation must have, whatever its format."""
+    for position, message in enumerate(messages, 1):
+        role, content = message["role"], message["content"]
+        if role == "system" and position > 1:
+            raise ChatError(f"message {position} is a second system prompt")
+        # Only a turn that calls a tool may be without text: the template would write the word None for the others.
+        if role == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
+            raise ChatError(f"message {position} is an empty assistant turn")
+        if content is None and role != "assistant":
+            raise ChatError(f"content of message {position} is null, not text")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ChatError("no assistant turn: nothing to train on")
+
+
+def _tools(row: dict) -> list[Any] | None:
+    """The row's tools as a list, from `tools` or the older `functions`, each also as JSON in a string; None if it has none."""
+    if row.get("tools") and row.get("functions"):
+        raise ChatError("the row has both tools and functions")
+    key = "tools" if row.get("tools") else "functions"
+    tools = _decoded(row.get(key) or [], key)
+    if not isinstance(tools, list):
+        raise ChatError(f"{key} is {_kind(tools)}, not a list of functions with names")
+    tools = [_decoded(tool, key) for tool in tools]
+    if not all(named(tool) for tool in tools):
+        raise ChatError(f"{key} is not a list of functions with names")
+    return tools or None
+
+
+def named(tool: Any) -> bool:
+    """Whether a tool is a function with a name, in OpenAI's form or bare."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(function["name"])
+
+
+def wrapped(tools: list[Any]) -> list[dict]:
+    """Tools in OpenAI's form; bare functions get their wrapping."""
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _decoded(value: Any, what: str) -> Any:
+    """`value`, or what the JSON in it says if it is text: tables hold nested values so."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return dataset.parse(value) if value.strip() else []
+    except ValueError as error:
+        raise ChatError(f"{what} is text that is {error}") from error
+
+
+def _present(held: dict) -> dict:
+    return {key: value for key, value in held.items() if value is not None}
+
+
+def _string(value: Any, what: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ChatError(f"{what} of {where} is {_kind(value)}, not text")
+    return value
+
+
+def _shape(row: dict) -> str:
+    for keys, shape in FOREIGN_SHAPES:
+        if keys <= set(row):
+            return f"{shape} ({', '.join(sorted(keys))})"
+    return f"the keys are {', '.join(map(repr, list(row)[:8])) or 'none at all'}"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, (bool, int, float, str)) else _kind(value)
+
+
+assert set(ROLE.values()) == set(ROLES)

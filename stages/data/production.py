@@ -1,0 +1,134 @@
+"""What production sends with every request, its system prompt and its tools: read, and held against those of the rows.
+
+A model that is trained under another prompt, or without the tools, misbehaves under production's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import unicodedata
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from stages import dataset, job
+from stages.data import content
+from stages.data.formats import named, wrapped
+from stages.data.rows import Row
+from stages.job import StageError
+
+SHAPE = 'a JSON list such as [{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}]'
+
+
+def read_prompt(path: Path) -> str:
+    """The production prompt: LF at the ends of lines, no byte order mark, no blanks around it. Raises StageError if there is none."""
+    return content.text(path, "the production system prompt").strip()
+
+
+def read_tools(path: Path) -> list[dict]:
+    """The production tools in OpenAI's form: a list of them, or an object with the list under `tools`; bare functions are wrapped.
+
+    Raises StageError if the file holds anything else, a tool without a name, or two of one name.
+    """
+    try:
+        value = dataset.parse(content.text(path, "the production tools"))
+    except ValueError as error:
+        raise StageError(f"the tools file {path.name} is {error}", SHAPE, "Name the right file in the recipe, or mend it.") from error
+    if isinstance(value, dict) and isinstance(value.get("tools"), list):
+        value = value["tools"]
+    if not isinstance(value, list):
+        raise StageError(f"the tools file {path.name} holds {_described(value)}", SHAPE, "Put the tools into a list.")
+    if bad := [number for number, tool in enumerate(value, 1) if not named(tool)]:
+        raise StageError(f"tool {bad[0]} of {path.name} is {_described(value[bad[0] - 1])}", SHAPE, "Give every tool its function with a name.")
+    tools = wrapped(value)
+    names = Counter(tool["function"]["name"] for tool in tools)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise StageError(f"{path.name} has several tools called {', '.join(twice)}", "one of each name", "Remove or rename the others.")
+    return tools
+
+
+def with_prompt(rows: list[Row], prompt: str, missing: str, other: str) -> tuple[list[Row], dict[str, int]]:
+    """The rows under the production prompt, and how many had none or have another.
+
+    A prompt that differs in blanks around it or in ends of lines alone is production's, and becomes so to the byte. Rows without one
+    get it if `missing` is insert. Raises StageError if rows have none, or another (with a diff), and the recipe says refuse.
+    """
+    result, without, others = [], [], []
+    for row in rows:
+        own = content.lf(row.prompt).strip()
+        if own == prompt or not own:
+            after = row.messages[1:] if row.messages[0]["role"] == "system" else row.messages
+            if not own:
+                without.append(row)
+            row = dataclasses.replace(row, messages=[{**_flags(row), "role": "system", "content": prompt}, *after])
+        else:
+            others.append((own, row))
+        result.append(row)
+    if without and missing == "refuse":
+        raise StageError(f"{len(without)} of {len(rows)} rows have no system prompt, first {without[0].place}", "the production prompt in every row",
+                         "Set missing_prompt: insert to put it in front of them.")
+    if others:
+        _judge(others, len(rows), prompt, other)
+    return result, {"prompts_inserted": len(without), "other_prompts": len(others)}
+
+
+def _flags(row: Row) -> dict:
+    return {key: value for key, value in row.messages[0].items() if row.messages[0]["role"] == "system"}
+
+
+def _judge(others: list[tuple[str, Row]], total: int, prompt: str, policy: str) -> None:
+    kinds = Counter(own for own, _ in others)
+    worst, count = kinds.most_common(1)[0]
+    example = next(row for own, row in others if own == worst)
+    diff = "\n".join(difflib.unified_diff(prompt.split("\n"), worst.split("\n"), "production", example.place, lineterm="", n=1))
+    found = f"{len(others)} of {total} rows with {len(kinds)} other system prompts; the most common ({count} rows) differs so:\n{diff}\n{first_difference(prompt, worst)}"
+    if policy == "refuse":
+        raise StageError(found, "the production prompt in every row", "Rewrite the rows' system prompt, name the right prompt file, or set other_prompts: allow.")
+    job.warning(found, "other_prompts: allow is set; these rows are trained as they are")
+
+
+def first_difference(production: str, other: str) -> str:
+    """Where two texts part, in code points: some characters look alike or like nothing."""
+    at = next((i for i, (a, b) in enumerate(zip(production, other)) if a != b), min(len(production), len(other)))
+    line, column = production.count("\n", 0, at) + 1, at - production.rfind("\n", 0, at)
+    return f"first difference at line {line}, column {column}: {_character(production, at)} in production, {_character(other, at)} in the row"
+
+
+def _character(text: str, at: int) -> str:
+    return f"U+{ord(text[at]):04X} {unicodedata.name(text[at], 'control')}" if at < len(text) else "the end"
+
+
+def with_tools(rows: list[Row], tools: list[dict], policy: str) -> tuple[list[Row], dict[str, Any]]:
+    """The rows with their tools: a part of production's is right, none is not, unless the recipe allows it or has them inserted.
+
+    Returns the counts, too: rows that got the tools, rows without, and for each tool that is not production's (its name alone, or
+    its definition) the rows that have it. Raises StageError if rows have none and the policy is refuse.
+    """
+    if not tools:
+        return rows, {"tools_inserted": 0, "without_tools": sum(not row.tools for row in rows), "other_tools": {}}
+    known = {tool["function"]["name"]: json.dumps(tool["function"], sort_keys=True) for tool in tools}
+    without = [row for row in rows if not row.tools]
+    if without and policy == "refuse":
+        raise StageError(f"{len(without)} of {len(rows)} rows have no tools, first {without[0].place}; production sends {len(tools)} with every request",
+                         "production's tools, or a part of them, in every row", "Set tools: insert to give them production's, or tools: allow to train them without.")
+    others: Counter[str] = Counter()
+    for row in rows:
+        for tool in row.tools or []:
+            name = tool["function"]["name"]
+            if known.get(name) != json.dumps(tool["function"], sort_keys=True):
+                others[f"{name} ({'another definition' if name in known else 'unknown'})"] += 1
+    if others:
+        listed = ", ".join(f"{name} in {count} rows" for name, count in others.most_common(5))
+        job.warning(f"rows have tools that are not production's: {listed}", "they are trained as they are; production will not send these")
+    inserted = policy == "insert"
+    if inserted:
+        rows = [row if row.tools else dataclasses.replace(row, tools=tools) for row in rows]
+    return rows, {"tools_inserted": len(without) if inserted else 0, "without_tools": 0 if inserted else len(without), "other_tools": dict(others)}
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"an object with the keys {', '.join(map(repr, list(value)[:5])) or 'none'}"
+    return "a list" if isinstance(value, list) else f"{type(value).__name__} {str(value)[:40]!r}"
