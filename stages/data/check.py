@@ -1,77 +1,33 @@
-"""What can be said of the files of stage data before a base is downloaded: prompt and tools are what they are called."""
+"""What can be said of the files of stage data before a base is downloaded: prompt, tools and the kinds of the conversations' files.
+
+Only the heads of conversations are read, and Parquet is recognised and not opened: the standard library has no reader for it.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 from stages import check
 from stages.check import Finding, Given
+from stages.data import files, production
+from stages.job import StageError
 
 
 def look(its: Given) -> list[Finding]:
-    findings: list[Finding] = []
-    for path in its.sources.get("prompt", []):
-        findings += prompt(path)
-    for path in its.sources.get("tools", []):
-        findings += tools(path)
-    for path in its.sources.get("conversations", []):
-        findings += conversations(path)
+    """A finding for each source that stage data would refuse as a whole, in the stage's own words."""
+    readers: list[tuple[str, Callable[[], object]]] = [
+        *(("prompt", partial(production.read_prompt, path)) for path in its.sources.get("prompt", [])),
+        *(("tools", partial(production.read_tools, path)) for path in its.sources.get("tools", [])),
+        ("conversations", partial(files.listed, its.sources.get("conversations", []))),
+    ]
+    findings = []
+    for source, read in readers:
+        try:
+            read()
+        except StageError as error:
+            findings.append(Finding(f"{its.stage}.sources.{source}", error.found, error.expected, error.remedy))
     return findings
-
-
-def prompt(path: Path) -> Iterator[Finding]:
-    text = _text(path)
-    if isinstance(text, Finding):
-        yield text
-    elif not text.strip():
-        yield Finding(path.name, "an empty prompt", "the production system prompt", "Write it, or name another file in sources.prompt.")
-    elif "\0" in text:
-        yield Finding(path.name, "NUL bytes", "the production system prompt as UTF-8 text", "Save it as UTF-8.")
-
-
-def tools(path: Path) -> Iterator[Finding]:
-    text = _text(path)
-    if isinstance(text, Finding):
-        yield text
-        return
-    expected, remedy = "a JSON list of tools in OpenAI's form", "Mend the file, or leave sources.tools out where production has no tools."
-    if not text.strip():
-        yield Finding(path.name, "an empty file", expected, remedy)
-        return
-    try:
-        listed = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        where = f"{path.name}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path.name
-        yield Finding(where, f"no JSON ({getattr(error, 'msg', error)})", expected, remedy)
-        return
-    if not isinstance(listed, list):
-        yield Finding(path.name, f"a JSON {type(listed).__name__}", expected, remedy)
-        return
-    for number, tool in enumerate(listed, 1):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            yield Finding(path.name, f"tool {number} without a name", expected, remedy)
-
-
-def conversations(path: Path) -> Iterator[Finding]:
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    if not any(file.stat().st_size for file in files):
-        yield Finding(path.name, "a folder without a file that holds something" if path.is_dir() else "an empty file", "conversations",
-                      "Check sources.conversations of stage data.")
-
-
-def _text(path: Path) -> str | Finding:
-    """The file as text, or what is wrong with it."""
-    if path.is_dir():
-        return Finding(path.name, "a folder", "one file", "Name the file itself.")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        return Finding(path.name, f"bytes that are not UTF-8 (at {error.start})", "UTF-8 text", "Save it as UTF-8.")
-    except OSError as error:
-        return Finding(path.name, error.strerror or str(error), "a file that can be read", "Check its path and permissions.")
 
 
 if __name__ == "__main__":

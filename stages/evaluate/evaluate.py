@@ -59,7 +59,8 @@ def run(its: Job) -> None:
 def questions(its: Job) -> list[dict]:
     """The questions of the source, or of the held-out conversations: their last answer says what is expected.
 
-    Raises StageError if one of the source's is not as it should be, is not asked as in production, or was trained on.
+    Those of the source get production's prompt to the byte, as training rows do: blanks around it and ends of lines are no difference.
+    Raises StageError if one of them is not as it should be, is not asked as in production, or was trained on.
     """
     if its.sources.get("questions"):
         asked, wrong = written.read(its.sources["questions"][0])
@@ -67,7 +68,8 @@ def questions(its: Job) -> list[dict]:
         if wrong:
             more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
             raise StageError("; ".join(f"{f.subject}: {f.found}" for f in wrong[:SHOWN]) + more, wrong[0].expected, wrong[0].remedy)
-        return [question.row for question in asked]
+        prompt = written.plain((its.inputs["data"] / "prompt.txt").read_text())
+        return [{**row, "messages": [{**m, "content": prompt} if m["role"] == "system" else m for m in row["messages"]]} for row in (q.row for q in asked)]
     made = []
     for _, row in dataset.read(its.inputs["data"] / "eval.jsonl"):
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")

@@ -177,13 +177,18 @@ def signature(tool: dict) -> str:
     return json.dumps([inner.get("name"), inner.get("description") or "", inner.get("parameters") or {}], sort_keys=True)
 
 
+def plain(prompt: str) -> str:
+    """A prompt as stage data trains it: LF at the ends of lines, no blanks around it."""
+    return prompt.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
 def other_prompts(asked: list[Question], prompt: str) -> list[Finding]:
     """A finding if questions have another system prompt than production's, with the difference to the first of them."""
-    others = [question for question in asked if question.prompt.strip() != prompt.strip()]
+    others = [question for question in asked if plain(question.prompt) != plain(prompt)]
     if not others:
         return []
     first = others[0]
-    diff = "\n".join(difflib.unified_diff(prompt.strip().splitlines(), first.prompt.strip().splitlines(), "production", first.place, lineterm="", n=1))
+    diff = "\n".join(difflib.unified_diff(plain(prompt).split("\n"), plain(first.prompt).split("\n"), "production", first.place, lineterm="", n=1))
     differs = f"that of {first.row['id']} differs so:\n{diff}" if first.prompt else f"{first.row['id']} has none"
     return [Finding(first.place, f"{len(others)} of {len(asked)} questions with another system prompt; {differs}", "the production prompt in every question",
                     "Rewrite the questions' system prompt, or name the right prompt file in stage data.")]

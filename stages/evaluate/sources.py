@@ -17,8 +17,8 @@ def look(its: Given) -> list[Finding]:
     findings = [Finding("evaluate.gate", fault, "a gate that can be held", "docs/formats.md, The gate, says what one holds.") for fault in gate.faults(its.params["gate"])]
     if not its.sources.get("questions"):
         if "data" in its.inputs and its.inputs["data"].params.get("eval_share") == 0:
-            findings.append(Finding("evaluate.sources", "no questions, and data.eval_share = 0, which leaves none to make them from", "at least one question",
-                                    "Name `sources: {questions: ...}` in stage evaluate, or set eval_share above 0."))
+            findings.append(Finding("evaluate.sources", "no questions, and data.eval_share = 0: none can be made unless a source has a held-out split of its own",
+                                    "at least one question", "Name `sources: {questions: ...}` in stage evaluate, or set eval_share above 0.", "warning"))
         return findings
     asked, wrong = questions.read(its.sources["questions"][0])
     data = its.inputs["data"].sources if "data" in its.inputs else {}
@@ -57,8 +57,8 @@ def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict]]]:
         with path.open("rb") as opened:
             for number, raw in dataset.lines(opened):
                 try:
-                    row = json.loads(raw)
-                except (ValueError, RecursionError):
+                    row = dataset.parse(raw)
+                except ValueError:
                     continue
                 messages = row.get("messages") if isinstance(row, dict) else None
                 if isinstance(messages, list) and all(_message(m) for m in messages):

@@ -58,7 +58,7 @@ def compared(source: Checkpoint, made: Checkpoint, its: Job) -> dict:
     """`{"fidelity": figures}` of the quantised model on held-out conversations; empty, with a warning, where stage data held none out."""
     path = its.inputs["data"] / "eval.jsonl"
     if not dataset.count(path):
-        job.warning("no held-out conversation (eval_share 0): the quantised model's loss, KL and error by layer were not measured",
+        job.warning("no held-out conversation: the quantised model's loss, KL and error by layer were not measured",
                     "Set eval_share above 0 in stage data, or fidelity_tokens: 0 to leave the comparison out")
         return {}
     figures = fidelity.measure(source, made, fidelity.rows(path, its.params["fidelity_tokens"]), its.device)

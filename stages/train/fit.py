@@ -34,7 +34,7 @@ def run(task: job.Job) -> None:
         torch.set_num_threads(max(1, 2 // its.world))
     rows, held_out = read(task.inputs["data"] / "train.jsonl"), read(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
     if not held_out and its.first:
-        job.warning("no held-out conversation (eval_share 0): there is no held-out loss, and the adapter of the last step is kept",
+        job.warning("no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
                     "Nothing shows when training begins to learn by heart; with eval_share above 0 the best step is kept"
                     + (", and patience has an effect" if task.params["patience"] else ""))
     fitting(rows + held_out, task.params["sequence_tokens"])

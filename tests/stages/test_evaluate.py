@@ -316,3 +316,47 @@ def test_a_server_gets_its_flags_and_adapter_and_is_gone_afterwards(tmp_path, mo
     assert server.process.poll() is not None
     with pytest.raises(StageError, match="did not answer"):
         server.ask({"model": "tuned"})
+
+
+def asking(its, **changes):
+    """A question about a capital in the job's source, with some of its fields changed."""
+    question = {"id": "q", "category": "a", "messages": [said("system", "Be short."), said("user", "What is the capital of Peru?")], "tools": [TOOL], "expect": {}} | changes
+    (its.inputs["data"] / "prompt.txt").write_text("Be short.\n")
+    its.sources["questions"] = [its.scratch / "questions.jsonl"]
+    its.sources["questions"][0].write_text(json.dumps(question) + "\n")
+    return question
+
+
+def trained(its, *rows):
+    (its.inputs["data"] / "train.jsonl").write_text("".join(json.dumps(TRAINED | row) + "\n" for row in rows))
+
+
+def test_a_question_is_asked_under_the_production_prompt_to_the_byte(its):
+    asking(its, messages=[said("system", "\tBe short.\r\n"), said("user", "What is the capital of Peru?")])
+    assert evaluate.questions(its)[0]["messages"] == [said("system", "Be short."), said("user", "What is the capital of Peru?")]
+
+
+@pytest.mark.parametrize(("changes", "fault"), [
+    ({"messages": [said("system", "Be long."), said("user", "Where?")]}, "(?s)questions.jsonl:1: 1 of 1 questions with another system prompt.*-Be short.*\\+Be long"),
+    ({"messages": [said("user", "Where?")]}, "another system prompt; q has none"),
+    ({"tools": [{"name": "other"}]}, "questions.jsonl:1: question q with tools that production does not have: other"),
+    ({"tools": [{"name": "set_timer", "description": "changed"}]}, "tools defined otherwise than in production: set_timer"),
+    ({"messages": [said("system", "Be short."), said("user", "what is the capital of france")]},
+     "questions.jsonl:1: question q, which stands in the training data at talks/a.jsonl:7"),
+    ({"expect": {"max_word": 3}}, "questions.jsonl:1: unknown key max_word; expected a key of expect: max_words?"),
+])
+def test_questions_that_say_nothing_of_the_served_model_are_refused_before_the_first_server(its, toy, changes, fault):
+    asking(its, **changes)
+    with pytest.raises(StageError, match=fault):
+        evaluate.run(its)
+    assert not toy.started
+
+
+def test_a_question_without_tools_is_refused_where_every_training_row_has_some(its):
+    asking(its, tools=[])
+    evaluate.questions(its)
+    trained(its, {"tools": [TOOL]}, {"tools": []})
+    evaluate.questions(its)
+    trained(its, {"tools": [TOOL]}, {"tools": [TOOL]})
+    with pytest.raises(StageError, match="1 of 1 questions without tools, first q; every training conversation has some"):
+        evaluate.questions(its)

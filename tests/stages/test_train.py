@@ -297,7 +297,7 @@ def test_without_held_out_conversations_the_last_step_is_kept_and_a_warning_says
     report = json.loads((output / "training.json").read_text())
     assert report["loss"]["held_out"] is None and not report["stopped_early"] and report["kept_step"] == report["steps"] == changes.get("steps", 4)
     assert short.losses(output, "held_out") == {} and (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert warned == ["no held-out conversation (eval_share 0): there is no held-out loss, and the adapter of the last step is kept"]
+    assert warned == ["no held-out conversation: there is no held-out loss, and the adapter of the last step is kept"]
     assert report["conversations"] == 8
 
 
