@@ -49,14 +49,14 @@ def given(raw: dict) -> Given:
 
 def main(look: Callable[[Given], Iterable[Finding]]) -> None:
     """Runs `look` on the stage described on stdin and prints a JSON object for each finding. A StageError is a finding too."""
-    its = given(json.load(sys.stdin))
+    stage = given(json.load(sys.stdin))
     findings: list[Finding] = []
     try:
-        findings += look(its)
+        findings += look(stage)
     except StageError as error:
-        findings.append(Finding(its.stage, error.found, error.expected, error.remedy))
+        findings.append(Finding(stage.stage, error.found, error.expected, error.remedy))
     if len(findings) > MOST:
         rest = len(findings) - MOST
-        findings[MOST:] = [Finding(its.stage, f"{rest} more findings of this kind", "none", "Mend those above first; the others are shown then.")]
+        findings[MOST:] = [Finding(stage.stage, f"{rest} more findings of this kind", "none", "Mend those above first; the others are shown then.")]
     for finding in findings:
         print(json.dumps(asdict(finding)))

@@ -14,19 +14,19 @@ from stages.data import files, production
 from stages.job import StageError
 
 
-def look(its: Given) -> list[Finding]:
+def look(stage: Given) -> list[Finding]:
     """A finding for each source that stage data would refuse as a whole, in the stage's own words."""
     readers: list[tuple[str, Callable[[], object]]] = [
-        *(("prompt", partial(production.read_prompt, path)) for path in its.sources.get("prompt", [])),
-        *(("tools", partial(production.read_tools, path)) for path in its.sources.get("tools", [])),
-        ("conversations", partial(files.listed, its.sources.get("conversations", []))),
+        *(("prompt", partial(production.read_prompt, path)) for path in stage.sources.get("prompt", [])),
+        *(("tools", partial(production.read_tools, path)) for path in stage.sources.get("tools", [])),
+        ("conversations", partial(files.listed, stage.sources.get("conversations", []))),
     ]
     findings = []
     for source, read in readers:
         try:
             read()
         except StageError as error:
-            findings.append(Finding(f"{its.stage}.sources.{source}", error.found, error.expected, error.remedy))
+            findings.append(Finding(f"{stage.stage}.sources.{source}", error.found, error.expected, error.remedy))
     return findings
 
 

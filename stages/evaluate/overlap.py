@@ -44,17 +44,17 @@ def alike(a: Words, b: Words) -> bool:
 
 def findings(asked: list[Question], training: Iterable[tuple[str, list[dict]]]) -> list[Finding]:
     """A finding for every question that a training conversation, given as (place, messages), holds exactly or nearly."""
-    wanted = [(question, *asks(question.row["messages"])) for question in asked]
-    index = _rare_words([last for _, last, _ in wanted])
+    compared = [(question, *asks(question.row["messages"])) for question in asked]
+    index = _rare_words([last for _, last, _ in compared])
     first: dict[int, tuple[str, bool]] = {}
     for place, messages in training:
         for last, before in _turns(messages):
             for number in {n for word in last or ("",) for n in index.get(word, ())} - first.keys():
-                _, its_last, its_before = wanted[number]
-                if alike(its_last, last) and (len(its_last) >= STANDS_ALONE or alike(its_before, before)):
-                    first[number] = (place, its_last == last)
+                _, asked_last, asked_before = compared[number]
+                if alike(asked_last, last) and (len(asked_last) >= STANDS_ALONE or alike(asked_before, before)):
+                    first[number] = (place, asked_last == last)
     return [
-        Finding(wanted[number][0].place, f"question {wanted[number][0].row['id']}, which {'stands' if same else 'nearly stands'} in the training data at {place}",
+        Finding(compared[number][0].place, f"question {compared[number][0].row['id']}, which {'stands' if same else 'nearly stands'} in the training data at {place}",
                 "questions that were never trained on", "Remove it from one of the two, or ask something else.")
         for number, (place, same) in sorted(first.items())
     ]

@@ -95,7 +95,7 @@ def _keys(values: dict, known: tuple[str, ...], owner: str) -> Iterator[tuple[st
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            yield f"unknown key {key}", f"a key of {owner}: {close[0]}?" if close else f"a key of {owner}: {', '.join(known)}"
+            yield f"unknown key {key}", f"a key of {owner}, such as {close[0]}" if close else f"a key of {owner}: {', '.join(known)}"
 
 
 def _messages(messages: Any) -> Iterator[tuple[str, str]]:

@@ -13,15 +13,15 @@ from stages.evaluate import gate, overlap, questions
 MOST_BYTES = 5_000_000  # of conversations that are read here, a tenth of a second; stage evaluate looks at all of them before its first server
 
 
-def look(its: Given) -> list[Finding]:
-    findings = [Finding("evaluate.gate", fault, "a gate that can be held", "docs/formats.md, The gate, says what one holds.") for fault in gate.faults(its.params["gate"])]
-    if not its.sources.get("questions"):
-        if "data" in its.inputs and its.inputs["data"].params.get("eval_share") == 0:
+def look(stage: Given) -> list[Finding]:
+    findings = [Finding("evaluate.gate", fault, "a gate that can be held", "docs/formats.md, The gate, says what one holds.") for fault in gate.faults(stage.params["gate"])]
+    if not stage.sources.get("questions"):
+        if "data" in stage.inputs and stage.inputs["data"].params.get("eval_share") == 0:
             findings.append(Finding("evaluate.sources", "no questions, and data.eval_share = 0: none can be made unless a source has a held-out split of its own",
                                     "at least one question", "Name `sources: {questions: ...}` in stage evaluate, or set eval_share above 0.", "warning"))
         return findings
-    asked, wrong = questions.read(its.sources["questions"][0])
-    data = its.inputs["data"].sources if "data" in its.inputs else {}
+    asked, wrong = questions.read(stage.sources["questions"][0])
+    data = stage.inputs["data"].sources if "data" in stage.inputs else {}
     # A prompt or tools file that cannot be read is for stage data to name.
     if prompt := _text(data.get("prompt")):
         wrong += questions.other_prompts(asked, prompt)

@@ -6,9 +6,9 @@ from stages import check
 from stages.check import Finding, Given
 
 
-def look(its: Given) -> list[Finding]:
+def look(stage: Given) -> list[Finding]:
     """An image is made of a report whose gate passed. Without a gate, and of a control, there will be none."""
-    params = its.inputs["evaluate"].params
+    params = stage.inputs["evaluate"].params
     if params["control"]:
         return [Finding("evaluate.control", "a control, of which no image is made", "control: false in a recipe with stage image",
                         "Run it with --until evaluate, or leave stage image out of the recipe.")]

@@ -70,7 +70,7 @@ def test_a_check_gets_the_recipes_files_and_parameters_and_those_of_its_inputs(c
 
 @pytest.mark.parametrize(("code", "said"), [
     ("raise RuntimeError('oh')", "exit status 1: RuntimeError: oh"), ("print('hello')", "an answer that is no finding"),
-    ("print('{\"level\": \"error\"}')", "an answer that is no finding"), ("print('{}')", "an answer that is no finding"), ("import yaml", "No module named 'yaml'"),
+    ("print('{\"level\": \"error\"}')", "an answer that is no finding"), ("print('{}')", "an answer that is no finding"), ("import json; print(json.dumps(dict(level='fatal', subject='', found='', expected='', remedy='')))", "the level 'fatal'"), ("import yaml", "No module named 'yaml'"),
     ("import time; time.sleep(9)", "no end after 1 s"),
 ])
 def test_a_check_that_fails_is_itself_a_finding(checked, monkeypatch, code, said):

@@ -343,7 +343,7 @@ def test_a_question_is_asked_under_the_production_prompt_to_the_byte(its):
     ({"tools": [{"name": "set_timer", "description": "changed"}]}, "tools defined otherwise than in production: set_timer"),
     ({"messages": [said("system", "Be short."), said("user", "what is the capital of france")]},
      "questions.jsonl:1: question q, which stands in the training data at talks/a.jsonl:7"),
-    ({"expect": {"max_word": 3}}, "questions.jsonl:1: unknown key max_word; expected a key of expect: max_words?"),
+    ({"expect": {"max_word": 3}}, "questions.jsonl:1: unknown key max_word; expected a key of expect, such as max_words"),
 ])
 def test_questions_that_say_nothing_of_the_served_model_are_refused_before_the_first_server(its, toy, changes, fault):
     asking(its, **changes)

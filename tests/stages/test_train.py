@@ -267,9 +267,9 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(made, tmp_
 
 
 def test_a_data_set_without_rows_is_refused(made, tmp_path):
-    (tmp_path / "eval.jsonl").touch()
-    (tmp_path / "train.jsonl").write_bytes((made["data"] / "train.jsonl").read_bytes())
-    with pytest.raises(job.StageError, match="eval.jsonl has no rows"):
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "eval.jsonl").write_bytes((made["data"] / "eval.jsonl").read_bytes())
+    with pytest.raises(job.StageError, match="train.jsonl has no rows"):
         short.run(tmp_path / "run", {**made, "data": tmp_path})
 
 
