@@ -140,3 +140,16 @@ def test_seeds_and_needs_have_ranges_too(its):
     with pytest.raises(Refused) as refused:
         its.plan()
     assert [f.found for f in refused.value.findings] == ["seed = -3", "slow.needs.memory_gb = -1"]
+
+
+@pytest.mark.parametrize(("table", "said"), [
+    ('[parameters.map]\ntype = "map"\nkeys = ["a"]\neach = {type = "flaot"}', "parameters.map.each.type = 'flaot'"),
+    ('[parameters.map]\ntype = "map"\nkeys = ["a"]\n[parameters.map.fields.x]\ntype = "int"\nmni = 1', "unknown key parameters.map.fields.x.mni; expected a key of this table. Did you mean min?"),
+    ('[parameters.map]\ntype = "map"\nkeys = ["a"]\neach = {type = "int"}\ndefault = {b = 1}', "parameters.map.default = {'b': 1}; expected one of a"),
+])
+def test_a_fault_inside_a_described_map_is_named_with_its_place(its, table, said):
+    with (its.repo / "stages/slow/stage.toml").open("a") as opened:
+        opened.write(f"{table}\n")
+    with pytest.raises(Refused) as refused:
+        its.plan()
+    assert any(said in str(finding) for finding in refused.value.findings), refused.value.findings
