@@ -111,10 +111,17 @@ def cli() -> None:
 @command(*selecting, as_json)
 def plan(recipe: str, executor: str | None, as_json: bool, **selected: Any) -> None:
     """What would run, why, and what it would take."""
-    from forge import plan, report
+    from forge import check, plan, report
 
-    its = plan.make(opened(recipe, executor).context, plan.Selection(**selected))
-    print(json.dumps(its.as_json(), indent=1)) if as_json else show(report.of_plan(its))
+    context = opened(recipe, executor).context
+    its = plan.make(context, plan.Selection(**selected))
+    findings = check.findings(context, its)
+    if as_json:
+        print(json.dumps({**its.as_json(), "findings": [f.__dict__ for f in findings]}, indent=1))
+    else:
+        show(report.of_plan(its))
+        show(report.of_findings(findings), to_stderr=True) if findings else None
+    sys.exit(any(f.level == "error" for f in findings))
 
 
 @command(*selecting, as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."))
@@ -132,6 +139,9 @@ def run_stages(recipe: str, executor: str | None, as_json: bool, wait: bool, **s
     if outcome.code == 0 and not as_json:
         wanted = plan.make(its.context, plan.Selection(**{**selected, "force": False}))
         show(report.of_result(wanted, outcome.ran, outcome.folder))
+        for stage in wanted.stages:
+            if stage.artifact and its.context.recipe.stages[stage.name].contract.produces == "report":
+                show(report.of_shares(stage.artifact.folder))
     return outcome.code
 
 

@@ -65,6 +65,9 @@ def of_plan(plan: Plan) -> RenderableType:
             "" if idle else f"{stage.estimate.memory_gb:g} GB",
             "" if idle else about + size(stage.estimate.disk_gb * 1e9), Text(stage.why, style="dim" if idle else ""),
         )
+    blocked = [stage.name for stage in plan.stages if stage.state == "blocked"]
+    if blocked and not plan.pending:
+        return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: cannot run: {', '.join(blocked)}", style="red"))
     if not plan.pending:
         return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: everything is built", style="green"))
     total = f"{len(plan.pending)} of {len(plan.stages)} to run: about {clock(plan.seconds)}, {size(plan.disk_gb * 1e9)} of disk, {plan.memory_gb:g} GB of memory"
@@ -156,8 +159,20 @@ def of_behaviour(report: Path) -> RenderableType:
         table.add_row(Text("failures", style="bold"))
         for mode in modes:
             table.add_row(f"  {mode}", *(str(its["failures"][c].get(mode) or "·") for c in columns))
-    verdict = Text("gate passed", style="green") if its["gate"]["passed"] else Text("gate not passed: " + "; ".join(its["gate"]["why"]), style="red")
-    return Group(table, Text(), Text.assemble(f"{its['questions']} questions, asked through vLLM {its['vllm']}; ", verdict))
+    return Group(table, Text(), Text.assemble(f"{its['questions']} questions, asked through vLLM {its['vllm']}; ", _gate(its["gate"])))
+
+
+def _gate(gate: dict[str, Any]) -> Text:
+    if gate["passed"]:
+        return Text("no gate was set, nothing was checked", style="yellow") if gate.get("unchecked") else Text("gate passed", style="green")
+    return Text("gate not passed: " + "; ".join(gate["why"]), style="red")
+
+
+def of_shares(report: Path) -> RenderableType:
+    """The share of passed questions of every column of a `report` artifact, and its gate, in one line."""
+    its = json.loads((report / "report.json").read_text())
+    shares = ", ".join(f"{column} {its['pass'][column]:.0%}" for column in its["columns"])
+    return Text.assemble(f"{its['questions']} questions passed: {shares}; ", _gate(its["gate"]))
 
 
 def _shade(share: float) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge import lock, plan, preflight, store
+from forge import check, lock, plan, preflight, store
 from forge.executor import Executor, Task
 from forge.finding import Finding, Refused, error
 from forge.journal import Event, Journal, Log
@@ -85,7 +85,7 @@ def lacking(context: Context, executor: Executor, wanted: Plan) -> list[Finding]
     names = dict.fromkeys([c.image for c in contracts] + [c.product.image for c in contracts if c.product])
     gpu = any(recipe.on_gpu(s.name) for s in wanted.pending)
     found = preflight.findings(recipe, wanted, context.store.home, None if context.gpu == "none" else context.gpu)
-    return found + executor.check([recipe.images[name] for name in names], gpu)
+    return found + executor.check([recipe.images[name] for name in names], gpu) + check.findings(context, wanted)
 
 
 @contextlib.contextmanager

@@ -119,14 +119,16 @@ def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
 @contextlib.contextmanager
 def faults(name: str) -> Iterator[None]:
     """Errors of reading as StageErrors with the file's name."""
-    import pyarrow
-
+    try:
+        from pyarrow import ArrowException as arrow_error
+    except ImportError:  # the check before the first stage has the standard library alone, and opens no Parquet
+        arrow_error = ()
     remedy = "Copy or download it again, or write it anew."
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise StageError(f"{name} is a torn gzip file: {error}", "a whole one", remedy) from error
-    except pyarrow.ArrowException as error:
+    except arrow_error as error:
         raise StageError(f"{name} begins as Parquet and cannot be read: {str(error).splitlines()[0]}", "a whole Parquet file", remedy) from error
     except UnicodeDecodeError as error:
         raise StageError(f"{name} is no {error.encoding} text ({error.reason} at {error.start})", "one encoding, UTF-8 at best", "Save it as UTF-8.") from error

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, adapted, installed, quantised, serve
-from stages import dataset, job
-from stages.evaluate import checks, report
+from stages import check, dataset, job
+from stages.evaluate import checks, gate, overlap, report
+from stages.evaluate import questions as written
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
 
-COLUMNS = ("base", "tuned", "merged", "nvfp4")
+
+SHOWN = 3  # findings about questions that an error names
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,9 @@ class Plan:
 
 
 def run(its: Job) -> None:
+    if wrong := gate.faults(its.params["gate"]):
+        raise StageError("; ".join(wrong), f"a gate on the columns {', '.join(gate.COLUMNS)}", "Mend `gate` in the recipe; docs/formats.md, The gate, says what it holds.")
     asked = questions(its)
-    unknown = set(its.params["gate"]) - set(COLUMNS)
-    if unknown:
-        raise StageError(f"the gate names {', '.join(sorted(unknown))}", f"columns: {', '.join(COLUMNS)}", "Mend `gate` in the recipe.")
     plans = servers(its)
     try:  # all of them before the first server starts
         vllm = installed()
@@ -56,9 +58,19 @@ def run(its: Job) -> None:
 
 
 def questions(its: Job) -> list[dict]:
-    """The questions of the source, or of the held-out conversations: their last answer says what is expected."""
+    """The questions of the source, or of the held-out conversations: their last answer says what is expected.
+
+    Those of the source get production's prompt to the byte, as training rows do: blanks around it and ends of lines are no difference.
+    Raises StageError if one of them is not as it should be, is not asked as in production, or was trained on.
+    """
     if its.sources.get("questions"):
-        return [row for _, row in dataset.read(its.sources["questions"][0])]
+        asked, wrong = written.read(its.sources["questions"][0])
+        wrong = wrong or unlike_production(asked, its.inputs["data"]) or overlap.findings(asked, training(its.inputs["data"]))
+        if wrong:
+            more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+            raise StageError("; ".join(f"{f.subject}: {f.found}" for f in wrong[:SHOWN]) + more, wrong[0].expected, wrong[0].remedy)
+        prompt = written.plain((its.inputs["data"] / "prompt.txt").read_text())
+        return [{**row, "messages": [{**m, "content": prompt} if m["role"] == "system" else m for m in row["messages"]]} for row in (q.row for q in asked)]
     made = []
     for _, row in dataset.read(its.inputs["data"] / "eval.jsonl"):
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
@@ -71,6 +83,23 @@ def questions(its: Job) -> list[dict]:
     if not made:
         raise StageError("no questions: no source, and no held-out conversation", "at least one", "Name `sources: {questions: ...}`, or raise data's eval_share.")
     return made
+
+
+def unlike_production(asked: list[written.Question], data: Path) -> list[check.Finding]:
+    """What questions have that production, as stage data left it, has not: another system prompt, other tools, or none where all training rows have some."""
+    prompt, tools = (data / "prompt.txt").read_text(), json.loads((data / "tools.json").read_text())
+    wrong = written.other_prompts(asked, prompt) + written.other_tools(asked, tools)
+    bare = [question for question in asked if not question.row.get("tools")]
+    if bare and all(row["tools"] for _, row in dataset.read(data / "train.jsonl")):
+        wrong.append(check.Finding(bare[0].place, f"{len(bare)} of {len(asked)} questions without tools, first {bare[0].row['id']}; every training conversation has some",
+                                   "questions that are asked as the model was trained", "Give them production's tools."))
+    return wrong
+
+
+def training(data: Path) -> Iterator[tuple[str, list[dict]]]:
+    """Where every training conversation comes from, and its messages."""
+    for _, row in dataset.read(data / "train.jsonl"):
+        yield f"{row['file']}:{row['line']}", row["messages"]
 
 
 def servers(its: Job) -> list[Plan]:
@@ -171,4 +200,4 @@ def write(its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]]
     for column, share in summary["pass"].items():
         job.metric(f"pass_{column}", share)
     if not summary["gate"]["passed"] and not control:
-        job.warning("the gate did not pass: " + "; ".join(summary["gate"]["why"]), "no serving image is made from this; see report.md")
+        job.warning(summary["gate"]["says"], "no serving image is made from this; see report.md")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.evaluate.checks import MODES, Failure
+from stages.evaluate.gate import judge
 
 
-def summarise(asked: list[dict], scored: dict[str, list[list[Failure]]], gate: dict[str, float], control: bool = False) -> dict:
-    """Shares and counts by column, mode and category, and whether the gate passed; a control's does not, since no image is to be made of one."""
+def summarise(asked: list[dict], scored: dict[str, list[list[Failure]]], gate: dict | str, control: bool = False) -> dict:
+    """Shares and counts by column, mode and category, and what the recipe's `gate` says of them (stages/evaluate/gate.py)."""
     categories = list(dict.fromkeys(q["category"] for q in asked))
     passed = {column: sum(not found for found in all_) / len(asked) for column, all_ in scored.items()}
     failures = {
@@ -20,13 +21,9 @@ def summarise(asked: list[dict], scored: dict[str, list[list[Failure]]], gate: d
         }
         for column, all_ in scored.items()
     }
-    why = ["this is a control, whose adapter changes nothing"] if control else [
-        f"{column} passed {passed[column]:.0%} of the questions, at least {lowest:.0%} are wanted" if column in passed else f"{column} was not measured"
-        for column, lowest in gate.items() if passed.get(column, -1) < lowest
-    ]
     return {
         "columns": list(scored), "modes": list(MODES), "questions": len(asked), "pass": passed, "failures": failures,
-        "by_category": by_category, "gate": {"passed": not why, "why": why}, "control": control,
+        "by_category": by_category, "gate": judge(gate, passed, len(asked), control), "control": control,
     }
 
 
@@ -36,9 +33,8 @@ def markdown(summary: dict) -> str:
     share = [["answers without a fault", *(f"{summary['pass'][c]:.0%}" for c in columns)]]
     share += [[category, *(f"{summary['by_category'][c][category]:.0%}" for c in columns)] for category in summary["by_category"][columns[0]]]
     modes = [[mode, *(str(summary["failures"][c][mode]) for c in columns)] for mode in summary["modes"]]
-    gate = "The gate passed." if summary["gate"]["passed"] else "The gate did not pass: " + "; ".join(summary["gate"]["why"]) + "."
     return (
-        f"# Behaviour\n\n{summary['questions']} held-out questions, answered by vLLM {summary['vllm']}. {gate}\n\n"
+        f"# Behaviour\n\n{summary['questions']} held-out questions, answered by vLLM {summary['vllm']}. {summary['gate']['says']}\n\n"
         + table(["passed", *columns], share) + "\n" + table(["answers with", *columns], modes)
     )
 

@@ -21,7 +21,7 @@ def markdown(serve: dict, report: dict, checkpoint: Checkpoint, provenance: dict
     rows += [[mode.replace("_", " "), *(str(report["failures"][c][mode]) for c in columns)] for mode in report["modes"]]
     digests = [[name, its["key"][:12], its["digest"]] for name, its in sorted(provenance.items())]
     return jinja2.Template(TEMPLATE.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
-        name=serve["served_name"], form=form, held=held, vllm=serve["vllm"], device=serve["device"], questions=report["questions"], port=serve["port"],
+        name=serve["served_name"], form=form, held=held, vllm=serve["vllm"], device=serve["device"], questions=report["questions"], gate=report["gate"]["says"], port=serve["port"],
         behaviour=table(["", *columns], rows), digests=table(["artifact", "key", "digest"], digests))
 
 

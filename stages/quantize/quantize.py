@@ -19,7 +19,7 @@ import torch
 from nemotron import audit, layout, nvfp4, quant_config
 from nemotron.checkpoint import INDEX, Checkpoint, Slot, Work, write, write_index
 from nemotron.names import Spec
-from stages import job
+from stages import dataset, job
 from stages.job import Job, StageError
 from stages.quantize import calibrate, fidelity
 
@@ -47,15 +47,25 @@ def run(its: Job) -> None:
         "bytes": made.bytes, "source_bytes": source.bytes, "calibration": calibration, "findings": [f.as_json() for f in findings],
     }
     if not findings and params["fidelity_tokens"]:
-        held_out = fidelity.rows(its.inputs["data"] / "eval.jsonl", params["fidelity_tokens"])
-        report["fidelity"] = found = fidelity.measure(source, made, held_out, its.device)
-        job.metric("held-out loss before", found["loss"]["source"])
-        job.metric("held-out loss in NVFP4", found["loss"]["quantised"])
-        job.metric("KL to the source", found["kl"])
+        report |= compared(source, made, its)
     (its.output / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
     if findings:
         listed = "; ".join(str(f) for f in findings[:5])
         raise StageError(f"{len(findings)} faults in the quantised checkpoint: {listed}", "none", "Nothing was handed on. Report it with this log.")
+
+
+def compared(source: Checkpoint, made: Checkpoint, its: Job) -> dict:
+    """`{"fidelity": figures}` of the quantised model on held-out conversations; empty, with a warning, where stage data held none out."""
+    path = its.inputs["data"] / "eval.jsonl"
+    if not dataset.count(path):
+        job.warning("no held-out conversation: the quantised model's loss, KL and error by layer were not measured",
+                    "Set eval_share above 0 in stage data, or fidelity_tokens: 0 to leave the comparison out")
+        return {}
+    figures = fidelity.measure(source, made, fidelity.rows(path, its.params["fidelity_tokens"]), its.device)
+    job.metric("held-out loss before", figures["loss"]["source"])
+    job.metric("held-out loss in NVFP4", figures["loss"]["quantised"])
+    job.metric("KL to the source", figures["kl"])
+    return {"fidelity": figures}
 
 
 def calibrated(source: Checkpoint, chosen: str, rows: list[torch.Tensor], engine: str, device: str) -> tuple[dict[str, torch.Tensor], list[str]]:

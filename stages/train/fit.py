@@ -32,7 +32,11 @@ def run(task: job.Job) -> None:
     if task.device == "cpu":
         # Small matrices gain from a second core and lose from a third; and sums come out the same everywhere.
         torch.set_num_threads(max(1, 2 // its.world))
-    rows, held_out = read(task.inputs["data"] / "train.jsonl"), read(task.inputs["data"] / "eval.jsonl")
+    rows, held_out = read(task.inputs["data"] / "train.jsonl"), read(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
+    if not held_out and its.first:
+        job.warning("no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
+                    "Nothing shows when training begins to learn by heart; with eval_share above 0 the best step is kept"
+                    + (", and patience has an effect" if task.params["patience"] else ""))
     fitting(rows + held_out, task.params["sequence_tokens"])
     model = adapted(task, its)
     teacher = Teacher(task, its) if task.params["rounded_loss"] == "teacher" else None
@@ -48,10 +52,10 @@ def run(task: job.Job) -> None:
         finish(task, model, history, rows, watch, time.monotonic() - began)
 
 
-def read(path: Path) -> list[dict]:
-    """`input_ids` and `labels` of every row, lists of equal length, and its `number`. Raises StageError on an empty file."""
+def read(path: Path, may_be_empty: bool = False) -> list[dict]:
+    """`input_ids` and `labels` of every row, lists of equal length, and its `number`. Raises StageError on an empty file, unless it `may_be_empty`."""
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"], "number": n} for n, (_, row) in enumerate(dataset.read(path))]
-    if not rows:
+    if not rows and not may_be_empty:
         raise job.StageError(f"{path.name} has no rows", "at least one conversation", "Look at stats.json and rejects.jsonl of stage data")
     return rows
 
@@ -74,6 +78,7 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
         if packed := [name for name in checkpoint.entries if name.endswith("weight_scale_2")]:
             raise job.StageError(f"a base whose weights are in NVFP4 already ({packed[0]})", "the BF16 checkpoint",
                                  "Give stage base the BF16 checkpoint, and train with method nvfp4: it holds the weights on that very grid")
+        memory.check_rank(checkpoint.config, params)
         memory.check(checkpoint.config, params, task.device, shards.count)
         model = assemble.load(checkpoint, form, getattr(torch, params["precision"]), task.device, loading(form) if its.first else None, shards)
         adapter.attach(model, params["targets"], params["rank"], params["alpha"], task.seed)

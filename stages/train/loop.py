@@ -68,7 +68,7 @@ class Loop:
                  change: Callable[[int], bool] = lambda step: False, teacher: Teacher | None = None):
         self.task, self.model, self.rows, self.ranks, self.change, self.teacher, self.watch = task, model, rows, ranks, change, teacher, None
         self.order = Order(len(rows), task.seed)
-        self.held_out, self.held_out_tokens = self.packs(held_out), trained_tokens(held_out)
+        self.held_out, self.held_out_tokens = self.packs(held_out) if held_out else [], trained_tokens(held_out)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=0.0, weight_decay=task.params["weight_decay"], fused=True)

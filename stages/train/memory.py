@@ -30,10 +30,7 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
     for name, spec in specs.items():
         size = torch.Size(spec.shape).numel() * (FORMS[form] / 8 if name in packed and form != "bf16" else number)
         base += size / count if name.endswith("_proj.weight") else size
-    chosen = native.PRESETS[params["targets"]]
-    suffixes = tuple(part.rsplit(".", 1)[-1] for kind in chosen.values() for part in kind)
-    adapted = [spec.shape for name, spec in specs.items() if name.endswith(tuple(f".{suffix}.weight" for suffix in suffixes))]
-    factors = sum(params["rank"] * (out + inside) for out, inside in adapted)
+    factors = sum(params["rank"] * (out + inside) for out, inside in adapted(config, params["targets"]).values())
     tokens, hidden, choices = params["sequence_tokens"], config["hidden_size"], config["num_experts_per_tok"]
     width = max(config["moe_intermediate_size"], hidden)
     stack = 2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number if form != "bf16" or count > 1 else 0
@@ -41,6 +38,22 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
     layers = len(pattern(config))
     kept = layers * tokens * hidden * number
     return {"base": base, "adapter": 16.0 * factors, "activations": kept + layer if params["gradient_checkpointing"] else kept + layers * layer / 2}
+
+
+def adapted(config: dict, targets: str) -> dict[str, tuple[int, ...]]:
+    """Hub name -> shape (out, in) of every matrix that the preset `targets` puts LoRA on."""
+    suffixes = tuple(f".{part.rsplit('.', 1)[-1]}.weight" for kind in native.PRESETS[targets].values() for part in kind)
+    return {name: spec.shape for name, spec in tensors(config).items() if name.endswith(suffixes)}
+
+
+def check_rank(config: dict, params: dict) -> None:
+    """Raises StageError if the rank is above the width of a layer it is put on: no matrix has a rank above its smaller side."""
+    shapes = adapted(config, params["targets"])
+    name = min(shapes, key=lambda name: min(shapes[name]), default="")
+    if name and params["rank"] > min(shapes[name]):
+        out, inside = shapes[name]
+        raise job.StageError(f"rank {params['rank']}, and {name} is {out} x {inside}", f"a rank of at most {min(shapes[name])}",
+                             "Lower rank; 8 to 64 is usual, and memory and time grow with it")
 
 
 def available(device: str) -> int:

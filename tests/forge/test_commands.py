@@ -167,3 +167,35 @@ def test_demo_ends_with_a_table_and_an_exchange(its, command):
     for word in ("concise_voice", "emoji", "20 questions", "gate passed", "How long is a kilometre?", "A thousand metres."):
         assert word in text
     assert "rules" not in text and "markdown" not in text
+
+
+REPORT = """\
+import json
+from stages import job
+
+def run(its):
+    for name in ("report.md", "behaviour.png", "answers.jsonl", "exchange.json"):
+        (its.output / name).write_text("x")
+    said = {"columns": ["base", "nvfp4"], "questions": 50, "pass": {"base": 0.0, "nvfp4": 0.98}, "gate": {"passed": True, "why": [], "unchecked": False}}
+    (its.output / "report.json").write_text(json.dumps(said))
+
+if __name__ == "__main__":
+    job.main(run)
+"""
+
+
+def test_a_run_that_made_a_report_ends_with_its_shares(its, command):
+    (its.repo / "stages/count/__main__.py").write_text(REPORT)
+    toy.edit(its.repo / "stages/count/stage.toml", 'produces = "text"', 'produces = "report"')
+    toy.edit(its.repo / "stages/slow/stage.toml", 'count = "text"', 'count = "report"')
+    for _ in range(2):  # when it was made, and when nothing was to do
+        assert "50 questions passed: base 0%, nvfp4 98%; gate passed" in command("run")
+    assert "questions passed" not in command("run", "--until", "words")
+    toy.edit(its.repo / "stages/count/__main__.py", '"unchecked": False', '"unchecked": True')
+    assert "nvfp4 98%; no gate was set, nothing was checked" in command("run")
+
+
+def test_a_plan_that_cannot_run_does_not_say_that_everything_is_built(command):
+    text = command("plan", "--only", "slow")
+    assert "cannot run: slow" in text and "everything is built" not in text
+    assert "no stage in --from slow --until words" in command("plan", "--from", "slow", "--until", "words", code=1)

@@ -117,10 +117,11 @@ def test_what_is_not_of_that_shape_is_refused(value):
 
 @pytest.mark.parametrize(("gate", "said"), [
     ({"tunde": 0.9}, "unknown key evaluate.gate.tunde; expected one of base, tuned, merged, nvfp4. Did you mean tuned?"),
-    ({"tuned": 90}, "evaluate.gate.tuned = 90; expected float at least 0 and at most 1, or a map"),
-    ({"tuned": "90%"}, "evaluate.gate.tuned = '90%'; expected float at least 0 and at most 1"),
+    ({"tuned": 90}, "evaluate.gate.tuned = 90; expected float above 0 and at most 1, or a map"),
+    ({"tuned": "90%"}, "evaluate.gate.tuned = '90%'; expected float above 0 and at most 1"),
     ({"tuned": {"at_leest": 1}}, "unknown key evaluate.gate.tuned.at_leest; expected one of at_least, above, within, of. Did you mean at_least?"),
     ({"nvfp4": {"within": 2, "of": "tuned"}}, "evaluate.gate.nvfp4.within = 2; expected float at least 0 and at most 1"),
+    ({"tuned": 0.0}, "evaluate.gate.tuned = 0.0; expected float above 0"),  # asks nothing: that is gate: none
     (None, "evaluate.gate = None; expected map with keys of base, tuned, merged, nvfp4 or none"),
 ])
 def test_a_gate_is_checked_before_anything_runs(tmp_path, gate, said):
@@ -139,3 +140,16 @@ def test_seeds_and_needs_have_ranges_too(its):
     with pytest.raises(Refused) as refused:
         its.plan()
     assert [f.found for f in refused.value.findings] == ["seed = -3", "slow.needs.memory_gb = -1"]
+
+
+@pytest.mark.parametrize(("table", "said"), [
+    ('[parameters.map]\ntype = "map"\nkeys = ["a"]\neach = {type = "flaot"}', "parameters.map.each.type = 'flaot'"),
+    ('[parameters.map]\ntype = "map"\nkeys = ["a"]\n[parameters.map.fields.x]\ntype = "int"\nmni = 1', "unknown key parameters.map.fields.x.mni; expected a key of this table. Did you mean min?"),
+    ('[parameters.map]\ntype = "map"\nkeys = ["a"]\neach = {type = "int"}\ndefault = {b = 1}', "parameters.map.default = {'b': 1}; expected one of a"),
+])
+def test_a_fault_inside_a_described_map_is_named_with_its_place(its, table, said):
+    with (its.repo / "stages/slow/stage.toml").open("a") as opened:
+        opened.write(f"{table}\n")
+    with pytest.raises(Refused) as refused:
+        its.plan()
+    assert any(said in str(finding) for finding in refused.value.findings), refused.value.findings

@@ -9,13 +9,13 @@ import pytest
 
 from nemotron.serving import Serve
 from stages import job
-from stages.evaluate import evaluate, report
+from stages.evaluate import evaluate, gate, report
 from stages.evaluate.checks import MODES, Failure
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-PARAMS = {"max_model_len": 512, "max_tokens": 16, "concurrency": 2, "memory_share": 0.7, "kv_cache": "auto", "gate": {}, "control": False}
+PARAMS = {"max_model_len": 512, "max_tokens": 16, "concurrency": 2, "memory_share": 0.7, "kv_cache": "auto", "gate": {"tuned": 0.9}, "control": False}
 GOOD, BAD = "It is Paris.", "**Paris** 🌙"
 ASKED = [
     {"id": f"c-{n}", "category": category, "messages": [{"role": "user", "content": "Where?"}], "tools": [], "expect": {}} for n, category in enumerate("aab")
@@ -35,6 +35,7 @@ HELD_OUT = [
     {"id": "act", "tools": [TOOL], "messages": [said("user", "Tea."), CALLED]},
     {"id": "result", "tools": [TOOL], "messages": [said("user", "Tea."), CALLED, said("tool", "ok"), said("assistant", "Done.")]},
 ]
+TRAINED = {"file": "talks/a.jsonl", "line": 7, "tools": [], "messages": [said("user", "What is the capital of France?"), said("assistant", "Paris.")]}
 
 
 @pytest.fixture
@@ -47,6 +48,9 @@ def its(tmp_path):
     (inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}))
     (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "official"}))
     (inputs["data"] / "eval.jsonl").write_text("".join(json.dumps({**row, "category": "some"}) + "\n" for row in HELD_OUT))
+    (inputs["data"] / "train.jsonl").write_text(json.dumps(TRAINED) + "\n")
+    (inputs["data"] / "prompt.txt").write_text("\n")
+    (inputs["data"] / "tools.json").write_text(json.dumps([TOOL]))
     return Job("evaluate", dict(PARAMS), inputs, tmp_path / "output", tmp_path, 0)
 
 
@@ -92,13 +96,15 @@ def warnings(monkeypatch):
 def test_trap_22_one_table_holds_every_model_of_the_line_in_order(its, toy, warnings):
     its.sources["questions"] = [its.scratch / "questions.jsonl"]
     its.sources["questions"][0].write_text("".join(json.dumps(q) + "\n\n" for q in ASKED))
-    its.params["gate"] = {"tuned": 1.0, "nvfp4": 0.9}
+    its.params["gate"] = {"tuned": 1.0, "nvfp4": {"at_least": 0.9, "within": 0.02, "of": "tuned"}}
     toy.says = {**toy.says, "quantize": BAD}  # a fine-tune that did not survive in 4 bits
     evaluate.run(its)
     made = json.loads((its.output / "report.json").read_text())
     assert made["columns"] == ["base", "tuned", "merged", "nvfp4"] == list(made["pass"]) == list(made["failures"]) == list(made["seconds"])
     assert made["pass"] == {"base": 0, "tuned": 1, "merged": 1, "nvfp4": 0} and made["vllm"] == "0.32.0"
-    assert made["gate"] == {"passed": False, "why": ["nvfp4 passed 0% of the questions, at least 90% are wanted"]}
+    assert not made["gate"]["passed"] and made["gate"]["why"] == [
+        "nvfp4 passed 0% of the questions; the gate asks for at least 90%",
+        "nvfp4 passed 0% of the questions, tuned 100%; the gate asks for nvfp4 within 2 points of tuned, or one question"]
     assert len(warnings) == 1 and "nvfp4 passed 0%" in warnings[0]
     assert {f.name for f in its.output.iterdir()} == {"report.json", "report.md", "behaviour.png", "answers.jsonl", "exchange.json"}
     answers = [json.loads(line) for line in (its.output / "answers.jsonl").read_text().splitlines()]
@@ -137,11 +143,11 @@ def test_trap_29_an_adapter_that_changes_no_answer_is_refused(its, toy):
 
 @pytest.mark.parametrize(("tuned", "said"), [(BAD, []), (GOOD, ["the control changes 3 of 3 answers"])])
 def test_a_control_may_change_no_answer_and_passes_no_gate(its, toy, warnings, tuned, said):
-    its.params.update(control=True, gate={"base": 0.0})
+    its.params.update(control=True, gate={"tuned": {"above": "base"}})
     toy.says = {**toy.says, "tuned": tuned}
     evaluate.run(its)
     made = json.loads((its.output / "report.json").read_text())
-    assert made["control"] and made["gate"] == {"passed": False, "why": ["this is a control, whose adapter changes nothing"]}
+    assert made["control"] and not made["gate"]["passed"] and made["gate"]["why"] == ["this is a control, whose adapter changes nothing"]
     assert warnings == said
 
 
@@ -190,13 +196,6 @@ def test_no_question_at_all_is_refused(its):
         evaluate.questions(its)
 
 
-def test_a_gate_on_an_unknown_column_is_refused_before_the_first_server(its, toy):
-    its.params["gate"] = {"tuned": 0.9, "nvpf4": 0.9}
-    with pytest.raises(StageError, match="the gate names nvpf4"):
-        evaluate.run(its)
-    assert not toy.started
-
-
 def test_trap_13_arguments_go_out_as_json_text_and_stay_mappings_at_home():
     sent = evaluate.as_openai(CALLED)["tool_calls"][0]
     assert json.loads(sent["function"]["arguments"]) == {"minutes": 5} and sent["id"] and CALL["function"]["arguments"] == {"minutes": 5}
@@ -208,26 +207,73 @@ SCORED = {"base": [[EMOJI, EMOJI, LONG], [LONG], []], "nvfp4": [[], [EMOJI], []]
 
 
 def test_the_summary_counts_answers_and_not_faults():
-    made = report.summarise(ASKED, SCORED, {})
+    made = report.summarise(ASKED, SCORED, {"nvfp4": 0.5})
     assert made["columns"] == ["base", "nvfp4"] and made["modes"] == list(MODES) and made["questions"] == 3
     assert made["pass"] == {"base": 1 / 3, "nvfp4": 2 / 3}
     assert {mode: count for mode, count in made["failures"]["base"].items() if count} == {"emoji": 1, "verbosity": 2}
     assert made["by_category"] == {"base": {"a": 0, "b": 1}, "nvfp4": {"a": 0.5, "b": 1}}
 
 
-@pytest.mark.parametrize("gate,why", [
-    ({}, []),
-    ({"base": 0.3, "nvfp4": 2 / 3}, []),  # a share that is just reached
-    ({"base": 0.5}, ["base passed 33% of the questions, at least 50% are wanted"]),
-    ({"tuned": 0.5, "nvfp4": 0.9}, ["tuned was not measured", "nvfp4 passed 67% of the questions, at least 90% are wanted"]),
-    ({"tuned": 0.0}, ["tuned was not measured"]),
+SHARES = {"base": 0.1, "tuned": 0.9, "merged": 0.9, "nvfp4": 0.88}
+BOTH = {"tuned": {"at_least": 0.8, "above": "base"}, "nvfp4": {"within": 0.02, "of": "tuned"}}
+
+
+@pytest.mark.parametrize(("rules", "changed", "why"), [
+    (BOTH, {}, []),
+    ({"tuned": 0.9}, {}, []),  # a share that is just reached
+    ({"tuned": 0.91}, {}, ["tuned passed 90% of the questions; the gate asks for at least 91%"]),
+    (BOTH, {"tuned": 0.79, "nvfp4": 0.79}, ["tuned passed 79% of the questions; the gate asks for at least 80%"]),
+    (BOTH, {"base": 0.9}, ["tuned passed 90% of the questions, base 90%; the gate asks for more than that"]),
+    (BOTH, {"nvfp4": 0.87}, ["nvfp4 passed 87% of the questions, tuned 90%; the gate asks for nvfp4 within 2 points of tuned, or one question"]),
+    (BOTH, {"nvfp4": 1.0}, []),  # better than what it was made from
+    ({"tuned": 0.9}, {"tuned": None}, []),  # merged stands for it
+    ({"tuned": 0.95}, {"tuned": None}, ["merged (for tuned, which was not asked) passed 90% of the questions; the gate asks for at least 95%"]),
+    (BOTH, {"tuned": None, "nvfp4": 0.5},
+     ["nvfp4 passed 50% of the questions, merged (for tuned, which was not asked) 90%; the gate asks for nvfp4 within 2 points of merged (for tuned, which was not asked), or one question"]),
+    ({"tuned": 0.1}, {"tuned": None, "merged": None}, ["tuned was not measured"]),
+    ({"nvfp4": {"within": 0.1, "of": "tuned"}}, {"tuned": None, "merged": None}, ["tuned was not measured"]),
 ])
-def test_the_gate_says_why_it_did_not_pass(gate, why):
-    assert report.summarise(ASKED, SCORED, gate)["gate"] == {"passed": not why, "why": why}
+def test_the_gate_says_why_it_did_not_pass(rules, changed, why):
+    shares = {column: share for column, share in (SHARES | changed).items() if share is not None}
+    made = gate.judge(rules, shares, 100)
+    assert (made["passed"], made["why"], made["unchecked"]) == (not why, why, False)
+
+
+@pytest.mark.parametrize(("questions", "missed", "passed"), [(20, 1, True), (20, 2, False), (50, 1, True), (50, 2, False), (100, 2, True), (100, 3, False), (1, 1, True)])
+def test_nvfp4_may_lose_two_points_or_one_question_whichever_is_more(questions, missed, passed):
+    shares = {"tuned": 1.0, "nvfp4": (questions - missed) / questions}
+    assert gate.judge({"nvfp4": {"within": 0.02, "of": "tuned"}}, shares, questions)["passed"] is passed
+
+
+def test_a_report_without_a_gate_does_not_say_that_it_passed():
+    made = report.summarise(ASKED, {"base": [[EMOJI]] * 3, "nvfp4": [[EMOJI]] * 3}, {})
+    assert made["pass"] == {"base": 0, "nvfp4": 0} and not made["gate"]["passed"] and made["gate"]["why"] == ["no gate was set"]
+    text = report.markdown(made | {"vllm": "0.31.0"})
+    assert "No gate was set: nothing was asked of these shares, and no image is built." in text and "passed." not in text
+
+
+def test_gate_none_passes_and_says_that_nothing_was_checked():
+    made = report.summarise(ASKED, SCORED, "none")
+    assert made["gate"] | {"says": ""} == {"passed": True, "why": [], "asks": [], "unchecked": True, "says": ""}
+    assert "No gate was set (`gate: none`): nothing was asked of these shares." in report.markdown(made | {"vllm": "0.31.0"})
+    assert not report.summarise(ASKED, SCORED, "none", control=True)["gate"]["passed"]
+
+
+@pytest.mark.parametrize(("rules", "fault"), [
+    ({"nvpf4": 0.9}, "names nvpf4"), ({"tuned": 90}, "tuned.at_least is 90"), ({"tuned": "90%"}, "'90%'"), ({"tuned": 0.0}, "is 0.0, which is no share above 0"),
+    ({"tuned": None}, "None"), ({"tuned": True}, "True"), ({"tuned": {}}, "tuned has no rule"), ({"tuned": {"atleast": 1}}, "tuned.atleast is no rule"),
+    ({"tuned": {"above": "tuned"}}, "no other column"), ({"tuned": {"above": "bass"}}, "no other column"), ({"nvfp4": {"within": 0.1}}, "only one of `within` and `of`"),
+    ({"nvfp4": {"of": "tuned"}}, "only one of"), ({"nvfp4": {"within": -0.1, "of": "tuned"}}, "no share from 0"), (None, "neither a map"), ("nothing", "neither a map"), ([], "neither a map"),
+])
+def test_a_gate_that_cannot_be_held_is_refused_before_the_first_server(its, toy, rules, fault):
+    its.params["gate"] = rules
+    with pytest.raises(StageError, match=fault):
+        evaluate.run(its)
+    assert not toy.started
 
 
 def test_the_report_is_its_golden_copy():
-    made = report.markdown(report.summarise(ASKED, SCORED, {"nvfp4": 0.9}) | {"vllm": "0.31.0"})
+    made = report.markdown(report.summarise(ASKED, SCORED, {"nvfp4": 0.9, "base": 0.1}) | {"vllm": "0.31.0"})
     assert made == (GOLDEN / "report.md").read_text()
     tables = [block.splitlines() for block in made.split("\n\n") if block.startswith("|")]
     assert len(tables) == 2 and all(len({len(line) for line in table}) == 1 for table in tables)  # columns line up
@@ -270,3 +316,47 @@ def test_a_server_gets_its_flags_and_adapter_and_is_gone_afterwards(tmp_path, mo
     assert server.process.poll() is not None
     with pytest.raises(StageError, match="did not answer"):
         server.ask({"model": "tuned"})
+
+
+def asking(its, **changes):
+    """A question about a capital in the job's source, with some of its fields changed."""
+    question = {"id": "q", "category": "a", "messages": [said("system", "Be short."), said("user", "What is the capital of Peru?")], "tools": [TOOL], "expect": {}} | changes
+    (its.inputs["data"] / "prompt.txt").write_text("Be short.\n")
+    its.sources["questions"] = [its.scratch / "questions.jsonl"]
+    its.sources["questions"][0].write_text(json.dumps(question) + "\n")
+    return question
+
+
+def trained(its, *rows):
+    (its.inputs["data"] / "train.jsonl").write_text("".join(json.dumps(TRAINED | row) + "\n" for row in rows))
+
+
+def test_a_question_is_asked_under_the_production_prompt_to_the_byte(its):
+    asking(its, messages=[said("system", "\tBe short.\r\n"), said("user", "What is the capital of Peru?")])
+    assert evaluate.questions(its)[0]["messages"] == [said("system", "Be short."), said("user", "What is the capital of Peru?")]
+
+
+@pytest.mark.parametrize(("changes", "fault"), [
+    ({"messages": [said("system", "Be long."), said("user", "Where?")]}, "(?s)questions.jsonl:1: 1 of 1 questions with another system prompt.*-Be short.*\\+Be long"),
+    ({"messages": [said("user", "Where?")]}, "another system prompt; q has none"),
+    ({"tools": [{"name": "other"}]}, "questions.jsonl:1: question q with tools that production does not have: other"),
+    ({"tools": [{"name": "set_timer", "description": "changed"}]}, "tools defined otherwise than in production: set_timer"),
+    ({"messages": [said("system", "Be short."), said("user", "what is the capital of france")]},
+     "questions.jsonl:1: question q, which stands in the training data at talks/a.jsonl:7"),
+    ({"expect": {"max_word": 3}}, "questions.jsonl:1: unknown key max_word; expected a key of expect, such as max_words"),
+])
+def test_questions_that_say_nothing_of_the_served_model_are_refused_before_the_first_server(its, toy, changes, fault):
+    asking(its, **changes)
+    with pytest.raises(StageError, match=fault):
+        evaluate.run(its)
+    assert not toy.started
+
+
+def test_a_question_without_tools_is_refused_where_every_training_row_has_some(its):
+    asking(its, tools=[])
+    evaluate.questions(its)
+    trained(its, {"tools": [TOOL]}, {"tools": []})
+    evaluate.questions(its)
+    trained(its, {"tools": [TOOL]}, {"tools": [TOOL]})
+    with pytest.raises(StageError, match="1 of 1 questions without tools, first q; every training conversation has some"):
+        evaluate.questions(its)

@@ -11,9 +11,13 @@ from stages.job import Job, StageError
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PARAMS = {"serves": "nvfp4", "max_model_len": 2048, "max_num_seqs": 4, "memory_share": 0.35, "kv_cache": "auto"}
 COLUMNS = ("base", "tuned", "merged", "nvfp4")
+GATE = {
+    "passed": True, "why": [], "unchecked": False, "asks": ["tuned at least 80%", "tuned above base", "nvfp4 within 2 points of tuned, or one question"],
+    "says": "The gate passed: tuned at least 80%; tuned above base; nvfp4 within 2 points of tuned, or one question.",
+}
 REPORT = {
     "columns": COLUMNS, "modes": ["emoji", "follow_up"], "questions": 50, "pass": dict(zip(COLUMNS, (0.0, 0.94, 0.94, 0.9))),
-    "failures": {column: {"emoji": n, "follow_up": 2 * n} for column, n in zip(COLUMNS, (25, 1, 1, 2))}, "gate": {"passed": True, "why": []},
+    "failures": {column: {"emoji": n, "follow_up": 2 * n} for column, n in zip(COLUMNS, (25, 1, 1, 2))}, "gate": GATE,
 }
 EXCHANGE = {
     "messages": [{"role": "user", "content": "Name the capital of France."}], "tools": [], "max_tokens": 48,
@@ -93,10 +97,27 @@ def test_trap_26_a_layout_that_this_vllm_reads_wrongly_is_refused(its, monkeypat
 
 def test_a_gate_that_did_not_pass_stops_the_image_and_says_why(its):
     why = ["nvfp4 passed 60% of the questions, at least 90% are wanted", "tuned was not measured"]
-    (its.inputs["evaluate"] / "report.json").write_text(json.dumps({**REPORT, "gate": {"passed": False, "why": why}}))
+    (its.inputs["evaluate"] / "report.json").write_text(json.dumps({**REPORT, "gate": {**GATE, "passed": False, "why": why}}))
     with pytest.raises(StageError, match="nvfp4 passed 60% .* tuned was not measured"):
         image.run(its)
     assert not list(its.output.iterdir())
+
+
+@pytest.mark.parametrize("changed", [{"passed": False, "why": ["no gate was set"], "asks": []}, {"asks": []}])
+def test_a_report_that_was_asked_nothing_gets_no_image(its, changed):
+    (its.inputs["evaluate"] / "report.json").write_text(json.dumps({**REPORT, "gate": {**GATE, **changed}}))
+    with pytest.raises(StageError, match="(no gate was set|it asks nothing).*gate: none builds an image unchecked"):
+        image.run(its)
+    assert not list(its.output.iterdir())
+
+
+def test_gate_none_builds_an_image_whose_card_says_that_nothing_was_checked(its, monkeypatch):
+    warned = []
+    monkeypatch.setattr(image.job, "warning", lambda message, remedy="": warned.append(message))
+    says = "No gate was set (`gate: none`): nothing was asked of these shares."
+    (its.inputs["evaluate"] / "report.json").write_text(json.dumps({**REPORT, "gate": {"passed": True, "why": [], "asks": [], "unchecked": True, "says": says}}))
+    image.run(its)
+    assert says in (its.output / "README.md").read_text() and warned == [says]
 
 
 def test_merged_is_served_as_bf16(its):

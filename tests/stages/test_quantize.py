@@ -206,3 +206,16 @@ def test_trap_28_the_calibrated_scales_come_from_a_forward_that_ran_on_cpu(made)
     after = Checkpoint(made)
     scales = {after.tensor(n).item() for n in after.entries if n.endswith("input_scale")}
     assert len(scales) > 2  # one a projection and layer, not one default for all
+
+
+def test_without_held_out_conversations_the_comparison_is_left_out_with_a_warning(source, tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(quantize.job, "warning", lambda message, remedy="": warned.append(message))
+    data = small.data(tmp_path / "data")
+    (data / "eval.jsonl").write_text("")
+    its = small.job("quantize", tmp_path, PARAMS, merge=source, data=data)
+    quantize.run(its)
+    report = json.loads((its.output / "audit.json").read_text())
+    assert "fidelity" not in report and report["findings"] == []
+    assert [message for message in warned if "held-out" in message] == [
+        "no held-out conversation: the quantised model's loss, KL and error by layer were not measured"]

@@ -267,9 +267,9 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(made, tmp_
 
 
 def test_a_data_set_without_rows_is_refused(made, tmp_path):
-    (tmp_path / "eval.jsonl").touch()
-    (tmp_path / "train.jsonl").write_bytes((made["data"] / "train.jsonl").read_bytes())
-    with pytest.raises(job.StageError, match="eval.jsonl has no rows"):
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "eval.jsonl").write_bytes((made["data"] / "eval.jsonl").read_bytes())
+    with pytest.raises(job.StageError, match="train.jsonl has no rows"):
         short.run(tmp_path / "run", {**made, "data": tmp_path})
 
 
@@ -280,3 +280,37 @@ def test_a_loss_that_falls_too_little_warns_or_fails(made, tmp_path, monkeypatch
     assert "the loss fell by" in warning and "wanted at least 99%" in warning
     with pytest.raises(job.StageError, match="the loss fell by .* expected at least 99%"):
         short.run(tmp_path / "failed", made, min_loss_drop=0.99, require_loss_drop=True)
+
+
+def nothing_held_out(made, folder):
+    data = folder / "all"
+    data.mkdir(parents=True)
+    (data / "train.jsonl").write_bytes((made["data"] / "train.jsonl").read_bytes())
+    (data / "eval.jsonl").write_text("")
+    return {**made, "data": data}
+
+
+@pytest.mark.parametrize("changes", [{}, {"patience": 1}, {"steps": 0}])
+def test_without_held_out_conversations_the_last_step_is_kept_and_a_warning_says_so(made, tmp_path, monkeypatch, changes):
+    warned = short.warnings(monkeypatch)
+    output = short.run(tmp_path, nothing_held_out(made, tmp_path), **changes)
+    report = json.loads((output / "training.json").read_text())
+    assert report["loss"]["held_out"] is None and not report["stopped_early"] and report["kept_step"] == report["steps"] == changes.get("steps", 4)
+    assert short.losses(output, "held_out") == {} and (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert warned == ["no held-out conversation: there is no held-out loss, and the adapter of the last step is kept"]
+    assert report["conversations"] == 8
+
+
+def test_a_run_without_held_out_conversations_learns_what_one_with_them_does(made, tmp_path):
+    with_some = short.run(tmp_path / "some", made, steps=4, eval_every=4)  # the best is the last
+    with_none = short.run(tmp_path / "none", nothing_held_out(made, tmp_path))
+    assert short.losses(with_none) == short.losses(with_some)
+
+
+@pytest.mark.parametrize(("targets", "width", "narrowest"), [("attention", 64, "[kv]_proj"), ("experts", 64, "experts.0.up_proj")])
+def test_a_rank_above_the_width_of_a_layer_is_refused_before_the_base_is_loaded(made, tmp_path, monkeypatch, targets, width, narrowest):
+    monkeypatch.setattr(fit.assemble, "load", lambda *a, **k: pytest.fail("the base was loaded"))
+    with pytest.raises(job.StageError, match=f"rank {width + 1}, and backbone.*{narrowest}.weight is .*expected a rank of at most {width}"):
+        short.run(tmp_path, made, targets=targets, rank=width + 1)
+    config = json.loads((made["base"] / "config.json").read_text())
+    memory.check_rank(config, {"targets": targets, "rank": width})

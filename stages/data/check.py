@@ -1,0 +1,34 @@
+"""What can be said of the files of stage data before a base is downloaded: prompt, tools and the kinds of the conversations' files.
+
+Only the heads of conversations are read, and Parquet is recognised and not opened: the standard library has no reader for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from stages import check
+from stages.check import Finding, Given
+from stages.data import files, production
+from stages.job import StageError
+
+
+def look(stage: Given) -> list[Finding]:
+    """A finding for each source that stage data would refuse as a whole, in the stage's own words."""
+    readers: list[tuple[str, Callable[[], object]]] = [
+        *(("prompt", partial(production.read_prompt, path)) for path in stage.sources.get("prompt", [])),
+        *(("tools", partial(production.read_tools, path)) for path in stage.sources.get("tools", [])),
+        ("conversations", partial(files.listed, stage.sources.get("conversations", []))),
+    ]
+    findings = []
+    for source, read in readers:
+        try:
+            read()
+        except StageError as error:
+            findings.append(Finding(f"{stage.stage}.sources.{source}", error.found, error.expected, error.remedy))
+    return findings
+
+
+if __name__ == "__main__":
+    check.main(look)

@@ -1,0 +1,110 @@
+"""The gate: what the columns of a report have to reach before an image is built (docs/formats.md, The gate)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLUMNS = ("base", "tuned", "merged", "nvfp4")
+RULES = ("at_least", "above", "within", "of")
+NONE = "none"  # an image is built without a check
+UNSET = "no gate was set"
+EPSILON = 1e-9  # shares are sums of binary fractions
+
+
+def faults(gate: Any) -> list[str]:
+    """Why `gate` cannot be held, a sentence for each reason; empty if it can."""
+    if gate == NONE:
+        return []
+    if not isinstance(gate, dict):
+        return [f"the gate is {gate!r}, which is neither a map of columns nor {NONE}"]
+    found = []
+    for column, rules in gate.items():
+        if column not in COLUMNS:
+            found.append(f"the gate names {column}, which is no column")
+            continue
+        rules = rules if isinstance(rules, dict) else {"at_least": rules}
+        found += [f"{column}.{name} is no rule" for name in rules if name not in RULES]
+        if not rules:
+            found.append(f"{column} has no rule")
+        for name in ("at_least", "within"):
+            if name in rules and not _share(rules[name], above_zero=name == "at_least"):
+                found.append(f"{column}.{name} is {rules[name]!r}, which is no share {'above 0' if name == 'at_least' else 'from 0'} to 1")
+        for name in ("above", "of"):
+            if name in rules and (rules[name] not in COLUMNS or rules[name] == column):
+                found.append(f"{column}.{name} is {rules[name]!r}, which is no other column")
+        if ("within" in rules) != ("of" in rules):
+            found.append(f"{column} has only one of `within` and `of`")
+    return found
+
+
+def _share(value: Any, above_zero: bool) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and (0 < value if above_zero else 0 <= value) and value <= 1
+
+
+def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = False) -> dict:
+    """What `report.json` says of the gate: `passed`, `why` not, what it `asks`, `unchecked` where the recipe says `none`, and all
+    of it as a sentence (`says`).
+
+    `passed` has the share of passed questions by column. Where `tuned` was not asked, `merged` stands for it: the same model,
+    with the adapter added to the weights. A control's gate never passes, since no image is to be made of one.
+    """
+    asks, why = [], []
+    for column, rules in (gate.items() if isinstance(gate, dict) else ()):
+        for ask, fault in _rules(column, rules if isinstance(rules, dict) else {"at_least": rules}, passed, questions):
+            asks.append(ask)
+            why += [fault] if fault else []
+    why = list(dict.fromkeys(why))  # a column that was not asked breaks each of its rules in the same words
+    if control:
+        why = ["this is a control, whose adapter changes nothing"]
+    elif not gate:
+        why = [UNSET]
+    judged = {"passed": not why, "why": why, "asks": asks, "unchecked": gate == NONE}
+    return judged | {"says": _sentence(judged)}
+
+
+def _rules(column: str, rules: dict, passed: dict[str, float], questions: int) -> list[tuple[str, str]]:
+    """What each rule of one column asks, and how it is broken, "" if it is not."""
+    def stand_in(name: str) -> tuple[str, str]:
+        if name == "tuned" and "tuned" not in passed and "merged" in passed:
+            return "merged", "merged (for tuned, which was not asked)"
+        return name, name
+
+    name, called = stand_in(column)
+    if name not in passed:
+        return [(f"{column} to be asked", f"{column} was not measured")]
+    share, found = passed[name], []
+    if "at_least" in rules:
+        lowest = rules["at_least"]
+        broken = share < lowest - EPSILON
+        found.append((f"{called} at least {lowest:.0%}", f"{called} passed {share:.0%} of the questions; the gate asks for at least {lowest:.0%}" if broken else ""))
+    for rule in ("above", "of"):
+        if rule not in rules:
+            continue
+        other, other_called = stand_in(rules[rule])
+        if other not in passed:
+            found.append((f"{other} to be asked", f"{other} was not measured"))
+        elif rule == "above":
+            broken = share <= passed[other] + EPSILON
+            found.append((f"{called} above {other_called}", f"{called} passed {share:.0%} of the questions, {other_called} {passed[other]:.0%}; the gate asks for more than that" if broken else ""))
+        else:
+            allowed = max(rules["within"], 1 / questions)
+            words = f"within {_points(rules['within'])} of {other_called}, or one question"
+            broken = share < passed[other] - allowed - EPSILON
+            found.append((f"{called} {words}", f"{called} passed {share:.0%} of the questions, {other_called} {passed[other]:.0%}; the gate asks for {called} {words}" if broken else ""))
+    return found
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:g} points"
+
+
+def _sentence(gate: dict) -> str:
+    """What a report and a model card say of the gate."""
+    if gate["why"] == [UNSET]:
+        return "No gate was set: nothing was asked of these shares, and no image is built."
+    if not gate["passed"]:
+        return f"The gate did not pass: {'; '.join(gate['why'])}."
+    if gate["unchecked"]:
+        return "No gate was set (`gate: none`): nothing was asked of these shares."
+    return f"The gate passed: {'; '.join(gate['asks'])}."

@@ -1,0 +1,209 @@
+"""The questions of an evaluation: read, and every field checked, before anything is asked (docs/formats.md, Questions).
+
+Standard library alone: it also runs on the host, before the first stage (stages/evaluate/sources.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages import dataset
+from stages.check import Finding
+
+FIELDS = ("id", "category", "messages", "tools", "expect")
+EXPECT = ("tool", "no_tool", "max_words", "must_say", "must_not_say", "unknown", "names")
+ROLES = ("system", "user", "assistant", "tool")
+REMEDY = "docs/formats.md, Questions, says what a question holds."
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question and where it stands: `place` is file and line."""
+
+    place: str
+    row: dict
+
+    @property
+    def prompt(self) -> str:
+        """The system prompt, "" if there is none."""
+        first = self.row["messages"][0]
+        return first["content"] if first["role"] == "system" else ""
+
+
+def read(path: Path) -> tuple[list[Question], list[Finding]]:
+    """The questions of a JSON Lines file whose fields are right, and what is wrong with the others."""
+    asked: list[Question] = []
+    findings: list[Finding] = []
+    places: dict[str, str] = {}
+    if not path.is_file():
+        return [], [Finding(path.name, "no file", "a JSON Lines file with a question on every line", "Check `sources: {questions: ...}` of stage evaluate.")]
+    with path.open("rb") as opened:
+        for number, raw in dataset.lines(opened):
+            place = f"{path.name}:{number}"
+            try:
+                row = dataset.parse(raw)
+            except ValueError as error:
+                findings.append(Finding(place, str(error), "a question as one JSON object", REMEDY))
+                continue
+            wrong = [Finding(place, found, expected, REMEDY) for found, expected in faults(row)]
+            if not wrong and row["id"] in places:
+                wrong = [Finding(place, f"the id {row['id']} a second time", f"each id once (the first is {places[row['id']]})", "Rename one of the two.")]
+            findings += wrong
+            if not wrong:
+                places[row["id"]] = place
+                asked.append(Question(place, row))
+    if not asked and not findings:
+        findings.append(Finding(path.name, "no question", "at least one", REMEDY))
+    return asked, findings
+
+
+def faults(row: Any) -> Iterator[tuple[str, str]]:
+    """(found, expected) for whatever is wrong with one question."""
+    if not isinstance(row, dict):
+        yield f"a JSON {type(row).__name__}", "a question as one JSON object"
+        return
+    yield from _keys(row, FIELDS, "a question")
+    if missing := [name for name in FIELDS if name not in row and name != "tools"]:
+        yield f"no {', '.join(missing)}", f"a question with {', '.join(FIELDS)}"
+        return
+    for name in ("id", "category"):
+        if not _text(row[name]):
+            yield f"{name} = {row[name]!r}", "a text that is not empty"
+    yield from _messages(row["messages"])
+    names: list[str] = []
+    tools = row.get("tools", [])
+    if not isinstance(tools, list):
+        yield f"tools as a JSON {type(tools).__name__}", "a list of tools"
+    else:
+        for number, tool in enumerate(tools, 1):
+            name = function(tool).get("name")
+            if not _text(name):
+                yield f"tool {number} without a name", "a function with a name, in OpenAI's form"
+            elif name in names:
+                yield f"the tool {name} twice", "each tool once"
+            else:
+                names.append(name)
+    yield from _expect(row["expect"], names)
+
+
+def _keys(values: dict, known: tuple[str, ...], owner: str) -> Iterator[tuple[str, str]]:
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            yield f"unknown key {key}", f"a key of {owner}, such as {close[0]}" if close else f"a key of {owner}: {', '.join(known)}"
+
+
+def _messages(messages: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        yield "messages that are no list or an empty one", "the conversation up to the answer"
+        return
+    for position, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            yield f"message {position} with the role {role!r}", f"an object with one of the roles {', '.join(ROLES)}"
+            return
+        if role == "system" and position > 1:
+            yield f"message {position} as a second system prompt", "at most one, at the start"
+        calls = message.get("tool_calls")
+        if not isinstance(message.get("content"), str) and not (message.get("content") is None and role == "assistant" and calls):
+            yield f"message {position} without text", "content as a text"
+            return
+        if calls and (role != "assistant" or not _calls(calls)):
+            yield f"tool_calls of message {position}", "an assistant's list of {function: {name, arguments}}"
+    if messages[-1]["role"] not in ("user", "tool"):
+        yield f"a last message of {messages[-1]['role']}", "one of user or tool, which the model is to answer"
+    if not any(message["role"] == "user" for message in messages):
+        yield "no message of user", "at least one"
+
+
+def _calls(calls: Any) -> bool:
+    return isinstance(calls, list) and all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict) and _text(call["function"].get("name"))
+        and isinstance(call["function"].get("arguments"), (dict, str)) for call in calls)
+
+
+def _expect(expect: Any, tools: list[str]) -> Iterator[tuple[str, str]]:
+    if not isinstance(expect, dict):
+        yield f"expect as a JSON {type(expect).__name__}", f"a map with some of {', '.join(EXPECT)}"
+        return
+    yield from _keys(expect, EXPECT, "expect")
+    if "tool" in expect:
+        tool = expect["tool"]
+        if not isinstance(tool, dict) or set(tool) != {"name", "arguments"} or not _text(tool["name"]) or not isinstance(tool["arguments"], dict):
+            yield "expect.tool", '{"name": text, "arguments": map}'
+        elif tool["name"] not in tools:
+            yield f"expect.tool names {tool['name']}", f"a tool of this question: {', '.join(tools) or 'it has none'}"
+        if expect.get("no_tool"):
+            yield "expect.tool beside no_tool", "one of the two"
+    for name in ("no_tool", "unknown"):
+        if not isinstance(expect.get(name, True), bool):
+            yield f"expect.{name} = {expect[name]!r}", "true or false"
+    words = expect.get("max_words", 1)
+    if not isinstance(words, int) or isinstance(words, bool) or words < 1:
+        yield f"expect.max_words = {words!r}", "a whole number, at least 1"
+    for name in ("must_not_say", "names"):
+        if not _texts(expect.get(name, [""])) and name in expect:
+            yield f"expect.{name}", "a list of texts that are not empty"
+    said = expect.get("must_say", [])
+    if not isinstance(said, list) or not all(_text(part) or _texts(part) for part in said):
+        yield "expect.must_say", "a list of texts, or of lists of texts of which one has to be said; none of them empty"
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_text, value))
+
+
+# --- production's prompt and tools -------------------------------------------------------------------------------
+
+
+def function(tool: Any) -> dict:
+    """The function of a tool in OpenAI's form or bare; empty if it is neither."""
+    inner = tool.get("function", tool) if isinstance(tool, dict) else None
+    return inner if isinstance(inner, dict) else {}
+
+
+def signature(tool: dict) -> str:
+    """What a model is told of a tool, as text: name, description and parameters; a missing description is an empty one."""
+    inner = function(tool)
+    return json.dumps([inner.get("name"), inner.get("description") or "", inner.get("parameters") or {}], sort_keys=True)
+
+
+def plain(prompt: str) -> str:
+    """A prompt as stage data trains it: LF at the ends of lines, no blanks around it."""
+    return prompt.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def other_prompts(asked: list[Question], prompt: str) -> list[Finding]:
+    """A finding if questions have another system prompt than production's, with the difference to the first of them."""
+    others = [question for question in asked if plain(question.prompt) != plain(prompt)]
+    if not others:
+        return []
+    first = others[0]
+    diff = "\n".join(difflib.unified_diff(plain(prompt).split("\n"), plain(first.prompt).split("\n"), "production", first.place, lineterm="", n=1))
+    differs = f"that of {first.row['id']} differs so:\n{diff}" if first.prompt else f"{first.row['id']} has none"
+    return [Finding(first.place, f"{len(others)} of {len(asked)} questions with another system prompt; {differs}", "the production prompt in every question",
+                    "Rewrite the questions' system prompt, or name the right prompt file in stage data.")]
+
+
+def other_tools(asked: list[Question], production: list[dict]) -> list[Finding]:
+    """A finding for every question with a tool that production does not have, or has with another definition."""
+    known = {function(tool).get("name"): signature(tool) for tool in production}
+    findings = []
+    for question in asked:
+        tools = {function(tool)["name"]: signature(tool) for tool in question.row.get("tools", [])}
+        strange = [name for name in tools if name not in known]
+        changed = [name for name, text in tools.items() if name in known and known[name] != text]
+        found = [f"tools that production does not have: {', '.join(strange)}"] * bool(strange) + [f"tools defined otherwise than in production: {', '.join(changed)}"] * bool(changed)
+        if found:
+            findings.append(Finding(question.place, f"question {question.row['id']} with {'; '.join(found)}", f"tools of {', '.join(known) or 'a recipe that names none'}",
+                                    "Take the definition of stage data's tools file, or name the right one there."))
+    return findings

@@ -1,0 +1,73 @@
+"""What can be said of an evaluation before anything is built: the gate, and the questions beside production's prompt and tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages import check, dataset
+from stages.check import Finding, Given
+from stages.evaluate import gate, overlap, questions
+
+MOST_BYTES = 5_000_000  # of conversations that are read here, a tenth of a second; stage evaluate looks at all of them before its first server
+
+
+def look(stage: Given) -> list[Finding]:
+    findings = [Finding("evaluate.gate", fault, "a gate that can be held", "docs/formats.md, The gate, says what one holds.") for fault in gate.faults(stage.params["gate"])]
+    if not stage.sources.get("questions"):
+        if "data" in stage.inputs and stage.inputs["data"].params.get("eval_share") == 0:
+            findings.append(Finding("evaluate.sources", "no questions, and data.eval_share = 0: none can be made unless a source has a held-out split of its own",
+                                    "at least one question", "Name `sources: {questions: ...}` in stage evaluate, or set eval_share above 0.", "warning"))
+        return findings
+    asked, wrong = questions.read(stage.sources["questions"][0])
+    data = stage.inputs["data"].sources if "data" in stage.inputs else {}
+    # A prompt or tools file that cannot be read is for stage data to name.
+    if prompt := _text(data.get("prompt")):
+        wrong += questions.other_prompts(asked, prompt)
+    if "prompt" in data and (tools := _tools(data.get("tools"))) is not None:
+        wrong += questions.other_tools(asked, tools)
+    return [*findings, *wrong, *overlap.findings(asked, _conversations(data.get("conversations", [])))]
+
+
+def _text(paths: list[Path] | None) -> str:
+    try:
+        return paths[0].read_text(encoding="utf-8-sig") if paths else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _tools(paths: list[Path] | None) -> list[dict] | None:
+    """The production tools; an empty list if the recipe names none, None if the file is not a list of them."""
+    if not paths:
+        return []
+    try:
+        tools = json.loads(_text(paths))
+    except ValueError:
+        return None
+    return tools if isinstance(tools, list) else None
+
+
+def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict]]]:
+    """Place and messages of the rows in JSON Lines; rows in other forms are read by stage data and looked at later."""
+    files = [(path, source) for source in sources for path in (sorted(source.rglob("*.jsonl")) if source.is_dir() else [source])]
+    if sum(path.stat().st_size for path, _ in files) > MOST_BYTES:
+        return
+    for path, source in files:
+        with path.open("rb") as opened:
+            for number, raw in dataset.lines(opened):
+                try:
+                    row = dataset.parse(raw)
+                except ValueError:
+                    continue
+                messages = row.get("messages") if isinstance(row, dict) else None
+                if isinstance(messages, list) and all(_message(m) for m in messages):
+                    yield f"{path.relative_to(source.parent)}:{number}", messages
+
+
+def _message(message: object) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), (str, type(None)))
+
+
+if __name__ == "__main__":
+    check.main(look)
