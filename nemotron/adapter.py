@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nemotron import native
-from nemotron.checkpoint import Tensors
 from nemotron.projection import Projection
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -78,30 +77,6 @@ def save(model: nn.Module, folder: Path, preset: str, rank: int, alpha: float) -
 def load(model: nn.Module, folder: Path) -> None:
     """Puts the factors of a folder back, as `restore` does."""
     restore(model, load_file(folder / WEIGHTS))
-
-
-def factors(tensors: Tensors, name: str, module: Projection, rank: int) -> tuple[torch.Tensor, torch.Tensor, list[str]] | None:
-    """A (experts, rank, in) and B (experts, out, rank) of the Projection that the native model calls `name`, and the tensors they are from.
-
-    `tensors` are an adapter's, of PEFT on the native class or on the hub's own, which has a module for every expert; experts that
-    it leaves out are zero. None if the adapter does not change `name`.
-    """
-    stored = {key.replace(".default.weight", ".weight"): key for key in tensors.entries}
-    a, b = (f"{peft_name(name)}.lora_{side}.weight" for side in "AB")
-    if a in stored:
-        found = [stored[a], stored[b]]
-        a, b = (tensors.tensor(key).float() for key in found)
-        return *_stacks(a, b, module, rank), found
-    stem, _, last = name.replace("model.", "backbone.", 1).rpartition(".")
-    made = torch.zeros(module.experts, rank, module.in_features), torch.zeros(module.experts, module.out_features, rank)
-    found = []
-    for expert in range(module.experts):
-        hub = f"{stem}.{expert}.{last}" if stem.endswith(".experts") else f"{stem}.{last}"
-        for side, whole in zip("AB", made, strict=True):
-            if key := stored.get(f"{_PREFIX}{hub}.lora_{side}.weight"):
-                whole[expert] = tensors.tensor(key).float()
-                found.append(key)
-    return (*made, found) if found else None
 
 
 def _stacks(a: torch.Tensor, b: torch.Tensor, module: Projection, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

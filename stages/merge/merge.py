@@ -1,4 +1,4 @@
-"""Merge: W + scale * B A in float32, rounded once to the source's dtype, shard by shard and tensor by tensor.
+"""Merge: W + scale * B A in float32, as PEFT computes it, rounded once to the source's dtype, tensor by tensor.
 
 Names, dtypes, shard layout, config, tokenizer and template are the source's own; tensors that the adapter does not name
 are copied byte for byte. What comes out is read back and proven before it is handed on.
@@ -6,6 +6,7 @@ are copied byte for byte. What comes out is read back and proven before it is ha
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,26 +17,53 @@ import torch
 
 from nemotron import audit
 from nemotron.checkpoint import Checkpoint, CheckpointError, Slot, Work, write
-from nemotron.lora import Adapter, AdapterError, summed
+from nemotron.lora import Adapter, AdapterError, Change
 from stages import job
 from stages.job import Job, StageError
 from stages.merge import proof
+from stages.merge.peft_reading import PeftReading
 
 
-def run(its: Job) -> None:
-    base_folder = its.inputs["base"]
+def run(task: Job) -> None:
+    base_folder, control = task.inputs["base"], task.params["control"]
     if faults := audit.bf16(base_folder, values=False):
         raise StageError(f"{faults[0].subject}: {faults[0].found}", faults[0].expected, faults[0].remedy)
     try:
         base = Checkpoint(base_folder)
-        adapter = Adapter(its.inputs["train"] / "adapter", base)
-    except (CheckpointError, AdapterError) as error:
-        raise StageError(str(error), "a BF16 checkpoint and an adapter made on it", "Train again on this base.") from error
-    merged = stream(base, adapter, its.output)
-    facts = proof.files(base, Checkpoint(its.output), adapter, merged, its.params["control"])
-    if its.params["proof_tokens"] and not its.params["control"]:  # equal bytes have an equal forward
-        facts |= proof.forward(base, adapter, Checkpoint(its.output), its.inputs["data"] / "train.jsonl", its.params, its.device)
-    (its.output / "merge.json").write_text(json.dumps({"rank": adapter.rank, "scale": adapter.scale, **facts}, indent=2) + "\n")
+        adapter = Adapter(task.inputs["train"] / "adapter", base)
+        reading = PeftReading(adapter.folder, adapter.tensors, base.config, task.device)
+        check_places(adapter, reading)
+        changed = stream(base, adapter, task.output)
+    except AdapterError as error:
+        raise StageError(error.found, error.expected, error.remedy) from error
+    except CheckpointError as error:
+        raise StageError(str(error), "a BF16 checkpoint and an adapter made on it", "Copy the files again, or train again on this base.") from error
+    merged = Checkpoint(task.output)
+    facts = {"rank": adapter.rank, "scale": adapter.scale, **proof.files(base, merged, adapter, changed, control)}
+    if not control:  # equal bytes have an equal forward
+        if task.params["proof_tokens"]:
+            forward, agreement = proof.forward(base, adapter, merged, reading, task.inputs["data"] / "train.jsonl", task.params, task.device)
+        else:
+            forward, agreement = {}, proof.tensors(base, merged, adapter, reading)
+        facts |= forward | {"compared_with_peft": {"version": reading.version, "layers": layers(adapter), **dataclasses.asdict(agreement)}}
+    (task.output / "merge.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def check_places(adapter: Adapter, reading: PeftReading) -> None:
+    """Raises StageError unless PEFT and nemotron/lora.py read changes of the same tensors; warns of what the adapter leaves out."""
+    if odd := sorted(adapter.pairs.keys() ^ reading.wrappers.keys()):
+        who = "nemotron/lora.py" if odd[0] in adapter.pairs else f"PEFT {reading.version}"
+        raise StageError(f"{odd[0]} is changed by the adapter as {who} reads it only ({len(odd)} such tensors)", "both to read changes of the same tensors",
+                         "Report it with adapter_config.json and the names of the adapter's tensors.")
+    if reading.absent:
+        job.warning(f"adapter_config.json names {len(reading.absent)} tensors for which the adapter stores nothing, first {reading.absent[0]}: they stay the base's",
+                    "If they were trained, copy the adapter again.")
+
+
+def layers(adapter: Adapter) -> list[str]:
+    """The layers that the adapter changes, by number, and lm_head."""
+    numbers = sorted({int(name.split(".")[2]) for name in adapter.pairs if ".layers." in name})
+    return [*map(str, numbers), *(name.removesuffix(".weight") for name in adapter.pairs if ".layers." not in name)]
 
 
 def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
@@ -50,12 +78,12 @@ def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
         return merged(slot.name) if slot.name in adapter.pairs else base.pieces(slot.name)
 
     def merged(name: str) -> Iterator[Work]:
-        a, b = adapter.factors(name)
-        return (partial(piece, name, a, b, *span) for span in base.spans(name))
+        change = adapter.change(name)
+        return (partial(piece, name, change, *span) for span in base.spans(name))
 
-    def piece(name: str, a: torch.Tensor, b: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    def piece(name: str, change: Change, first: int, count: int) -> torch.Tensor:
         before = base.rows(name, first, count)
-        after = summed(before, a, b[first : first + count], adapter.scale)
+        after = change.rows(first, count).merged(before)
         changed.setdefault(name, []).append(int(torch.count_nonzero(after.view(torch.int16) ^ before.view(torch.int16))))
         return after
 

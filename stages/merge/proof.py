@@ -1,116 +1,223 @@
-"""What a merged checkpoint has to show before it is accepted."""
+"""What a merged checkpoint has to show before it is accepted.
+
+`files`: names, shapes and dtypes are the base's, and what the adapter does not name has the base's bytes. `tensors`: what it
+names is W + scale * B A as PEFT reads the adapter, rounded once. `forward`: the merged model computes what base and adapter do,
+as nearly as that one rounding allows.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from nemotron import walk
-from nemotron.adapter import factors
+from nemotron import names, walk
 from nemotron.checkpoint import Checkpoint
 from nemotron.lora import Adapter
 from nemotron.projection import Projection
 from stages import job
 from stages.job import StageError
+from stages.merge.peft_reading import PeftReading
+from stages.merge.rounding import DO_NOT_USE, Agreement, compare
+
+ALLOWED = 1.2  # times the error of the reference, which is one rounding of the right weights
+NOISE = 0.01  # of the adapter's effect: what two orders of summing make of near-tied routers
+REPORT = "Do not use this merge; report it."
 
 
 def files(base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[str, int], control: bool = False) -> dict:
-    """Same names, shapes and dtypes as the source; changed tensors exactly those that the adapter names, or of a control none.
+    """Same names, shapes and dtypes as the source; tensors that the adapter does not name, or all of a control, byte for byte.
 
-    Reads the merged files back from disk. Raises StageError with the tensor's name.
+    Reads the merged files back from disk. `changed` holds the number of changed elements of every merged tensor. Warns of idle
+    tensors and of changes too small for BF16. Raises StageError with the tensor's name, and if nothing changed at all.
     """
     # Not by what it changed alone: a trained adapter that BF16 rounds away would pass for a control too.
     if control and (trained := sorted(name for name in {pair.b for pair in adapter.pairs.values()} if adapter.tensor(name).any())):
         raise StageError(f"{trained[0]} and {len(trained) - 1} more tensors of a control are not zero", "an adapter whose B is zero",
                          "Set train's steps to 0, or leave merge's `control` out.")
     for name in sorted(set(base.entries) ^ set(merged.entries)):
-        raise StageError(f"{name} is in {'the source' if name in base.entries else 'the merge'} only", "the same tensors in both", "Do not use this merge; report it.")
+        raise StageError(f"{name} is in {'the source' if name in base.entries else 'the merge'} only", "the same tensors in both", REPORT)
     for name, entry in base.entries.items():
         other = merged.entries[name]
         if (entry.shape, entry.dtype) != (other.shape, other.dtype):
-            raise StageError(f"{name} is {other.dtype} {other.shape}", f"{entry.dtype} {entry.shape} as in the source", "Do not use this merge; report it.")
+            raise StageError(f"{name} is {other.dtype} {other.shape}", f"{entry.dtype} {entry.shape} as in the source", REPORT)
         if (control or name not in adapter.pairs) and not base.same(name, merged):
-            raise StageError(f"{name} differs from the source though the adapter {'is zero' if control else 'does not name it'}", "equal bytes", "Do not use this merge; report it.")
+            raise StageError(f"{name} differs from the source though the adapter {'is zero' if control else 'does not name it'}", "equal bytes", REPORT)
     if missing := sorted(set(adapter.pairs) - set(changed)):
         raise StageError(f"{missing[0]} and {len(missing) - 1} more were named by the adapter and not merged", "all of them merged", "Report it.")
-    if not control and (idle := sorted(name for name, count in changed.items() if not count)):
-        raise StageError(
-            f"the adapter changes nothing in {len(idle)} of {len(changed)} tensors, first {idle[0]}", "a change in each",
-            "That layer was not trained, or so little that BF16 rounds it away: see training.json, and train longer or with a higher learning rate. "
-            "If the adapter is meant to be zero, say control: true.")
-    return {"tensors": len(base.entries), "merged": len(changed), "changed_elements": sum(changed.values()), "control": control}
+    facts = {"tensors": len(base.entries), "merged": len(changed), "changed_elements": sum(changed.values()), "control": control}
+    return facts if control else facts | unchanged(adapter, changed)
 
 
-def forward(base: Checkpoint, adapter: Adapter, merged: Checkpoint, rows: Path, params: dict, device: str) -> dict:
-    """Logits of the merged model against those of base and adapter, on real conversations, in `proof_precision`.
+def unchanged(adapter: Adapter, changed: dict[str, int]) -> dict[str, list[str]]:
+    """The tensors that the merge left as they were: `idle` ones, whose change is zero, and those whose change is too small for BF16.
 
-    The three go through the layers side by side, so memory is that of a layer. The adapter is computed beside the base's weights,
-    and read by nemotron/adapter.py, not as stage merge read it (nemotron/lora.py): one reading of its packing checks the other.
+    An expert that no training token reached is idle, which is no fault. Raises StageError if that is true of every tensor.
+    """
+    same = sorted(name for name, count in changed.items() if not count)
+    idle = [name for name in same if adapter.change(name).zero]
+    small = [name for name in same if name not in set(idle)]
+    if len(idle) == len(changed):
+        raise StageError(f"the adapter changes nothing in any of its {len(changed)} tensors, first {idle[0]}: B is zero", "an adapter that was trained",
+                         "See training.json, and train longer or with a higher learning rate. If the adapter is meant to be zero, say control: true.")
+    if len(same) == len(changed):
+        raise StageError(f"the adapter's change is too small for BF16 in all of its {len(small)} tensors, first {small[0]}: every element rounds back to the base's",
+                         "a change of about 0.2 % of a weight in some element", "Train longer or with a higher learning rate.")
+    if idle:
+        job.warning(f"the adapter leaves {len(idle)} of {len(changed)} tensors as they are, since their B is zero: {_first(idle)}",
+                    "An expert that no training token reached is left so. If these should have been trained, see training.json.")
+    if small:
+        job.warning(f"the adapter's change is too small for BF16 in {len(small)} of {len(changed)} tensors, which stay the base's: {_first(small)}",
+                    "Train longer or with a higher learning rate if they should change.")
+    return {"idle": idle, "too_small": small}
 
-    What may differ is the one rounding of the merged weights to BF16 (and an expert chosen otherwise because of it). The
-    error is therefore measured against the adapter's own effect, the distance between its logits and the base's: an
-    adapter merged into the wrong place or with the wrong scale is off by about all of it. Raises StageError beyond
-    `proof_error`, and if the adapter has no effect at all.
+
+def tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: PeftReading) -> Agreement:
+    """Compares every merged tensor, read back from disk, with what PEFT makes of the base's. Raises StageError with the tensor's name."""
+    agreement, groups = Agreement(), {}
+    for name in adapter.pairs:
+        groups.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
+    for group in groups.values():
+        with reading.loaded(group):
+            for name in group:
+                weight = base.tensor(name)
+                compare(name, weight, reading.applied(name, weight), merged.tensor(name), agreement)
+    return agreement
+
+
+def forward(base: Checkpoint, adapter: Adapter, merged: Checkpoint, reading: PeftReading, rows: Path, params: dict, device: str) -> tuple[dict, Agreement]:
+    """The merged model's forward against that of base and adapter, on real conversations, in `proof_precision`.
+
+    Four models go through the layers side by side, so memory is that of a layer: the base; the base with the adapter's factors
+    beside its weights; the reference, which is the base with W + scale * B A as PEFT reads the adapter, rounded once; and the
+    merged files. Rounding to BF16 is unavoidable, and routers that are near ties make more of it. So the merged model's error
+    against the adapter's forward may be 1.2 times the reference's, after every layer and in the logits, and no constant bounds it.
+    On the way every merged tensor is compared with the reference's, as `tensors` does.
+
+    Raises StageError with the tensor's or the layer's name, and if the adapter has no effect at all.
     """
     dtype, config = getattr(torch, params["proof_precision"]), base.config
     sequences = walk.packed(sample(rows, params["proof_tokens"]), params["proof_tokens"])
     layers, embeddings = walk.Layers(config, dtype, device), base.tensor("backbone.embeddings.weight")
-    plain, adapted, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(3))
-    read, worst = set(), (0.0, "")
+    plain, adapted, reference, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(4))
+    agreement, same, worst = Agreement(), True, (0.0, "")
     for number in range(len(layers)):
         block = layers.fill(number, base.tensor)
+        changed = [name for name in layers.names(number) if name in adapter.pairs]
         plain.through(block)
-        read |= set(beside(block, number, adapter))
-        adapted.through(block)
-        for module in projections(block).values():
-            module.rank = 0
-        after.through(layers.fill(number, merged.tensor, [name for name in layers.names(number) if name in adapter.pairs]))
-        worst = max(worst, (after.distance(adapted) / max(adapted.distance(plain), 1e-30), f"layer {number}"))
+        with reading.loaded(changed) if changed else nullcontext():
+            weights = beside(block, number, changed, reading, base)
+            adapted.through(block)
+            for module in projections(block).values():
+                module.rank = 0
+            differing: list[str] = []
+            layers.fill(number, rounded(base, merged, reading, weights, agreement, differing), changed)
+        reference.through(block)
+        same = same and not differing
+        if same:
+            after.hidden = list(reference.hidden)  # equal weights on equal states
+        else:
+            layers.fill(number, merged.tensor, differing)
+            after.through(block)
+        effect = adapted.distance(plain)
+        error = bounded(f"the hidden states after layer {number}", after.distance(adapted), reference.distance(adapted), effect)
+        worst = max(worst, (error / max(effect, 1e-30), f"layer {number}"))
         job.progress(number + 1, len(layers), "layers", "proving the merge")
-    read |= {key for name, pair in adapter.pairs.items() if name == "lm_head.weight" for key in (pair.a, pair.b)}
-    if left := sorted(adapter.tensors.entries.keys() - read):
-        raise StageError(f"{left[0]} and {len(left) - 1} more tensors of the adapter belong to no layer", "every one of them in the model", "Is it an adapter of another model?")
-    head = base.tensor("lm_head.weight")
-    changed = head.float() + adapter.delta("lm_head.weight") if "lm_head.weight" in adapter.pairs else head
-    return judged(*(its.logits(base.tensor("backbone.norm_f.weight"), weight, config["layer_norm_epsilon"])
-                    for its, weight in ((plain, head), (adapted, changed), (after, merged.tensor("lm_head.weight")))), params["proof_error"], worst)
+    norm, head = base.tensor("backbone.norm_f.weight"), base.tensor("lm_head.weight")
+    exact = head
+    if "lm_head.weight" in adapter.pairs:
+        with reading.loaded(["lm_head.weight"]):
+            exact = reading.applied("lm_head.weight", head)
+        compare("lm_head.weight", head, exact, merged.tensor("lm_head.weight"), agreement)
+    sides = ((plain, head), (adapted, exact), (reference, exact.to(head.dtype)), (after, merged.tensor("lm_head.weight")))
+    facts = judged(*(side.logits(norm, weight, config["layer_norm_epsilon"]) for side, weight in sides))
+    return facts | {"worst_layer": {"name": worst[1], "error": worst[0]}}, agreement
+
+
+def bounded(subject: str, error: float, least: float, effect: float) -> float:
+    """`error`, if one rounding of the weights explains it: `least` is what the reference is off by, `effect` what the adapter changes."""
+    if not error <= ALLOWED * least + NOISE * effect:
+        raise StageError(f"{subject} of the merged model are off by {error / max(effect, 1e-30):.2f} of the adapter's effect",
+                         f"at most {ALLOWED} times the {least / max(effect, 1e-30):.2f} that rounding the right weights to BF16 costs", DO_NOT_USE)
+    return error
 
 
 def projections(block: torch.nn.Module) -> dict[str, Projection]:
     return {name: module for name, module in block.named_modules() if isinstance(module, Projection)}
 
 
-def beside(block: torch.nn.Module, number: int, adapter: Adapter) -> list[str]:
-    """Puts the adapter's factors beside the weights of a filled block; the names of the tensors that they are from."""
-    read = []
-    for name, module in projections(block).items():
-        if found := factors(adapter.tensors, f"model.layers.{number}.{name}", module, adapter.rank):
-            a, b, keys = found
-            module.change(a, b, adapter.scale)
-            read += keys
+def place(name: str, number: int) -> tuple[str, int]:
+    """The Projection in layer `number` that holds a hub tensor, and its matrix there."""
+    path = names.native(name).removeprefix(f"model.layers.{number}.").removesuffix(".weight")
+    return path, int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0
+
+
+def beside(block: torch.nn.Module, number: int, changed: list[str], reading: PeftReading, base: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """Puts the adapter's factors beside the weights of a filled block, and returns what reads a weight of it as the base has it.
+
+    A change by DoRA has no factors: its weight is put in whole, as exactly as the block's dtype holds it.
+    """
+    modules = projections(block)
+    parts: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+    whole = set()
+    for name in changed:
+        path, matrix = place(name, number)
+        if factors := reading.factors(name):
+            parts.setdefault(path, {})[matrix] = factors
+        else:
+            weight = reading.applied(name, base.tensor(name))
+            modules[path].put(matrix, weight.to(modules[path].dtype))
+            whole.add(name)
+    for path, found in parts.items():
+        module, rank = modules[path], max(len(a) for a, _ in found.values())
+        a = torch.zeros(module.experts, rank, module.in_features, device=module.weight.device)
+        b = torch.zeros(module.experts, module.out_features, rank, device=module.weight.device)
+        for matrix, (left, right) in found.items():
+            a[matrix, : len(left)], b[matrix, :, : len(left)] = left, right
+        module.change(a, b, 1.0)
+
+    def weight_of(name: str) -> torch.Tensor:
+        if name in whole:
+            return base.tensor(name)
+        path, matrix = place(name, number)
+        module = modules[path]
+        return module.weight[matrix * module.out_features : (matrix + 1) * module.out_features].to(torch.bfloat16)
+
+    return weight_of
+
+
+def rounded(base: Checkpoint, merged: Checkpoint, reading: PeftReading, weights: Callable[[str], torch.Tensor], agreement: Agreement,
+            differing: list[str]) -> Callable[[str], torch.Tensor]:
+    """What reads a tensor of the reference, after comparing it with the merged one. Names whose bits differ are added to `differing`."""
+
+    def read(name: str) -> torch.Tensor:
+        weight = weights(name)
+        applied = reading.applied(name, weight)
+        if not compare(name, weight, applied, merged.tensor(name), agreement):
+            differing.append(name)
+        return applied.to(weight.dtype)
+
     return read
 
 
-def judged(plain: Iterable[torch.Tensor], adapted: Iterable[torch.Tensor], merged: Iterable[torch.Tensor], limit: float, worst: tuple[float, str]) -> dict:
-    """Judges the logits of base, base with adapter, and merge, chunk by chunk."""
+def judged(plain: Iterable[torch.Tensor], adapted: Iterable[torch.Tensor], reference: Iterable[torch.Tensor], merged: Iterable[torch.Tensor]) -> dict:
+    """Judges the logits of base, base with adapter, reference and merge, chunk by chunk."""
     tokens = agree = 0
-    effect = error = 0.0
-    for before, wanted, found in zip(plain, adapted, merged, strict=True):
-        effect += (wanted - before).square().mean(-1).sum().item()
-        error += (found - wanted).square().mean(-1).sum().item()
-        agree += int((wanted.argmax(-1) == found.argmax(-1)).sum())
-        tokens += len(wanted)
-    effect, error = (effect / tokens) ** 0.5, (error / tokens) ** 0.5
+    effect = least = error = 0.0
+    for before, right, once, after in zip(plain, adapted, reference, merged, strict=True):
+        effect += (right - before).square().mean(-1).sum().item()
+        least += (once - right).square().mean(-1).sum().item()
+        error += (after - right).square().mean(-1).sum().item()
+        agree += int((right.argmax(-1) == after.argmax(-1)).sum())
+        tokens += len(right)
+    effect, least, error = ((total / tokens) ** 0.5 for total in (effect, least, error))
     if not effect:
         raise StageError("an adapter that changes no logit", "one that was trained", "See training.json: train longer, or with other targets.")
-    if not error <= limit * effect:
-        raise StageError(
-            f"the merged model's logits are off by {error / effect:.2f} of the adapter's effect, its hidden states most at {worst[1]} ({worst[0]:.2f})", f"at most {limit}",
-            "The adapter was merged into the wrong place or with the wrong scale: report it with this log.")
-    return {"proof_tokens": tokens, "adapter_effect": effect, "merge_error": error, "greedy_agreement": agree / tokens}
+    bounded("the logits", error, least, effect)
+    return {"proof_tokens": tokens, "adapter_effect": effect, "rounding_error": least, "merge_error": error, "greedy_agreement": agree / tokens}
 
 
 def sample(rows: Path, tokens: int) -> list[torch.Tensor]:

@@ -1,0 +1,183 @@
+"""What PEFT itself makes of an adapter: the second reader, which shares no code with nemotron/lora.py.
+
+PEFT builds its wrappers on the model's class with weights that take no memory, in a second whatever the model's size. It then loads the adapter a layer at a time, and its own code says what each matrix becomes: `Linear.merge` for a
+linear, `get_delta_factors` for a stack of experts (of which PEFT's own merge would make a float32 copy three times over).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nemotron import names, native
+from nemotron.checkpoint import Tensors
+from stages.job import StageError
+
+_NAME = "default"
+_PREFIX = "base_model.model."
+_ON_HUB_CLASS = re.compile(r"^base_model\.model\.(backbone\.|.*\.experts\.\d+\.)")
+# The name of the adapter within a key, which PEFT's save_pretrained leaves out; a magnitude's key ends there.
+_ADAPTER_NAME = re.compile(r"(?<=lora_[AB])[.][^.]+(?=[.]weight$)|(?<=lora_magnitude_vector)[.].*$")
+ONLY_PEFT = "Merge with PEFT itself to see why, and save the adapter again with its save_pretrained."
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """One LoRA layer of PEFT. `stack` is the native name of the stack of experts that it changes, None for a linear."""
+
+    path: str
+    layer: nn.Module
+    stack: str | None
+
+
+class PeftReading:
+    """An adapter as PEFT reads it.
+
+    `wrappers` maps the hub name of every tensor that PEFT would change to its LoRA layer. `absent` are the tensors that its
+    configuration names and for which it stores nothing: PEFT leaves them as they are.
+    """
+
+    def __init__(self, folder: Path, tensors: Tensors, config: dict, device: str = "cpu"):
+        """`folder` holds adapter_config.json, `tensors` are the adapter's, `config` is the base's.
+
+        Raises StageError if PEFT refuses the adapter, or would leave out one of its tensors.
+        """
+        import peft
+
+        self.version, self._tensors, self._device = peft.__version__, tensors, device
+        self._lora_keys = [key for key in tensors.entries if ".lora_" in key]
+        hub_class = any(_ON_HUB_CLASS.match(key) for key in self._lora_keys)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing keys, and layers that it cannot know to be of this model
+            try:
+                # Modules that are stored whole are compared with the base by nemotron/lora.py.
+                settings = dataclasses.replace(peft.PeftConfig.from_pretrained(str(folder)), modules_to_save=None, inference_mode=True)
+                model = _weightless(_hub_class(config) if hub_class else _native_class(config), device)
+                self._model = peft.PeftModel(model, settings, low_cpu_mem_usage=True)
+            except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError, AttributeError) as error:
+                raise StageError(f"PEFT {peft.__version__} refuses the adapter: {error}", "one that PEFT loads", ONLY_PEFT) from error
+        self.wrappers = dict(self._wrappers(config))
+        self._keys: dict[str, list[str]] = {}  # of a wrapper's path
+        paths = {wrapper.path for wrapper in self.wrappers.values()}
+        for key in self._lora_keys:
+            path = key.rpartition(".lora_")[0]
+            if path not in paths:
+                raise StageError(f"PEFT would leave {key} out: target_modules and target_parameters do not name its module", "the two files of one adapter",
+                                 "Copy adapter_config.json again; it is not of this adapter, or was edited.")
+            self._keys.setdefault(path, []).append(key)
+        self.absent = sorted(name for name, wrapper in self.wrappers.items() if wrapper.path not in self._keys)
+        if self.absent and settings.init_lora_weights is False:
+            raise StageError(f"the adapter stores nothing for {self.absent[0]} and {len(self.absent) - 1} more tensors that its configuration names",
+                             "tensors for all of them, since init_lora_weights: false begins with a change", "Copy the adapter again.")
+        self.wrappers = {name: wrapper for name, wrapper in self.wrappers.items() if wrapper.path in self._keys}
+
+    def _wrappers(self, config: dict) -> Iterator[tuple[str, Wrapper]]:
+        from peft.tuners.lora import LoraLayer
+
+        stacks: dict[str, list[str]] = {}
+        for name in names.tensors(config):
+            stacks.setdefault(names.native(name), []).append(name)
+        for path, layer in self._model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            parameter, plain = getattr(layer, "parameter_name", None), path.removeprefix(_PREFIX)
+            if parameter and parameter != "weight":
+                stack = f"{re.sub(r'([.]base_layer)+$', '', plain)}.{parameter}"
+                for name in stacks.get(stack, []):
+                    yield name, Wrapper(path, layer, stack)
+            else:
+                yield f"{re.sub('^model[.]', 'backbone.', plain)}.weight", Wrapper(path, layer, None)
+
+    @contextmanager
+    def loaded(self, tensors: list[str]) -> Iterator[None]:
+        """Holds what PEFT needs to know of the changes of these hub tensors, in float32."""
+        import peft
+
+        paths = {self.wrappers[name].path: self.wrappers[name].layer for name in tensors}
+        keys = [key for path in paths for key in self._keys[path]]
+        # The file's own names, without the adapter's: PEFT finds their places.
+        state = {_ADAPTER_NAME.sub("", key): self._tensors.tensor(key).float().to(self._device) for key in keys}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = peft.set_peft_model_state_dict(self._model, state, adapter_name=_NAME, low_cpu_mem_usage=True)
+        if result.unexpected_keys:
+            raise StageError(f"PEFT does not know where {result.unexpected_keys[0]} belongs", "tensors that PEFT loads", ONLY_PEFT)
+        try:
+            yield
+        finally:
+            for layer in paths.values():
+                for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+                    part.to("meta")
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A (rank, in) and scale * B (out, rank) of one loaded change; None for DoRA, which is no sum."""
+        wrapper = self.wrappers[name]
+        layer = wrapper.layer
+        if wrapper.stack:
+            left, right, scale = layer.get_delta_factors(_NAME)
+            expert = _expert(name)
+            return right[expert], left[expert] * scale
+        return None if layer.use_dora[_NAME] else (layer.lora_A[_NAME].weight.data, layer.lora_B[_NAME].weight.data * layer.scaling[_NAME])
+
+    @torch.no_grad()
+    def applied(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What PEFT makes of the weight (out, in) of one loaded hub tensor, float32."""
+        wrapper = self.wrappers[name]
+        layer, weight = wrapper.layer, weight.to(self._device, torch.float32)
+        if wrapper.stack:
+            left, right, scale = layer.get_delta_factors(_NAME)
+            expert = _expert(name)
+            return weight + (left[expert] @ right[expert]) * scale  # as its get_delta_weight multiplies
+        if type(layer).__name__ == "ParamWrapper":
+            return weight + (layer.lora_B[_NAME].weight @ layer.lora_A[_NAME].weight) * layer.scaling[_NAME]
+        holder = layer.get_base_layer()
+        before = holder.weight
+        holder.weight = nn.Parameter(weight, requires_grad=False)
+        try:
+            layer.merge(safe_merge=True, adapter_names=[_NAME])
+            return holder.weight.data
+        finally:
+            holder.weight = before
+            layer.merged_adapters.clear()
+
+
+def _expert(name: str) -> int:
+    return int(name.split(".experts.")[1].split(".")[0])
+
+
+def _weightless(model: nn.Module, device: str) -> nn.Module:
+    """The model with one zero for each of its weights: PEFT moves what it loads to the device of the weight that it is for."""
+    for module in model.modules():
+        for name, value in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.zeros((), device=device).expand(value.shape), requires_grad=False))
+    return model
+
+
+def _native_class(config: dict) -> nn.Module:
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**native.plain(config)))
+
+
+def _hub_class(config: dict) -> nn.Module:
+    """Linears under the names of the hub's own class, which has a module for every expert."""
+    root = nn.Module()
+    for name, spec in names.tensors(config).items():
+        if not name.endswith(("_proj.weight", "lm_head.weight")):
+            continue
+        *path, last, _ = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        module.add_module(last, nn.Linear(spec.shape[1], spec.shape[0], bias=False, device="meta"))
+    return root
