@@ -156,7 +156,7 @@ def _weightless(model: nn.Module, device: str) -> nn.Module:
     """The model with one zero for each of its weights: PEFT moves what it loads to the device of the weight that it is for."""
     for module in model.modules():
         for name, value in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.zeros((), device=device).expand(value.shape), requires_grad=False))
+            setattr(module, name, nn.Parameter(torch.zeros((), dtype=torch.float32, device=device).expand(value.shape), requires_grad=False))
     return model
 
 

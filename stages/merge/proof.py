@@ -74,6 +74,10 @@ def unchanged(adapter: Adapter, changed: dict[str, int]) -> dict[str, list[str]]
     return {"idle": idle, "too_small": small}
 
 
+def _first(tensors: list[str]) -> str:
+    return ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+
+
 def tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: PeftReading) -> Agreement:
     """Compares every merged tensor, read back from disk, with what PEFT makes of the base's. Raises StageError with the tensor's name."""
     agreement, groups = Agreement(), {}
