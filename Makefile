@@ -8,7 +8,7 @@ EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
 
-.PHONY: help demo test model serve chat plan status doctor lock clean
+.PHONY: help demo test model serve chat plan status doctor arm64 lock clean FORCE
 
 help:
 	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 7 minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make serve   the newest serving image of RECIPE, on 127.0.0.1:$(PORT)"
 	@echo "make chat    a chat with what is being served"
 	@echo "make doctor  what this machine has, and what it lacks"
+	@echo "make arm64   what can be checked of aarch64 without such a machine, under emulation"
 
 demo: .venv/.ready
 	@$(BUILD) demo --recipe tiny --executor local
@@ -36,21 +37,25 @@ chat: .venv/.ready
 plan status doctor: .venv/.ready
 	@$(BUILD) $@ --recipe $(RECIPE)
 
-# The environment is whole when its stamp is there; a half-made one is finished by the next make.
-.venv/.ready: host.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"found Python {sys.version.split()[0]}; expected 3.11 or newer. Run make PYTHON=python3.11")'
-	@echo "making .venv"
-	@$(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install -qq --require-hashes -r host.lock
-	@touch $@
+# forge/venv.py decides whether .venv stays. A PYTHON that you name must be the one that it was made with.
+.venv/.ready: FORCE
+	@command -v $(PYTHON) >/dev/null || { echo "python: found no $(PYTHON); expected Python 3.11 to 3.14. Install one, or name it: make demo PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) forge/venv.py $(if $(filter file,$(origin PYTHON)),,--this-python)
+
+FORCE:
 
 .venv/.tests: tests/requirements.lock .venv/.ready
 	@.venv/bin/python -m pip install -qq --require-hashes -r tests/requirements.lock
 	@touch $@
 
+# Not in .ci/run: linux/arm64 under emulation takes most of an hour. ANNIE_ARM64_BASE names a base image for it (docs/arm64.md).
+arm64: .venv/.ready
+	@.venv/bin/python tests/arm64/run.py
+
 lock: .venv/.ready
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate host.in -o host.lock
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate tests/requirements.in -o tests/requirements.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --python-version 3.11 --python-platform aarch64-manylinux_2_28 --excludes images/torch-aarch64.excludes.txt --no-header --no-emit-index-url --no-emit-find-links --no-annotate images/torch-aarch64.in -o images/torch-aarch64.lock
 
 # Artifacts and environments stay in .annie (or $$ANNIE_HOME): they cost minutes or days, so deleting them is left to you.
 clean:

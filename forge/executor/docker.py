@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -36,14 +35,35 @@ _BUILDX = (0, 11)  # named build contexts with folders, and --load from any driv
 
 def answers() -> bool:
     """Whether a Docker engine answers here."""
+    return no_engine() is None
+
+
+def no_engine(address: str | None = None) -> Finding | None:
+    """Why no Docker engine answers; None if one does. `address` is a URL such as unix:///run/docker.sock (default: the environment's)."""
     try:
-        client = docker.from_env(timeout=5)
+        client = docker.DockerClient(address, timeout=5) if address else docker.from_env(timeout=5)
         try:
-            return bool(client.ping())
+            client.ping()
         finally:
             client.close()
-    except (DockerException, OSError):
-        return False
+    except (DockerException, OSError) as fault:
+        return _no_engine(fault)
+    return None
+
+
+def _no_engine(fault: BaseException) -> Finding:
+    if any(isinstance(cause, PermissionError) for cause in _causes(fault)):
+        return error("docker", "an engine's socket that this user may not open", "a user in the group docker",
+                     "Run sudo usermod -aG docker $USER, then log out and in again; or run with --executor local.")
+    return error("docker", f"no engine answers ({fault})", "a Docker engine", _ENGINE)
+
+
+def _causes(fault: BaseException) -> Iterator[BaseException]:
+    """The exception and all that led to it. requests and urllib3 keep the socket's error among their arguments."""
+    yield fault
+    for inner in [fault.__cause__ or fault.__context__, *fault.args]:
+        if isinstance(inner, BaseException):
+            yield from _causes(inner)
 
 
 @dataclass
@@ -106,7 +126,7 @@ class Docker:
                 self._client.ping()
             except (DockerException, OSError) as fault:
                 self._client = None
-                raise Refused(error("docker", f"no engine answers ({fault})", "a Docker engine", _ENGINE)) from fault
+                raise Refused(_no_engine(fault)) from fault
         return self._client
 
     def reference(self, image: Image) -> str:
@@ -119,8 +139,8 @@ class Docker:
     # --- what is missing ------------------------------------------------------------------------------------------
 
     def check(self, wanted: list[Image], gpu: bool) -> list[Finding]:
-        if not answers():
-            return [error("docker", "no engine answers", "a Docker engine", _ENGINE)]
+        if lacking := no_engine():
+            return [lacking]
         found = []
         if not _plugin("buildx", _BUILDX):
             found.append(error("docker buildx", "no buildx, or one that is too old", f"buildx {_BUILDX[0]}.{_BUILDX[1]} or newer", "Install docker-buildx-plugin (docker-buildx on Debian)."))
@@ -130,9 +150,7 @@ class Docker:
         if gpu and "nvidia" not in info.get("Runtimes", {}) and not info.get("CDISpecDirs"):
             found.append(error("docker", "an engine without the NVIDIA runtime", "one that gives containers the GPU",
                                "Install nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker`, and restart the engine."))
-        machine = info.get("Architecture", platform.machine())
-        if machine not in ("x86_64", "amd64") and any(image.args.get("torch") == "cpu" for image in wanted):
-            found.append(error("images", f"torch: cpu on {machine}", "x86_64, for which images/torch.lock holds a build", "Take a base with its own torch and `torch: base`."))
+        found += machine_findings(wanted, images.machine_type(info.get("Architecture")))
         root = Path(info.get("DockerRootDir", "/"))
         needed = 5.0 * sum(not self._there(self.tag(image)) for image in wanted)
         if root.exists() and (free := shutil.disk_usage(root).free / 1e9) < needed:
@@ -265,6 +283,16 @@ class Docker:
                 container.remove(force=True)
             except NotFound:
                 continue
+
+
+def machine_findings(wanted: list[Image], machine: str) -> list[Finding]:
+    """The images whose torch no lock holds for an engine on this type of machine."""
+    on_cpu = [image for image in wanted if image.args.get("torch") == "cpu"]
+    machines = sorted({name for image in on_cpu for name in images.pythons(image.folder.parent)})
+    if not on_cpu or machine in machines:
+        return []
+    return [error("images", f"torch: cpu on {machine}", f"{' or '.join(machines)}, for which images/torch-*.lock hold torch",
+                  "Take a base with its own torch and `torch: base`.")]
 
 
 def code(repo: Path) -> list[tuple[str, str, bool]]:

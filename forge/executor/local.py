@@ -16,11 +16,10 @@ from pathlib import Path
 from forge import image as images
 from forge import render
 from forge.executor import Line, Task, merged, run_logged
-from forge.finding import Finding, error
+from forge.executor.uv import Uv
+from forge.finding import Finding, Refused, error
 from forge.image import Image
 
-# PyTorch's own index of CPU builds; a folder of wheels (ANNIE_WHEELS) goes before it.
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 _PASSED_ON = ("LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT")
 _PR_SET_PDEATHSIG = 1
 
@@ -33,11 +32,13 @@ class Running:
 class Local:
     name = "local"
 
-    def __init__(self, repo: Path, home: Path):
+    def __init__(self, repo: Path, home: Path, machine: str | None = None, uv: Uv | None = None):
+        """`machine` is a type of machine as `uname -m` says it (this one's by default)."""
         self.repo, self.home = repo, home
+        self.machine, self.uv = images.machine_type(machine), uv or Uv()
 
     def environment(self, image: Image) -> Path:
-        return self.home / "envs" / f"{image.name}-{images.fingerprint(image, self.name)}"
+        return self.home / "envs" / f"{image.name}-{images.fingerprint(image, self.name, self.machine)}"
 
     def python(self, image: Image) -> Path:
         return self.environment(image) / "bin" / "python"
@@ -50,39 +51,55 @@ class Local:
         found = []
         if gpu:
             found.append(error("executor", "the local executor, whose environments hold CPU builds", "docker for a recipe with a GPU", "Run with --executor docker."))
-        locked = sys.version_info[:2] == (3, 11) and os.uname().machine == "x86_64"
-        if not locked and any(not self.ready(image) for image in wanted):
-            found.append(error(
-                "python", f"Python {sys.version_info.major}.{sys.version_info.minor} on {os.uname().machine}", "Python 3.11 on x86_64, for which images/torch.lock holds a CPU build of torch",
-                "Make .venv with that Python (make PYTHON=python3.11), or run with --executor docker."))
-        return found
+        missing = [image for image in wanted if _locked(image) and not self.ready(image)]
+        return found + [finding for folder in {image.folder.parent for image in missing} for finding in self._python_findings(folder)]
+
+    def _python_findings(self, folder: Path) -> list[Finding]:
+        """Why the environments of the images in `folder` cannot be made with any Python of this machine, or with one that uv fetches."""
+        pythons = images.pythons(folder)
+        if self.machine not in pythons:
+            return [error("machine", f"a machine of type {self.machine}", f"{' or '.join(pythons)}, for which images/torch-*.lock hold torch")]
+        version = pythons[self.machine]
+        if self.uv.find(version) or (unreachable := self.uv.unreachable(version)) is None:
+            return []
+        return [error(
+            "python", f"{_listed(self.uv.installed())}, and uv cannot fetch another ({unreachable})",
+            f"Python {version}, for which images/torch-{self.machine}.lock holds torch",
+            f"Run {' '.join(self.uv.command)} python install {version} where there is a network, or install it with this system's packages "
+            f"(apt install python{version}), or run with --executor docker.")]
 
     def ready(self, image: Image) -> bool:
-        return (self.environment(image) / ".ready").exists()
+        """Whether the environment is whole, and still where it was made: the first lines of its programs name its folder."""
+        target = self.environment(image).resolve()
+        stamp = target / ".ready"
+        return stamp.is_file() and stamp.read_text().strip() == str(target) and (target / "bin" / "python").exists()
 
     def prepare(self, image: Image, on_line: Callable[[str], None]) -> None:
         """Makes the environment beside its place and marks it ready last, so that a half-made one is never used."""
-        if self.ready(image) or not (image.folder / "requirements.lock").exists():
+        if self.ready(image) or not _locked(image):
             return
-        target = self.environment(image)
+        folder = image.folder.parent
+        if findings := self._python_findings(folder):
+            raise Refused(findings)
+        target = self.environment(image).resolve()
         shutil.rmtree(target, ignore_errors=True)
-        uv = [sys.executable, "-m", "uv"]
+        uv = self.uv.command
         python = str(target / "bin" / "python")
-        install = [*uv, "pip", "install", "--python", python, "--no-deps", "--require-hashes", "--compile-bytecode"]
+        install = [*uv, "pip", "install", "--python", python, "--no-deps", "--require-hashes"]
         remedy = "Most often the network or the disk; run again, what was downloaded is kept."
-        environment = {**os.environ, "UV_LINK_MODE": os.environ.get("UV_LINK_MODE", "hardlink"), "UV_HTTP_TIMEOUT": "180"}
+        environment = {**os.environ, "UV_LINK_MODE": os.environ.get("UV_LINK_MODE", "hardlink"), "UV_HTTP_TIMEOUT": "180", "UV_COMPILE_BYTECODE": "1"}
         environment.pop("VIRTUAL_ENV", None)
 
         def step(command: list[str]) -> None:
             run_logged(command, on_line, f"environment {image.name}", remedy, env=environment)
 
-        step([*uv, "venv", "--python", sys.executable, str(target)])
+        step([*uv, "venv", "--no-project", "--python", f"cpython-{images.pythons(folder)[self.machine]}", str(target)])
         step([*install, "-r", str(image.folder / "requirements.lock")])
-        step([*install, *torch_source(), "-r", str(image.folder.parent / "torch.lock")])
-        step([python, str(image.folder.parent / "apply_patches.py"), str(image.folder / "patches")])
+        step([python, str(folder / "install_torch.py"), *uv])
+        step([python, str(folder / "apply_patches.py"), str(image.folder / "patches")])
         if (image.folder / "install.py").exists():
             step([python, str(image.folder / "install.py")])
-        (target / ".ready").touch()
+        (target / ".ready").write_text(f"{target}\n")
 
     def submit(self, task: Task) -> Running:
         job = task.folder / f"{task.prefix}.json"
@@ -149,12 +166,13 @@ def stage_environment(network: bool) -> dict[str, str]:
     }
 
 
-def torch_source() -> list[str]:
-    """Where torch comes from: a folder of wheels if one is named, else PyTorch's own CPU index."""
-    folder = os.environ.get("ANNIE_WHEELS") or os.environ.get("PIP_FIND_LINKS")
-    if folder:
-        return ["--no-index", "--find-links", folder]
-    return ["--index-url", TORCH_INDEX]
+def _locked(image: Image) -> bool:
+    """Whether the image has an environment of its own."""
+    return (image.folder / "requirements.lock").exists()
+
+
+def _listed(installed: list[str]) -> str:
+    return "no Python" if not installed else f"Python {', '.join(installed)}"
 
 
 def _die_with_parent() -> None:

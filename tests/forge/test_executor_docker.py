@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from forge.executor import Task
-from forge.executor.docker import Docker, answers, container_job
-from forge.image import Image
+from forge.executor.docker import Docker, answers, container_job, machine_findings, no_engine
+from forge.image import Image, machine_type
 
 BASE = "python:3.11-slim-bookworm"
 REPO = Path(__file__).resolve().parents[2]
@@ -149,6 +151,39 @@ def test_cancel_ends_a_container(toy):
     began = time.monotonic()
     its.cancel(running)
     assert time.monotonic() - began < 15 and its.poll(running) not in (None, 0)
+
+
+def test_a_user_who_is_not_in_the_group_docker_is_told_so(tmp_path):
+    """The engine's socket belongs to root and that group: connecting ends with EACCES."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "docker.sock"))
+    folder.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may open everything
+    try:
+        finding = no_engine(f"unix://{folder}/docker.sock")
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+        listener.close()
+    assert finding and "may not open" in finding.found
+    assert "sudo usermod -aG docker $USER" in finding.remedy and "log" in finding.remedy and "--executor local" in finding.remedy
+
+
+def test_an_engine_that_is_not_there_is_told_so(tmp_path):
+    finding = no_engine(f"unix://{tmp_path}/docker.sock")
+    assert finding and "no engine answers" in finding.found and "Start a Docker engine" in finding.remedy
+
+
+@pytest.mark.parametrize("machine, refused", [("x86_64", False), ("amd64", False), ("aarch64", False), ("arm64", False), ("riscv64", True)])
+def test_an_engine_is_refused_only_on_a_machine_for_which_no_lock_holds_torch(machine, refused):
+    on_cpu, with_its_own = Image("train", REPO / "images/train", {"torch": "cpu"}), Image("vllm", REPO / "images/vllm", {"torch": "base"})
+    assert machine_findings([with_its_own], machine_type(machine)) == []
+    found = machine_findings([on_cpu, with_its_own], machine_type(machine))
+    assert [(f.found, f.expected.split(",")[0]) for f in found] == ([("torch: cpu on riscv64", "aarch64 or x86_64")] if refused else [])
 
 
 @engine
