@@ -41,7 +41,9 @@ def reason(error: ValueError | RecursionError) -> str:
     """Why DECODER did not read a text, in words."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)  # else digits by the thousand, a constant, a repeated key
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "an integer of thousands of digits" if "integer string conversion" in str(error) else str(error)  # else NaN, or a repeated key
 
 
 def read(path: Path, name: str = "", step: int = 1) -> Iterator[tuple[int, dict]]:

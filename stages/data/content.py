@@ -24,7 +24,7 @@ from stages.job import StageError
 HEAD = 1 << 16  # bytes that recognition reads
 HEAD_OF_ROW = 800  # bytes of a row that are kept to show what it was
 _BLANK = re.compile(r"[ \t\r\n]*")
-JSON, PARQUET, EMPTY = "JSON", "Parquet", "an empty file"
+JSON, TEXT, PARQUET, EMPTY = "JSON", "text", "Parquet", "an empty file"
 MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # the mark of UTF-32 LE begins with that of UTF-16 LE
 SAVE = "Save the conversations as JSON Lines or Parquet."
@@ -70,7 +70,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Kind:
-    """How to read a file: JSON, PARQUET or EMPTY; whether it is packed; a text's encoding, and the end of its lines."""
+    """How to read a file: JSON, PARQUET, EMPTY, or TEXT whose first line is no JSON (its lines are rejects); whether it is packed; a text's encoding, and the end of its lines."""
 
     name: str
     packed: bool = False
@@ -102,9 +102,9 @@ def recognise(path: Path) -> Kind:
             raise Foreign(kind, remedy)
     encoding = _encoding(head)
     text = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
-    if text[:1] not in ("{", "["):
+    if other := text[:1] not in ("{", "["):
         _not_json(text)
-    return Kind(JSON, packed, encoding, "\r" if "\r" in text and "\n" not in text else "\n")
+    return Kind(TEXT if other else JSON, packed, encoding, "\r" if "\r" in text and "\n" not in text else "\n")
 
 
 def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
@@ -112,7 +112,7 @@ def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
     with faults(name):
         if kind.name == PARQUET:
             yield from _parquet(path)
-        elif kind.name == JSON:
+        elif kind.name in (JSON, TEXT):
             yield from _json(path, name, kind)
 
 
@@ -145,8 +145,9 @@ def text(path: Path, what: str) -> str:
     with faults(path.name):
         raw = path.read_bytes()
         encoding = _encoding(raw)
-        decoded = "" if b"\0" in raw and encoding.startswith("utf-8") else raw.decode(encoding)
-    if raw and not decoded:
+        binary = b"\0" in raw and encoding.startswith("utf-8")
+        decoded = "" if binary else raw.decode(encoding)
+    if binary:
         raise StageError(f"{path.name} is no text: it has NUL bytes", expected, "Name the right file, or save it as UTF-8.")
     if not decoded.strip():
         raise StageError(f"{path.name} is empty", expected, "Name the right file in the recipe.")
@@ -257,6 +258,8 @@ def _values(text: str, name: str) -> Iterator[Record]:
             value, end = dataset.DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             place = getattr(error, "pos", at)
+            if not text[place:].strip(" \t\r\n") or "Unterminated" in str(error):  # a string without end runs to the end of the text
+                raise StageError(f"{name}: the text ends inside row {number}: the file was cut off", "a whole JSON array", "Copy or write the file again.") from error
             raise StageError(
                 f"{name}: row {number} is no JSON ({dataset.reason(error)}), at line {_line_of(text, place)} of the file", "JSON throughout",
                 "Mend it there. In JSON Lines, one object a line, one bad row does not stop the others.") from error

@@ -38,7 +38,7 @@ class File:
     @property
     def stem(self) -> str:
         """What its rows are filed under where they do not say."""
-        return SHARD.sub("", stem(self.path.name))
+        return SHARD.sub("", stem(_readable(Path(self.path.name))))
 
 
 @dataclass
@@ -59,7 +59,7 @@ def listed(sources: list[Path]) -> Listing:
     for number, source in enumerate(sources, 1):
         files = _folder(source, listing) if source.is_dir() else [(source, "")]
         for path, split in files:
-            name = str(path.relative_to(source.parent))
+            name = _readable(path.relative_to(source.parent))
             name = f"{name} (source {number})" if name in names else name
             names.add(name)
             try:
@@ -101,10 +101,10 @@ def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
                 "is a link to a folder, which is not followed" if (here / name).is_symlink() else ""
             if reason:
                 folders.remove(name)
-                listing.left_out[f"{(here / name).relative_to(source.parent)}/"] = reason
+                listing.left_out[f"{_readable((here / name).relative_to(source.parent))}/"] = reason
         for name in sorted(files):
             if reason := _left_out(here / name, files):
-                listing.left_out[str((here / name).relative_to(source.parent))] = reason
+                listing.left_out[_readable((here / name).relative_to(source.parent))] = reason
             else:
                 chosen.append(here / name)
     chosen.sort()
@@ -115,6 +115,11 @@ def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
     relatives = [PurePosixPath(path.relative_to(source).as_posix()) for path in chosen]
     places = {_place(relative) for relative in relatives}
     return [(path, _split(relative, places)) for path, relative in zip(chosen, relatives)]
+
+
+def _readable(path: Path) -> str:
+    """A path as text: a name in another encoding than UTF-8 gets marks in place of its bytes."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _unreadable(error: OSError) -> None:
@@ -141,7 +146,9 @@ def _left_out(path: Path, beside: list[str]) -> str:
             return f"is {foreign.kind}"
         except StageError as error:
             return error.found.removeprefix(f"{name} ")
-        return "is empty" if kind.name == content.EMPTY else f"holds {kind.name} by its content: end its name in .jsonl or .parquet to have it read"
+        if kind.name in (content.EMPTY, content.TEXT):
+            return "is empty" if kind.name == content.EMPTY else "is text"
+        return f"holds {kind.name} by its content: end its name in .jsonl or .parquet to have it read"
     plain = COPY.sub("", stem(name))
     if plain != stem(name) and any(plain == stem(other) for other in beside):
         return f"is a copy of {plain}"

@@ -88,6 +88,8 @@ def render(tokenizer, chosen: list[Row], limit: int) -> tuple[list[Prepared], li
             reason = ""
         except chat.ChatError as error:
             reason = str(error)
+        except RecursionError:
+            reason = "nested too deeply"
         else:
             if len(rendered.input_ids) > limit:
                 reason = f"{len(rendered.input_ids)} tokens, {LONG} {limit}"

@@ -126,6 +126,8 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
         raise chat.ChatError("half a surrogate pair: a character was cut in two") from error
     except (TypeError, ValueError) as error:  # a table may hold dates and NaN
         raise chat.ChatError(f"a value that JSON does not have: {error}") from error
+    except RecursionError as error:
+        raise chat.ChatError("nested too deeply") from error
     return row
 
 

@@ -81,7 +81,7 @@ BAD = {
     b'{"a": {"content": 1, "content": 2}}': "the key 'content' stands twice",
     b'{"a": "\xe0\xb2"}': "not UTF-8: byte 0xe0 at 7",
     b"[" * 100_000: "nested too deeply",
-    b'{"a": ' + b"1" * 5000 + b"}": "integer",
+    b'{"a": ' + b"1" * 5000 + b"}": "an integer of thousands of digits",
 }
 
 
