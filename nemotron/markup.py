@@ -46,11 +46,8 @@ def pattern(tokenizer) -> re.Pattern[str]:
     """One expression for every string that no text may hold, compiled once for each tokenizer."""
     size, compiled = _patterns.get(tokenizer, (-1, None))
     if compiled is None or size != len(tokenizer):
-        tokens = (
-            {token.content for token in tokenizer.added_tokens_decoder.values()}
-            | set(tokenizer.all_special_tokens)
-            | set(TEMPLATE_TOKENS)
-        )
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}  # special ones too
+        tokens = added | set(TEMPLATE_TOKENS)
         literals = sorted((re.escape(token) for token in tokens if token.strip()), key=len, reverse=True)
         compiled = re.compile("|".join([*literals, *TEMPLATE_MARKUP]))
         _patterns[tokenizer] = (len(tokenizer), compiled)

@@ -174,7 +174,7 @@ def test_a_hundred_conversations_have_the_tokens_that_vllm_makes_of_them(rows, s
 
 def test_a_chat_completion_has_the_tokens_of_the_tokenize_request(rows, server):
     """The tools pass through vLLM's parser there, which may change a request."""
-    for row in rows[::9]:
+    for row in rows[::7]:  # the 78th has thoughts in its history
         last = max(
             n
             for n, message in enumerate(row["messages"])
