@@ -7,24 +7,10 @@ import pytest
 pytest.importorskip("transformers", reason="needs the train environment")
 pytest.importorskip("trl", reason="needs the train environment")
 
+from talks import SYSTEM, TOOLS, calls, result, says, several, user  # noqa: E402
+
 from nemotron import chat  # noqa: E402
 from stages.base import make, teach  # noqa: E402
-
-TOOLS = [{"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}}}}]
-SYSTEM = {"role": "system", "content": "You are Annie."}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def says(text):
-    return {"role": "assistant", "content": text}
-
-
-def calls(name, arguments, content=""):
-    return {"role": "assistant", "content": content, "tool_calls": [{"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}]}
-
 
 # A plain answer, a call with words before it, its result put in words (with blanks around), a bare call.
 TALK = [
@@ -217,225 +203,119 @@ def test_a_template_with_today_s_date_is_refused(tokenizer):
         tokenizer.chat_template = own
 
 
-def tool(name, **parameters):
-    return {"type": "function", "function": {"name": name, "description": "It does so.", "parameters": {"type": "object", "properties": parameters}}}
-
-
-def result(content, id=None, **more):
-    return {"role": "tool", "content": content, **({"tool_call_id": id} if id else {}), **more}
-
-
-def several(*calls_made, content=None):
-    """A turn with several calls, each (name, arguments, id or None)."""
-    return {"role": "assistant", "content": content, "tool_calls": [
-        {**({"id": id} if id else {}), "type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments, id in calls_made]}
-
-
 def served(tokenizer, messages, tools):
     """(prompt that the server makes for a turn, the row up to there) for every assistant turn."""
     rendered = chat.render(tokenizer, messages, tools)
     turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     for number, (first, _) in zip(turns, spans(rendered), strict=True):
         prompt = tokenizer.apply_chat_template(
-            chat.normalise(messages)[:number], tools=chat.served_tools(tools), tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            chat.normalise(messages)[:number],
+            tools=chat.served_tools(tools),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
         yield tokenizer(prompt, add_special_tokens=False)["input_ids"], rendered.input_ids[:first]
-
-
-# A call that is written out as text (case 03).
-@pytest.mark.parametrize("content, string", [
-    ('<tool_call>\n{"name": "set_timer", "arguments": {"minutes": 5}}\n</tool_call>', "<tool_call>"),
-    ('Starting it. {"name": "set_timer", "arguments": {"minutes": 5}}', '"name": "set_timer"'),
-    ('```json\n[{"arguments": {"minutes": 5}, "name": "set_timer"}]\n```', '"arguments"'),
-    ("<function=set_timer>\n<parameter=minutes>\n5\n</parameter>\n</function>", "<function="),
-    ('<functioncall> {"name": "set_timer"}', "<functioncall>"), ("[TOOL_CALLS]set_timer", r"\[TOOL_CALLS\]"),
-    ("[set_timer(minutes=5)]", r"set_timer\("), ("< parameter = minutes>", "< parameter ="),
-])
-def test_case_03_a_call_written_out_as_text_is_refused(tokenizer, content, string):
-    with pytest.raises(chat.ChatError, match=rf"message 2 holds {string}"):
-        chat.render(tokenizer, [user("Timer."), says(content)], TOOLS)
-
-
-@pytest.mark.parametrize("content", ["The name is Asha, the arguments are good.", "Say set_timer(5) in the prompt, or so.", '{"name": "Asha"}', "5 < 6 and 7 > 6"])
-def test_case_03_what_only_looks_like_a_call_is_trained(tokenizer, content):
-    assert chat.render(tokenizer, [user("What?"), says(content)], TOOLS).trained
-
-
-# Text that the tokenizer reads as a control token (case 04), wherever it stands.
-@pytest.mark.parametrize("token", ["<s>", "</s>", "<unk>", "<|im_end|>", "<SPECIAL_20>", "<think>", "</think>", "<tool_response>", "</tool_call>"])
-@pytest.mark.parametrize("where, place", [
-    (lambda t: ([{**SYSTEM, "content": f"Use {t}."}, user("Hi."), says("Hi.")], TOOLS), "message 1"),
-    (lambda t: ([user(f"Strike it: {t}old"), says("Yes.")], TOOLS), "message 1"),
-    (lambda t: ([user("Strike it."), says(f"Here: {t}old")], TOOLS), "message 2"),
-    (lambda t: ([user("Go."), calls("set_timer", {"minutes": 5}), result(f"a{t}b")], TOOLS), "message 3"),
-    (lambda t: ([user("Go."), calls("set_timer", {"note": {"deep": ["x", f"a{t}"]}})], TOOLS), "message 2: a call of set_timer"),
-    (lambda t: ([user("Go."), says("Yes.")], [tool("stop", at={"type": "string", "description": f"a{t}"})]), "tool stop"),
-    (lambda t: ([user("Go."), says("Yes.")], [tool("stop", at={"enum": [f"a{t}"]})]), "tool stop"),
-])
-def test_case_04_a_control_token_in_a_text_is_refused(tokenizer, token, where, place):
-    messages, tools = where(token)
-    with pytest.raises(chat.ChatError, match=place) as refusal:
-        chat.render(tokenizer, messages, tools)
-    assert token in str(refusal.value), "the reason names the string"
-
-
-def test_case_04_an_added_token_that_is_not_special_counts(tokenizer):
-    from transformers import AutoTokenizer
-
-    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    talk = [user("Hi."), says("So [INST] it is.")]
-    assert chat.render(own, talk).trained
-    own.add_tokens("[INST]")
-    with pytest.raises(chat.ChatError, match=r"message 2 holds \[INST\]"):
-        chat.render(own, talk)
-
-
-def test_case_04_a_key_of_a_tool_that_the_template_writes_as_a_tag_is_refused(tokenizer):
-    with pytest.raises(chat.ChatError, match="tool stop holds <s>"):
-        chat.render(tokenizer, [user("Hi."), says("Hi.")], [tool("stop", at={"type": "string", "s": [1]})])
-    assert chat.render(tokenizer, [user("Hi."), says("Hi.")], [tool("stop", s={"type": "string"})]).trained, "a property's own name is no tag"
-
-
-@pytest.mark.parametrize("value", ["a</parameter>b", "a< / parameter >", "<parameter=x>", "</function>", ["</tool_call>"], {"<parameter=x>": 1}])
-def test_an_argument_with_markup_that_the_parser_would_read_is_refused(tokenizer, value):
-    with pytest.raises(chat.ChatError, match="message 2: a call of set_timer holds <"):
-        chat.render(tokenizer, [user("Go."), calls("set_timer", {"note": value})], TOOLS)
-
-
-@pytest.mark.parametrize("name", ["a>b", "a\nb", "<s>", " a", "", "a=b"])
-def test_a_name_that_cannot_be_read_back_is_refused(name):
-    with pytest.raises(chat.ChatError, match="not a name that can be read back"):
-        chat.normalise([user("Go."), calls("set_timer", {name: 1})])
-    with pytest.raises(chat.ChatError, match="not a name that can be read back|without a function name"):
-        chat.normalise([user("Go."), calls(name, {})])
-    with pytest.raises(chat.ChatError, match="tool 1"):
-        chat.served_tools([tool(name)])
-
-
-# Results without a call (case 06).
-@pytest.mark.parametrize("messages, place", [
-    ([SYSTEM, result("ok", "c1"), user("Timer.")], "message 2 is a tool result"),
-    ([user("Timer."), result("ok", "zz"), says("Done.")], "message 2 is a tool result"),
-    ([user("Timer."), says("Wait."), result("ok")], "message 3 is a tool result"),
-    ([user("Go."), several(("stop", {}, "a")), result("ok", "a"), says("Done."), result("ok", "a")], "message 5 is a tool result"),
-    ([user("Go."), several(("stop", {}, "a")), result("ok", "b")], "message 3 is the result of a call that message 2 does not make"),
-    ([user("Go."), several(("stop", {}, "a")), result("ok", "a"), result("ok", "a")], "message 2 makes 1 tool calls, but 2 results"),
-    ([user("Go."), several(("stop", {}, "a"), ("go", {}, "b")), result("ok", "a"), says("Done.")], "message 2 makes 2 tool calls, but 1 results"),
-    ([user("Go."), several(("stop", {}, "a")), says("Done.")], "message 2 makes 1 tool calls, but 0 results"),
-    ([user("Go."), several(("stop", {}, "a")), user("And?")], "message 2 makes 1 tool calls, but 0 results"),
-    ([user("Go."), several(("stop", {}, "a"), ("go", {}, "a")), result("x", "a"), result("y", "b")], "two calls of message 2 have the same id"),
-    ([user("Go."), several(("stop", {}, "a"), ("go", {}, "b")), result("x", "a"), result("y", "a")], "two results of message 2 have the same id"),
-    ([user("Go."), several(("stop", {}, "a"), ("go", {}, "b")), result("x", "a"), result("y")], "message 4 has no tool_call_id"),
-    ([user("Go."), several(("stop", {}, "a"), ("go", {}, None)), result("x", "a"), result("y", "b")], "not all of its calls have an id"),
-    ([user("Go."), several(("stop", {}, None), ("go", {}, None)), result("x", name="go"), result("y", name="stop")], "message 3 is a result of go"),
-])
-def test_case_06_results_and_calls_that_do_not_belong_together_are_refused_by_position(messages, place):
-    with pytest.raises(chat.ChatError, match=place):
-        chat.normalise(messages)
-
-
-# Results in another order than the calls (case 07).
-def test_case_07_results_stand_in_the_order_of_the_calls(tokenizer):
-    turn = several(("get_weather", {"city": "Pune"}, "a"), ("get_weather", {"city": "Delhi"}, "b"), ("get_weather", {"city": "Goa"}, "c"))
-    straight = [user("Weather?"), turn, result("31", "a"), result("40", "b"), result("29", "c"), says("So.")]
-    mixed = [straight[n] for n in (0, 1, 4, 2, 3, 5)]
-    assert chat.normalise(mixed) == chat.normalise(straight) == chat.normalise(chat.normalise(mixed))
-    assert chat.render(tokenizer, mixed) == chat.render(tokenizer, straight)
-    assert [message["content"] for message in chat.normalise(mixed)[2:5]] == ["31", "40", "29"]
-
-
-def test_case_07_without_ids_the_order_stands_and_an_id_may_come_again_in_a_later_turn():
-    turn = several(("stop", {}, None), ("go", {}, None))
-    talk = [user("Go."), turn, result("2"), result("1"), several(("stop", {}, "c")), result("x", "c"), several(("stop", {}, "c")), result("y", "c"), says("So.")]
-    assert [message["content"] for message in chat.normalise(talk) if message["role"] == "tool"] == ["2", "1", "x", "y"]
-
-
-# Tools as the server gives them to the template (cases 14 and 15).
-BARE = {"name": "stop"}
-
-
-@pytest.mark.parametrize("given, expected", [
-    (BARE, {"name": "stop", "description": None, "parameters": None}),
-    ({"type": "function", "function": BARE}, {"name": "stop", "description": None, "parameters": None}),
-    ({"type": "function", "function": {**BARE, "parameters": {}, "description": None}}, {"name": "stop", "description": None, "parameters": {}}),
-    ({"type": "function", **BARE, "description": "Stops.", "examples": [1]}, {"name": "stop", "description": "Stops.", "parameters": None}),
-    ({"function": {"strict": True, "x": 1, **BARE}, "vendor": 1}, {"name": "stop", "description": None, "parameters": None, "strict": True}),
-    ({"function": {"strict": None, **BARE}, "defer_loading": False}, {"name": "stop", "description": None, "parameters": None, "defer_loading": False}),
-])
-def test_case_15_tools_are_what_the_server_makes_of_them(given, expected):
-    [made] = chat.served_tools([given])
-    assert made == {"type": "function", "function": expected} and list(made["function"]) == list(expected), "the order of keys is rendered"
-    assert chat.served_tools([made]) == [made]
-
-
-def test_case_15_a_tool_without_description_is_trained_as_the_server_writes_it(tokenizer):
-    text = chat.render(tokenizer, [user("Hi."), says("Hi.")], [BARE]).text
-    assert "<name>stop</name>\n<description>None</description>\n<parameters>\n</parameters>" in text
-    assert chat.served_tools(None) == chat.served_tools([]) == []
-
-
-@pytest.mark.parametrize("given, reason", [
-    ({"type": "retrieval"}, "tool 1 is not a function"), ("stop", "tool 1 is not a function"), ({"type": "custom", "name": "stop"}, "tool stop is of type 'custom'"),
-    ({**BARE, "parameters": "{}"}, "parameters of tool stop are str"), ({**BARE, "description": ["x"]}, "description of tool stop is list"),
-    ({**BARE, "strict": "yes"}, "strict of tool stop is str"),
-])
-def test_case_15_a_tool_of_another_shape_is_refused_by_name(given, reason):
-    with pytest.raises(chat.ChatError, match=reason):
-        chat.served_tools([given])
 
 
 # Blanks around content (case 17): the row's history is the one that the server renders for each turn.
 @pytest.mark.parametrize("content", ["  Sure.", "Sure.\n", "\u2003Sure. ", "\r\nSure.\r\n", "", None])
 def test_case_17_blanks_around_an_answer_do_not_change_later_prompts(tokenizer, content):
     talk = [
-        {"role": "system", "content": "  You are Annie.\r\n"}, user(" x\n"), several(("set_timer", {"minutes": 5}, "c1"), content=content), result(" ok ", "c1"),
-        says(" Done. "), user("again"), several(("set_timer", {"minutes": 5}, "c2"), content=content), result("ok", "c2"), says("\nYes.")]
+        {"role": "system", "content": "  You are Annie.\r\n"},
+        user(" x\n"),
+        several(("set_timer", {"minutes": 5}, "c1"), content=content),
+        result(" ok ", "c1"),
+        says(" Done. "),
+        user("again"),
+        several(("set_timer", {"minutes": 5}, "c2"), content=content),
+        result("ok", "c2"),
+        says("\nYes."),
+    ]
     for prompt, row in served(tokenizer, talk, TOOLS):
         assert prompt == row
     text = chat.render(tokenizer, talk, TOOLS).text
-    assert "<|im_start|>system\n  You are Annie.\r\n\n\n# Tools" in text and "user\n x\n<|im_end|>" in text and "<tool_response>\n ok \n</tool_response>" in text
+    assert (
+        "<|im_start|>system\n  You are Annie.\r\n\n\n# Tools" in text
+        and "user\n x\n<|im_end|>" in text
+        and "<tool_response>\n ok \n</tool_response>" in text
+    )
     assert "<think></think>Done.<|im_end|>" in text and "<think></think>Yes.<|im_end|>" in text
 
 
 # Arguments that are empty (case 19).
-@pytest.mark.parametrize("function", [{"arguments": ""}, {"arguments": None}, {}, {"arguments": "  "}, {"arguments": "{}"}, {"arguments": {}}])
+@pytest.mark.parametrize(
+    "function",
+    [{"arguments": ""}, {"arguments": None}, {}, {"arguments": "  "}, {"arguments": "{}"}, {"arguments": {}}],
+)
 def test_case_19_empty_arguments_are_an_empty_object(tokenizer, function):
-    turn = {"role": "assistant", "content": "", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "get_time", **function}}]}
+    turn = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "get_time", **function}}],
+    }
     assert only_call(chat.normalise([user("Time?"), turn])) == {}
     assert "<function=get_time>\n</function>" in chat.render(tokenizer, [user("Time?"), turn]).text
 
 
 # Flags and thoughts.
 def test_a_message_with_train_false_stays_in_the_context_and_out_of_the_loss(tokenizer):
-    talk = [user("A?"), says("One."), user("B?"), {**says("Two."), "train": False}, user("C?"), {**says("Three."), "train": True}]
+    talk = [
+        user("A?"),
+        says("One."),
+        user("B?"),
+        {**says("Two."), "train": False},
+        user("C?"),
+        {**says("Three."), "train": True},
+    ]
     rendered = chat.render(tokenizer, talk)
-    assert rendered.input_ids == chat.render(tokenizer, [{key: m[key] for key in ("role", "content")} for m in talk]).input_ids
-    assert tokenizer.decode([label for label in rendered.labels if label != chat.IGNORED]) == "One.<|im_end|>Three.<|im_end|>"
+    assert (
+        rendered.input_ids
+        == chat.render(tokenizer, [{key: m[key] for key in ("role", "content")} for m in talk]).input_ids
+    )
+    assert (
+        tokenizer.decode([label for label in rendered.labels if label != chat.IGNORED])
+        == "One.<|im_end|>Three.<|im_end|>"
+    )
     with pytest.raises(chat.ChatError, match="train of message 2"):
         chat.render(tokenizer, [user("A?"), {**says("One."), "train": 0}])
 
 
 def test_reasoning_is_trained_from_the_prompt_of_a_server_that_thinks(tokenizer):
     """Thoughts before the last user message are context that the template leaves out; a turn without any is trained as one of a server that does not think."""
-    talk = [SYSTEM, user("A?"), {**says("One."), "reasoning_content": "Hm."}, user("B?"), {**several(("set_timer", {"minutes": 5}, "a")), "reasoning_content": "\nA timer. "},
-            result("ok", "a"), {**says("Two."), "reasoning_content": "It runs."}, says("Three.")]
+    talk = [
+        SYSTEM,
+        user("A?"),
+        {**says("One."), "reasoning_content": "Hm."},
+        user("B?"),
+        {**several(("set_timer", {"minutes": 5}, "a")), "reasoning_content": "\nA timer. "},
+        result("ok", "a"),
+        {**says("Two."), "reasoning_content": "It runs."},
+        says("Three."),
+    ]
     rendered = chat.render(tokenizer, talk, TOOLS, reasoning=True)
     said = [tokenizer.decode(rendered.input_ids[slice(*span)]) for span in spans(rendered)]
-    call = "<tool_call>\n<function=set_timer>\n<parameter=minutes>\n5\n</parameter>\n</function>\n</tool_call>\n"
-    assert said == [f"A timer.\n</think>\n{call}<|im_end|>", "It runs.\n</think>\nTwo.<|im_end|>", "Three.<|im_end|>"]
+    call = (
+        "<tool_call>\n<function=set_timer>\n<parameter=minutes>\n5\n</parameter>\n</function>\n</tool_call>\n"
+    )
+    assert said == [
+        f"A timer.\n</think>\n{call}<|im_end|>",
+        "It runs.\n</think>\nTwo.<|im_end|>",
+        "Three.<|im_end|>",
+    ]
     for number, (first, _) in zip((4, 6), spans(rendered)):
         prompt = tokenizer.apply_chat_template(
-            [{key: value for key, value in m.items() if n > 3 or key != "reasoning_content"} for n, m in enumerate(chat.normalise(talk)[:number])],
-            tools=chat.served_tools(TOOLS), tokenize=False, add_generation_prompt=True, enable_thinking=True)
+            [
+                {key: value for key, value in m.items() if n > 3 or key != "reasoning_content"}
+                for n, m in enumerate(chat.normalise(talk)[:number])
+            ],
+            tools=chat.served_tools(TOOLS),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
         assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == rendered.input_ids[:first]
     with pytest.raises(chat.ChatError, match="reasoning_content of message 2 holds </think>"):
-        chat.render(tokenizer, [user("A?"), {**says("One."), "reasoning_content": "a</think>b"}], reasoning=True)
-
-
-@pytest.mark.parametrize("messages, reason", [
-    ([], "no messages"), (["hi"], "message 1 is not an object"), ([{"role": "robot", "content": "x"}], "unknown role 'robot'"), ([user("A?"), SYSTEM], "second system prompt"),
-    ([user(None)], "content of message 1 is null"), ([user(["x"])], "content of message 1 is list"), ([user("A?"), says(" ")], "message 2 is an empty assistant turn"),
-    ([{**user("A?"), "tool_calls": [{}]}], "message 1 calls a tool, but its role is user"), ([{"role": "system", "content": "x-anthropic-billing-header: 1\nA"}], "vLLM removes"),
-])
-def test_messages_of_another_shape_are_refused_by_position(messages, reason):
-    with pytest.raises(chat.ChatError, match=reason):
-        chat.normalise(messages)
+        chat.render(
+            tokenizer, [user("A?"), {**says("One."), "reasoning_content": "a</think>b"}], reasoning=True
+        )
