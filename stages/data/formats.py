@@ -3,7 +3,8 @@
 Canonical: `role` in chat.ROLES; `content` a string, or None on an assistant turn that calls tools; `tool_calls`, a list of
 `{"id"?, "type": "function", "function": {"name", "arguments": mapping}}`; `tool_call_id` and `name` on a tool's message;
 `reasoning_content` on an assistant turn; `train: False` on any message. No other key survives. A key whose value is null
-counts as absent. What carries content and cannot be represented is refused by name, the rest is counted in `unused`.
+counts as absent. What carries content and cannot be represented is refused by name, the rest is counted in `unused`. Whether
+the messages make a conversation (order, results of calls, empty turns) is for chat.normalise to say, for every source of them.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def canonical(row: Any) -> Conversation:
         messages.append(message)
         unused += [f"{key or 'history'}[].{name}" for name in names]
     messages = _with_system(row.get("system"), messages)
-    _check(messages)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ChatError("no assistant turn: nothing to train on")
     return Conversation(form, messages, _tools(row), tuple(dict.fromkeys(unused)))
 
 
@@ -248,21 +250,6 @@ def _with_system(system: Any, messages: list[dict]) -> list[dict]:
     return messages
 
 
-def _check(messages: list[dict]) -> None:
-    """What a conversation must have, whatever its format."""
-    for position, message in enumerate(messages, 1):
-        role, content = message["role"], message["content"]
-        if role == "system" and position > 1:
-            raise ChatError(f"message {position} is a second system prompt")
-        # Only a turn that calls a tool may be without text: the template would write the word None for the others.
-        if role == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
-            raise ChatError(f"message {position} is an empty assistant turn")
-        if content is None and role != "assistant":
-            raise ChatError(f"content of message {position} is null, not text")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ChatError("no assistant turn: nothing to train on")
-
-
 def _tools(row: dict) -> list[Any] | None:
     """The row's tools as a list, from `tools` or the older `functions`, each also as JSON in a string; None if it has none."""
     if row.get("tools") and row.get("functions"):
@@ -270,22 +257,8 @@ def _tools(row: dict) -> list[Any] | None:
     key = "tools" if row.get("tools") else "functions"
     tools = _decoded(row.get(key) or [], key)
     if not isinstance(tools, list):
-        raise ChatError(f"{key} is {_kind(tools)}, not a list of functions with names")
-    tools = [_decoded(tool, key) for tool in tools]
-    if not all(named(tool) for tool in tools):
-        raise ChatError(f"{key} is not a list of functions with names")
-    return tools or None
-
-
-def named(tool: Any) -> bool:
-    """Whether a tool is a function with a name, in OpenAI's form or bare."""
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(function["name"])
-
-
-def wrapped(tools: list[Any]) -> list[dict]:
-    """Tools in OpenAI's form; bare functions get their wrapping."""
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        raise ChatError(f"{key} is {_kind(tools)}, not a list of functions")
+    return [_decoded(tool, key) for tool in tools] or None
 
 
 def _decoded(value: Any, what: str) -> Any:

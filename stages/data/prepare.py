@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nemotron import chat
+from nemotron import calls, chat
 from stages import dataset, job
 from stages.data import files, formats, picture, production, rows, stats
 from stages.data.rows import Reject, Row
@@ -44,8 +45,11 @@ def run(task: Job) -> None:
     refuse_many(task, gathered.rejects, gathered.total, params["max_reject_share"])
     chosen, prompts = production.with_prompt(gathered.rows, prompt, params["missing_prompt"], params["other_prompts"])
     chosen, equipped = production.with_tools(chosen, tools, params["tools"])
+    chosen, thinking = thoughts(chosen, params["reasoning"])
     chosen, duplicates, overlap = rows.once(chosen)
-    prepared, refused = render(AutoTokenizer.from_pretrained(task.inputs["base"]), chosen, params["max_tokens"])
+    undeclared = outside(chosen, params["undeclared_calls"])
+    tokenizer = AutoTokenizer.from_pretrained(task.inputs["base"])
+    prepared, refused = render(tokenizer, chosen, params["max_tokens"], params["reasoning"] == "train")
     rejects = gathered.rejects + refused
     refuse_many(task, rejects, gathered.total, params["max_reject_share"])
     for reject in rejects[:SHOWN]:
@@ -55,7 +59,7 @@ def run(task: Job) -> None:
         save(task, rejects)
         raise StageError(f"no row left to train on: {len(rejects)} rejected, {len(held_out)} held out", "at least one",
                          f"See the reasons in the log and in {task.on_host(task.scratch / REJECTS)}; check max_tokens and eval_share.")
-    counts = {"duplicates": duplicates, "overlap": overlap, **prompts, **equipped, "splits": {f.name: f.split for f in listing.files if f.split},
+    counts = {"duplicates": duplicates, "overlap": overlap, **prompts, **equipped, "reasoning": thinking, "undeclared_calls": undeclared, "splits": {f.name: f.split for f in listing.files if f.split},
               "left_out": listing.left_out, "unused_keys": unused}
     write(task.output, train, held_out, rejects, prompt, tools, stats.summary(pairs(train), pairs(held_out), rejects, prompt, counts))
 
@@ -79,12 +83,36 @@ def left_out(listing: files.Listing) -> str:
     return ": " + files.some((f"{name} {reason}" for name, reason in listing.left_out.items())) if listing.left_out else ""
 
 
-def render(tokenizer, chosen: list[Row], limit: int) -> tuple[list[Prepared], list[Reject]]:
+def thoughts(chosen: list[Row], policy: str) -> tuple[list[Row], int]:
+    """The rows without their reasoning, unless it is to be trained, and how many have some."""
+    thinking = sum(any("reasoning_content" in message for message in row.messages) for row in chosen)
+    if not thinking or policy == "train":
+        return chosen, thinking
+    job.warning(f"{thinking} of {len(chosen)} rows have reasoning, which is left out", "Annie is served with thinking off; set reasoning: train to train it")
+    return [replace(row, messages=[{k: v for k, v in message.items() if k != "reasoning_content"} for message in row.messages]) for row in chosen], thinking
+
+
+def outside(chosen: list[Row], policy: str) -> dict[str, int]:
+    """What is wrong with calls that the row's tools do not allow -> rows. Raises StageError if there are any and the policy is refuse."""
+    places, reasons = [], Counter()
+    for row in chosen:
+        if found := calls.outside(row.messages, row.tools):
+            places.append(row.place)
+            reasons.update({re.sub(r"^message \d+:? ", "", reason) for reason in found})
+    if places:
+        said = f"{len(places)} of {len(chosen)} rows have calls that their tools do not allow, first {places[0]} ({files.some((f'{r}: {n} rows' for r, n in reasons.most_common()), 5)})"
+        if policy == "refuse":
+            raise StageError(said, "calls of declared tools with arguments of their schema", "Mend the rows or their tools, or set undeclared_calls: warn to train them as they are.")
+        job.warning(said, "they are trained as they are; set undeclared_calls: refuse to stop here")
+    return dict(reasons.most_common())
+
+
+def render(tokenizer, chosen: list[Row], limit: int, reasoning: bool) -> tuple[list[Prepared], list[Reject]]:
     """Rows as tokens; those that cannot be trained on become rejects."""
     prepared, rejects = [], []
     for number, row in enumerate(chosen, 1):
         try:
-            rendered = chat.render(tokenizer, row.messages, row.tools)
+            rendered = chat.render(tokenizer, row.messages, row.tools, reasoning)
             reason = ""
         except chat.ChatError as error:
             reason = str(error)

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from nemotron import chat
 from stages import dataset, job
 from stages.data import content
-from stages.data.formats import named, wrapped
 from stages.data.rows import Row
 from stages.job import StageError
 
@@ -28,7 +28,7 @@ def read_prompt(path: Path) -> str:
 
 
 def read_tools(path: Path) -> list[dict]:
-    """The production tools in OpenAI's form: a list of them, or an object with the list under `tools`; bare functions are wrapped.
+    """The production tools as the server gives them to the template, from a list, or an object with the list under `tools`.
 
     Raises StageError if the file holds anything else, a tool without a name, or two of one name.
     """
@@ -40,12 +40,15 @@ def read_tools(path: Path) -> list[dict]:
         value = value["tools"]
     if not isinstance(value, list):
         raise StageError(f"the tools file {path.name} holds {_described(value)}", SHAPE, "Put the tools into a list.")
-    if bad := [number for number, tool in enumerate(value, 1) if not named(tool)]:
-        raise StageError(f"tool {bad[0]} of {path.name} is {_described(value[bad[0] - 1])}", SHAPE, "Give every tool its function with a name.")
-    tools = wrapped(value)
+    try:
+        tools = chat.served_tools(value)
+    except chat.ChatError as error:
+        raise StageError(f"the tools file {path.name}: {error}", SHAPE, "Mend that tool.") from error
     names = Counter(tool["function"]["name"] for tool in tools)
     if twice := [name for name, count in names.items() if count > 1]:
         raise StageError(f"{path.name} has several tools called {', '.join(twice)}", "one of each name", "Remove or rename the others.")
+    if bare := [name for name, tool in zip(names, tools) if tool["function"]["description"] is None]:
+        job.warning(f"{path.name} has tools without a description: {', '.join(bare)}", "the template writes the word None for it, in training as in serving; describe them")
     return tools
 
 

@@ -118,7 +118,7 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
     conversation = formats.canonical(value)
     split = str(value.get("split") or "").lower()
     row = Row(
-        file.name, line, chat.normalise(conversation.messages), conversation.tools and formats.wrapped(conversation.tools), str(value.get("category") or file.stem), head,
+        file.name, line, chat.normalise(conversation.messages), chat.served_tools(conversation.tools) or None, str(value.get("category") or file.stem), head,
         conversation.format, file.split or (split if split in HELD_OUT | WITH_TRAIN else ""), conversation.unused)
     try:
         _text([row.messages, row.tools, row.category]).encode()

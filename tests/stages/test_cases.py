@@ -148,8 +148,8 @@ def test_a_tools_file_reaches_serving_in_the_one_form_that_servers_take(line, to
 
 @pytest.mark.parametrize("tools, reason", [
     (b"set_timer(minutes)", "is not JSON"), (b"", "is empty"), ({"set_timer": SCHEMA}, "an object with the keys 'set_timer'"), ([*TOOLS, TIMER], "several tools called set_timer"),
-    ([{"type": "function", "function": {"description": "x"}}], "tool 1 of tools.json is an object with the keys 'type', 'function'"), (["set_timer"], "tool 1 of tools.json is str"),
-    ([{"type": "function", "function": {"name": ""}}], "tool 1 of"), (TOOLS[0], "an object with the keys 'type', 'function'"), (b"\xff\xfe[", "no utf-16 text")])
+    ([{"type": "function", "function": {"description": "x"}}], "tool 1 is not a function with a name"), (["set_timer"], "tool 1 is not a function with a name"),
+    ([{"type": "function", "function": {"name": ""}}], "the name of tool 1"), (TOOLS[0], "an object with the keys 'type', 'function'"), (b"\xff\xfe[", "no utf-16-le text")])
 def test_a_tools_file_of_another_shape_is_refused_with_the_shape(line, tools, reason):
     line.put("a.jsonl", called())
     with pytest.raises(StageError) as refused:
@@ -263,3 +263,64 @@ def test_a_data_set_of_another_shape_is_answered_with_the_shapes_that_are_read(l
 def test_keys_that_are_not_used_are_counted_in_one_warning(line):
     told = line.run(line.put("in.jsonl", talk("a", source="x"), talk("b", source="y", n=1), talk("c", id=1)), eval_share=0.0)
     assert told["unused_keys"] == {"source": 2, "n": 1} and line.warnings == ["keys that are not used: source (2 rows), n (1 rows)"]
+
+
+def test_messages_that_are_flagged_are_context_and_not_trained(line):
+    row = talk("hi", "BAD ANSWER")
+    row["messages"][-1]["weight"] = 0
+    row["messages"] += [{"role": "user", "content": "no"}, {"role": "assistant", "content": "Hello.", "weight": 1}]
+    told = line.run(line.put("in.jsonl", row, {"messages": [*row["messages"][:2], {"role": "assistant", "content": "WORSE", "train": False}, *row["messages"][3:]]}), eval_share=0.0)
+    assert line.trained() == ["Hello.<|im_end|>"] * 2 and "BAD ANSWER" in line.train[0]["text"] and told["unused_keys"] == {}
+
+
+def test_a_row_with_nothing_left_to_train_is_a_reject(line):
+    row = talk("hi")
+    row["messages"][-1]["train"] = False
+    told = line.run(line.put("in.jsonl", row, talk("b")), eval_share=0.0, max_reject_share=0.5)
+    assert told["reasons"] == {"no token to train on": 1}
+
+
+def test_calls_that_no_tool_declares_are_counted_warned_of_or_refused(line):
+    wrong = [called(tools=[], question="a"), called('{"mins": 5}', question="b"), called(question="c"), called(tools=[{"name": "fly", "description": "x"}], question="d")]
+    path = line.put("in.jsonl", *wrong)
+    told = line.run(path, eval_share=0.0, max_tokens=4096)
+    assert told["undeclared_calls"] == {"calls set_timer, which the row's tools do not declare": 2, "argument mins of set_timer is not in its schema": 1,
+                                        "argument minutes of set_timer is missing": 1}
+    [warning] = line.warnings
+    assert warning.startswith("3 of 4 rows have calls that their tools do not allow, first in.jsonl:1 (calls set_timer")
+    with pytest.raises(StageError, match="3 of 4 rows have calls"):
+        line.run(path, undeclared_calls="refuse")
+
+
+def test_tools_that_are_inserted_declare_the_calls(line):
+    told = line.run(line.put("in.jsonl", called(tools=[])), file=TOOLS, tools="insert", undeclared_calls="refuse", eval_share=0.0, max_tokens=4096)
+    assert told["undeclared_calls"] == {} and told["tools_inserted"] == 1
+
+
+def test_reasoning_is_left_out_with_a_warning_or_trained(line):
+    row = talk("a")
+    row["messages"][-1]["reasoning"] = "Let me greet."
+    path = line.put("in.jsonl", row, talk("b"))
+    told = line.run(path, eval_share=0.0)
+    assert told["reasoning"] == 1 and line.trained() == ["Hello.<|im_end|>"] * 2 and "greet" not in json.dumps(line.train)
+    assert line.warnings == ["1 of 2 rows have reasoning, which is left out"]
+    line.run(path, eval_share=0.0, reasoning="train")
+    assert line.trained()[0].startswith("Let me greet.") and line.trained()[1] == "Hello.<|im_end|>" and not line.warnings
+
+
+def test_results_in_another_order_are_put_in_the_order_of_the_calls(line):
+    row = called(question="two")
+    calls = [{"id": name, "type": "function", "function": {"name": "set_timer", "arguments": {"minutes": n}}} for n, name in enumerate("ab", 1)]
+    row["messages"][2:4] = [{"role": "assistant", "content": None, "tool_calls": calls}, *({"role": "tool", "tool_call_id": name, "content": f"result {name}"} for name in "ba")]
+    line.run(line.put("in.jsonl", row), eval_share=0.0)
+    assert line.train[0]["text"].index("result a") < line.train[0]["text"].index("result b")
+
+
+@pytest.mark.parametrize("turns, reason", [
+    ([{"role": "tool", "tool_call_id": "c", "content": "ok"}], "calls no tool"), ([{"role": "user", "content": "x"}, {"role": "function", "name": "f", "content": "ok"}], "calls no tool"),
+    ([{"role": "user", "content": "Here: <s>old</s> new"}], "holds <s>"), ([{"role": "user", "content": "say <|im_end|>"}], r"holds <\|im_end\|>")])
+def test_what_the_template_cannot_tell_apart_is_a_reject(line, turns, reason):
+    row = talk("hi")
+    row["messages"][1:1] = turns
+    with pytest.raises(StageError, match=reason):
+        line.run(line.put("in.jsonl", row))

@@ -18,7 +18,7 @@ from stages.job import Job, StageError  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[2]
 PROMPT = "You are Annie.\n<rules>\n1. Be brief.\n2. No markdown.\n</rules>"
-TOOLS = [{"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}}}}]
+TOOLS = [{"type": "function", "function": {"name": "set_timer", "description": "Start a timer", "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}}}}]
 PARAMS = {"max_tokens": 500, "eval_share": 0.0, "other_prompts": "refuse", "max_reject_share": 1.0, "missing_prompt": "refuse", "tools": "allow"}
 
 
@@ -82,7 +82,7 @@ BAD = {
     "too long": (talk("Why? " * 500), r"\d+ tokens, max_tokens is 500"),
     "trap 13: a null argument": (timer('{"minutes": null}'), "argument minutes of set_timer is null"),
     "trap 13: arguments that are no JSON": (timer("{minutes: 5}"), "arguments of set_timer are not JSON"),
-    "no content": (talk("Hello?", None), "empty assistant turn"),
+    "no content": (talk("Hello?", None), "content of message 3 is null"),
     "thinks aloud": (talk("Hello?", "<think>hm</think>Hi."), "message 3 thinks aloud"),
     "a number without end": (b'{"messages": ' + b"1" * 5000 + b"}", "not JSON"),
     "half a surrogate pair": (b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "Hi."}]}', "surrogate"),

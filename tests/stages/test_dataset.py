@@ -18,7 +18,7 @@ from stages.quantize import calibrate, fidelity  # noqa: E402
 from stages.train import fit  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[2]
-SEPARATORS = "note:\u2028buy\u2029milk\u0085now\x1c"  # each ends a line for str.splitlines
+SEPARATORS = "note:\u2028buy\u2029milk\u0085now\x1cor later"  # each ends a line for str.splitlines
 ROWS = [
     {"id": str(n), "category": "c", "tools": [], "input_ids": [n, 5, 6, 7], "labels": [-100, 5, 6, 7], "text": SEPARATORS,
      "messages": [{"role": "user", "content": SEPARATORS}, {"role": "assistant", "content": f"Noted {n}. {SEPARATORS}"}]}

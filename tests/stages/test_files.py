@@ -89,7 +89,7 @@ def test_null_that_the_user_wrote_stays_and_is_refused_in_parquet_too(tmp_path):
 
 
 def test_nested_values_of_a_table_may_be_json_in_text(tmp_path):
-    tools = [{"type": "function", "function": {"name": "f", "description": "d"}}]
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
     path = tmp_path / "chats.parquet"
     [row] = read(path, parquet(path, [{"messages": json.dumps(ROW["messages"]), "tools": json.dumps(tools)}]))
     assert row.messages == ROW["messages"] and row.tools == tools

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs the train environment")
 
-from nemotron.chat import ChatError  # noqa: E402
+from nemotron.chat import ChatError, normalise, served_tools  # noqa: E402
 from stages.data import formats  # noqa: E402
 from stages.data.formats import canonical  # noqa: E402
 
@@ -140,7 +140,7 @@ REFUSED = {
     "both forms of tools": (said(USER, ANSWER, tools=[TOOL], functions=[{"name": "g"}]), "both tools and functions"),
     "tools that are an object": (said(USER, ANSWER, tools={"f": {}}), "tools is an object"),
     "tools that are text": (said(USER, ANSWER, tools="f(x)"), "tools is text that is not JSON"),
-    "a tool without a name": (said(USER, ANSWER, tools=[{"type": "function", "function": {}}]), "not a list of functions with names"),
+    "a tool without a name": (said(USER, ANSWER, tools=[{"type": "function", "function": {}}]), "tool 1 is not a function with a name"),
     "Alpaca without an answer": ({"instruction": "x", "output": ""}, "message 2 is an empty assistant turn"),
     "Alpaca's output as a list": ({"instruction": "x", "output": ["y"]}, "output is a list"),
     "preferences": ({"prompt": "x", "chosen": "a", "rejected": "b"}, "no format that is read: preference pairs (chosen, rejected)"),
@@ -157,7 +157,8 @@ REFUSED = {
 def test_what_cannot_be_represented_is_refused_by_name(kind):
     row, reason = REFUSED[kind]
     with pytest.raises(ChatError, match=re.escape(reason)):
-        canonical(row)
+        conversation = canonical(row)
+        normalise(conversation.messages), served_tools(conversation.tools)
 
 
 def test_other_keys_are_dropped_and_counted():
