@@ -1,12 +1,13 @@
 """What can be checked of linux/arm64 without such a machine. `make arm64` runs it; docs/arm64.md has the figures of one run.
 
-    ANNIE_ARM64_BASE=python:3.11-slim-bookworm .venv/bin/python tests/arm64/run.py [unpack | images | logits]...
+    ANNIE_ARM64_BASE=python:3.11-slim-bookworm .venv/bin/python tests/arm64/run.py [unpack | imports | logits | images]...
 
 1. unpack   every lock, unpacked for Python 3.12 on aarch64, as the local executor on a DGX Spark would (no emulation)
-2. images   the images train and vllm, built for linux/arm64; torch and vLLM imported in them
-3. logits   one prompt through the checkpoint of recipes/tiny.yaml, here and in the arm64 container: at most 1e-3 apart
+2. imports  the environments train and vllm for Python 3.11 on aarch64, unpacked here; torch and vLLM imported in an arm64 container
+3. logits   one prompt through the checkpoint of recipes/tiny.yaml, here and in that container: at most 1e-3 apart
+4. images   the Dockerfiles of train and vllm, built for linux/arm64 and not exported; installing under emulation is slow
 
-2 and 3 need a Docker engine that runs linux/arm64 (by QEMU's user emulation, for example) and ANNIE_ARM64_BASE, the tag of a
+2 to 4 need a Docker engine that runs linux/arm64 (by QEMU's user emulation, for example) and ANNIE_ARM64_BASE, the tag of a
 Python 3.11 image for arm64. Stage base must be built, or ANNIE_ARM64_CHECKPOINT name a checkpoint's folder.
 """
 
@@ -28,12 +29,16 @@ from forge import recipe as recipes  # noqa: E402
 from forge.executor.local import Local  # noqa: E402
 from forge.image import pythons  # noqa: E402
 
+HOME = Path(os.environ.get("ANNIE_HOME", REPO / ".annie")).absolute()
 LOCKS = ("host.lock", "tests/requirements.lock", "images/uv.lock", "images/train/requirements.lock", "images/vllm/requirements.lock",
          "images/vllm/base.lock", "images/torch-aarch64.lock")
-IMAGES = {"train": "import torch, transformers, peft, bitsandbytes; torch.ones(2, 2) @ torch.ones(2, 2)",
-          "vllm": "import torch, vllm, vllm._C, annie_vllm_cpu; from vllm import LLM, SamplingParams"}
+ENVIRONMENTS = {"train": "import torch, transformers, peft", "vllm": "import torch, vllm, vllm._C; from vllm import LLM"}
+# QEMU's processors with SVE end `import torch` with a segmentation fault (QEMU 7.2), and torch reads the processor's features from
+# /proc/cpuinfo, which is x86-64's under emulation: without a file of aarch64's in its place the first operation ends in the same way.
+CPU = "neoverse-n1"
+EMULATED = [f"--env=QEMU_CPU={CPU}", f"--volume={REPO}/tests/arm64/cpuinfo:/proc/cpuinfo:ro", "--env=OMP_NUM_THREADS=1"]
 DIFFERENCE = 1e-3  # largest allowed difference of two logits
-TAG = "annie/arm64-check-{}"
+TAG = "annie/arm64-check"
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Failed(Exception):
 
 
 def main(words: list[str]) -> int:
-    parts = {"unpack": unpack, "images": images, "logits": logits}
+    parts = {"unpack": unpack, "imports": imports, "logits": logits, "images": images}
     if unknown := set(words) - set(parts):
         print(f"found {', '.join(sorted(unknown))}; expected any of {', '.join(parts)}")
         return 2
@@ -58,7 +63,7 @@ def main(words: list[str]) -> int:
         for name in words or parts:
             for row in parts[name]():
                 rows.append(row)
-                print(f"  {row}", flush=True)
+                print(f"  {row.what}: {row.result} ({row.seconds:.0f} s)", flush=True)
     except Failed as fault:
         print(f"failed: {fault}", file=sys.stderr)
         return 1
@@ -86,14 +91,20 @@ def unpack():
     for lock in LOCKS:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            run([sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--link-mode=copy",
-                 "--python-platform=aarch64-manylinux_2_39", f"--python-version={python}", f"--target={folder}", "-r", str(REPO / lock)])
-            packages = len(list(Path(folder).glob("*.dist-info")))
-            foreign = [path.name for path in Path(folder).rglob("*.so*") if not path.is_symlink() and not aarch64(path)]
-            if not packages or foreign:
-                raise Failed(f"{lock}: found {packages} packages, and libraries of another machine: {foreign[:5]}; expected aarch64's alone")
-            size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e9
+            packages, size = unpacked([lock], Path(folder), python, "aarch64-manylinux_2_39")
         yield Row(f"{lock}, Python {python}", f"{packages} packages unpack", size, time.monotonic() - began)
+
+
+def unpacked(locks: list[str], folder: Path, python: str, uv_platform: str) -> tuple[int, float]:
+    """Packages and GB of some locks, unpacked into `folder`. Failed where one of their libraries is of another machine."""
+    for lock in locks:
+        run([sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:",
+             f"--python-platform={uv_platform}", f"--python-version={python}", f"--target={folder}", "-r", str(REPO / lock)])
+    packages = len(list(folder.glob("*.dist-info")))
+    foreign = [path.name for path in folder.rglob("*.so*") if not path.is_symlink() and not aarch64(path)]
+    if not packages or foreign:
+        raise Failed(f"{', '.join(locks)}: found {packages} packages, and libraries of another machine: {foreign[:5]}; expected aarch64's alone")
+    return packages, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
 
 
 def aarch64(library: Path) -> bool:
@@ -103,31 +114,59 @@ def aarch64(library: Path) -> bool:
     return head[:4] != b"\x7fELF" or head[18:20] == bytes([183, 0])
 
 
-def images():
-    """The Dockerfiles of the CPU images, built for linux/arm64, and their main packages imported."""
+def base_image() -> str:
+    """A tag of ANNIE_ARM64_BASE with what vLLM links against."""
     base = os.environ.get("ANNIE_ARM64_BASE")
     if not base:
         raise Failed("found no ANNIE_ARM64_BASE; expected the tag of a Python 3.11 image for linux/arm64")
-    for name, imports in IMAGES.items():
-        began, tag = time.monotonic(), TAG.format(name)
-        with tempfile.TemporaryDirectory() as empty:
-            run(["docker", "buildx", "build", "--load", "--platform=linux/arm64", "--provenance=false", f"--build-arg=BASE={base}",
-                 "--build-arg=TORCH=cpu", "--build-arg=BYTECODE=0", f"--build-context=wheels={empty}", f"--tag={tag}",
-                 f"--file={REPO / 'images' / name / 'Dockerfile'}", str(REPO / "images")])
-        size = int(run(["docker", "image", "inspect", "--format={{.Size}}", tag])) / 1e9
-        yield Row(f"image {name}", "builds", size, time.monotonic() - began)
-        began = time.monotonic()
-        said = run([*container(name), "python3", "-c", f"import platform; {imports}; print('torch', torch.__version__, 'on', platform.machine())"])
-        yield Row(f"image {name}: imports", said.strip().splitlines()[-1], None, time.monotonic() - began)
+    dockerfile = f"FROM {base}\nRUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libnuma1\n"
+    run(["docker", "buildx", "build", "--load", "--platform=linux/arm64", "--provenance=false", f"--tag={TAG}", "-"], input=dockerfile)
+    return TAG
+
+
+def environment(name: str) -> tuple[Path, int, float]:
+    """An environment's packages for Python 3.11 on aarch64 in a folder that later runs use again; their number and GB."""
+    folder = HOME / "arm64" / name
+    packages, size = unpacked([f"images/{name}/requirements.lock", "images/torch-aarch64.lock"], folder, "3.11", "aarch64-manylinux_2_31")
+    return folder, packages, size
 
 
 def container(name: str, *options: str) -> list[str]:
-    return ["docker", "run", "--rm", "--platform=linux/arm64", "--network=none", *options, TAG.format(name)]
+    """`docker run` of an arm64 container with the environment `name`."""
+    return ["docker", "run", "--rm", "--platform=linux/arm64", "--network=none", *EMULATED, f"--volume={HOME / 'arm64' / name}:/environment",
+            "--env=PYTHONPATH=/annie:/environment", "--workdir=/annie", *options, TAG]
+
+
+def imports():
+    """What each environment is for, imported in an arm64 container."""
+    base_image()
+    for name, statements in ENVIRONMENTS.items():
+        began = time.monotonic()
+        _, packages, size = environment(name)
+        yield Row(f"environment {name}, Python 3.11", f"{packages} packages unpack", size, time.monotonic() - began)
+        began = time.monotonic()
+        program = f"import platform; {statements}; print(f'torch {{torch.__version__}} on {{platform.machine()}}:', torch.ones(9, 9).mm(torch.ones(9, 9)).sum().item())"
+        said = run([*container(name), "python3", "-c", program]).strip().splitlines()[-1]
+        yield Row(statements, said, None, time.monotonic() - began)
+
+
+def images():
+    """The Dockerfiles of the CPU images, to their last step."""
+    base_image()
+    for name in ENVIRONMENTS:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as empty:
+            run(["docker", "buildx", "build", "--output=type=cacheonly", "--platform=linux/arm64", "--provenance=false", f"--build-arg=BASE={os.environ['ANNIE_ARM64_BASE']}",
+                 "--build-arg=TORCH=cpu", "--build-arg=BYTECODE=0", f"--build-arg=QEMU_CPU={CPU}", f"--build-context=wheels={empty}",
+                 f"--file={REPO / 'images' / name / 'Dockerfile'}", str(REPO / "images")])
+        yield Row(f"images/{name}/Dockerfile", "builds", None, time.monotonic() - began)
 
 
 def logits():
     """The same prompt through the same checkpoint on both machines. The arm64 container runs the code of this repository."""
-    local = Local(REPO, Path(os.environ.get("ANNIE_HOME", REPO / ".annie")))
+    base_image()
+    environment("train")
+    local = Local(REPO, HOME)
     image = recipes.load(REPO / "recipes/tiny.yaml", REPO).images["train"]
     local.prepare(image, lambda line: print(f"  {line}", flush=True))
     python = str(local.python(image))
@@ -142,7 +181,7 @@ def logits():
         yield Row("logits here", said.strip(), None, time.monotonic() - began)
         began = time.monotonic()
         said = run([*container(
-            "train", f"--volume={REPO}/nemotron:/annie/nemotron:ro", f"--volume={REPO}/tests/arm64:/annie/tests/arm64:ro", "--env=PYTHONPATH=/annie",
+            "train", f"--volume={REPO}/nemotron:/annie/nemotron:ro", f"--volume={REPO}/tests/arm64:/annie/tests/arm64:ro",
             f"--volume={Path(checkpoint).resolve()}:/checkpoint:ro", f"--volume={there.parent}:/output"), "python3", program, "compute", "/checkpoint", f"/output/{there.name}"])
         yield Row("logits in the arm64 container", said.strip().splitlines()[-1], None, time.monotonic() - began)
         result = json.loads(run([python, program, "compare", str(here), str(there)], cwd=REPO))
