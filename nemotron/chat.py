@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemotron import markup
-from nemotron.messages import ROLES, ChatError, normalise, served_tools
+from nemotron.messages import CALL_AS_TEXT, ROLES, ChatError, normalise, served_tools
 
 __all__ = [
     "IGNORED",
@@ -158,9 +158,7 @@ def _refuse_markup(tokenizer, messages: list[dict], tools: list[dict], reasoning
         if message["role"] != "assistant":
             continue
         if written := markup.written_call(message["content"], tools):
-            raise ChatError(
-                f"message {position} holds {written}: a call written out as text, which belongs in tool_calls"
-            )
+            raise ChatError(f"message {position} holds {written}: {CALL_AS_TEXT}")
         if reasoning and (match := search(message.get("reasoning_content", ""))):
             raise ChatError(
                 f"reasoning_content of message {position} holds {match.group()}, "

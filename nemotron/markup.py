@@ -24,6 +24,7 @@ TEMPLATE_MARKUP = (
     r"<\s*parameter\s*=",
     r"<\s*/\s*parameter\s*>",
 )
+OWN_CALLS = ("<tool_call>", "<function=")
 # How other model families write a call: text to this model, which its parser would not read.
 FOREIGN_CALLS = ("<functioncall>", "<function_call>", "<|python_tag|>", "[TOOL_CALLS]", "<tool_use>")
 # {"name": "set_timer", "arguments": {...}}, wherever it stands in an answer; either order of the two keys.
@@ -56,7 +57,7 @@ def pattern(tokenizer) -> re.Pattern[str]:
 
 def written_call(text: str, tools: list[dict]) -> str | None:
     """The part of an answer that is a call written out: another model's markup, JSON, or name(...) alone."""
-    for marker in FOREIGN_CALLS:
+    for marker in (*OWN_CALLS, *FOREIGN_CALLS):
         if marker in text:
             return marker
     if match := _JSON_CALL.search(text):

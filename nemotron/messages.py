@@ -12,6 +12,8 @@ import math
 import re
 from typing import Any
 
+from nemotron import markup
+
 ROLES = ("system", "user", "assistant", "tool")
 # vLLM removes a line that begins so from the start of a system prompt.
 DROPPED_LINE = "x-anthropic-billing-header"
@@ -19,6 +21,8 @@ DROPPED_LINE = "x-anthropic-billing-header"
 # A name stands in <function=NAME>, <parameter=NAME> or <name>NAME</name>, and vLLM's parser reads it back up
 # to the first ">".
 _NAME = re.compile(r"[^\s<>=](?:[^\n\r<>=]*[^\s<>=])?")
+
+CALL_AS_TEXT = "a call written out as text, which belongs in tool_calls"
 
 
 class ChatError(ValueError):
@@ -51,6 +55,7 @@ def normalise(messages: list[dict]) -> list[dict]:
         result.append(message)
         position += 1
         if message["role"] == "tool":
+            _refuse_written_call(result[:-1])
             raise ChatError(f"message {position} is a tool result, but the turn before it calls no tool")
         if calls := message.get("tool_calls"):
             end = position
@@ -66,6 +71,13 @@ def normalise(messages: list[dict]) -> list[dict]:
                 )
             position = end
     return result
+
+
+def _refuse_written_call(messages: list[dict]) -> None:
+    """Names the cause where a result has no call because the turn before it holds the call as text."""
+    if messages and messages[-1]["role"] == "assistant":
+        if written := markup.written_call(messages[-1]["content"], []):
+            raise ChatError(f"message {len(messages)} holds {written}: {CALL_AS_TEXT}")
 
 
 def _message(message: Any, position: int) -> dict:
