@@ -1,4 +1,4 @@
-"""Calls that do not fit the tools of their row: counted and shown by stage data, or refused if the recipe says so."""
+"""Calls that do not fit the tools of their row. Stage data counts them, or refuses them if asked to."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from typing import Any
 from nemotron.messages import normalise, served_tools
 
 _TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,), "object": (dict,), "null": (type(None),),
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
 }
 
 
 def outside(messages: list[dict], tools: list[dict] | None) -> list[str]:
-    """One short reason for everything in the calls of `messages` that `tools` do not allow, in order; empty if all fit.
+    """A short reason for everything in the calls of `messages` that `tools` do not allow; empty if all fit.
 
-    Checked are: that the tool is declared, and of its schema's top level `properties` (unless additionalProperties allows
-    more), `required`, and each property's `type` and `enum`. What stands deeper, and anyOf, $ref and the like, is not checked.
-    Values never stand in a reason.
+    Checked are: that the tool is declared, and of its schema's top level `properties` (unless
+    additionalProperties allows more), `required`, and each property's `type` and `enum`. What stands deeper,
+    and anyOf, $ref and the like, is not checked. Values never stand in a reason.
     """
     declared = {tool["function"]["name"]: tool["function"] for tool in served_tools(tools)}
     reasons = []
@@ -26,7 +32,10 @@ def outside(messages: list[dict], tools: list[dict] | None) -> list[str]:
             if name not in declared:
                 reasons.append(f"message {position} calls {name}, which the row's tools do not declare")
             else:
-                reasons += [f"message {position}: {reason}" for reason in _against(declared[name]["parameters"], name, arguments)]
+                reasons += [
+                    f"message {position}: {reason}"
+                    for reason in _against(declared[name]["parameters"], name, arguments)
+                ]
     return reasons
 
 
@@ -37,7 +46,9 @@ def _against(schema: dict | None, name: str, arguments: dict) -> list[str]:
     reasons = []
     more = schema.get("additionalProperties", False)
     if (isinstance(properties, dict) or not schema) and not (more is True or isinstance(more, dict)):
-        reasons += [f"argument {key} of {name} is not in its schema" for key in arguments if key not in listed]
+        reasons += [
+            f"argument {key} of {name} is not in its schema" for key in arguments if key not in listed
+        ]
     required = schema.get("required")
     for key in required if isinstance(required, list) else ():
         if key not in arguments:
@@ -47,7 +58,8 @@ def _against(schema: dict | None, name: str, arguments: dict) -> list[str]:
         if not isinstance(part, dict):
             continue
         if (expected := part.get("type")) is not None and not _is(value, expected):
-            reasons.append(f"argument {key} of {name} is {_type(value)}, not {expected if isinstance(expected, str) else ' or '.join(map(str, expected))}")
+            types = expected if isinstance(expected, list) else [expected]
+            reasons.append(f"argument {key} of {name} is {_type(value)}, not {' or '.join(map(str, types))}")
         elif isinstance(part.get("enum"), list) and value not in part["enum"]:
             reasons.append(f"argument {key} of {name} is none of its enum")
     return reasons
@@ -59,7 +71,7 @@ def _is(value: Any, expected: Any) -> bool:
     1.0 is no integer: the template writes it as 1.0, which vLLM's parser does not read back as an integer.
     """
     kinds = expected if isinstance(expected, list) else [expected]
-    if any(kind not in _TYPES for kind in kinds):
+    if not all(isinstance(kind, str) and kind in _TYPES for kind in kinds):
         return True
     if isinstance(value, bool):
         return "boolean" in kinds

@@ -1,7 +1,8 @@
-"""Text that would be read as something else: control tokens, think and tool markup, calls written out as text.
+"""Text that would be read as something else: control tokens, markup, calls written out as text.
 
-A template pastes texts into markup and escapes nothing, and a tokenizer reads its added tokens wherever they stand. A text that
-holds such a string is therefore never what it says, neither in training nor when it is served.
+A template pastes texts into markup and escapes nothing, and a tokenizer reads its added tokens wherever they
+stand. A text that holds such a string is therefore never what it says, neither in training nor when it is
+served.
 """
 
 from __future__ import annotations
@@ -11,28 +12,42 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
-# The template's own, and vLLM's qwen3_coder parser, which allows blanks inside <parameter=...> and </parameter>.
+# The template's own, and vLLM's qwen3_coder parser, which allows blanks inside <parameter=...> and
+# </parameter>.
 TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>")
 TEMPLATE_MARKUP = (
-    r"</?think>", r"</?tool_call>", r"</?tool_response>", r"<function=", r"</function>", r"<\s*parameter\s*=", r"<\s*/\s*parameter\s*>",
+    r"</?think>",
+    r"</?tool_call>",
+    r"</?tool_response>",
+    r"<function=",
+    r"</function>",
+    r"<\s*parameter\s*=",
+    r"<\s*/\s*parameter\s*>",
 )
 # How other model families write a call: text to this model, which its parser would not read.
 FOREIGN_CALLS = ("<functioncall>", "<function_call>", "<|python_tag|>", "[TOOL_CALLS]", "<tool_use>")
 # {"name": "set_timer", "arguments": {...}}, wherever it stands in an answer; either order of the two keys.
 _JSON_CALL = re.compile(
-    r'"name"\s*:\s*"[^"\n]*"\s*,\s*"(?:arguments|parameters)"\s*:\s*[{"]|"(?:arguments|parameters)"\s*:\s*\{[^{}]*\}\s*,\s*"name"\s*:\s*"'
-    r'|"(?:tool_calls|function_call)"\s*:\s*[\[{]')
+    r'"name"\s*:\s*"[^"\n]*"\s*,\s*"(?:arguments|parameters)"\s*:\s*[{"]'
+    r'|"(?:arguments|parameters)"\s*:\s*\{[^{}]*\}\s*,\s*"name"\s*:\s*"'
+    r'|"(?:tool_calls|function_call)"\s*:\s*[\[{]'
+)
 # Keys whose meaning the template knows; every other key of a definition is written as <key>value</key>.
-_KNOWN_KEYS = {"tool": ("type", "name", "description", "parameters"), "parameters": ("type", "properties", "required"), "property": ("name", "type", "description", "enum")}
+_KNOWN_KEYS = {
+    "tool": ("type", "name", "description", "parameters"),
+    "parameters": ("type", "properties", "required"),
+    "property": ("name", "type", "description", "enum"),
+}
 
 _patterns: WeakKeyDictionary[Any, tuple[int, re.Pattern[str]]] = WeakKeyDictionary()
 
 
 def pattern(tokenizer) -> re.Pattern[str]:
-    """One expression that finds every string that no text may hold. Made once for a tokenizer and its number of tokens."""
+    """One expression for every string that no text may hold, compiled once for each tokenizer."""
     size, compiled = _patterns.get(tokenizer, (-1, None))
     if compiled is None or size != len(tokenizer):
-        tokens = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens) | set(TEMPLATE_TOKENS)
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}  # special ones too
+        tokens = added | set(TEMPLATE_TOKENS)
         literals = sorted((re.escape(token) for token in tokens if token.strip()), key=len, reverse=True)
         compiled = re.compile("|".join([*literals, *TEMPLATE_MARKUP]))
         _patterns[tokenizer] = (len(tokenizer), compiled)
@@ -40,12 +55,12 @@ def pattern(tokenizer) -> re.Pattern[str]:
 
 
 def written_call(text: str, tools: list[dict]) -> str | None:
-    """The part of an answer's `text` that is a tool call written out: markup of another model, JSON, or name(...) alone."""
+    """The part of an answer that is a call written out: another model's markup, JSON, or name(...) alone."""
     for marker in FOREIGN_CALLS:
         if marker in text:
             return marker
     if match := _JSON_CALL.search(text):
-        return match.group()
+        return match.group().partition(":")[0] + ": ... in JSON"
     alone = text.strip().removeprefix("[").removesuffix("]").strip()
     for tool in tools:
         name = tool["function"]["name"]
@@ -72,7 +87,11 @@ def tags(function: dict) -> Iterator[str]:
     parameters = function.get("parameters") or {}
     properties = parameters.get("properties")
     levels = [("tool", function), ("parameters", parameters)]
-    levels += [("property", part) for part in (properties.values() if isinstance(properties, dict) else ()) if isinstance(part, dict)]
+    levels += [
+        ("property", part)
+        for part in (properties.values() if isinstance(properties, dict) else ())
+        if isinstance(part, dict)
+    ]
     for level, part in levels:
         for key in part:
             if key not in _KNOWN_KEYS[level]:

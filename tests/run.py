@@ -38,7 +38,10 @@ def interpreter(environment: str) -> tuple[list[str], dict[str, str]]:
     image = load(REPO / "recipes" / "tiny.yaml", REPO).images[environment]
     executor.prepare(image, lambda line: print(f"  {line}", flush=True))
     python = executor.python(image)
-    return [str(python)], {"PYTHONPATH": os.pathsep.join([str(REPO), str(pytest_folder(python))])}
+    variables = {"PYTHONPATH": os.pathsep.join([str(REPO), str(pytest_folder(python))])}
+    if environment == "vllm":  # one test there compares what stage data makes with what vLLM does
+        variables["ANNIE_TEST_TRAIN_PYTHON"] = interpreter("train")[0][0]
+    return [str(python)], variables
 
 
 def pytest_folder(python: Path) -> Path:

@@ -110,7 +110,11 @@ def ask_all(server: Server, name: str, asked: list[dict], params: dict, label: s
 
 
 def as_openai(message: dict) -> dict:
-    """The data stage keeps tool arguments as mappings, the API wants them as JSON text."""
+    """A message as a client sends it: arguments as JSON text, and no key that is for training alone.
+
+    Thoughts are left out: a server with thinking off gives none, so no client has any to send back.
+    """
+    message = {key: value for key, value in message.items() if key not in ("train", "reasoning_content")}
     if not message.get("tool_calls"):
         return message
     calls = []

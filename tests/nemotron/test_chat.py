@@ -7,24 +7,10 @@ import pytest
 pytest.importorskip("transformers", reason="needs the train environment")
 pytest.importorskip("trl", reason="needs the train environment")
 
+from talks import SYSTEM, TOOLS, calls, result, says, several, user  # noqa: E402
+
 from nemotron import chat  # noqa: E402
 from stages.base import make, teach  # noqa: E402
-
-TOOLS = [{"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}}}}]
-SYSTEM = {"role": "system", "content": "You are Annie."}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def says(text):
-    return {"role": "assistant", "content": text}
-
-
-def calls(name, arguments, content=""):
-    return {"role": "assistant", "content": content, "tool_calls": [{"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}]}
-
 
 # A plain answer, a call with words before it, its result put in words (with blanks around), a bare call.
 TALK = [
@@ -215,3 +201,121 @@ def test_a_template_with_today_s_date_is_refused(tokenizer):
             chat.render(tokenizer, TALK)
     finally:
         tokenizer.chat_template = own
+
+
+def served(tokenizer, messages, tools):
+    """(prompt that the server makes for a turn, the row up to there) for every assistant turn."""
+    rendered = chat.render(tokenizer, messages, tools)
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    for number, (first, _) in zip(turns, spans(rendered), strict=True):
+        prompt = tokenizer.apply_chat_template(
+            chat.normalise(messages)[:number],
+            tools=chat.served_tools(tools),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        yield tokenizer(prompt, add_special_tokens=False)["input_ids"], rendered.input_ids[:first]
+
+
+# Blanks around content (case 17): the row's history is the one that the server renders for each turn.
+@pytest.mark.parametrize("content", ["  Sure.", "Sure.\n", "\u2003Sure. ", "\r\nSure.\r\n", "", None])
+def test_case_17_blanks_around_an_answer_do_not_change_later_prompts(tokenizer, content):
+    talk = [
+        {"role": "system", "content": "  You are Annie.\r\n"},
+        user(" x\n"),
+        several(("set_timer", {"minutes": 5}, "c1"), content=content),
+        result(" ok ", "c1"),
+        says(" Done. "),
+        user("again"),
+        several(("set_timer", {"minutes": 5}, "c2"), content=content),
+        result("ok", "c2"),
+        says("\nYes."),
+    ]
+    for prompt, row in served(tokenizer, talk, TOOLS):
+        assert prompt == row
+    text = chat.render(tokenizer, talk, TOOLS).text
+    assert (
+        "<|im_start|>system\n  You are Annie.\r\n\n\n# Tools" in text
+        and "user\n x\n<|im_end|>" in text
+        and "<tool_response>\n ok \n</tool_response>" in text
+    )
+    assert "<think></think>Done.<|im_end|>" in text and "<think></think>Yes.<|im_end|>" in text
+
+
+# Arguments that are empty (case 19).
+@pytest.mark.parametrize(
+    "function",
+    [{"arguments": ""}, {"arguments": None}, {}, {"arguments": "  "}, {"arguments": "{}"}, {"arguments": {}}],
+)
+def test_case_19_empty_arguments_are_an_empty_object(tokenizer, function):
+    turn = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "get_time", **function}}],
+    }
+    assert only_call(chat.normalise([user("Time?"), turn])) == {}
+    assert "<function=get_time>\n</function>" in chat.render(tokenizer, [user("Time?"), turn]).text
+
+
+# Flags and thoughts.
+def test_a_message_with_train_false_stays_in_the_context_and_out_of_the_loss(tokenizer):
+    talk = [
+        user("A?"),
+        says("One."),
+        user("B?"),
+        {**says("Two."), "train": False},
+        user("C?"),
+        {**says("Three."), "train": True},
+    ]
+    rendered = chat.render(tokenizer, talk)
+    assert (
+        rendered.input_ids
+        == chat.render(tokenizer, [{key: m[key] for key in ("role", "content")} for m in talk]).input_ids
+    )
+    assert (
+        tokenizer.decode([label for label in rendered.labels if label != chat.IGNORED])
+        == "One.<|im_end|>Three.<|im_end|>"
+    )
+    with pytest.raises(chat.ChatError, match="train of message 2"):
+        chat.render(tokenizer, [user("A?"), {**says("One."), "train": 0}])
+
+
+def test_reasoning_is_trained_from_the_prompt_of_a_server_that_thinks(tokenizer):
+    """Thoughts before the last user message are context that the template leaves out; a turn without any is trained as one of a server that does not think."""
+    talk = [
+        SYSTEM,
+        user("A?"),
+        {**says("One."), "reasoning_content": "Hm."},
+        user("B?"),
+        {**several(("set_timer", {"minutes": 5}, "a")), "reasoning_content": "\nA timer. "},
+        result("ok", "a"),
+        {**says("Two."), "reasoning_content": "It runs."},
+        says("Three."),
+    ]
+    rendered = chat.render(tokenizer, talk, TOOLS, reasoning=True)
+    said = [tokenizer.decode(rendered.input_ids[slice(*span)]) for span in spans(rendered)]
+    call = (
+        "<tool_call>\n<function=set_timer>\n<parameter=minutes>\n5\n</parameter>\n</function>\n</tool_call>\n"
+    )
+    assert said == [
+        f"A timer.\n</think>\n{call}<|im_end|>",
+        "It runs.\n</think>\nTwo.<|im_end|>",
+        "Three.<|im_end|>",
+    ]
+    for number, (first, _) in zip((4, 6), spans(rendered)):
+        prompt = tokenizer.apply_chat_template(
+            [
+                {key: value for key, value in m.items() if n > 3 or key != "reasoning_content"}
+                for n, m in enumerate(chat.normalise(talk)[:number])
+            ],
+            tools=chat.served_tools(TOOLS),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+        assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == rendered.input_ids[:first]
+    with pytest.raises(chat.ChatError, match="reasoning_content of message 2 holds </think>"):
+        chat.render(
+            tokenizer, [user("A?"), {**says("One."), "reasoning_content": "a</think>b"}], reasoning=True
+        )

@@ -203,6 +203,11 @@ def test_trap_13_arguments_go_out_as_json_text_and_stay_mappings_at_home():
     assert evaluate.as_openai({**CALLED, "tool_calls": [sent]})["tool_calls"] == [sent]
 
 
+def test_a_message_is_sent_without_the_keys_that_are_for_training():
+    said = {"role": "assistant", "content": "Tokyo."}
+    assert evaluate.as_openai({**said, "train": False, "reasoning_content": "Japan is in Asia."}) == said
+
+
 EMOJI, LONG = Failure("emoji", "🌙"), Failure("verbosity", "50 words")
 SCORED = {"base": [[EMOJI, EMOJI, LONG], [LONG], []], "nvfp4": [[], [EMOJI], []]}
 
