@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import signal
 import sqlite3
 import time
@@ -240,6 +241,7 @@ class _Run:
                 if event is None:
                     self.journal.emit("log", stage=task.stage, line=log.line(line.text))
                     continue
+                event = _on_host(event, getattr(self.executor, "scratch", ""), task.job["scratch"])
                 if event["event"] == "error":
                     last_error = event
                 if event["event"] != "progress":
@@ -316,6 +318,17 @@ def _event(text: str) -> dict[str, Any] | None:
         return None
     known = ("progress", "metric", "warning", "error")
     return event if isinstance(event, dict) and event.get("event") in known else None
+
+
+def _on_host(event: dict[str, Any], inside: str, scratch: str) -> dict[str, Any]:
+    """A warning or an error whose texts name files in the scratch folder as the user can open them.
+
+    `inside`: the folder's path where the stage runs, "" if it is the host's own.
+    """
+    if not inside or event["event"] not in ("warning", "error"):
+        return event
+    path = re.compile(rf"(?<![\w./-]){re.escape(inside)}/")
+    return {key: path.sub(lambda _: f"{scratch}/", value) if isinstance(value, str) else value for key, value in event.items()}
 
 
 def _line(event: dict[str, Any]) -> str:

@@ -26,11 +26,6 @@ class Job:
     secrets: dict[str, Path] = field(default_factory=dict)
     device: str = "cpu"
     provenance: dict[str, dict[str, str]] = field(default_factory=dict)
-    host_scratch: Path | None = None
-
-    def on_host(self, path: Path) -> Path:
-        """A path in the scratch folder as the user can open it: in a container the folder has another name than on the host."""
-        return self.host_scratch / path.relative_to(self.scratch) if self.host_scratch else path
 
 
 class StageError(Exception):
@@ -54,7 +49,6 @@ def read(path: str | Path) -> Job:
         secrets={name: Path(p) for name, p in raw.get("secrets", {}).items()},
         device=raw.get("device", "cpu"),
         provenance=raw.get("provenance", {}),
-        host_scratch=Path(raw["host_scratch"]) if raw.get("host_scratch") else None,
     )
 
 

@@ -26,6 +26,7 @@ from forge.image import Image
 REPOSITORY = "annie"
 SERVED = "annie/vllm-nemotron-annie"
 CODE = ("stages", "nemotron")
+SCRATCH = "/scratch"  # a task's scratch folder, in its container
 _OWNER = "io.annie.home"  # label: the store whose run started a container
 _ENGINE = "Start a Docker engine (its context must be the current one), or run with --executor local."
 _STREAM_SECONDS = 30 * 24 * 3600  # a stage may be silent for as long as it trains
@@ -110,6 +111,7 @@ class Spec:
 
 class Docker:
     name = "docker"
+    scratch = SCRATCH
 
     def __init__(self, repo: Path, home: Path, user: tuple[int, int] | None = None):
         """`user` is (uid, gid) of the containers; the caller's if not given."""
@@ -316,8 +318,7 @@ def container_job(task: Task) -> tuple[dict[str, Any], list[tuple[str, str, bool
     }
     job["secrets"] = {name: mounted(path, f"/secrets/{name}") for name, path in task.job["secrets"].items()}
     job["output"] = mounted(task.job["output"], "/output", False)
-    job["scratch"] = mounted(task.job["scratch"], "/scratch", False)
-    job["host_scratch"] = task.job["scratch"]
+    job["scratch"] = mounted(task.job["scratch"], SCRATCH, False)
     return job, mounts
 
 

@@ -58,7 +58,7 @@ def run(task: Job) -> None:
     if not train:
         save(task, rejects)
         raise StageError(f"no row left to train on: {len(rejects)} rejected, {len(held_out)} held out", "at least one",
-                         f"See the reasons in the log and in {task.on_host(task.scratch / REJECTS)}; check max_tokens and eval_share.")
+                         f"See the reasons in the log and in {task.scratch / REJECTS}; check max_tokens and eval_share.")
     counts = {"duplicates": duplicates, "overlap": overlap, **prompts, **equipped, "reasoning": thinking, "undeclared_calls": undeclared, "splits": {f.name: f.split for f in listing.files if f.split},
               "left_out": listing.left_out, "unused_keys": unused}
     write(task.output, train, held_out, rejects, prompt, tools, stats.summary(pairs(train), pairs(held_out), rejects, prompt, counts))
@@ -150,7 +150,7 @@ def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> N
         remedy += ". "
     raise StageError(
         f"{len(rejects)} of {total} rows are bad ({'; '.join(f'{n} x {reason}' for reason, n in reasons)}), first {first.file}:{first.line}",
-        f"at most {share:.1%}", f"{remedy}All of them are in {task.on_host(task.scratch / REJECTS)}.")
+        f"at most {share:.1%}", f"{remedy}All of them are in {task.scratch / REJECTS}.")
 
 
 def save(task: Job, rejects: list[Reject]) -> None:

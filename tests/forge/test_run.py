@@ -184,3 +184,11 @@ def test_a_log_can_be_followed_while_it_grows(its):
     reader.join(10)
     assert not reader.is_alive() and "a bad thing" in "".join(text)
     assert process.wait() == 1
+
+
+def test_a_message_of_a_container_names_scratch_files_as_the_host_does():
+    from forge.run import _on_host
+
+    event = {"event": "error", "found": "3 rows in /home/me/scratch/rows", "expected": "none", "remedy": "See /scratch/rejects.jsonl."}
+    assert _on_host(event, "/scratch", "/store/scratch/data/1") == {**event, "remedy": "See /store/scratch/data/1/rejects.jsonl."}
+    assert _on_host(event, "", "/store") == event and _on_host({"event": "log", "x": "/scratch/a"}, "/scratch", "/s")["x"] == "/scratch/a"

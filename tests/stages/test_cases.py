@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-from pathlib import Path
 
 import pytest
 
@@ -244,13 +243,6 @@ def test_rejects_stay_when_the_stage_refuses_and_the_message_names_where(line):
     listed = line.folder / "scratch" / "rejects.jsonl"
     assert f"in {listed}." in refused.value.remedy and [row["line"] for _, row in dataset.read(listed)] == list(range(31, 56))
     assert len([w for w in line.warnings if "rejected: " in w]) == 20
-
-
-def test_the_place_of_the_rejects_is_the_hosts_where_the_stage_runs_in_a_container(tmp_path):
-    task = Job("data", {}, {}, tmp_path / "output", Path("/scratch"), 0, host_scratch=tmp_path / "store")
-    assert task.on_host(Path("/scratch/rejects.jsonl")) == tmp_path / "store" / "rejects.jsonl"
-    (tmp_path / "job.json").write_text(json.dumps({"stage": "data", "params": {}, "inputs": {}, "output": "/output", "scratch": "/scratch", "host_scratch": "/store", "seed": 0}))
-    assert job.read(tmp_path / "job.json").on_host(Path("/scratch/a")) == Path("/store/a")
 
 
 def test_a_data_set_of_another_shape_is_answered_with_the_shapes_that_are_read(line):
