@@ -1,15 +1,17 @@
-"""Whether stage merge accepts what stage train made on a GPU, and refuses the same adapter once it is doctored.
+"""Whether stage merge accepts what stage train made on a GPU, and refuses the same adapter once it is
+doctored.
 
     python -m bench.merge_check all --folder /tmp/check --out OUT [--tiny]
     python -m bench.merge_check base|data|train|merge|doctored --folder /tmp/check --out OUT [--tiny]
 
-`base` makes random weights at the real model's widths in seven layers (MEM*EME), `data` conversations of random tokens, `train`
-runs stage train (qlora, all targets, rank 16, 40 steps at the default learning rate), `merge` stage merge on its adapter, and
-`doctored` proves merges of doctored copies of the adapter against the adapter itself: one layer's scale halved, two experts
-exchanged, up_proj's factors of two experts exchanged, one factor's sign turned. A copy is doctored in its tensors alone, so it is
-a well-formed adapter, and its merge is what a wrong reading of the adapter would have written. The proof has to refuse each by
-the tensor's name. Every part's outcome is printed at once and kept in OUT/merge_check.json; one part's failure does not stop the
-others. `--tiny` takes small widths, for a CPU.
+`base` makes random weights at the real model's widths in seven layers (MEM*EME), `data` conversations of
+random tokens, `train` runs stage train (qlora, all targets, rank 16, 40 steps at the default learning rate),
+`merge` stage merge on its adapter, and `doctored` proves merges of doctored copies of the adapter against the
+adapter itself: one layer's scale halved, two experts exchanged, up_proj's factors of two experts exchanged,
+one factor's sign turned. A copy is doctored in its tensors alone, so it is a well-formed adapter, and its
+merge is what a wrong reading of the adapter would have written. The proof has to refuse each by the tensor's
+name. Every part's outcome is printed at once and kept in OUT/merge_check.json; one part's failure does not
+stop the others. `--tiny` takes small widths, for a CPU.
 """
 
 from __future__ import annotations
@@ -36,11 +38,32 @@ STEPS, RANK = 40, 16
 SHARD_BYTES = 5_000_000_000
 # What Nemotron 3 Nano's config.json has, beside the keys that stages.base.tiny writes.
 REAL = {
-    "hidden_size": 2688, "intermediate_size": 1856, "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712,
-    "n_routed_experts": 128, "num_experts_per_tok": 6, "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
-    "mamba_num_heads": 64, "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "chunk_size": 128, "vocab_size": 131072,
+    "hidden_size": 2688,
+    "intermediate_size": 1856,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 6,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "chunk_size": 128,
+    "vocab_size": 131072,
 }
-FIGURES = ("adapter_effect", "rounding_error", "merge_error", "greedy_agreement", "worst_layer", "idle", "too_small", "compared_with_peft")
+FIGURES = (
+    "adapter_effect",
+    "rounding_error",
+    "merge_error",
+    "greedy_agreement",
+    "worst_layer",
+    "idle",
+    "too_small",
+    "compared_with_peft",
+)
 START = time.monotonic()
 REPO = Path(__file__).resolve().parents[1]
 
@@ -55,7 +78,9 @@ def base(folder: Path, small: bool, device: str) -> dict:
     target, description = folder / "base", config(small)
     target.mkdir(parents=True)
     generator = torch.Generator(device).manual_seed(0)
-    layout = shards([Slot(name, spec.dtype, spec.shape) for name, spec in tensors(description).items()], SHARD_BYTES)
+    layout = shards(
+        [Slot(name, spec.dtype, spec.shape) for name, spec in tensors(description).items()], SHARD_BYTES
+    )
     for file, slots in layout:
         write(target / file, slots, lambda slot: value(slot, generator, device))
     write_index(target, layout)
@@ -83,7 +108,8 @@ def value(slot: Slot, generator: torch.Generator, device: str) -> torch.Tensor:
 
 
 def data(folder: Path, small: bool) -> dict:
-    """Sixty-four conversations of one length: a tenth of the vocabulary, so that there is something to learn."""
+    """Sixty-four conversations of one length: a tenth of the vocabulary, so that there is something to learn.
+    """
     target, vocabulary, length = folder / "data", config(small)["vocab_size"], 64 if small else 512
     target.mkdir(parents=True)
     torch.manual_seed(0)
@@ -94,16 +120,24 @@ def data(folder: Path, small: bool) -> dict:
     return {"conversations": len(rows), "tokens": length}
 
 
-def stage(name: str, folder: Path, device: str, inputs: dict[str, Path], output: Path, **params: object) -> dict:
-    """Runs `python -m stages.<name> job.json`; its seconds, its last error if it ended with one, and its warnings."""
+def stage(
+    name: str, folder: Path, device: str, inputs: dict[str, Path], output: Path, **params: object
+) -> dict:
+    """Runs `python -m stages.<name> job.json`; its seconds, its last error if it ended with one, and its
+    warnings.
+    """
     contract = tomllib.loads((REPO / "stages" / name / "stage.toml").read_text())["parameters"]
     shutil.rmtree(output, ignore_errors=True)
     scratch = folder / f"scratch-{name}"
     for path in (output, scratch):
         path.mkdir(parents=True, exist_ok=True)
     job = {
-        "stage": name, "params": {key: row.get("default") for key, row in contract.items()} | params, "seed": 0,
-        "device": device, "inputs": {key: str(path) for key, path in inputs.items()}, "output": str(output),
+        "stage": name,
+        "params": {key: row.get("default") for key, row in contract.items()} | params,
+        "seed": 0,
+        "device": device,
+        "inputs": {key: str(path) for key, path in inputs.items()},
+        "output": str(output),
         "scratch": str(scratch),
     }
     (folder / f"{name}.json").write_text(json.dumps(job))
@@ -123,7 +157,12 @@ def stage(name: str, folder: Path, device: str, inputs: dict[str, Path], output:
 
 def train(folder: Path, small: bool, device: str) -> dict:
     params = {
-        "method": "qlora", "targets": "all", "rank": RANK, "steps": STEPS, "eval_every": STEPS, "save_every": 1000,
+        "method": "qlora",
+        "targets": "all",
+        "rank": RANK,
+        "steps": STEPS,
+        "eval_every": STEPS,
+        "save_every": 1000,
         "precision": "float32" if small else "bfloat16",
     }
     inputs = {"base": folder / "base", "data": folder / "data"}
@@ -139,12 +178,16 @@ def merge(folder: Path, device: str) -> dict:
     facts = stage("merge", folder, device, inputs, folder / "merged", proof_precision="bfloat16")
     if (folder / "merged" / "merge.json").exists():
         figures = json.loads((folder / "merged" / "merge.json").read_text())
-        facts |= {key: len(figure) if key in ("idle", "too_small") else figure for key, figure in figures.items()}
+        facts |= {
+            key: len(figure) if key in ("idle", "too_small") else figure for key, figure in figures.items()
+        }
     return facts
 
 
 def doctors() -> dict[str, Callable[[dict[str, torch.Tensor]], str]]:
-    """Name of a fault -> what sets it in a copy of the adapter's tensors and returns what the refusal's words must hold."""
+    """Name of a fault -> what sets it in a copy of the adapter's tensors and returns what the refusal's words
+    must hold.
+    """
     layer = PATTERN.index("E")  # the first, so that the proof ends early
 
     def half_scale(copy: dict[str, torch.Tensor]) -> str:
@@ -157,7 +200,9 @@ def doctors() -> dict[str, Callable[[dict[str, torch.Tensor]], str]]:
         """The two experts that learned most exchange their changes."""
         first, second = busiest(copy, layer)
         for wrapper in wrappers:
-            a, b = (f"base_model.model.model.layers.{layer}.mixer.{wrapper}.lora_{side}.weight" for side in "AB")
+            a, b = (
+                f"base_model.model.model.layers.{layer}.mixer.{wrapper}.lora_{side}.weight" for side in "AB"
+            )
             by_expert = copy[a].view(-1, RANK, copy[a].shape[1]).clone()
             by_expert[[first, second]] = by_expert[[second, first]]
             copy[a] = by_expert.flatten(0, 1)
@@ -186,7 +231,9 @@ def busiest(state: dict[str, torch.Tensor], layer: int) -> list[int]:
 
 
 def doctored(folder: Path, device: str, limit: float) -> dict:
-    """Merges each doctored copy and proves the merge against the adapter itself: what is refused, and by which name."""
+    """Merges each doctored copy and proves the merge against the adapter itself: what is refused, and by
+    which name.
+    """
     from nemotron.lora import Adapter
     from stages import job
     from stages.job import StageError
@@ -216,7 +263,9 @@ def doctored(folder: Path, device: str, limit: float) -> dict:
         params = {"proof_tokens": 512, "proof_precision": "bfloat16"}
         try:
             proof.files(checkpoint, merged, adapter, changed)
-            proof.forward(checkpoint, adapter, merged, reading, folder / "data" / "train.jsonl", params, device)
+            proof.forward(
+                checkpoint, adapter, merged, reading, folder / "data" / "train.jsonl", params, device
+            )
             facts[fault] = {"by_name": False, "words": "accepted"}
         except StageError as error:
             facts[fault] = {"by_name": expected in error.found, "words": error.found}
@@ -227,8 +276,11 @@ def doctored(folder: Path, device: str, limit: float) -> dict:
 
 def parts(folder: Path, small: bool, device: str, limit: float) -> dict[str, Callable[[], dict]]:
     return {
-        "base": lambda: base(folder, small, device), "data": lambda: data(folder, small), "train": lambda: train(folder, small, device),
-        "merge": lambda: merge(folder, device), "doctored": lambda: doctored(folder, device, limit),
+        "base": lambda: base(folder, small, device),
+        "data": lambda: data(folder, small),
+        "train": lambda: train(folder, small, device),
+        "merge": lambda: merge(folder, device),
+        "doctored": lambda: doctored(folder, device, limit),
     }
 
 
@@ -237,7 +289,9 @@ def table(facts: dict[str, dict]) -> str:
     rows = [("what", "seconds", "outcome")]
     if row := facts.get("train"):
         losses = f"loss {row.get('first_loss')} to {row.get('last_loss')}"
-        rows.append((f"qlora, all targets, {STEPS} steps", str(row.get("seconds")), row.get("error") or losses))
+        rows.append(
+            (f"qlora, all targets, {STEPS} steps", str(row.get("seconds")), row.get("error") or losses)
+        )
     if row := facts.get("merge"):
         if "error" in row:
             rows.append(("its merge", str(row.get("seconds")), row["error"]))
@@ -246,7 +300,13 @@ def table(facts: dict[str, dict]) -> str:
             rows += [(f"  {key}", "", str(row.get(key))) for key in FIGURES]
     for fault, row in facts.get("doctored", {}).items():
         if isinstance(row, dict) and "words" in row:
-            rows.append((fault, str(row["seconds"]), ("refused by name: " if row["by_name"] else "NOT BY NAME: ") + row["words"][:200]))
+            rows.append(
+                (
+                    fault,
+                    str(row["seconds"]),
+                    ("refused by name: " if row["by_name"] else "NOT BY NAME: ") + row["words"][:200],
+                )
+            )
         elif isinstance(row, dict):
             rows.append((fault, "", str(row)))
         elif fault == "error":
@@ -255,12 +315,18 @@ def table(facts: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=["all", "base", "data", "train", "merge", "doctored"])
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints lie; 30 GB at the real widths")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where checkpoints lie; 30 GB at the real widths"
+    )
     parser.add_argument("--out", type=Path, required=True, help="where merge_check.json and the logs go")
     parser.add_argument("--tiny", action="store_true", help="small widths")
-    parser.add_argument("--limit", type=float, default=450, help="seconds after which no further doctored copy is begun")
+    parser.add_argument(
+        "--limit", type=float, default=450, help="seconds after which no further doctored copy is begun"
+    )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -277,7 +343,9 @@ def main() -> None:
         except Exception as error:  # the other parts may still say something
             facts[name] = {"error": f"{type(error).__name__}: {error}"}
         facts[name].setdefault("seconds", round(time.monotonic() - began, 1))
-        unnamed = [row for row in facts[name].values() if isinstance(row, dict) and row.get("by_name") is False]
+        unnamed = [
+            row for row in facts[name].values() if isinstance(row, dict) and row.get("by_name") is False
+        ]
         failed = failed or "error" in facts[name] or bool(unnamed)
         print(name, json.dumps(facts[name])[:3000], flush=True)
         (options.out / "merge_check.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """adapter_config.json of PEFT, read as what it means for a merge.
 
-Every field of `peft.LoraConfig` 0.21.2 belongs to one of three kinds: it is understood here, it has no effect on a merge, or it
-must be at its default (`DEFAULTS`). Fields of the last kind, and fields that a newer PEFT may have added, are refused by name.
+Every field of `peft.LoraConfig` 0.21.2 belongs to one of three kinds: it is understood here, it has no effect
+on a merge, or it must be at its default (`DEFAULTS`). Fields of the last kind, and fields that a newer PEFT
+may have added, are refused by name.
 """
 
 from __future__ import annotations
@@ -16,35 +17,79 @@ from typing import Any
 CONFIG = "adapter_config.json"
 
 # Read below.
-UNDERSTOOD = frozenset({
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "init_lora_weights",
-    "target_parameters", "modules_to_save",
-})
-# How it was trained, where it came from, and which modules it was put on: the names of its tensors say that, and the
-# reading by PEFT in stages/merge compares the two. `bias` adds tensors that are compared with the base's.
-NO_EFFECT = frozenset({
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "target_modules", "exclude_modules",
-    "lora_dropout", "bias", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "qalora_group_size", "runtime_config",
-})
+UNDERSTOOD = frozenset(
+    {
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_dora",
+        "init_lora_weights",
+        "target_parameters",
+        "modules_to_save",
+    }
+)
+# How it was trained, where it came from, and which modules it was put on: the names of its tensors say that,
+# and the reading by PEFT in stages/merge compares the two. `bias` adds tensors that are compared with the
+# base's.
+NO_EFFECT = frozenset(
+    {
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "target_modules",
+        "exclude_modules",
+        "lora_dropout",
+        "bias",
+        "layers_to_transform",
+        "layers_pattern",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+        "runtime_config",
+    }
+)
 # Fields that change what the tensors mean, with PEFT's defaults.
 DEFAULTS: dict[str, Any] = {
-    "alora_invocation_tokens": None, "trainable_token_indices": None, "layer_replication": None, "megatron_config": None, "fan_in_fan_out": False,
-    "lora_bias": False, "use_qalora": False, "monteclora_config": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
-    "velora_config": None, "ensure_weight_tying": False,
+    "alora_invocation_tokens": None,
+    "trainable_token_indices": None,
+    "layer_replication": None,
+    "megatron_config": None,
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "use_qalora": False,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "velora_config": None,
+    "ensure_weight_tying": False,
 }
-# Beginnings that leave the base as it is. MiCA starts with A zero, "orthogonal" with B A zero, the others with B zero; `false` draws
-# A and B at random and leaves the base alone too.
+# Beginnings that leave the base as it is. MiCA starts with A zero, "orthogonal" with B A zero, the others
+# with B zero; `false` draws A and B at random and leaves the base alone too.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # Beginnings that PEFT's save_pretrained can turn into a plain LoRA afterwards.
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")
 
-PLAIN = "Train a plain LoRA, or merge with PEFT itself and give the merged checkpoint to stage base (source: folder)."
+PLAIN = (
+    "Train a plain LoRA, or merge with PEFT itself and give the merged checkpoint to stage base "
+    "(source: folder)."
+)
 _WAYS_OUT = {
-    "alora_invocation_tokens": "An activated LoRA works only after its invocation tokens, so no merged weight stands for it. Serve it as an adapter, or train a plain LoRA.",
+    "alora_invocation_tokens": "An activated LoRA works only after its invocation tokens, so no merged "
+    "weight stands for it. Serve it as an adapter, or train a plain LoRA.",
     "trainable_token_indices": "It changes rows of the embeddings. Train without trainable_token_indices.",
     "layer_replication": "It builds another model, with layers repeated. Train without layer_replication.",
-    "fan_in_fan_out": "It is for Conv1D layers, of which this model has none: if PEFT loads the adapter, set it to false.",
+    "fan_in_fan_out": "It is for Conv1D layers, of which this model has none: if PEFT loads the adapter, set "
+    "it to false.",
     "lora_bias": "This model's projections have no bias to merge it into. Train with lora_bias=False.",
     "kasa_config": "It changes the base. " + PLAIN,
 }
@@ -53,7 +98,12 @@ _WAYS_OUT = {
 class AdapterError(ValueError):
     """An adapter that cannot be merged: what was found, what was expected, what to do."""
 
-    def __init__(self, found: str, expected: str = "an adapter of PEFT made on this base", remedy: str = "Train again on this base."):
+    def __init__(
+        self,
+        found: str,
+        expected: str = "an adapter of PEFT made on this base",
+        remedy: str = "Train again on this base.",
+    ):
         super().__init__(found)
         self.found, self.expected, self.remedy = found, expected, remedy
 
@@ -90,32 +140,53 @@ class LoraSettings:
 
 
 def _pattern(patterns: dict, module: str) -> str:
-    """The first pattern that matches the end of a module's name, as `peft.utils.other.get_pattern_key` matches."""
+    """The first pattern that matches the end of a module's name, as `peft.utils.other.get_pattern_key`
+    matches.
+    """
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), "")
 
 
 def located(folder: Path) -> Path:
-    """The folder that holds the adapter: `folder`, or its one subfolder with an adapter_config.json (PEFT saves a named adapter so)."""
+    """The folder that holds the adapter: `folder`, or its one subfolder with an adapter_config.json (PEFT
+    saves a named adapter so).
+    """
     if (folder / CONFIG).is_file():
         return folder
     named = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
     if len(named) == 1:
         return named[0]
     if named:
-        raise AdapterError(f"{folder.name} holds {len(named)} adapters: {', '.join(path.name for path in named)}", "one adapter",
-                           "Leave the folder of the adapter that you want, and move the others away.")
-    raise AdapterError(f"there is no {CONFIG} in {folder.name} or in a folder in it", "the folder that PEFT's save_pretrained writes",
-                       "Copy adapter_config.json and adapter_model.safetensors there.")
+        raise AdapterError(
+            f"{folder.name} holds {len(named)} adapters: {', '.join(path.name for path in named)}",
+            "one adapter",
+            "Leave the folder of the adapter that you want, and move the others away.",
+        )
+    raise AdapterError(
+        f"there is no {CONFIG} in {folder.name} or in a folder in it",
+        "the folder that PEFT's save_pretrained writes",
+        "Copy adapter_config.json and adapter_model.safetensors there.",
+    )
 
 
 def read(folder: Path) -> LoraSettings:
-    """The settings of an adapter folder. Raises AdapterError where a merge would not be what PEFT's merge is."""
+    """The settings of an adapter folder.
+
+    Raises AdapterError where a merge would not be what PEFT's merge is.
+    """
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{CONFIG} cannot be read as JSON: {error}", "the file that PEFT's save_pretrained writes", "Copy it again.") from error
+        raise AdapterError(
+            f"{CONFIG} cannot be read as JSON: {error}",
+            "the file that PEFT's save_pretrained writes",
+            "Copy it again.",
+        ) from error
     if not isinstance(config, dict):
-        raise AdapterError(f"{CONFIG} holds a {type(config).__name__}, not an object", "the file that PEFT's save_pretrained writes", "Copy it again.")
+        raise AdapterError(
+            f"{CONFIG} holds a {type(config).__name__}, not an object",
+            "the file that PEFT's save_pretrained writes",
+            "Copy it again.",
+        )
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"peft_type in {CONFIG} is {kind!r}", "LORA", PLAIN)
@@ -123,11 +194,18 @@ def read(folder: Path) -> LoraSettings:
     for name, value in config.items():
         if name in DEFAULTS:
             refused = value != DEFAULTS[name]
-        else:  # a field that a newer PEFT added: a default that is not off is asked of the PEFT that is installed
-            refused = name not in UNDERSTOOD | NO_EFFECT and bool(value) and value != _installed_defaults().get(name)
+        else:  # a newer PEFT added it; where it is on, the installed PEFT knows whether that is its default
+            refused = (
+                name not in UNDERSTOOD | NO_EFFECT
+                and bool(value)
+                and value != _installed_defaults().get(name)
+            )
         if refused:
-            raise AdapterError(f"{name} in {CONFIG} is {_short(value)}, which a merge does not support", f"{_short(DEFAULTS.get(name))}, its default",
-                               _WAYS_OUT.get(name, PLAIN))
+            raise AdapterError(
+                f"{name} in {CONFIG} is {_short(value)}, which a merge does not support",
+                f"{_short(DEFAULTS.get(name))}, its default",
+                _WAYS_OUT.get(name, PLAIN),
+            )
     return _settings(config)
 
 
@@ -137,25 +215,50 @@ def _settings(config: dict) -> LoraSettings:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for name, value in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(value, dict):
-            raise AdapterError(f"{name} in {CONFIG} is {_short(value)}", "an object of module names and numbers", "Copy the file again.")
+            raise AdapterError(
+                f"{name} in {CONFIG} is {_short(value)}",
+                "an object of module names and numbers",
+                "Copy the file again.",
+            )
     for name, value in [("r", rank), *((f"rank_pattern[{key}]", value) for key, value in ranks.items())]:
         if type(value) is not int or value < 1:
-            raise AdapterError(f"{name} in {CONFIG} is {_short(value)}", "a whole number of at least 1", "Copy the file again.")
-    for name, value in [("lora_alpha", alpha), *((f"alpha_pattern[{key}]", value) for key, value in alphas.items())]:
+            raise AdapterError(
+                f"{name} in {CONFIG} is {_short(value)}",
+                "a whole number of at least 1",
+                "Copy the file again.",
+            )
+    for name, value in [
+        ("lora_alpha", alpha),
+        *((f"alpha_pattern[{key}]", value) for key, value in alphas.items()),
+    ]:
         if type(value) not in (int, float) or not math.isfinite(value):
             raise AdapterError(f"{name} in {CONFIG} is {_short(value)}", positive, "Copy the file again.")
     for key in (*ranks, *alphas):
         try:
             re.compile(key)
         except re.error as error:
-            raise AdapterError(f"the pattern {key!r} in {CONFIG} is no regular expression: {error}", "one that PEFT can match", "Copy the file again.") from error
+            raise AdapterError(
+                f"the pattern {key!r} in {CONFIG} is no regular expression: {error}",
+                "one that PEFT can match",
+                "Copy the file again.",
+            ) from error
     lists = {}
     for name in ("target_parameters", "modules_to_save"):
         lists[name] = config.get(name) or []
         if not isinstance(lists[name], list) or not all(isinstance(value, str) for value in lists[name]):
-            raise AdapterError(f"{name} in {CONFIG} is {_short(config[name])}", "a list of names", "Copy the file again.")
-    return LoraSettings(rank, alpha, bool(config.get("use_rslora")), bool(config.get("use_dora")), ranks, alphas,
-                        tuple(lists["target_parameters"]), tuple(lists["modules_to_save"]))
+            raise AdapterError(
+                f"{name} in {CONFIG} is {_short(config[name])}", "a list of names", "Copy the file again."
+            )
+    return LoraSettings(
+        rank,
+        alpha,
+        bool(config.get("use_rslora")),
+        bool(config.get("use_dora")),
+        ranks,
+        alphas,
+        tuple(lists["target_parameters"]),
+        tuple(lists["modules_to_save"]),
+    )
 
 
 def _check_beginning(value: Any) -> None:
@@ -164,12 +267,19 @@ def _check_beginning(value: Any) -> None:
     if any(word is known or (isinstance(word, str) and word == known) for known in HARMLESS) or value is None:
         return
     if isinstance(word, str) and word.startswith(CONVERTED):
-        remedy = ("Load it with PEFT as it was trained and save it with save_pretrained(folder, path_initial_model_for_weight_conversion=...), "
-                  "which writes a plain LoRA for the base as it is.")
+        remedy = (
+            "Load it with PEFT as it was trained and save it with save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=...), "
+            "which writes a plain LoRA for the base as it is."
+        )
     else:
         remedy = PLAIN
-    raise AdapterError(f"init_lora_weights in {CONFIG} is {_short(value)}: its training began by changing the base's weights, or may have",
-                       "a LoRA on the base as it is (true, false, gaussian, eva, orthogonal, mica)", remedy)
+    raise AdapterError(
+        f"init_lora_weights in {CONFIG} is {_short(value)}: its training began by changing the base's "
+        f"weights, or may have",
+        "a LoRA on the base as it is (true, false, gaussian, eva, orthogonal, mica)",
+        remedy,
+    )
 
 
 def _installed_defaults() -> dict[str, Any]:

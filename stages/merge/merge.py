@@ -1,7 +1,8 @@
-"""Merge: W + scale * B A in float32, as PEFT computes it, rounded once to the source's dtype, tensor by tensor.
+"""Merge: W + scale * B A in float32, as PEFT computes it, rounded once to the source's dtype, tensor by
+tensor.
 
-Names, dtypes, shard layout, config, tokenizer and template are the source's own; tensors that the adapter does not name
-are copied byte for byte. What comes out is read back and proven before it is handed on.
+Names, dtypes, shard layout, config, tokenizer and template are the source's own; tensors that the adapter
+does not name are copied byte for byte. What comes out is read back and proven before it is handed on.
 """
 
 from __future__ import annotations
@@ -37,33 +38,60 @@ def run(task: Job) -> None:
     except AdapterError as error:
         raise StageError(error.found, error.expected, error.remedy) from error
     except CheckpointError as error:
-        raise StageError(str(error), "a BF16 checkpoint and an adapter made on it", "Copy the files again, or train again on this base.") from error
+        raise StageError(
+            str(error),
+            "a BF16 checkpoint and an adapter made on it",
+            "Copy the files again, or train again on this base.",
+        ) from error
     merged = Checkpoint(task.output)
-    facts = {"rank": adapter.rank, "scale": adapter.scale, **proof.files(base, merged, adapter, changed, control)}
+    facts = {
+        "rank": adapter.rank,
+        "scale": adapter.scale,
+        **proof.files(base, merged, adapter, changed, control),
+    }
     if not control:  # equal bytes have an equal forward
         if task.params["proof_tokens"]:
-            forward, agreement = proof.forward(base, adapter, merged, reading, task.inputs["data"] / "train.jsonl", task.params, task.device)
+            forward, agreement = proof.forward(
+                base, adapter, merged, reading, task.inputs["data"] / "train.jsonl", task.params, task.device
+            )
         else:
             forward, agreement = {}, proof.tensors(base, merged, adapter, reading)
-        facts |= forward | {"compared_with_peft": {"version": reading.version, "layers": layers(adapter), **dataclasses.asdict(agreement)}}
+        facts |= forward | {
+            "compared_with_peft": {
+                "version": reading.version,
+                "layers": layers(adapter),
+                **dataclasses.asdict(agreement),
+            }
+        }
     (task.output / "merge.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def check_places(adapter: Adapter, reading: PeftReading) -> None:
-    """Raises StageError unless PEFT and nemotron/lora.py read changes of the same tensors; warns of what the adapter leaves out."""
+    """Raises StageError unless PEFT and nemotron/lora.py read changes of the same tensors; warns of what the
+    adapter leaves out.
+    """
     if odd := sorted(adapter.pairs.keys() ^ reading.wrappers.keys()):
         who = "nemotron/lora.py" if odd[0] in adapter.pairs else f"PEFT {reading.version}"
-        raise StageError(f"{odd[0]} is changed by the adapter as {who} reads it only ({len(odd)} such tensors)", "both to read changes of the same tensors",
-                         "Report it with adapter_config.json and the names of the adapter's tensors.")
+        raise StageError(
+            f"{odd[0]} is changed by the adapter as {who} reads it only ({len(odd)} such tensors)",
+            "both to read changes of the same tensors",
+            "Report it with adapter_config.json and the names of the adapter's tensors.",
+        )
     if reading.absent:
-        job.warning(f"adapter_config.json names {len(reading.absent)} tensors for which the adapter stores nothing, first {reading.absent[0]}: they stay the base's",
-                    "If they were trained, copy the adapter again.")
+        job.warning(
+            f"adapter_config.json names {len(reading.absent)} tensors for which the adapter stores nothing, "
+            f"first {reading.absent[0]}: they stay the base's",
+            "If they were trained, copy the adapter again.",
+        )
 
 
 def layers(adapter: Adapter) -> list[str]:
     """The layers that the adapter changes, by number, and lm_head."""
     numbers = sorted({int(name.split(".")[2]) for name in adapter.pairs if ".layers." in name})
-    return [*map(str, numbers), *(name.removesuffix(".weight") for name in adapter.pairs if ".layers." not in name)]
+    return [
+        *map(str, numbers),
+        *(name.removesuffix(".weight") for name in adapter.pairs if ".layers." not in name),
+    ]
 
 
 def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
@@ -84,11 +112,15 @@ def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
     def piece(name: str, change: Change, first: int, count: int) -> torch.Tensor:
         before = base.rows(name, first, count)
         after = change.rows(first, count).merged(before)
-        changed.setdefault(name, []).append(int(torch.count_nonzero(after.view(torch.int16) ^ before.view(torch.int16))))
+        changed.setdefault(name, []).append(
+            int(torch.count_nonzero(after.view(torch.int16) ^ before.view(torch.int16)))
+        )
         return after
 
     for file in base.files:
-        slots = [Slot(name, base.entries[name].dtype, base.entries[name].shape) for name in base.in_file(file)]
+        slots = [
+            Slot(name, base.entries[name].dtype, base.entries[name].shape) for name in base.in_file(file)
+        ]
         write(output / file, slots, produce, base.metadata[file])
     for path in sorted(base.folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name != "manifest.json":

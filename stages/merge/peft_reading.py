@@ -1,7 +1,9 @@
 """What PEFT itself makes of an adapter: the second reader, which shares no code with nemotron/lora.py.
 
-PEFT builds its wrappers on the model's class with weights that take no memory, in a second whatever the model's size. It then loads the adapter a layer at a time, and its own code says what each matrix becomes: `Linear.merge` for a
-linear, `get_delta_factors` for a stack of experts (of which PEFT's own merge would make a float32 copy three times over).
+PEFT builds its wrappers on the model's class with weights that take no memory, in a second whatever the
+model's size. It then loads the adapter a layer at a time, and its own code says what each matrix becomes:
+`Linear.merge` for a linear, `get_delta_factors` for a stack of experts (of which PEFT's own merge would make
+a float32 copy three times over).
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ ONLY_PEFT = "Merge with PEFT itself to see why, and save the adapter again with 
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper:
-    """One LoRA layer of PEFT. `stack` is the native name of the stack of experts that it changes, None for a linear."""
+    """One LoRA layer of PEFT.
+
+    `stack` is the native name of the stack of experts that it changes, None for a linear.
+    """
 
     path: str
     layer: nn.Module
@@ -40,8 +45,8 @@ class Wrapper:
 class PeftReading:
     """An adapter as PEFT reads it.
 
-    `wrappers` maps the hub name of every tensor that PEFT would change to its LoRA layer. `absent` are the tensors that its
-    configuration names and for which it stores nothing: PEFT leaves them as they are.
+    `wrappers` maps the hub name of every tensor that PEFT would change to its LoRA layer. `absent` are the
+    tensors that its configuration names and for which it stores nothing: PEFT leaves them as they are.
     """
 
     def __init__(self, folder: Path, tensors: Tensors, config: dict, device: str = "cpu"):
@@ -55,28 +60,53 @@ class PeftReading:
         self._lora_keys = [key for key in tensors.entries if ".lora_" in key]
         hub_class = any(_ON_HUB_CLASS.match(key) for key in self._lora_keys)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # missing keys, and layers that it cannot know to be of this model
+            warnings.simplefilter(
+                "ignore"
+            )  # missing keys, and layers that it cannot know to be of this model
             try:
                 # Modules that are stored whole are compared with the base by nemotron/lora.py.
-                settings = dataclasses.replace(peft.PeftConfig.from_pretrained(str(folder)), modules_to_save=None, inference_mode=True)
+                settings = dataclasses.replace(
+                    peft.PeftConfig.from_pretrained(str(folder)), modules_to_save=None, inference_mode=True
+                )
                 model = _weightless(_hub_class(config) if hub_class else _native_class(config), device)
                 self._model = peft.PeftModel(model, settings, low_cpu_mem_usage=True)
-            except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError, AttributeError) as error:
-                raise StageError(f"PEFT {peft.__version__} refuses the adapter: {error}", "one that PEFT loads", ONLY_PEFT) from error
+            except (
+                ValueError,
+                TypeError,
+                RuntimeError,
+                KeyError,
+                NotImplementedError,
+                AttributeError,
+            ) as error:
+                raise StageError(
+                    f"PEFT {peft.__version__} refuses the adapter: {error}", "one that PEFT loads", ONLY_PEFT
+                ) from error
         self.wrappers = dict(self._wrappers(config))
         self._keys: dict[str, list[str]] = {}  # of a wrapper's path
         paths = {wrapper.path for wrapper in self.wrappers.values()}
         for key in self._lora_keys:
             path = key.rpartition(".lora_")[0]
             if path not in paths:
-                raise StageError(f"PEFT would leave {key} out: target_modules and target_parameters do not name its module", "the two files of one adapter",
-                                 "Copy adapter_config.json again; it is not of this adapter, or was edited.")
+                raise StageError(
+                    f"PEFT would leave {key} out: target_modules and target_parameters do not name its "
+                    f"module",
+                    "the two files of one adapter",
+                    "Copy adapter_config.json again; it is not of this adapter, or was edited.",
+                )
             self._keys.setdefault(path, []).append(key)
-        self.absent = sorted(name for name, wrapper in self.wrappers.items() if wrapper.path not in self._keys)
+        self.absent = sorted(
+            name for name, wrapper in self.wrappers.items() if wrapper.path not in self._keys
+        )
         if self.absent and settings.init_lora_weights is False:
-            raise StageError(f"the adapter stores nothing for {self.absent[0]} and {len(self.absent) - 1} more tensors that its configuration names",
-                             "tensors for all of them, since init_lora_weights: false begins with a change", "Copy the adapter again.")
-        self.wrappers = {name: wrapper for name, wrapper in self.wrappers.items() if wrapper.path in self._keys}
+            raise StageError(
+                f"the adapter stores nothing for {self.absent[0]} and {len(self.absent) - 1} more tensors "
+                f"that its configuration names",
+                "tensors for all of them, since init_lora_weights: false begins with a change",
+                "Copy the adapter again.",
+            )
+        self.wrappers = {
+            name: wrapper for name, wrapper in self.wrappers.items() if wrapper.path in self._keys
+        }
 
     def _wrappers(self, config: dict) -> Iterator[tuple[str, Wrapper]]:
         from peft.tuners.lora import LoraLayer
@@ -103,12 +133,20 @@ class PeftReading:
         paths = {self.wrappers[name].path: self.wrappers[name].layer for name in tensors}
         keys = [key for path in paths for key in self._keys[path]]
         # The file's own names, without the adapter's: PEFT finds their places.
-        state = {_ADAPTER_NAME.sub("", key): self._tensors.tensor(key).float().to(self._device) for key in keys}
+        state = {
+            _ADAPTER_NAME.sub("", key): self._tensors.tensor(key).float().to(self._device) for key in keys
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = peft.set_peft_model_state_dict(self._model, state, adapter_name=_NAME, low_cpu_mem_usage=True)
+            result = peft.set_peft_model_state_dict(
+                self._model, state, adapter_name=_NAME, low_cpu_mem_usage=True
+            )
         if result.unexpected_keys:
-            raise StageError(f"PEFT does not know where {result.unexpected_keys[0]} belongs", "tensors that PEFT loads", ONLY_PEFT)
+            raise StageError(
+                f"PEFT does not know where {result.unexpected_keys[0]} belongs",
+                "tensors that PEFT loads",
+                ONLY_PEFT,
+            )
         try:
             yield
         finally:
@@ -124,7 +162,11 @@ class PeftReading:
             left, right, scale = layer.get_delta_factors(_NAME)
             expert = _expert(name)
             return right[expert], left[expert] * scale
-        return None if layer.use_dora[_NAME] else (layer.lora_A[_NAME].weight.data, layer.lora_B[_NAME].weight.data * layer.scaling[_NAME])
+        return (
+            None
+            if layer.use_dora[_NAME]
+            else (layer.lora_A[_NAME].weight.data, layer.lora_B[_NAME].weight.data * layer.scaling[_NAME])
+        )
 
     @torch.no_grad()
     def applied(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -153,10 +195,19 @@ def _expert(name: str) -> int:
 
 
 def _weightless(model: nn.Module, device: str) -> nn.Module:
-    """The model with one zero for each of its weights: PEFT moves what it loads to the device of the weight that it is for."""
+    """The model with one zero for each of its weights: PEFT moves what it loads to the device of the weight
+    that it is for.
+    """
     for module in model.modules():
         for name, value in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.zeros((), dtype=torch.float32, device=device).expand(value.shape), requires_grad=False))
+            setattr(
+                module,
+                name,
+                nn.Parameter(
+                    torch.zeros((), dtype=torch.float32, device=device).expand(value.shape),
+                    requires_grad=False,
+                ),
+            )
     return model
 
 

@@ -1,8 +1,8 @@
 """What a merged checkpoint has to show before it is accepted.
 
-`files`: names, shapes and dtypes are the base's, and what the adapter does not name has the base's bytes. `tensors`: what it
-names is W + scale * B A as PEFT reads the adapter, rounded once. `forward`: the merged model computes what base and adapter do,
-as nearly as that one rounding allows.
+`files`: names, shapes and dtypes are the base's, and what the adapter does not name has the base's bytes.
+`tensors`: what it names is W + scale * B A as PEFT reads the adapter, rounded once. `forward`: the merged
+model computes what base and adapter do, as nearly as that one rounding allows.
 """
 
 from __future__ import annotations
@@ -27,50 +27,100 @@ NOISE = 0.01  # of the adapter's effect: what two orders of summing make of near
 REPORT = "Do not use this merge; report it."
 
 
-def files(base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[str, int], control: bool = False) -> dict:
-    """Same names, shapes and dtypes as the source; tensors that the adapter does not name, or all of a control, byte for byte.
+def files(
+    base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[str, int], control: bool = False
+) -> dict:
+    """Same names, shapes and dtypes as the source; tensors that the adapter does not name, or all of a
+    control, byte for byte.
 
-    Reads the merged files back from disk. `changed` holds the number of changed elements of every merged tensor. Warns of idle
-    tensors and of changes too small for BF16. Raises StageError with the tensor's name, and if nothing changed at all.
+    Reads the merged files back from disk. `changed` holds the number of changed elements of every merged
+    tensor. Warns of idle tensors and of changes too small for BF16. Raises StageError with the tensor's name,
+    and if nothing changed at all.
     """
     # Not by what it changed alone: a trained adapter that BF16 rounds away would pass for a control too.
-    if control and (trained := sorted(name for name in {pair.b for pair in adapter.pairs.values()} if adapter.tensor(name).any())):
-        raise StageError(f"{trained[0]} and {len(trained) - 1} more tensors of a control are not zero", "an adapter whose B is zero",
-                         "Set train's steps to 0, or leave merge's `control` out.")
+    if control and (
+        trained := sorted(
+            name for name in {pair.b for pair in adapter.pairs.values()} if adapter.tensor(name).any()
+        )
+    ):
+        raise StageError(
+            f"{trained[0]} and {len(trained) - 1} more tensors of a control are not zero",
+            "an adapter whose B is zero",
+            "Set train's steps to 0, or leave merge's `control` out.",
+        )
     for name in sorted(set(base.entries) ^ set(merged.entries)):
-        raise StageError(f"{name} is in {'the source' if name in base.entries else 'the merge'} only", "the same tensors in both", REPORT)
+        raise StageError(
+            f"{name} is in {'the source' if name in base.entries else 'the merge'} only",
+            "the same tensors in both",
+            REPORT,
+        )
     for name, entry in base.entries.items():
         other = merged.entries[name]
         if (entry.shape, entry.dtype) != (other.shape, other.dtype):
-            raise StageError(f"{name} is {other.dtype} {other.shape}", f"{entry.dtype} {entry.shape} as in the source", REPORT)
+            raise StageError(
+                f"{name} is {other.dtype} {other.shape}",
+                f"{entry.dtype} {entry.shape} as in the source",
+                REPORT,
+            )
         if (control or name not in adapter.pairs) and not base.same(name, merged):
-            raise StageError(f"{name} differs from the source though the adapter {'is zero' if control else 'does not name it'}", "equal bytes", REPORT)
+            raise StageError(
+                f"{name} differs from the source though the adapter "
+                f"{'is zero' if control else 'does not name it'}",
+                "equal bytes",
+                REPORT,
+            )
     if missing := sorted(set(adapter.pairs) - set(changed)):
-        raise StageError(f"{missing[0]} and {len(missing) - 1} more were named by the adapter and not merged", "all of them merged", "Report it.")
-    facts = {"tensors": len(base.entries), "merged": len(changed), "changed_elements": sum(changed.values()), "control": control}
+        raise StageError(
+            f"{missing[0]} and {len(missing) - 1} more were named by the adapter and not merged",
+            "all of them merged",
+            "Report it.",
+        )
+    facts = {
+        "tensors": len(base.entries),
+        "merged": len(changed),
+        "changed_elements": sum(changed.values()),
+        "control": control,
+    }
     return facts if control else facts | unchanged(adapter, changed)
 
 
 def unchanged(adapter: Adapter, changed: dict[str, int]) -> dict[str, list[str]]:
-    """The tensors that the merge left as they were: `idle` ones, whose change is zero, and those whose change is too small for BF16.
+    """The tensors that the merge left as they were: `idle` ones, whose change is zero, and those whose change
+    is too small for BF16.
 
-    An expert that no training token reached is idle, which is no fault. Raises StageError if that is true of every tensor.
+    An expert that no training token reached is idle, which is no fault. Raises StageError if that is true of
+    every tensor.
     """
     same = sorted(name for name, count in changed.items() if not count)
     idle = [name for name in same if adapter.change(name).zero]
     small = [name for name in same if name not in set(idle)]
     if len(idle) == len(changed):
-        raise StageError(f"the adapter changes nothing in any of its {len(changed)} tensors, first {idle[0]}: B is zero", "an adapter that was trained",
-                         "See training.json, and train longer or with a higher learning rate. If the adapter is meant to be zero, say control: true.")
+        raise StageError(
+            f"the adapter changes nothing in any of its {len(changed)} tensors, first {idle[0]}: B is zero",
+            "an adapter that was trained",
+            "See training.json, and train longer or with a higher learning rate. If the adapter is meant to "
+            "be zero, say control: true.",
+        )
     if len(same) == len(changed):
-        raise StageError(f"the adapter's change is too small for BF16 in all of its {len(small)} tensors, first {small[0]}: every element rounds back to the base's",
-                         "a change of about 0.2 % of a weight in some element", "Train longer or with a higher learning rate.")
+        raise StageError(
+            f"the adapter's change is too small for BF16 in all of its {len(small)} tensors, first "
+            f"{small[0]}: every element rounds back to the base's",
+            "a change of about 0.2 % of a weight in some element",
+            "Train longer or with a higher learning rate.",
+        )
     if idle:
-        job.warning(f"the adapter leaves {len(idle)} of {len(changed)} tensors as they are, since their B is zero: {_first(idle)}",
-                    "An expert that no training token reached is left so. If these should have been trained, see training.json.")
+        job.warning(
+            f"the adapter leaves {len(idle)} of {len(changed)} tensors as they are, since their B is zero: "
+            f"{_first(idle)}",
+            "An expert that no training token reached is left so. If these should have been trained, see "
+            "training.json.",
+        )
     if small:
-        job.warning(f"the adapter's change is too small for BF16 in {len(small)} of {len(changed)} tensors, which stay the base's: {_first(small)}",
-                    "Train longer or with a higher learning rate if they should change.")
+        job.warning(
+            f"the adapter's change is too small for BF16 in {len(small)} of {len(changed)} tensors, which "
+            f"stay the base's: {_first(small)}",
+            "Train longer or with a higher learning rate if they should change.",
+        )
     return {"idle": idle, "too_small": small}
 
 
@@ -79,7 +129,10 @@ def _first(tensors: list[str]) -> str:
 
 
 def tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: PeftReading) -> Agreement:
-    """Compares every merged tensor, read back from disk, with what PEFT makes of the base's. Raises StageError with the tensor's name."""
+    """Compares every merged tensor, read back from disk, with what PEFT makes of the base's.
+
+    Raises StageError with the tensor's name.
+    """
     agreement, groups = Agreement(), {}
     for name in adapter.pairs:
         groups.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
@@ -91,14 +144,24 @@ def tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: Pef
     return agreement
 
 
-def forward(base: Checkpoint, adapter: Adapter, merged: Checkpoint, reading: PeftReading, rows: Path, params: dict, device: str) -> tuple[dict, Agreement]:
-    """The merged model's forward against that of base and adapter, on real conversations, in `proof_precision`.
+def forward(
+    base: Checkpoint,
+    adapter: Adapter,
+    merged: Checkpoint,
+    reading: PeftReading,
+    rows: Path,
+    params: dict,
+    device: str,
+) -> tuple[dict, Agreement]:
+    """The merged model's forward against that of base and adapter, on real conversations, in
+    `proof_precision`.
 
-    Four models go through the layers side by side, so memory is that of a layer: the base; the base with the adapter's factors
-    beside its weights; the reference, which is the base with W + scale * B A as PEFT reads the adapter, rounded once; and the
-    merged files. Rounding to BF16 is unavoidable, and routers that are near ties make more of it. So the merged model's error
-    against the adapter's forward may be 1.2 times the reference's, after every layer and in the logits, and no constant bounds it.
-    On the way every merged tensor is compared with the reference's, as `tensors` does.
+    Four models go through the layers side by side, so memory is that of a layer: the base; the base with the
+    adapter's factors beside its weights; the reference, which is the base with W + scale * B A as PEFT reads
+    the adapter, rounded once; and the merged files. Rounding to BF16 is unavoidable, and routers that are
+    near ties make more of it. So the merged model's error against the adapter's forward may be 1.2 times the
+    reference's, after every layer and in the logits, and no constant bounds it. On the way every merged
+    tensor is compared with the reference's, as `tensors` does.
 
     Raises StageError with the tensor's or the layer's name, and if the adapter has no effect at all.
     """
@@ -126,7 +189,12 @@ def forward(base: Checkpoint, adapter: Adapter, merged: Checkpoint, reading: Pef
             layers.fill(number, merged.tensor, differing)
             after.through(block)
         effect = adapted.distance(plain)
-        error = bounded(f"the hidden states after layer {number}", after.distance(adapted), reference.distance(adapted), effect)
+        error = bounded(
+            f"the hidden states after layer {number}",
+            after.distance(adapted),
+            reference.distance(adapted),
+            effect,
+        )
         worst = max(worst, (error / max(effect, 1e-30), f"layer {number}"))
         job.progress(number + 1, len(layers), "layers", "proving the merge")
     norm, head = base.tensor("backbone.norm_f.weight"), base.tensor("lm_head.weight")
@@ -135,16 +203,28 @@ def forward(base: Checkpoint, adapter: Adapter, merged: Checkpoint, reading: Pef
         with reading.loaded(["lm_head.weight"]):
             exact = reading.applied("lm_head.weight", head)
         compare("lm_head.weight", head, exact, merged.tensor("lm_head.weight"), agreement)
-    sides = ((plain, head), (adapted, exact), (reference, exact.to(head.dtype)), (after, merged.tensor("lm_head.weight")))
+    sides = (
+        (plain, head),
+        (adapted, exact),
+        (reference, exact.to(head.dtype)),
+        (after, merged.tensor("lm_head.weight")),
+    )
     facts = judged(*(side.logits(norm, weight, config["layer_norm_epsilon"]) for side, weight in sides))
     return facts | {"worst_layer": {"name": worst[1], "error": worst[0]}}, agreement
 
 
 def bounded(subject: str, error: float, least: float, effect: float) -> float:
-    """`error`, if one rounding of the weights explains it: `least` is what the reference is off by, `effect` what the adapter changes."""
+    """`error`, if one rounding of the weights explains it: `least` is what the reference is off by, `effect`
+    what the adapter changes.
+    """
     if not error <= ALLOWED * least + NOISE * effect:
-        raise StageError(f"{subject} of the merged model are off by {error / max(effect, 1e-30):.2f} of the adapter's effect",
-                         f"at most {ALLOWED} times the {least / max(effect, 1e-30):.2f} that rounding the right weights to BF16 costs", DO_NOT_USE)
+        raise StageError(
+            f"{subject} of the merged model are off by {error / max(effect, 1e-30):.2f} of the adapter's "
+            f"effect",
+            f"at most {ALLOWED} times the {least / max(effect, 1e-30):.2f} that rounding the right weights "
+            f"to BF16 costs",
+            DO_NOT_USE,
+        )
     return error
 
 
@@ -158,8 +238,11 @@ def place(name: str, number: int) -> tuple[str, int]:
     return path, int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0
 
 
-def beside(block: torch.nn.Module, number: int, changed: list[str], reading: PeftReading, base: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """Puts the adapter's factors beside the weights of a filled block, and returns what reads a weight of it as the base has it.
+def beside(
+    block: torch.nn.Module, number: int, changed: list[str], reading: PeftReading, base: Checkpoint
+) -> Callable[[str], torch.Tensor]:
+    """Puts the adapter's factors beside the weights of a filled block, and returns what reads a weight of it
+    as the base has it.
 
     A change by DoRA has no factors: its weight is put in whole, as exactly as the block's dtype holds it.
     """
@@ -187,14 +270,25 @@ def beside(block: torch.nn.Module, number: int, changed: list[str], reading: Pef
             return base.tensor(name)
         path, matrix = place(name, number)
         module = modules[path]
-        return module.weight[matrix * module.out_features : (matrix + 1) * module.out_features].to(torch.bfloat16)
+        return module.weight[matrix * module.out_features : (matrix + 1) * module.out_features].to(
+            torch.bfloat16
+        )
 
     return weight_of
 
 
-def rounded(base: Checkpoint, merged: Checkpoint, reading: PeftReading, weights: Callable[[str], torch.Tensor], agreement: Agreement,
-            differing: list[str]) -> Callable[[str], torch.Tensor]:
-    """What reads a tensor of the reference, after comparing it with the merged one. Names whose bits differ are added to `differing`."""
+def rounded(
+    base: Checkpoint,
+    merged: Checkpoint,
+    reading: PeftReading,
+    weights: Callable[[str], torch.Tensor],
+    agreement: Agreement,
+    differing: list[str],
+) -> Callable[[str], torch.Tensor]:
+    """What reads a tensor of the reference, after comparing it with the merged one.
+
+    Names whose bits differ are added to `differing`.
+    """
 
     def read(name: str) -> torch.Tensor:
         weight = weights(name)
@@ -206,7 +300,12 @@ def rounded(base: Checkpoint, merged: Checkpoint, reading: PeftReading, weights:
     return read
 
 
-def judged(plain: Iterable[torch.Tensor], adapted: Iterable[torch.Tensor], reference: Iterable[torch.Tensor], merged: Iterable[torch.Tensor]) -> dict:
+def judged(
+    plain: Iterable[torch.Tensor],
+    adapted: Iterable[torch.Tensor],
+    reference: Iterable[torch.Tensor],
+    merged: Iterable[torch.Tensor],
+) -> dict:
     """Judges the logits of base, base with adapter, reference and merge, chunk by chunk."""
     tokens = agree = 0
     effect = least = error = 0.0
@@ -218,9 +317,19 @@ def judged(plain: Iterable[torch.Tensor], adapted: Iterable[torch.Tensor], refer
         tokens += len(right)
     effect, least, error = ((total / tokens) ** 0.5 for total in (effect, least, error))
     if not effect:
-        raise StageError("an adapter that changes no logit", "one that was trained", "See training.json: train longer, or with other targets.")
+        raise StageError(
+            "an adapter that changes no logit",
+            "one that was trained",
+            "See training.json: train longer, or with other targets.",
+        )
     bounded("the logits", error, least, effect)
-    return {"proof_tokens": tokens, "adapter_effect": effect, "rounding_error": least, "merge_error": error, "greedy_agreement": agree / tokens}
+    return {
+        "proof_tokens": tokens,
+        "adapter_effect": effect,
+        "rounding_error": least,
+        "merge_error": error,
+        "greedy_agreement": agree / tokens,
+    }
 
 
 def sample(rows: Path, tokens: int) -> list[torch.Tensor]:

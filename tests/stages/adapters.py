@@ -19,7 +19,11 @@ UP, DOWN = "mixer.experts.up_proj", "mixer.experts.down_proj"
 def trained(base, size=0.05, name="default", **settings):
     """PEFT's model of a base with LoRA that has learned something."""
     torch.manual_seed(3)
-    model = peft.get_peft_model(native.load(base), peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, **settings}), adapter_name=name)
+    model = peft.get_peft_model(
+        native.load(base),
+        peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, **settings}),
+        adapter_name=name,
+    )
     for key, value in model.named_parameters():
         if "lora_B" in key:
             value.data = size * torch.randn_like(value)
