@@ -59,12 +59,11 @@ def _no_engine(fault: BaseException) -> Finding:
     return error("docker", f"no engine answers ({fault})", "a Docker engine", _ENGINE)
 
 
-def _causes(fault: BaseException) -> Iterator[BaseException]:
-    """The exception and all that led to it. requests and urllib3 keep the socket's error among their arguments."""
-    yield fault
-    for inner in [fault.__cause__ or fault.__context__, *fault.args]:
-        if isinstance(inner, BaseException):
-            yield from _causes(inner)
+def _causes(fault: BaseException | None) -> Iterator[BaseException]:
+    """The exception and those that led to it: docker's own holds requests', which holds urllib3's, which holds the socket's."""
+    while fault:
+        yield fault
+        fault = fault.__cause__ or fault.__context__
 
 
 @dataclass
