@@ -27,11 +27,11 @@ def findings(context: Context, plan: Plan) -> list[Finding]:
 
 def described(recipe: Recipe, step: Step) -> dict[str, Any]:
     """What the check gets on stdin (docs/formats.md, A check): the stage, and the stages that supply its inputs."""
-    return {**_alone(step), "inputs": {name: _alone(recipe.stages[supplier]) for name, supplier in step.inputs.items()}}
+    return {**_alone(recipe, step), "inputs": {name: _alone(recipe, recipe.stages[supplier]) for name, supplier in step.inputs.items()}}
 
 
-def _alone(step: Step) -> dict[str, Any]:
-    return {"stage": step.name, "params": step.params, "sources": {name: [str(p.absolute()) for p in paths] for name, paths in step.sources.items()}}
+def _alone(recipe: Recipe, step: Step) -> dict[str, Any]:
+    return {"stage": step.name, "device": recipe.device(step.name), "params": step.params, "sources": {name: [str(p.absolute()) for p in paths] for name, paths in step.sources.items()}}
 
 
 def _check(context: Context, step: Step, module: str) -> list[Finding]:
@@ -53,6 +53,6 @@ def _check(context: Context, step: Step, module: str) -> list[Finding]:
 def _finding(raw: dict[str, Any]) -> Finding:
     """A line of the check's answer. TypeError or ValueError if it is none."""
     finding = Finding(**raw)
-    if finding.level not in ("error", "warning"):
+    if finding.level not in ("error", "warning", "note"):
         raise ValueError(f"the level {finding.level!r}")
     return finding

@@ -57,6 +57,10 @@ class Recipe:
         """Whether `stage` runs on a GPU under this recipe."""
         return self.gpu == "cuda" and self.stages[stage].needs.gpu
 
+    def device(self, stage: str) -> str:
+        """The device of `stage` in its job: `cuda` or `cpu`."""
+        return "cuda" if self.on_gpu(stage) else "cpu"
+
     def upstream(self, stage: str) -> set[str]:
         """`stage` and every stage that it is made from."""
         return {stage}.union(*(self.upstream(name) for name in self.stages[stage].inputs.values()))

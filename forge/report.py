@@ -94,7 +94,8 @@ def of_status(plan: Plan, newest: dict[str, Artifact | None], holder: str, endin
 
 def finding_line(finding: dict[str, Any]) -> Text:
     style = _LEVELS[finding.get("level", "error")]
-    text = Text.assemble((finding["subject"], style), f": found {finding['found']}; expected {finding['expected']}", **_WHOLE)
+    said = finding["found"] if finding.get("level") == "note" else f"found {finding['found']}; expected {finding['expected']}"
+    text = Text.assemble((finding["subject"], style), f": {said}", **_WHOLE)
     return text.append(f"\n  {finding['remedy']}", style="dim") if finding["remedy"] else text
 
 

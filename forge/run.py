@@ -86,7 +86,8 @@ def lacking(context: Context, executor: Executor, wanted: Plan) -> list[Finding]
     names = dict.fromkeys([c.image for c in contracts] + [c.product.image for c in contracts if c.product])
     gpu = any(recipe.on_gpu(s.name) for s in wanted.pending)
     found = preflight.findings(recipe, wanted, context.store.home, None if context.gpu == "none" else context.gpu)
-    return found + executor.check([recipe.images[name] for name in names], gpu) + check.findings(context, wanted)
+    found += executor.check([recipe.images[name] for name in names], gpu)
+    return found + [finding for finding in check.findings(context, wanted) if finding.level != "note"]
 
 
 @contextlib.contextmanager
@@ -227,7 +228,7 @@ class _Run:
             "output": str(output),
             "scratch": str(scratch),
             "seed": self.recipe.seed,
-            "device": "cuda" if self.recipe.on_gpu(stage.name) else "cpu",
+            "device": self.recipe.device(stage.name),
             "provenance": {n: {"stage": a.stage, "key": a.key, "digest": a.digest} for n, a in suppliers.items()},
         }
 

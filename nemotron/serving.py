@@ -115,7 +115,7 @@ def kv_cache(vllm: str, device: str, checkpoint: Checkpoint, asked: str = "auto"
             raise ServingError("kv_cache: fp8 on a CPU without AVX-512 and AMX, where vLLM refuses to start", "set kv_cache: auto")
         return KVCache("fp8", "the recipe asks for it" if asked == "fp8" else "the checkpoint asks for it")
     if on_cpu:
-        why = "the checkpoint asks for FP8, which vLLM has only on some CPUs" if checkpoint.fp8_cache else "a CPU serves it"
+        why = "vLLM has the FP8 that the checkpoint asks for on some CPUs only" if checkpoint.fp8_cache else "the checkpoint asks for no other"
         # A model without a layout runs in float32 on a CPU, which `--kv-cache-dtype` has no word for.
         return KVCache("bfloat16", why) if checkpoint.layout else KVCache("auto", "the model runs in float32 on a CPU")
     if checkpoint.fp8_cache and not explicit:

@@ -20,11 +20,14 @@ MOST = 20  # findings of one check that are shown
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong: `subject` is a file and line, or a parameter; `level` is `error`, which stops a run, or `warning`."""
+    """What is wrong: `subject` is a file and line, or a parameter; `level` is `error`, which stops a run, or `warning`.
+
+    A `note` says what was decided and why: `found` is the sentence, and nothing is expected.
+    """
 
     subject: str
     found: str
-    expected: str
+    expected: str = ""
     remedy: str = ""
     level: str = "error"
 
@@ -33,18 +36,19 @@ class Finding:
 class Given:
     """A stage as the recipe has it, before anything is built: no artifact, only parameters and the user's files.
 
-    `inputs` holds the stages that supply its inputs, by input name; theirs are left out.
+    `inputs` holds the stages that supply its inputs, by input name; theirs are left out. `device` is `cpu` or `cuda`.
     """
 
     stage: str
     params: dict[str, Any]
     sources: dict[str, list[Path]] = field(default_factory=dict)
     inputs: dict[str, Given] = field(default_factory=dict)
+    device: str = "cpu"
 
 
 def given(raw: dict) -> Given:
     sources = {name: [Path(path) for path in paths] for name, paths in raw["sources"].items()}
-    return Given(raw["stage"], raw["params"], sources, {name: given(below) for name, below in raw.get("inputs", {}).items()})
+    return Given(raw["stage"], raw["params"], sources, {name: given(below) for name, below in raw.get("inputs", {}).items()}, raw["device"])
 
 
 def main(look: Callable[[Given], Iterable[Finding]]) -> None:

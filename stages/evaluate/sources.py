@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemotron.serving import Checkpoint, ServingError, kv_cache
 from stages import check, dataset
 from stages.check import Finding, Given
 from stages.evaluate import gate, overlap, questions
@@ -13,7 +14,29 @@ from stages.evaluate import gate, overlap, questions
 MOST_BYTES = 5_000_000  # of conversations that are read here, a tenth of a second; stage evaluate looks at all of them before its first server
 
 
+NEWEST = "0.33"  # a vLLM whose limits are those of the device alone: the image's own is not known here
+DTYPES = {"fp8": "FP8", "bfloat16": "BF16", "auto": "the model's own dtype"}
+
+
+def cache(stage: Given) -> list[Finding]:
+    """Which KV cache the quantised model is served with, and why; an error if the recipe asks for one that this device has not."""
+    if "quantize" not in stage.inputs:
+        return []
+    checkpoint = Checkpoint("official", fp8_cache=stage.inputs["quantize"].params["kv_cache"] == "FP8")
+    try:
+        chosen = kv_cache(NEWEST, stage.device, checkpoint, stage.params["kv_cache"])
+    except ServingError as error:
+        return [Finding(f"{stage.stage}.kv_cache", error.found, "a KV cache that this machine serves", f"In the recipe, {error.remedy}.")]
+    return [Finding(f"{stage.stage}.kv_cache", f"{DTYPES[chosen.dtype]} for the quantised model, since {chosen.why}", level="note")]
+
+
 def look(stage: Given) -> list[Finding]:
+    """The KV cache, the gate and the questions of stage evaluate."""
+    return [*cache(stage), *behaviour(stage)]
+
+
+def behaviour(stage: Given) -> list[Finding]:
+    """What is wrong with the gate and the questions."""
     findings = [Finding("evaluate.gate", fault, "a gate that can be held", "docs/formats.md, The gate, says what one holds.") for fault in gate.faults(stage.params["gate"])]
     if not stage.sources.get("questions"):
         if "data" in stage.inputs and stage.inputs["data"].params.get("eval_share") == 0:

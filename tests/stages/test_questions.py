@@ -227,3 +227,25 @@ def test_a_check_shows_so_many_findings_and_counts_the_rest(capsys, monkeypatch)
 def test_a_check_needs_the_standard_library_alone(module):
     done = subprocess.run([sys.executable, "-S", "-c", f"import {module}"], cwd=REPO, capture_output=True, text=True, env={"PYTHONDONTWRITEBYTECODE": "1"})
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("device", "cache", "asked", "level", "said"), [
+    ("cpu", "none", "auto", "note", "BF16 for the quantised model, since the checkpoint asks for no other"),
+    ("cpu", "FP8", "auto", "note", "BF16 for the quantised model, since vLLM has the FP8 that the checkpoint asks for on some CPUs only"),
+    ("cuda", "FP8", "auto", "note", "FP8 for the quantised model, since the checkpoint asks for it"),
+    ("cuda", "none", "fp8", "note", "FP8 for the quantised model, since the recipe asks for it"),
+    ("cuda", "FP8", "bfloat16", "note", "BF16 for the quantised model, since the recipe asks for it"),
+])
+def test_the_kv_cache_is_said_with_its_reason(device, cache, asked, level, said):
+    quantize = check.Given("quantize", {"kv_cache": cache})
+    found, = sources.cache(check.Given("evaluate", {"kv_cache": asked}, inputs={"quantize": quantize}, device=device))
+    assert (found.level, found.found) == (level, said)
+
+
+def test_an_fp8_cache_that_this_cpu_lacks_is_refused_before_the_first_stage(monkeypatch):
+    from nemotron import serving
+
+    monkeypatch.setattr(serving, "fp8_on_cpu", lambda cpuinfo: False)
+    stage = check.Given("evaluate", {"kv_cache": "fp8"}, inputs={"quantize": check.Given("quantize", {"kv_cache": "none"})})
+    found, = sources.cache(stage)
+    assert found.level == "error" and "AVX-512" in found.found and "kv_cache: auto" in found.remedy
