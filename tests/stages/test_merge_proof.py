@@ -1,6 +1,5 @@
-"""What stage merge asks of a merge:
-
-a wrong place or scale is refused by name, and rounding to BF16 or an idle expert is no fault.
+"""What stage merge asks of a merge: a wrong place or scale is refused by name; rounding to BF16 and idle experts
+are no fault.
 """
 
 import json
