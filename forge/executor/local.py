@@ -21,6 +21,8 @@ from forge.finding import Finding, Refused, error
 from forge.image import Image
 
 _PASSED_ON = ("LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT")
+# torch for aarch64 is a CUDA build: on a DGX Spark it would see the GPU that this executor's environments lack the kernels for.
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -113,6 +115,7 @@ class Local:
             "PATH": os.pathsep.join([str(python.parent), "/usr/local/bin", "/usr/bin", "/bin"]),
             "HOME": str(home),
             "PYTHONPATH": str(task.repo),
+            **_NO_GPU,
             **stage_environment(task.network),
         }
         render.write_script(task.folder / f"{task.prefix}.sh", task.stage, "Its output goes where the job says.", [
@@ -147,7 +150,7 @@ class Local:
 
     def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
         # Without PYTHONSAFEPATH -m looks first in the caller's folder, which may be another clone.
-        environment = {"PYTHONPATH": str(self.repo), "PYTHONSAFEPATH": "1", **stage_environment(network=False)}
+        environment = {"PYTHONPATH": str(self.repo), "PYTHONSAFEPATH": "1", **_NO_GPU, **stage_environment(network=False)}
         return ["env", "-i", *(f"{k}={v}" for k, v in environment.items()), str(self.interpreter(image)), "-m", module, *map(str, arguments)]
 
 
