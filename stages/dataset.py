@@ -1,7 +1,7 @@
 """Rows in files: the one reader and the one writer of JSON Lines, for every stage.
 
-A row is one JSON object on one line, in UTF-8. A line ends at the byte `\\n` and nowhere else: U+2028, U+2029 and U+0085 may
-stand raw inside a JSON string, and str.splitlines would cut the row there.
+A row is one JSON object on one line, in UTF-8. A line ends at the byte `\\n` and nowhere else: U+2028,
+U+2029 and U+0085 may stand raw inside a JSON string, and str.splitlines would cut the row there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ BOM = b"\xef\xbb\xbf"
 
 
 def lines(opened: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and bytes of every line that is not blank; a UTF-8 byte order mark at the start is left out."""
+    """Number, from 1, and bytes of every line that is not blank; a UTF-8 byte order mark at the start is
+    left out.
+    """
     for number, raw in enumerate(opened, 1):
         line = (raw.removeprefix(BOM) if number == 1 else raw).strip(b" \t\r\n")
         if line:
@@ -27,12 +29,15 @@ def lines(opened: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 def parse(raw: bytes | str) -> Any:
     """The JSON value of one row. Raises ValueError with a reason in words.
 
-    Stricter than json.loads: NaN and Infinity are no JSON, and of two equal keys in an object one would be lost.
+    Stricter than json.loads: NaN and Infinity are no JSON, and of two equal keys in an object one would
+    be lost.
     """
     try:
         return DECODER.decode(raw.decode() if isinstance(raw, bytes) else raw)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start} ({error.reason})") from error
+        raise ValueError(
+            f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start} ({error.reason})"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {reason(error)}") from error
 
@@ -43,13 +48,16 @@ def reason(error: ValueError | RecursionError) -> str:
         return f"{error.msg} at character {error.pos + 1}"
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return "an integer of thousands of digits" if "integer string conversion" in str(error) else str(error)  # else NaN, or a repeated key
+    return (
+        "an integer of thousands of digits" if "integer string conversion" in str(error) else str(error)
+    )  # else NaN, or a repeated key
 
 
 def read(path: Path, name: str = "", step: int = 1) -> Iterator[tuple[int, dict]]:
     """Line number and row of every `step`-th row of a JSON Lines file.
 
-    Raises StageError by `name` (default: the file's) and line at a line that holds no JSON object, or if the file cannot be read.
+    Raises StageError by `name` (default: the file's) and line at a line that holds no JSON object, or if
+    the file cannot be read.
     """
     name = name or path.name
     try:
@@ -58,7 +66,11 @@ def read(path: Path, name: str = "", step: int = 1) -> Iterator[tuple[int, dict]
                 if count % step == 0:
                     yield number, _row(raw, f"{name}:{number}")
     except OSError as error:
-        raise StageError(f"{name} cannot be read: {error.strerror or error}", "a file of rows", "Check the path in the recipe.") from error
+        raise StageError(
+            f"{name} cannot be read: {error.strerror or error}",
+            "a file of rows",
+            "Check the path in the recipe.",
+        ) from error
 
 
 def count(path: Path) -> int:
@@ -68,14 +80,18 @@ def count(path: Path) -> int:
 
 
 def write(path: Path, rows: Iterable[dict]) -> None:
-    """Writes `rows` as JSON Lines in UTF-8. Raises ValueError at NaN or Infinity, which JSON does not have."""
+    """Writes `rows` as JSON Lines in UTF-8. Raises ValueError at NaN or Infinity, which JSON does not
+    have.
+    """
     with path.open("wb") as opened:
         for row in rows:
             opened.write(dumps(row).encode() + b"\n")
 
 
 def dumps(row: dict) -> str:
-    """A row as JSON on one line. Half a surrogate pair, which UTF-8 does not have, stays as JSON's own escape."""
+    """A row as JSON on one line. Half a surrogate pair, which UTF-8 does not have, stays as JSON's own
+    escape.
+    """
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
@@ -88,9 +104,17 @@ def _row(raw: bytes, place: str) -> dict:
     try:
         row = parse(raw)
     except ValueError as error:
-        raise StageError(f"{place} is no row: {error}", "one JSON object on every line, in UTF-8", "Mend or remove that line.") from error
+        raise StageError(
+            f"{place} is no row: {error}",
+            "one JSON object on every line, in UTF-8",
+            "Mend or remove that line.",
+        ) from error
     if not isinstance(row, dict):
-        raise StageError(f"{place} holds a JSON {type(row).__name__}", "one JSON object on every line", "Mend or remove that line.")
+        raise StageError(
+            f"{place} holds a JSON {type(row).__name__}",
+            "one JSON object on every line",
+            "Mend or remove that line.",
+        )
     return row
 
 

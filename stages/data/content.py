@@ -1,7 +1,7 @@
 """What a file holds, told by its bytes and not by its name, and the records in it.
 
-Read are JSON Lines and JSON (an array, or objects over several lines) in UTF-8, UTF-16 or UTF-32, each also as gzip, and
-Parquet. Everything else is called what it is, with a way out of it.
+Read are JSON Lines and JSON (an array, or objects over several lines) in UTF-8, UTF-16 or UTF-32, each
+also as gzip, and Parquet. Everything else is called what it is, with a way out of it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,24 @@ HEAD = 1 << 16  # bytes that recognition reads
 HEAD_OF_ROW = 800  # bytes of a row that are kept to show what it was
 _BLANK = re.compile(r"[ \t\r\n]*")
 JSON, TEXT, PARQUET, EMPTY = "JSON", "text", "Parquet", "an empty file"
-MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
-         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # the mark of UTF-32 LE begins with that of UTF-16 LE
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)  # the mark of UTF-32 LE begins with that of UTF-16 LE
 SAVE = "Save the conversations as JSON Lines or Parquet."
 FOREIGN = (
     (b"SQLite format 3\0", "an SQLite database", SAVE),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file (.xls, .doc)", SAVE),
     (b"%PDF", "a PDF", SAVE),
     (b"ARROW1", "an Arrow file", "Save it with `dataset.to_parquet(...)` or `to_json(...)`."),
-    (b"\xff\xff\xff\xff", "an Arrow stream, as `save_to_disk` writes it", "Save it with `dataset.to_parquet(...)` or `to_json(...)`."),
+    (
+        b"\xff\xff\xff\xff",
+        "an Arrow stream, as `save_to_disk` writes it",
+        "Save it with `dataset.to_parquet(...)` or `to_json(...)`.",
+    ),
     (b"PARE", "an encrypted Parquet file", "Write it without encryption."),
     (b"\x28\xb5\x2f\xfd", "a zstd archive", "Unpack it (zstd -d), or pack it with gzip."),
     (b"\xfd7zXZ\0", "an xz archive", "Unpack it (xz -d), or pack it with gzip."),
@@ -43,7 +52,11 @@ FOREIGN = (
     (b"Obj\x01", "an Avro file", SAVE),
     (b"\x89HDF", "an HDF5 file", SAVE),
     (b"\x80\x04", "a pickle", SAVE),
-    (b"version https://git-lfs", "a Git LFS pointer: the data itself was not downloaded", "Run `git lfs pull` in its repository."),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer: the data itself was not downloaded",
+        "Run `git lfs pull` in its repository.",
+    ),
 )
 
 
@@ -57,9 +70,11 @@ class Foreign(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file. `line` counts from 1: lines in JSON Lines, rows in Parquet, in an array and in objects over several lines.
+    """One row of a file. `line` counts from 1: lines in JSON Lines, rows in Parquet, in an array and in
+    objects over several lines.
 
-    `value` is the JSON value, or None with the `fault` that keeps it from being one; `head` is the beginning of its text.
+    `value` is the JSON value, or None with the `fault` that keeps it from being one; `head` is the
+    beginning of its text.
     """
 
     line: int
@@ -70,7 +85,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Kind:
-    """How to read a file: JSON, PARQUET, EMPTY, or TEXT whose first line is no JSON (its lines are rejects); whether it is packed; a text's encoding, and the end of its lines."""
+    """How to read a file: JSON, PARQUET, EMPTY, or TEXT whose first line is no JSON (its lines are
+    rejects); whether it is packed; a text's encoding, and the end of its lines.
+    """
 
     name: str
     packed: bool = False
@@ -79,7 +96,9 @@ class Kind:
 
 
 def recognise(path: Path) -> Kind:
-    """The kind of a file. Raises Foreign if it is none that is read, and StageError if it is torn or cannot be opened."""
+    """The kind of a file. Raises Foreign if it is none that is read, and StageError if it is torn or
+    cannot be opened.
+    """
     with faults(path.name):
         with path.open("rb") as opened:
             head = opened.read(HEAD)
@@ -104,11 +123,15 @@ def recognise(path: Path) -> Kind:
     text = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
     if other := text[:1] not in ("{", "["):
         _not_json(text)
-    return Kind(TEXT if other else JSON, packed, encoding, "\r" if "\r" in text and "\n" not in text else "\n")
+    return Kind(
+        TEXT if other else JSON, packed, encoding, "\r" if "\r" in text and "\n" not in text else "\n"
+    )
 
 
 def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
-    """Every record of a file of a known kind. Raises StageError where the rest cannot be read: torn, or another encoding."""
+    """Every record of a file of a known kind. Raises StageError where the rest cannot be read: torn, or
+    another encoding.
+    """
     with faults(name):
         if kind.name == PARQUET:
             yield from _parquet(path)
@@ -129,15 +152,28 @@ def faults(name: str) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise StageError(f"{name} is a torn gzip file: {error}", "a whole one", remedy) from error
     except arrow_error as error:
-        raise StageError(f"{name} begins as Parquet and cannot be read: {str(error).splitlines()[0]}", "a whole Parquet file", remedy) from error
+        raise StageError(
+            f"{name} begins as Parquet and cannot be read: {str(error).splitlines()[0]}",
+            "a whole Parquet file",
+            remedy,
+        ) from error
     except UnicodeDecodeError as error:
-        raise StageError(f"{name} is no {error.encoding} text ({error.reason} at {error.start})", "one encoding, UTF-8 at best", "Save it as UTF-8.") from error
+        raise StageError(
+            f"{name} is no {error.encoding} text ({error.reason} at {error.start})",
+            "one encoding, UTF-8 at best",
+            "Save it as UTF-8.",
+        ) from error
     except OSError as error:
-        raise StageError(f"{name} cannot be read: {error.strerror or error}", "a file that this user may read", "Check the path and its permissions.") from error
+        raise StageError(
+            f"{name} cannot be read: {error.strerror or error}",
+            "a file that this user may read",
+            "Check the path and its permissions.",
+        ) from error
 
 
 def text(path: Path, what: str) -> str:
-    """The whole text of a file in UTF-8, UTF-16 or UTF-32, without a byte order mark and with LF for every end of line.
+    """The whole text of a file in UTF-8, UTF-16 or UTF-32, without a byte order mark and with LF for
+    every end of line.
 
     Raises StageError, with `what` the file is for, if it is a folder, empty or no text.
     """
@@ -150,7 +186,9 @@ def text(path: Path, what: str) -> str:
         binary = b"\0" in raw and encoding.startswith("utf-8")
         decoded = "" if binary else raw.decode(encoding)
     if binary:
-        raise StageError(f"{path.name} is no text: it has NUL bytes", expected, "Name the right file, or save it as UTF-8.")
+        raise StageError(
+            f"{path.name} is no text: it has NUL bytes", expected, "Name the right file, or save it as UTF-8."
+        )
     if not decoded.strip():
         raise StageError(f"{path.name} is empty", expected, "Name the right file in the recipe.")
     return lf(decoded)
@@ -165,10 +203,15 @@ def _encoding(head: bytes) -> str:
     for mark, encoding in MARKS:
         if head.startswith(mark):
             return encoding
-    # Without a mark: JSON begins with two ASCII characters, so the NULs among the first four bytes tell the width (RFC 4627, section 3).
+    # Without a mark: JSON begins with two ASCII characters, so the NULs among the first four bytes tell
+    # the width (RFC 4627, section 3).
     nuls = tuple(byte == 0 for byte in head[:4])
-    return {(False, True, False, True): "utf-16-le", (True, False, True, False): "utf-16-be",
-            (False, True, True, True): "utf-32-le", (True, True, True, False): "utf-32-be"}.get(nuls, "utf-8")
+    return {
+        (False, True, False, True): "utf-16-le",
+        (True, False, True, False): "utf-16-be",
+        (False, True, True, True): "utf-32-le",
+        (True, True, True, False): "utf-32-be",
+    }.get(nuls, "utf-8")
 
 
 def _zip(path: Path) -> tuple[str, str]:
@@ -184,7 +227,9 @@ def _zip(path: Path) -> tuple[str, str]:
 
 
 def _not_json(text: str) -> None:
-    """Raises Foreign for text that begins as something well known; any other is read line by line, and its lines are rejects."""
+    """Raises Foreign for text that begins as something well known; any other is read line by line, and
+    its lines are rejects.
+    """
     first = text.partition("\n")[0]
     if text.startswith("<"):
         raise Foreign("HTML or XML", "If it was downloaded: a page came instead of the file. " + SAVE)
@@ -192,7 +237,10 @@ def _not_json(text: str) -> None:
         raise Foreign("YAML", SAVE)
     fields = re.split(r"[,;\t]", first.strip())
     if len(fields) > 1 and all(re.fullmatch(r'"?[\w .-]{1,40}"?', field.strip()) for field in fields):
-        raise Foreign("a table in CSV", "Save it as JSON Lines: `datasets.load_dataset('csv', data_files=...)` and `.to_json(...)`.")
+        raise Foreign(
+            "a table in CSV",
+            "Save it as JSON Lines: `datasets.load_dataset('csv', data_files=...)` and `.to_json(...)`.",
+        )
     if text.startswith("#"):
         raise Foreign("text (Markdown?)", SAVE)
 
@@ -221,7 +269,9 @@ def _open(path: Path, kind: Kind) -> Iterator[BinaryIO]:
 
 
 def _lines(path: Path, kind: Kind) -> Iterator[tuple[int, bytes]]:
-    """Number and UTF-8 of every line. UTF-8 itself is not decoded here: one bad line is one reject, not the end of the file."""
+    """Number and UTF-8 of every line. UTF-8 itself is not decoded here: one bad line is one reject, not
+    the end of the file.
+    """
     with _open(path, kind) as opened:
         if kind.encoding.startswith("utf-8") and kind.newline == "\n":
             yield from dataset.lines(opened)
@@ -236,7 +286,9 @@ def _whole(path: Path, kind: Kind) -> str:
 
 
 def _over_lines(path: Path, kind: Kind) -> bool:
-    """Whether the first object of a text, whose first line is no JSON by itself, is whole over several lines."""
+    """Whether the first object of a text, whose first line is no JSON by itself, is whole over several
+    lines.
+    """
     try:
         dataset.DECODER.raw_decode(_whole(path, kind).lstrip())
     except (ValueError, RecursionError):
@@ -245,7 +297,9 @@ def _over_lines(path: Path, kind: Kind) -> bool:
 
 
 def _values(text: str, name: str) -> Iterator[Record]:
-    """The elements of an array, or objects one after another; numbered from 1. Raises StageError where one is no JSON."""
+    """The elements of an array, or objects one after another; numbered from 1. Raises StageError where
+    one is no JSON.
+    """
     array = text.lstrip().startswith("[")
     at, number = text.index("[") + 1 if array else 0, 0
     while (at := _after_blanks(text, at)) < len(text):
@@ -253,24 +307,44 @@ def _values(text: str, name: str) -> Iterator[Record]:
             break
         if array and number:
             if text[at] != ",":
-                raise StageError(f"{name}: no comma after row {number} of the array, at line {_line_of(text, at)}", "JSON throughout", "Mend it there.")
+                raise StageError(
+                    f"{name}: no comma after row {number} of the array, at line {_line_of(text, at)}",
+                    "JSON throughout",
+                    "Mend it there.",
+                )
             at = _after_blanks(text, at + 1)
         number += 1
         try:
             value, end = dataset.DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             place = getattr(error, "pos", at)
-            if not text[place:].strip(" \t\r\n") or "Unterminated" in str(error):  # a string without end runs to the end of the text
-                raise StageError(f"{name}: the text ends inside row {number}: the file was cut off", "a whole JSON array", "Copy or write the file again.") from error
+            if not text[place:].strip(" \t\r\n") or "Unterminated" in str(
+                error
+            ):  # a string without end runs to the end of the text
+                raise StageError(
+                    f"{name}: the text ends inside row {number}: the file was cut off",
+                    "a whole JSON array",
+                    "Copy or write the file again.",
+                ) from error
             raise StageError(
-                f"{name}: row {number} is no JSON ({dataset.reason(error)}), at line {_line_of(text, place)} of the file", "JSON throughout",
-                "Mend it there. In JSON Lines, one object a line, one bad row does not stop the others.") from error
+                f"{name}: row {number} is no JSON ({dataset.reason(error)}), at line {_line_of(text, place)} of the file",
+                "JSON throughout",
+                "Mend it there. In JSON Lines, one object a line, one bad row does not stop the others.",
+            ) from error
         yield Record(number, value, "", text[at : min(end, at + HEAD_OF_ROW)].encode("utf-8", "replace"))
         at = end
     if array and at == len(text):
-        raise StageError(f"{name}: the array has no end after row {number}: the file was cut off", "a whole JSON array", "Copy or write the file again.")
+        raise StageError(
+            f"{name}: the array has no end after row {number}: the file was cut off",
+            "a whole JSON array",
+            "Copy or write the file again.",
+        )
     if array and text[at + 1 :].strip():
-        raise StageError(f"{name}: more text follows the array, at line {_line_of(text, at)}", "one JSON array, or JSON Lines", "Put all rows into one array.")
+        raise StageError(
+            f"{name}: more text follows the array, at line {_line_of(text, at)}",
+            "one JSON array, or JSON Lines",
+            "Put all rows into one array.",
+        )
 
 
 def _after_blanks(text: str, at: int) -> int:
@@ -292,7 +366,9 @@ def _line(number: int, raw: bytes) -> Record:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    """Rows of a Parquet file. Arrow gives every object of a column the same keys, so null is an absent key here: it is left out."""
+    """Rows of a Parquet file. Arrow gives every object of a column the same keys, so null is an absent
+    key here: it is left out.
+    """
     import pyarrow.parquet
 
     number = 0

@@ -1,4 +1,6 @@
-"""Which files of the sources hold conversations, which are a data set's own held-out split, and which are left out and why."""
+"""Which files of the sources hold conversations, which are a data set's own held-out split, and which are
+left out and why.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,22 @@ from stages.job import StageError
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet")  # in any letter case; each but the last also with .gz
 PACKED = ".gz"
-HELD_OUT = {"test", "testing", "validation", "valid", "val", "eval", "evaluation", "heldout", "held_out", "held-out", "holdout"}
-WITH_TRAIN = {"dev"}  # a split only beside a file called train: alone it may as well be what the conversations are about
+HELD_OUT = {
+    "test",
+    "testing",
+    "validation",
+    "valid",
+    "val",
+    "eval",
+    "evaluation",
+    "heldout",
+    "held_out",
+    "held-out",
+    "holdout",
+}
+WITH_TRAIN = {
+    "dev"
+}  # a split only beside a file called train: alone it may as well be what the conversations are about
 TRAIN = ("train", "training")
 COPY = re.compile(r"(?:^copy of | - copy(?: ?\(\d+\))?$| copy(?: \d+)?$| ?\(\d+\)$)", re.IGNORECASE)
 EDITORS = re.compile(r"~$|^#.*#$|\.(?:swp|swo|bak|orig|rej|tmp|part|crdownload)$", re.IGNORECASE)
@@ -24,7 +40,8 @@ SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin"}
 
 @dataclass(frozen=True)
 class File:
-    """A file to read. `name` starts at its source, such as `conversations/direct_action.jsonl`; `split` is the held-out split that it is, or "".
+    """A file to read. `name` starts at its source, such as `conversations/direct_action.jsonl`; `split`
+    is the held-out split that it is, or "".
 
     `in_folder`: the recipe names its folder, not the file itself.
     """
@@ -50,9 +67,11 @@ class Listing:
 
 
 def listed(sources: list[Path]) -> Listing:
-    """Every file of the sources. A file that the recipe names is read whatever it is called; in a folder the name decides.
+    """Every file of the sources. A file that the recipe names is read whatever it is called; in a folder
+    the name decides.
 
-    Raises StageError if a file to read is of a foreign kind or torn, if a folder has none, or if all that is there is held out.
+    Raises StageError if a file to read is of a foreign kind or torn, if a folder has none, or if all that
+    is there is held out.
     """
     listing = Listing()
     names: set[str] = set()
@@ -65,15 +84,21 @@ def listed(sources: list[Path]) -> Listing:
             try:
                 kind = content.recognise(path)
             except content.Foreign as foreign:
-                raise StageError(f"{name} is {foreign.kind}", "conversations as JSON Lines, JSON or Parquet", foreign.remedy) from foreign
+                raise StageError(
+                    f"{name} is {foreign.kind}",
+                    "conversations as JSON Lines, JSON or Parquet",
+                    foreign.remedy,
+                ) from foreign
             if kind.name == content.EMPTY:
                 listing.left_out[name] = "is empty"
             else:
                 listing.files.append(File(name, path, kind, split, source.is_dir()))
     if listing.files and all(file.split for file in listing.files):
         raise StageError(
-            f"nothing but held-out splits: {some(file.name for file in listing.files)}", "files to train on",
-            "To train on one of them, name the file itself in `sources.conversations`, not its folder.")
+            f"nothing but held-out splits: {some(file.name for file in listing.files)}",
+            "files to train on",
+            "To train on one of them, name the file itself in `sources.conversations`, not its folder.",
+        )
     return listing
 
 
@@ -91,14 +116,23 @@ def stem(name: str) -> str:
 
 
 def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
-    """Files of a folder to read, in the order of their names, each with the split that it belongs to; names the others in `listing`."""
+    """Files of a folder to read, in the order of their names, each with the split that it belongs to;
+    names the others in `listing`.
+    """
     chosen: list[Path] = []
     for folder, folders, files in os.walk(source, onerror=_unreadable):
         here = Path(folder)
         folders.sort()
         for name in list(folders):
-            reason = "is hidden" if name.startswith(".") else "holds a system's own files" if name.lower() in SYSTEM else \
-                "is a link to a folder, which is not followed" if (here / name).is_symlink() else ""
+            reason = (
+                "is hidden"
+                if name.startswith(".")
+                else "holds a system's own files"
+                if name.lower() in SYSTEM
+                else "is a link to a folder, which is not followed"
+                if (here / name).is_symlink()
+                else ""
+            )
             if reason:
                 folders.remove(name)
                 listing.left_out[f"{_readable((here / name).relative_to(source.parent))}/"] = reason
@@ -109,9 +143,16 @@ def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
                 chosen.append(here / name)
     chosen.sort()
     if not chosen:
-        others = f"; there are {some(f'{name} ({reason})' for name, reason in listing.left_out.items())}" if listing.left_out else ""
-        raise StageError(f"no file of conversations in {source.name}{others}", f"files that end in {', '.join(ENDINGS)} (or .gz) in every folder of the sources",
-                         "Check `sources.conversations` in the recipe.")
+        others = (
+            f"; there are {some(f'{name} ({reason})' for name, reason in listing.left_out.items())}"
+            if listing.left_out
+            else ""
+        )
+        raise StageError(
+            f"no file of conversations in {source.name}{others}",
+            f"files that end in {', '.join(ENDINGS)} (or .gz) in every folder of the sources",
+            "Check `sources.conversations` in the recipe.",
+        )
     relatives = [PurePosixPath(path.relative_to(source).as_posix()) for path in chosen]
     places = {_place(relative) for relative in relatives}
     return [(path, _split(relative, places)) for path, relative in zip(chosen, relatives)]
@@ -123,7 +164,11 @@ def _readable(path: Path) -> str:
 
 
 def _unreadable(error: OSError) -> None:
-    raise StageError(f"the folder {Path(error.filename).name} cannot be read: {error.strerror}", "one that this user may read", "Change its permissions.")
+    raise StageError(
+        f"the folder {Path(error.filename).name} cannot be read: {error.strerror}",
+        "one that this user may read",
+        "Change its permissions.",
+    )
 
 
 def _left_out(path: Path, beside: list[str]) -> str:
@@ -167,8 +212,9 @@ def _place(relative: PurePosixPath) -> tuple[str, ...]:
 def _split(relative: PurePosixPath, places: set[tuple[str, ...]]) -> str:
     """The held-out split that a file of a folder belongs to, "" if it is to be trained on.
 
-    A folder or stem that is the split's name alone says so; as a part of a longer name (`chats_test`) it says so only if there
-    is a twin to train on (`chats_train`), since an `eye_test.jsonl` may be about eyes.
+    A folder or stem that is the split's name alone says so; as a part of a longer name (`chats_test`) it
+    says so only if there is a twin to train on (`chats_train`), since an `eye_test.jsonl` may be about
+    eyes.
     """
     words = _words(relative)
     for position, word in enumerate(words):

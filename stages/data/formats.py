@@ -1,10 +1,13 @@
-"""Any row that is read, as canonical messages: the formats, their keys, and what becomes of each (docs/formats.md has the table).
+"""Any row that is read, as canonical messages: the formats, their keys, and what becomes of each
+(docs/formats.md has the table).
 
-Canonical: `role` in chat.ROLES; `content` a string, or None on an assistant turn that calls tools; `tool_calls`, a list of
-`{"id"?, "type": "function", "function": {"name", "arguments": mapping}}`; `tool_call_id` and `name` on a tool's message;
-`reasoning_content` on an assistant turn; `train: False` on any message. No other key survives. A key whose value is null
-counts as absent. What carries content and cannot be represented is refused by name, the rest is counted in `unused`. Whether
-the messages make a conversation (order, results of calls, empty turns) is for chat.normalise to say, for every source of them.
+Canonical: `role` in chat.ROLES; `content` a string, or None on an assistant turn that calls tools;
+`tool_calls`, a list of `{"id"?, "type": "function", "function": {"name", "arguments": mapping}}`;
+`tool_call_id` and `name` on a tool's message; `reasoning_content` on an assistant turn; `train: False` on
+any message. No other key survives. A key whose value is null counts as absent. What carries content and
+cannot be represented is refused by name, the rest is counted in `unused`. Whether the messages make a
+conversation (order, results of calls, empty turns) is for chat.normalise to say, for every source of
+them.
 """
 
 from __future__ import annotations
@@ -16,12 +19,30 @@ from nemotron.chat import ROLES, ChatError
 from stages import dataset
 
 ROLE = {  # ours are the four of chat.ROLES; the others are OpenAI's developer and function, and ShareGPT's
-    "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "model": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "function_response": "tool", "function-response": "tool",
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "function-response": "tool",
     "ipython": "tool",
 }
-CALLS = {"function_call", "function-call", "tool_call", "tool-call"}  # ShareGPT's turns that are a call and nothing else
+CALLS = {
+    "function_call",
+    "function-call",
+    "tool_call",
+    "tool-call",
+}  # ShareGPT's turns that are a call and nothing else
 SHAPES = (
     '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}',
     '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}',
@@ -29,20 +50,45 @@ SHAPES = (
 )
 NO_FORMAT = "no format that is read"  # what the reason of a row begins with whose keys are of none
 FOREIGN_SHAPES = (
-    ({"chosen", "rejected"}, "preference pairs"), ({"prompt", "completion"}, "a prompt and its completion"), ({"question", "answer"}, "a question and its answer"),
-    ({"prompt", "response"}, "a prompt and its response"), ({"instruction", "response"}, "an instruction and its response"),
-    ({"contents"}, "Gemini's contents"), ({"custom_id", "body"}, "requests of a batch API"), ({"text"}, "plain text"),
+    ({"chosen", "rejected"}, "preference pairs"),
+    ({"prompt", "completion"}, "a prompt and its completion"),
+    ({"question", "answer"}, "a question and its answer"),
+    ({"prompt", "response"}, "a prompt and its response"),
+    ({"instruction", "response"}, "an instruction and its response"),
+    ({"contents"}, "Gemini's contents"),
+    ({"custom_id", "body"}, "requests of a batch API"),
+    ({"text"}, "plain text"),
 )
 MEDIA = ("audio", "audios", "image", "images", "video", "videos", "file", "files", "attachments", "documents")
-FLAGS = ("loss", "loss_mask", "mask", "masked", "learn", "ignore", "no_train", "trainable", "training", "train_on_turn", "train_detail", "training_detail")
+FLAGS = (
+    "loss",
+    "loss_mask",
+    "mask",
+    "masked",
+    "learn",
+    "ignore",
+    "no_train",
+    "trainable",
+    "training",
+    "train_on_turn",
+    "train_detail",
+    "training_detail",
+)
 REASONING = ("reasoning_content", "reasoning", "thinking")
-SILENT = {"id", "index", "category", "split"}  # a row's name is of no use and no loss; the other two are read in rows.py
+SILENT = {
+    "id",
+    "index",
+    "category",
+    "split",
+}  # a row's name is of no use and no loss; the other two are read in rows.py
 HISTORY = ("messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row in canonical form: `tools` as the row has them (a list, or None), and the keys that were not used, such as `messages[].name`."""
+    """A row in canonical form: `tools` as the row has them (a list, or None), and the keys that were not
+    used, such as `messages[].name`.
+    """
 
     format: str
     messages: list[dict]
@@ -51,7 +97,9 @@ class Conversation:
 
 
 def canonical(row: Any) -> Conversation:
-    """A row of any format that is read. Raises ChatError with the reason; one that begins with NO_FORMAT if no format was recognised."""
+    """A row of any format that is read. Raises ChatError with the reason; one that begins with NO_FORMAT
+    if no format was recognised.
+    """
     if not isinstance(row, dict):
         raise ChatError(f"{NO_FORMAT}: the row is {_kind(row)}, not an object")
     row = _present(row)
@@ -62,7 +110,11 @@ def canonical(row: Any) -> Conversation:
         form = "ShareGPT" if isinstance(turns[0], dict) and "from" in turns[0] else "messages"
         used = {key, "system", "tools", "functions"}
     elif "instruction" in row and "output" in row:
-        form, turns, used = "Alpaca", _alpaca(row), {"instruction", "input", "output", "history", "system", "tools", "functions"}
+        form, turns, used = (
+            "Alpaca",
+            _alpaca(row),
+            {"instruction", "input", "output", "history", "system", "tools", "functions"},
+        )
     else:
         raise ChatError(f"{NO_FORMAT}: {_shape(row)}")
     unused = _rest(row, used, "")
@@ -87,7 +139,12 @@ def _message(turn: Any, position: int) -> tuple[dict, list[str]]:
     said = turn.get(names[0])
     used = {*names, "weight", "train"}
     if isinstance(said, str) and said in CALLS:
-        return {"role": "assistant", "content": None, "tool_calls": _written(turn.get(names[1]), where), **_flag(turn, "assistant", where)}, _rest(turn, used, where)
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": _written(turn.get(names[1]), where),
+            **_flag(turn, "assistant", where),
+        }, _rest(turn, used, where)
     if not isinstance(said, str) or said not in ROLE:
         raise ChatError(f"{where} has the unknown role {said!r}; known are {', '.join(ROLE)}")
     message: dict[str, Any] = {"role": ROLE[said], "content": _text(turn.get(names[1]), where)}
@@ -117,7 +174,11 @@ def _text(value: Any, where: str) -> str | None:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get("text") if isinstance(part, dict) else part
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-            raise ChatError(f"content of {where} has a part of type {kind!r}, which is not text" if kind != "text" else f"content of {where} has a part without text")
+            raise ChatError(
+                f"content of {where} has a part of type {kind!r}, which is not text"
+                if kind != "text"
+                else f"content of {where} has a part without text"
+            )
         parts.append(text)
     return "\n".join(parts)
 
@@ -143,11 +204,17 @@ def _call(call: Any, where: str) -> dict:
     if call.get("type") not in (None, "function"):
         raise ChatError(f"{where} calls a tool of type {call['type']!r}, not function")
     id = {"id": _string(call["id"], "the id of a call", where)} if call.get("id") is not None else {}
-    return {**id, "type": "function", "function": {"name": function["name"], "arguments": _arguments(function)}}
+    return {
+        **id,
+        "type": "function",
+        "function": {"name": function["name"], "arguments": _arguments(function)},
+    }
 
 
 def _arguments(function: dict) -> dict:
-    """A call's arguments as a mapping: none at all, null and blank text are {}, as for the server. Nulls inside stay, for chat to refuse."""
+    """A call's arguments as a mapping: none at all, null and blank text are {}, as for the server. Nulls
+    inside stay, for chat to refuse.
+    """
     name, value = function["name"], function.get("arguments", function.get("parameters"))
     if isinstance(value, str):
         if not value.strip():
@@ -188,7 +255,9 @@ def _flag(turn: dict, role: str, where: str) -> dict[str, bool]:
     if "weight" in turn:
         weight = turn["weight"]
         if isinstance(weight, bool) or weight not in (0, 1):
-            raise ChatError(f"weight of {where} is {_shown(weight)}: 0 leaves it out of the loss, 1 trains it, and nothing else is known")
+            raise ChatError(
+                f"weight of {where} is {_shown(weight)}: 0 leaves it out of the loss, 1 trains it, and nothing else is known"
+            )
         asked.add(weight == 1)
     if "train" in turn:
         if not isinstance(turn["train"], bool):
@@ -202,7 +271,9 @@ def _flag(turn: dict, role: str, where: str) -> dict[str, bool]:
 
 
 def _rest(held: dict, used: set[str], where: str) -> list[str]:
-    """The keys of a row or a message that no rule has used. Raises ChatError by name where one holds content, or a flag that is not known."""
+    """The keys of a row or a message that no rule has used. Raises ChatError by name where one holds
+    content, or a flag that is not known.
+    """
     rest = []
     of = f" of {where}" if where else ""
     for key in held:
@@ -214,27 +285,50 @@ def _rest(held: dict, used: set[str], where: str) -> list[str]:
         if key in MEDIA and value:
             raise ChatError(f"{key}{of} is not text, which is all that is trained")
         if key in FLAGS:
-            raise ChatError(f"{key}{of} may be a flag of what is trained, and is not known; known are weight and train, on a message")
+            raise ChatError(
+                f"{key}{of} may be a flag of what is trained, and is not known; known are weight and train, on a message"
+            )
         if not where and key in ("weight", "train"):
             raise ChatError(f"{key} stands on the row; known it is on a message alone")
-        if where and key in ("tool_calls", "function_call", "tool_call", "tool_use", "function_calls", "text", "content", "value", "parts") and value:
+        if (
+            where
+            and key
+            in (
+                "tool_calls",
+                "function_call",
+                "tool_call",
+                "tool_use",
+                "function_calls",
+                "text",
+                "content",
+                "value",
+                "parts",
+            )
+            and value
+        ):
             raise ChatError(f"{key}{of} is not known in this place")
         rest.append(key)
     return rest
 
 
 def _alpaca(row: dict) -> list[dict]:
-    """Turns of an instruction, its input on the lines after it, and the output; `history` is earlier pairs of the two."""
+    """Turns of an instruction, its input on the lines after it, and the output; `history` is earlier
+    pairs of the two.
+    """
     parts = {key: row.get(key, "") for key in ("instruction", "input", "output")}
     for key, value in parts.items():
         if not isinstance(value, str):
             raise ChatError(f"{key} is {_kind(value)}, not text")
     history = _decoded(row.get("history") or [], "history")
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
         raise ChatError("history is not a list of pairs of instruction and output")
     asked = "\n".join(part for part in (parts["instruction"], parts["input"]) if part)
     pairs = [*history, [asked, parts["output"]]]
-    return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+    return [
+        {"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)
+    ]
 
 
 def _with_system(system: Any, messages: list[dict]) -> list[dict]:
@@ -251,7 +345,9 @@ def _with_system(system: Any, messages: list[dict]) -> list[dict]:
 
 
 def _tools(row: dict) -> list[Any] | None:
-    """The row's tools as a list, from `tools` or the older `functions`, each also as JSON in a string; None if it has none."""
+    """The row's tools as a list, from `tools` or the older `functions`, each also as JSON in a string;
+    None if it has none.
+    """
     if row.get("tools") and row.get("functions"):
         raise ChatError("the row has both tools and functions")
     key = "tools" if row.get("tools") else "functions"
@@ -289,7 +385,15 @@ def _shape(row: dict) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)
 
 

@@ -1,4 +1,6 @@
-"""From files of conversations to tokens and labels: find, read, check, render, mask, split, and say what there was."""
+"""From files of conversations to tokens and labels: find, read, check, render, mask, split, and say what
+there was.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from stages.data.split import split
 from stages.job import Job, StageError
 
 CONTRACT = Path(__file__).with_name("stage.toml")
-LITTLE = 0.05  # a share of trained tokens that is worth a warning: most of such a run is spent on reading prompts
+LITTLE = (
+    0.05  # a share of trained tokens that is worth a warning: most of such a run is spent on reading prompts
+)
 SHOWN, SHOWN_REFUSED = 5, 20  # rejects that the log shows, in a stage that goes on and in one that stops
 LONG = "max_tokens is"
 REJECTS = "rejects.jsonl"
@@ -32,8 +36,12 @@ class Prepared:
 
 
 def run(task: Job) -> None:
-    """Writes the artifact `chat-dataset` (docs/formats.md). Raises StageError if a source or too many of the rows cannot be used."""
-    params = {name: value["default"] for name, value in tomllib.loads(CONTRACT.read_text())["parameters"].items()} | task.params
+    """Writes the artifact `chat-dataset` (docs/formats.md). Raises StageError if a source or too many of
+    the rows cannot be used.
+    """
+    params = {
+        name: value["default"] for name, value in tomllib.loads(CONTRACT.read_text())["parameters"].items()
+    } | task.params
     prompt = production.read_prompt(task.sources["prompt"][0])
     tools = production.read_tools(task.sources["tools"][0]) if task.sources.get("tools") else []
     listing = files.listed(task.sources["conversations"])
@@ -41,9 +49,15 @@ def run(task: Job) -> None:
     unused = rows.unused(gathered.rows)
     say(listing, unused)
     if not gathered.total:
-        raise StageError(f"no rows in the sources{left_out(listing)}", "files with one conversation a line", "Check `sources.conversations` in the recipe.")
+        raise StageError(
+            f"no rows in the sources{left_out(listing)}",
+            "files with one conversation a line",
+            "Check `sources.conversations` in the recipe.",
+        )
     refuse_many(task, gathered.rejects, gathered.total, params["max_reject_share"])
-    chosen, prompts = production.with_prompt(gathered.rows, prompt, params["missing_prompt"], params["other_prompts"])
+    chosen, prompts = production.with_prompt(
+        gathered.rows, prompt, params["missing_prompt"], params["other_prompts"]
+    )
     chosen, equipped = production.with_tools(chosen, tools, params["tools"])
     chosen, thinking = thoughts(chosen, params["reasoning"])
     chosen, duplicates, overlap = rows.once(chosen)
@@ -53,15 +67,37 @@ def run(task: Job) -> None:
     rejects = gathered.rejects + refused
     refuse_many(task, rejects, gathered.total, params["max_reject_share"])
     for reject in rejects[:SHOWN]:
-        job.warning(f"{reject.file}:{reject.line} rejected: {reject.reason}", "all rejects are in rejects.jsonl")
+        job.warning(
+            f"{reject.file}:{reject.line} rejected: {reject.reason}", "all rejects are in rejects.jsonl"
+        )
     train, held_out = split(prepared, params["eval_share"])
     if not train:
         save(task, rejects)
-        raise StageError(f"no row left to train on: {len(rejects)} rejected, {len(held_out)} held out", "at least one",
-                         f"See the reasons in the log and in {task.scratch / REJECTS}; check max_tokens and eval_share.")
-    counts = {"duplicates": duplicates, "overlap": overlap, **prompts, **equipped, "reasoning": thinking, "undeclared_calls": undeclared, "splits": {f.name: f.split for f in listing.files if f.split},
-              "left_out": listing.left_out, "unused_keys": unused}
-    write(task.output, train, held_out, rejects, prompt, tools, stats.summary(pairs(train), pairs(held_out), rejects, prompt, counts))
+        raise StageError(
+            f"no row left to train on: {len(rejects)} rejected, {len(held_out)} held out",
+            "at least one",
+            f"See the reasons in the log and in {task.scratch / REJECTS}; check max_tokens and eval_share.",
+        )
+    counts = {
+        "duplicates": duplicates,
+        "overlap": overlap,
+        **prompts,
+        **equipped,
+        "reasoning": thinking,
+        "undeclared_calls": undeclared,
+        "splits": {f.name: f.split for f in listing.files if f.split},
+        "left_out": listing.left_out,
+        "unused_keys": unused,
+    }
+    write(
+        task.output,
+        train,
+        held_out,
+        rejects,
+        prompt,
+        tools,
+        stats.summary(pairs(train), pairs(held_out), rejects, prompt, counts),
+    )
 
 
 def pairs(prepared: list[Prepared]) -> list[tuple[Row, chat.Rendered]]:
@@ -69,18 +105,32 @@ def pairs(prepared: list[Prepared]) -> list[tuple[Row, chat.Rendered]]:
 
 
 def say(listing: files.Listing, unused: dict[str, int]) -> None:
-    """Warns of the files that are not read, of the data set's own split, and of the keys that no rule uses; each once."""
+    """Warns of the files that are not read, of the data set's own split, and of the keys that no rule
+    uses; each once.
+    """
     if listing.left_out:
-        job.warning(f"{len(listing.left_out)} files are not read{left_out(listing)}", "name a file itself in `sources.conversations` to have it read")
+        job.warning(
+            f"{len(listing.left_out)} files are not read{left_out(listing)}",
+            "name a file itself in `sources.conversations` to have it read",
+        )
     if splits := [f"{file.name} ({file.split})" for file in listing.files if file.split]:
-        job.warning(f"held out, by their names: {files.some(splits)}",
-                    "eval_share then holds out nothing more; to train on a file, name it itself in `sources.conversations`, not its folder")
+        job.warning(
+            f"held out, by their names: {files.some(splits)}",
+            "eval_share then holds out nothing more; to train on a file, name it itself in `sources.conversations`, not its folder",
+        )
     if unused:
-        job.warning(f"keys that are not used: {files.some((f'{key} ({count} rows)' for key, count in unused.items()), 8)}", "docs/formats.md says which are")
+        job.warning(
+            "keys that are not used: " + files.some((f"{k} ({count} rows)" for k, count in unused.items()), 8),
+            "docs/formats.md says which are",
+        )
 
 
 def left_out(listing: files.Listing) -> str:
-    return ": " + files.some((f"{name} {reason}" for name, reason in listing.left_out.items())) if listing.left_out else ""
+    return (
+        ": " + files.some((f"{name} {reason}" for name, reason in listing.left_out.items()))
+        if listing.left_out
+        else ""
+    )
 
 
 def thoughts(chosen: list[Row], policy: str) -> tuple[list[Row], int]:
@@ -88,21 +138,42 @@ def thoughts(chosen: list[Row], policy: str) -> tuple[list[Row], int]:
     thinking = sum(any("reasoning_content" in message for message in row.messages) for row in chosen)
     if not thinking or policy == "train":
         return chosen, thinking
-    job.warning(f"{thinking} of {len(chosen)} rows have reasoning, which is left out", "Annie is served with thinking off; set reasoning: train to train it")
-    return [replace(row, messages=[{k: v for k, v in message.items() if k != "reasoning_content"} for message in row.messages]) for row in chosen], thinking
+    job.warning(
+        f"{thinking} of {len(chosen)} rows have reasoning, which is left out",
+        "Annie is served with thinking off; set reasoning: train to train it",
+    )
+    return [
+        replace(
+            row,
+            messages=[
+                {k: v for k, v in message.items() if k != "reasoning_content"} for message in row.messages
+            ],
+        )
+        for row in chosen
+    ], thinking
 
 
 def outside(chosen: list[Row], policy: str) -> dict[str, int]:
-    """What is wrong with calls that the row's tools do not allow -> rows. Raises StageError if there are any and the policy is refuse."""
+    """What is wrong with calls that the row's tools do not allow -> rows. Raises StageError if there are
+    any and the policy is refuse.
+    """
     places, reasons = [], Counter()
     for row in chosen:
         if found := calls.outside(row.messages, row.tools):
             places.append(row.place)
             reasons.update({re.sub(r"^message \d+:? ", "", reason) for reason in found})
     if places:
-        said = f"{len(places)} of {len(chosen)} rows have calls that their tools do not allow, first {places[0]} ({files.some((f'{r}: {n} rows' for r, n in reasons.most_common()), 5)})"
+        kinds = files.some((f"{reason}: {count} rows" for reason, count in reasons.most_common()), 5)
+        said = (
+            f"{len(places)} of {len(chosen)} rows have calls that their tools do not allow, "
+            f"first {places[0]} ({kinds})"
+        )
         if policy == "refuse":
-            raise StageError(said, "calls of declared tools with arguments of their schema", "Mend the rows or their tools, or set undeclared_calls: warn to train them as they are.")
+            raise StageError(
+                said,
+                "calls of declared tools with arguments of their schema",
+                "Mend the rows or their tools, or set undeclared_calls: warn to train them as they are.",
+            )
         job.warning(said, "they are trained as they are; set undeclared_calls: refuse to stop here")
     return dict(reasons.most_common())
 
@@ -133,7 +204,9 @@ def render(tokenizer, chosen: list[Row], limit: int, reasoning: bool) -> tuple[l
 
 
 def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> None:
-    """Raises StageError if more than `share` of the rows are rejects; all of them are then in the scratch folder, which stays."""
+    """Raises StageError if more than `share` of the rows are rejects; all of them are then in the scratch
+    folder, which stays.
+    """
     if len(rejects) <= share * total:
         return
     save(task, rejects)
@@ -150,7 +223,9 @@ def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> N
         remedy += ". "
     raise StageError(
         f"{len(rejects)} of {total} rows are bad ({'; '.join(f'{n} x {reason}' for reason, n in reasons)}), first {first.file}:{first.line}",
-        f"at most {share:.1%}", f"{remedy}All of them are in {task.scratch / REJECTS}.")
+        f"at most {share:.1%}",
+        f"{remedy}All of them are in {task.scratch / REJECTS}.",
+    )
 
 
 def save(task: Job, rejects: list[Reject]) -> None:
@@ -158,7 +233,15 @@ def save(task: Job, rejects: list[Reject]) -> None:
     dataset.write(task.scratch / REJECTS, map(asdict, rejects))
 
 
-def write(output: Path, train: list[Prepared], held_out: list[Prepared], rejects: list[Reject], prompt: str, tools: list[dict], told: dict) -> None:
+def write(
+    output: Path,
+    train: list[Prepared],
+    held_out: list[Prepared],
+    rejects: list[Reject],
+    prompt: str,
+    tools: list[dict],
+    told: dict,
+) -> None:
     dataset.write(output / "train.jsonl", map(line, train))
     dataset.write(output / "eval.jsonl", map(line, held_out))
     dataset.write(output / REJECTS, map(asdict, rejects))
@@ -167,7 +250,10 @@ def write(output: Path, train: list[Prepared], held_out: list[Prepared], rejects
     (output / "stats.json").write_text(json.dumps(told, indent=2) + "\n")
     picture.draw(output / "tokens.png", told)
     if told["trained_share"] < LITTLE:
-        job.warning(f"only {told['trained_share']:.1%} of the tokens are trained", "shorten the system prompt, or leave out tools that a conversation does not need")
+        job.warning(
+            f"only {told['trained_share']:.1%} of the tokens are trained",
+            "shorten the system prompt, or leave out tools that a conversation does not need",
+        )
     for name in ("train", "eval", "rejected", "duplicates", "trained_share"):
         job.metric(name, told[name])
 
@@ -175,6 +261,13 @@ def write(output: Path, train: list[Prepared], held_out: list[Prepared], rejects
 def line(item: Prepared) -> dict:
     row, rendered = item.row, item.rendered
     return {
-        "id": row.digest[:16], "category": row.category, "file": row.file, "line": row.line,
-        "messages": row.messages, "tools": row.tools or [], "text": rendered.text, "input_ids": rendered.input_ids, "labels": rendered.labels,
+        "id": row.digest[:16],
+        "category": row.category,
+        "file": row.file,
+        "line": row.line,
+        "messages": row.messages,
+        "tools": row.tools or [],
+        "text": rendered.text,
+        "input_ids": rendered.input_ids,
+        "labels": rendered.labels,
     }

@@ -1,4 +1,5 @@
-"""What production sends with every request, its system prompt and its tools: read, and held against those of the rows.
+"""What production sends with every request, its system prompt and its tools: read, and held against those
+of the rows.
 
 A model that is trained under another prompt, or without the tools, misbehaves under production's.
 """
@@ -23,40 +24,55 @@ SHAPE = 'a JSON list such as [{"type": "function", "function": {"name": ..., "de
 
 
 def read_prompt(path: Path) -> str:
-    """The production prompt: LF at the ends of lines, no byte order mark, no blanks around it. Raises StageError if there is none."""
+    """The production prompt: LF at the ends of lines, no byte order mark, no blanks around it. Raises
+    StageError if there is none.
+    """
     return content.text(path, "the production system prompt").strip()
 
 
 def read_tools(path: Path) -> list[dict]:
-    """The production tools as the server gives them to the template, from a list, or an object with the list under `tools`.
+    """The production tools as the server gives them to the template, from a list, or an object with the
+    list under `tools`.
 
     Raises StageError if the file holds anything else, a tool without a name, or two of one name.
     """
     try:
         value = dataset.parse(content.text(path, "the production tools"))
     except ValueError as error:
-        raise StageError(f"the tools file {path.name} is {error}", SHAPE, "Name the right file in the recipe, or mend it.") from error
+        raise StageError(
+            f"the tools file {path.name} is {error}", SHAPE, "Name the right file in the recipe, or mend it."
+        ) from error
     if isinstance(value, dict) and isinstance(value.get("tools"), list):
         value = value["tools"]
     if not isinstance(value, list):
-        raise StageError(f"the tools file {path.name} holds {_described(value)}", SHAPE, "Put the tools into a list.")
+        raise StageError(
+            f"the tools file {path.name} holds {_described(value)}", SHAPE, "Put the tools into a list."
+        )
     try:
         tools = chat.served_tools(value)
     except chat.ChatError as error:
         raise StageError(f"the tools file {path.name}: {error}", SHAPE, "Mend that tool.") from error
     names = Counter(tool["function"]["name"] for tool in tools)
     if twice := [name for name, count in names.items() if count > 1]:
-        raise StageError(f"{path.name} has several tools called {', '.join(twice)}", "one of each name", "Remove or rename the others.")
+        raise StageError(
+            f"{path.name} has several tools called {', '.join(twice)}",
+            "one of each name",
+            "Remove or rename the others.",
+        )
     if bare := [name for name, tool in zip(names, tools) if tool["function"]["description"] is None]:
-        job.warning(f"{path.name} has tools without a description: {', '.join(bare)}", "the template writes the word None for it, in training as in serving; describe them")
+        job.warning(
+            f"{path.name} has tools without a description: {', '.join(bare)}",
+            "the template writes the word None for it, in training as in serving; describe them",
+        )
     return tools
 
 
 def with_prompt(rows: list[Row], prompt: str, missing: str, other: str) -> tuple[list[Row], dict[str, int]]:
     """The rows under the production prompt, and how many had none or have another.
 
-    A prompt that differs in blanks around it or in ends of lines alone is production's, and becomes so to the byte. Rows without one
-    get it if `missing` is insert. Raises StageError if rows have none, or another (with a diff), and the recipe says refuse.
+    A prompt that differs in blanks around it or in ends of lines alone is production's, and becomes so to
+    the byte. Rows without one get it if `missing` is insert. Raises StageError if rows have none, or
+    another (with a diff), and the recipe says refuse.
     """
     result, without, others = [], [], []
     for row in rows:
@@ -65,13 +81,18 @@ def with_prompt(rows: list[Row], prompt: str, missing: str, other: str) -> tuple
             after = row.messages[1:] if row.messages[0]["role"] == "system" else row.messages
             if not own:
                 without.append(row)
-            row = dataclasses.replace(row, messages=[{**_flags(row), "role": "system", "content": prompt}, *after])
+            row = dataclasses.replace(
+                row, messages=[{**_flags(row), "role": "system", "content": prompt}, *after]
+            )
         else:
             others.append((own, row))
         result.append(row)
     if without and missing == "refuse":
-        raise StageError(f"{len(without)} of {len(rows)} rows have no system prompt, first {without[0].place}", "the production prompt in every row",
-                         "Set missing_prompt: insert to put it in front of them.")
+        raise StageError(
+            f"{len(without)} of {len(rows)} rows have no system prompt, first {without[0].place}",
+            "the production prompt in every row",
+            "Set missing_prompt: insert to put it in front of them.",
+        )
     if others:
         _judge(others, len(rows), prompt, other)
     return result, {"prompts_inserted": len(without), "other_prompts": len(others)}
@@ -85,18 +106,32 @@ def _judge(others: list[tuple[str, Row]], total: int, prompt: str, policy: str) 
     kinds = Counter(own for own, _ in others)
     worst, count = kinds.most_common(1)[0]
     example = next(row for own, row in others if own == worst)
-    diff = "\n".join(difflib.unified_diff(prompt.split("\n"), worst.split("\n"), "production", example.place, lineterm="", n=1))
-    found = f"{len(others)} of {total} rows with {len(kinds)} other system prompts; the most common ({count} rows) differs so:\n{diff}\n{first_difference(prompt, worst)}"
+    diff = "\n".join(
+        difflib.unified_diff(
+            prompt.split("\n"), worst.split("\n"), "production", example.place, lineterm="", n=1
+        )
+    )
+    found = (
+        f"{len(others)} of {total} rows with {len(kinds)} other system prompts; "
+        f"the most common ({count} rows) differs so:\n{diff}\n{first_difference(prompt, worst)}"
+    )
     if policy == "refuse":
-        raise StageError(found, "the production prompt in every row", "Rewrite the rows' system prompt, name the right prompt file, or set other_prompts: allow.")
+        raise StageError(
+            found,
+            "the production prompt in every row",
+            "Rewrite the rows' system prompt, name the right prompt file, or set other_prompts: allow.",
+        )
     job.warning(found, "other_prompts: allow is set; these rows are trained as they are")
 
 
 def first_difference(production: str, other: str) -> str:
     """Where two texts part, in code points: some characters look alike or like nothing."""
-    at = next((i for i, (a, b) in enumerate(zip(production, other)) if a != b), min(len(production), len(other)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(production, other)) if a != b), min(len(production), len(other))
+    )
     line, column = production.count("\n", 0, at) + 1, at - production.rfind("\n", 0, at)
-    return f"first difference at line {line}, column {column}: {_character(production, at)} in production, {_character(other, at)} in the row"
+    place = f"first difference at line {line}, column {column}"
+    return f"{place}: {_character(production, at)} in production, {_character(other, at)} in the row"
 
 
 def _character(text: str, at: int) -> str:
@@ -104,18 +139,28 @@ def _character(text: str, at: int) -> str:
 
 
 def with_tools(rows: list[Row], tools: list[dict], policy: str) -> tuple[list[Row], dict[str, Any]]:
-    """The rows with their tools: a part of production's is right, none is not, unless the recipe allows it or has them inserted.
+    """The rows with their tools: a part of production's is right, none is not, unless the recipe allows
+    it or has them inserted.
 
-    Returns the counts, too: rows that got the tools, rows without, and for each tool that is not production's (its name alone, or
-    its definition) the rows that have it. Raises StageError if rows have none and the policy is refuse.
+    Returns the counts, too: rows that got the tools, rows without, and for each tool that is not
+    production's (its name alone, or its definition) the rows that have it. Raises StageError if rows have
+    none and the policy is refuse.
     """
     if not tools:
-        return rows, {"tools_inserted": 0, "without_tools": sum(not row.tools for row in rows), "other_tools": {}}
+        return rows, {
+            "tools_inserted": 0,
+            "without_tools": sum(not row.tools for row in rows),
+            "other_tools": {},
+        }
     known = {tool["function"]["name"]: json.dumps(tool["function"], sort_keys=True) for tool in tools}
     without = [row for row in rows if not row.tools]
     if without and policy == "refuse":
-        raise StageError(f"{len(without)} of {len(rows)} rows have no tools, first {without[0].place}; production sends {len(tools)} with every request",
-                         "production's tools, or a part of them, in every row", "Set tools: insert to give them production's, or tools: allow to train them without.")
+        raise StageError(
+            f"{len(without)} of {len(rows)} rows have no tools, first {without[0].place}; "
+            f"production sends {len(tools)} with every request",
+            "production's tools, or a part of them, in every row",
+            "Set tools: insert to give them production's, or tools: allow to train them without.",
+        )
     others: Counter[str] = Counter()
     for row in rows:
         for tool in row.tools or []:
@@ -124,11 +169,18 @@ def with_tools(rows: list[Row], tools: list[dict], policy: str) -> tuple[list[Ro
                 others[f"{name} ({'another definition' if name in known else 'unknown'})"] += 1
     if others:
         listed = ", ".join(f"{name} in {count} rows" for name, count in others.most_common(5))
-        job.warning(f"rows have tools that are not production's: {listed}", "they are trained as they are; production will not send these")
+        job.warning(
+            f"rows have tools that are not production's: {listed}",
+            "they are trained as they are; production will not send these",
+        )
     inserted = policy == "insert"
     if inserted:
         rows = [row if row.tools else dataclasses.replace(row, tools=tools) for row in rows]
-    return rows, {"tools_inserted": len(without) if inserted else 0, "without_tools": 0 if inserted else len(without), "other_tools": dict(others)}
+    return rows, {
+        "tools_inserted": len(without) if inserted else 0,
+        "without_tools": 0 if inserted else len(without),
+        "other_tools": dict(others),
+    }
 
 
 def _described(value: Any) -> str:

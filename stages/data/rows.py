@@ -20,7 +20,9 @@ HEAD = 200  # characters of a bad row that rejects.jsonl keeps
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation in canonical form. `split`: the held-out split that its file, or its own key `split`, says it is of; "" else."""
+    """A conversation in canonical form. `split`: the held-out split that its file, or its own key
+    `split`, says it is of; "" else.
+    """
 
     file: str
     line: int
@@ -34,7 +36,9 @@ class Row:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of what makes two rows the same: everything but where they stand and what they are filed under."""
+        """SHA-256 of what makes two rows the same: everything but where they stand and what they are
+        filed under.
+        """
         return hashlib.sha256(_text([self.messages, self.tools]).encode()).hexdigest()
 
     @property
@@ -69,7 +73,9 @@ class Gathered:
 
 
 def gather(listing: Listing) -> Gathered:
-    """Reads every file of a listing. One of a folder that is a single JSON object and no conversation is left out, and the listing says so."""
+    """Reads every file of a listing. One of a folder that is a single JSON object and no conversation is
+    left out, and the listing says so.
+    """
     gathered = Gathered()
     for number, file in enumerate(listing.files, 1):
         results = list(read(file))
@@ -95,7 +101,9 @@ def read(file: File) -> Iterator[Row | Reject]:
 
 
 def once(rows: list[Row]) -> tuple[list[Row], int, int]:
-    """The rows without exact duplicates, how many those were, and how many rows to train on were left out as copies of held-out ones."""
+    """The rows without exact duplicates, how many those were, and how many rows to train on were left out
+    as copies of held-out ones.
+    """
     held_out = {row.digest for row in rows if row.split}
     seen: set[str] = set()
     kept, overlap = [], 0
@@ -118,8 +126,16 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
     conversation = formats.canonical(value)
     split = str(value.get("split") or "").lower()
     row = Row(
-        file.name, line, chat.normalise(conversation.messages), chat.served_tools(conversation.tools) or None, str(value.get("category") or file.stem), head,
-        conversation.format, file.split or (split if split in HELD_OUT | WITH_TRAIN else ""), conversation.unused)
+        file.name,
+        line,
+        chat.normalise(conversation.messages),
+        chat.served_tools(conversation.tools) or None,
+        str(value.get("category") or file.stem),
+        head,
+        conversation.format,
+        file.split or (split if split in HELD_OUT | WITH_TRAIN else ""),
+        conversation.unused,
+    )
     try:
         _text([row.messages, row.tools, row.category]).encode()
     except UnicodeEncodeError as error:
@@ -133,8 +149,14 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
 
 def _settings(file: File, results: list[Row | Reject]) -> bool:
     """Whether a file of a folder only describes the data set, such as dataset_info.json."""
-    return (file.in_folder and len(results) == 1 and isinstance(results[0], Reject) and results[0].reason.startswith(formats.NO_FORMAT)
-            and file.path.suffix.lower() == ".json" and results[0].head.startswith("{"))
+    return (
+        file.in_folder
+        and len(results) == 1
+        and isinstance(results[0], Reject)
+        and results[0].reason.startswith(formats.NO_FORMAT)
+        and file.path.suffix.lower() == ".json"
+        and results[0].head.startswith("{")
+    )
 
 
 def _text(value: Any) -> str:

@@ -22,9 +22,10 @@ T = TypeVar("T", bound=HasRow)
 def split(items: Sequence[T], share: float) -> tuple[list[T], list[T]]:
     """Rows to train on and held-out rows, each in the order given.
 
-    Where rows are of the data set's own held-out split, those are held out and no others. Else it is `share` of all rows, rounded, one
-    at least; each category gives its share, of the rows with the lowest digests, whatever the order of the files. New rows leave
-    every old one on its side, but for the few at the border that keep the share what it is.
+    Where rows are of the data set's own held-out split, those are held out and no others. Else it is
+    `share` of all rows, rounded, one at least; each category gives its share, of the rows with the lowest
+    digests, whatever the order of the files. New rows leave every old one on its side, but for the few at
+    the border that keep the share what it is.
     """
     if any(item.row.split for item in items):
         return [i for i in items if not i.row.split], [i for i in items if i.row.split]
@@ -41,10 +42,12 @@ def split(items: Sequence[T], share: float) -> tuple[list[T], list[T]]:
 
 
 def quotas(sizes: dict[str, int], share: float) -> dict[str, int]:
-    """How many rows each category holds out: its share rounded down, and what the total lacks by largest remainder.
+    """How many rows each category holds out: its share rounded down, and what the total lacks by largest
+    remainder.
 
-    The total is `share` of all rows, rounded, and at least one of two or more. The smaller category goes first among equals;
-    the only row of a category is held out last, since nothing of its kind would be trained.
+    The total is `share` of all rows, rounded, and at least one of two or more. The smaller category goes
+    first among equals; the only row of a category is held out last, since nothing of its kind would be
+    trained.
     """
     total = sum(sizes.values())
     exact = {category: share * size for category, size in sizes.items()}
@@ -58,10 +61,18 @@ def quotas(sizes: dict[str, int], share: float) -> dict[str, int]:
 
 def _warn(groups: dict[str, list[T]], counts: dict[str, int], share: float) -> None:
     if not any(counts.values()):
-        job.warning(f"nothing is held out: eval_share {share} of {sum(map(len, groups.values()))} rows", "there will be no held-out loss; add rows")
+        job.warning(
+            f"nothing is held out: eval_share {share} of {sum(map(len, groups.values()))} rows",
+            "there will be no held-out loss; add rows",
+        )
         return
     if nothing := sorted(category for category in groups if not counts[category]):
-        job.warning(f"eval_share {share} holds out nothing of {len(nothing)} of {len(groups)} categories: {some(nothing)}",
-                    "the held-out loss says nothing of them; raise eval_share, or file their rows under fewer categories")
+        job.warning(
+            f"eval_share {share} holds out nothing of {len(nothing)} of {len(groups)} categories: {some(nothing)}",
+            "the held-out loss says nothing of them; raise eval_share, or file their rows under fewer categories",
+        )
     if whole := sorted(category for category in groups if counts[category] == len(groups[category])):
-        job.warning(f"the only row of a category is held out: {some(whole)}", "it is not trained; lower eval_share, or add rows")
+        job.warning(
+            f"the only row of a category is held out: {some(whole)}",
+            "it is not trained; lower eval_share, or add rows",
+        )

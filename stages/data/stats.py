@@ -12,17 +12,32 @@ from nemotron.chat import Rendered
 from stages.data.rows import Reject, Row
 
 
-def summary(train: list[tuple[Row, Rendered]], held_out: list[tuple[Row, Rendered]], rejects: list[Reject], prompt: str, counts: dict[str, Any]) -> dict:
-    """`counts` and all that follows from the rows. Shares are of tokens; `lowest_` and `median_trained_share` are over conversations."""
+def summary(
+    train: list[tuple[Row, Rendered]],
+    held_out: list[tuple[Row, Rendered]],
+    rejects: list[Reject],
+    prompt: str,
+    counts: dict[str, Any],
+) -> dict:
+    """`counts` and all that follows from the rows. Shares are of tokens; `lowest_` and
+    `median_trained_share` are over conversations.
+    """
     both = [*train, *held_out]
     lengths = [len(rendered.input_ids) for _, rendered in both]
     trained = [rendered.trained for _, rendered in both]
     shares = [part / whole for part, whole in zip(trained, lengths)]
     return {
-        "train": len(train), "eval": len(held_out), "rejected": len(rejects), **counts,
-        "tokens": sum(lengths), "trained_tokens": sum(trained), "trained_share": round(sum(trained) / sum(lengths), 4),
-        "lowest_trained_share": round(min(shares), 4), "median_trained_share": round(statistics.median(shares), 4),
-        "longest": max(lengths), "median_length": round(statistics.median(lengths)),
+        "train": len(train),
+        "eval": len(held_out),
+        "rejected": len(rejects),
+        **counts,
+        "tokens": sum(lengths),
+        "trained_tokens": sum(trained),
+        "trained_share": round(sum(trained) / sum(lengths), 4),
+        "lowest_trained_share": round(min(shares), 4),
+        "median_trained_share": round(statistics.median(shares), 4),
+        "longest": max(lengths),
+        "median_length": round(statistics.median(lengths)),
         "histograms": {"tokens": histogram(lengths), "trained_tokens": histogram(trained)},
         "categories": _count(row.category for row, _ in both),
         "held_out_categories": _count(row.category for row, _ in held_out),
@@ -34,7 +49,9 @@ def summary(train: list[tuple[Row, Rendered]], held_out: list[tuple[Row, Rendere
 
 
 def histogram(values: list[int], most: int = 30) -> dict[str, list[int]]:
-    """Counts in bins of equal whole width; `edges` has one entry more than `counts`, and a bin holds its lower edge."""
+    """Counts in bins of equal whole width; `edges` has one entry more than `counts`, and a bin holds its
+    lower edge.
+    """
     low, high = min(values), max(values)
     width = max(1, math.ceil((high - low + 1) / most))
     counts = [0] * ((high - low) // width + 1)

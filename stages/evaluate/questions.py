@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron.messages import ChatError, normalise, served_tools
 from stages import dataset
 from stages.check import Finding
 
@@ -50,7 +51,7 @@ def read(path: Path) -> tuple[list[Question], list[Finding]]:
             except ValueError as error:
                 findings.append(Finding(place, str(error), "a question as one JSON object", REMEDY))
                 continue
-            wrong = [Finding(place, found, expected, REMEDY) for found, expected in faults(row)]
+            wrong = [Finding(place, found, expected, REMEDY) for found, expected in faults(row)] or unservable(place, row)
             if not wrong and row["id"] in places:
                 wrong = [Finding(place, f"the id {row['id']} a second time", f"each id once (the first is {places[row['id']]})", "Rename one of the two.")]
             findings += wrong
@@ -60,6 +61,16 @@ def read(path: Path) -> tuple[list[Question], list[Finding]]:
     if not asked and not findings:
         findings.append(Finding(path.name, "no question", "at least one", REMEDY))
     return asked, findings
+
+
+def unservable(place: str, row: dict) -> list[Finding]:
+    """What the chat template could not be given: a question is asked in the form in which rows are trained."""
+    try:
+        normalise(row["messages"])
+        served_tools(row.get("tools"))
+    except ChatError as error:
+        return [Finding(place, str(error), "a conversation that a server can render", REMEDY)]
+    return []
 
 
 def faults(row: Any) -> Iterator[tuple[str, str]]:

@@ -64,8 +64,8 @@ def test_what_is_built_or_not_selected_is_not_checked_again(checked, monkeypatch
 def test_a_check_gets_the_recipes_files_and_parameters_and_those_of_its_inputs(checked):
     recipe = checked.context().recipe
     given = check.described(recipe, recipe.stages["count"])
-    words = {"stage": "words", "params": {"upper": False, "times": 1}, "sources": {"files": [str(checked.repo / "data/a.txt"), str(checked.repo / "data/b")]}}
-    assert given == {"stage": "count", "params": {}, "sources": {}, "inputs": {"words": words}}
+    words = {"stage": "words", "device": "cpu", "params": {"upper": False, "times": 1}, "sources": {"files": [str(checked.repo / "data/a.txt"), str(checked.repo / "data/b")]}}
+    assert given == {"stage": "count", "device": "cpu", "params": {}, "sources": {}, "inputs": {"words": words}}
 
 
 @pytest.mark.parametrize(("code", "said"), [
@@ -111,5 +111,5 @@ def test_every_image_stage_is_checked_for_a_gate(tmp_path):
     path = written(tmp_path, lambda stages: stages["evaluate"].pop("gate"))
     context = plan.Context(recipes.load(path, toy.REPO), Store(tmp_path), toy.REPO, "local")
     assert [str(f.subject) for f in check.findings(context, plan.make(context)) if f.level == "error"] == ["evaluate.gate"]
-    assert check.findings(context, plan.make(context, plan.Selection(last="evaluate"))) == []
+    assert [f.level for f in check.findings(context, plan.make(context, plan.Selection(last="evaluate")))] == ["note"]
     assert context.recipe.stages["evaluate"].contract.parameters["gate"].default is not MISSING and run.check is check

@@ -20,8 +20,18 @@ from stages.train import fit  # noqa: E402
 REPO = Path(__file__).resolve().parents[2]
 SEPARATORS = "note:\u2028buy\u2029milk\u0085now\x1cor later"  # each ends a line for str.splitlines
 ROWS = [
-    {"id": str(n), "category": "c", "tools": [], "input_ids": [n, 5, 6, 7], "labels": [-100, 5, 6, 7], "text": SEPARATORS,
-     "messages": [{"role": "user", "content": SEPARATORS}, {"role": "assistant", "content": f"Noted {n}. {SEPARATORS}"}]}
+    {
+        "id": str(n),
+        "category": "c",
+        "tools": [],
+        "input_ids": [n, 5, 6, 7],
+        "labels": [-100, 5, 6, 7],
+        "text": SEPARATORS,
+        "messages": [
+            {"role": "user", "content": SEPARATORS},
+            {"role": "assistant", "content": f"Noted {n}. {SEPARATORS}"},
+        ],
+    }
     for n in range(3)
 ]
 
@@ -40,7 +50,15 @@ def test_a_row_with_every_separator_of_lines_is_written_raw_and_read_back(writte
 
 
 def job(path, **sources):
-    return Job("evaluate", {}, {"data": path.parent}, path.parent, path.parent, 0, {k: [v] for k, v in sources.items()})
+    return Job(
+        "evaluate",
+        {},
+        {"data": path.parent},
+        path.parent,
+        path.parent,
+        0,
+        {k: [v] for k, v in sources.items()},
+    )
 
 
 def asked(path):
@@ -50,14 +68,23 @@ def asked(path):
 
 
 CONSUMERS = {
-    "data": lambda path: [row.messages for row in rows.read(files.listed([path]).files[0])] == [row["messages"] for row in ROWS],
+    "data": lambda path: (
+        [row.messages for row in rows.read(files.listed([path]).files[0])]
+        == [row["messages"] for row in ROWS]
+    ),
     "base: lessons": lambda path: make.read([path]) == ROWS,
     "train": lambda path: [row["input_ids"][0] for row in fit.read(path)] == [0, 1, 2],
     "merge: proof": lambda path: [ids[0].item() for ids in proof.sample(path, 100)] == [0, 1, 2],
-    "quantize: calibration": lambda path: [ids[0].item() for ids in calibrate.conversations(path, 8, 100)] == [0, 1, 2],
+    "quantize: calibration": lambda path: (
+        [ids[0].item() for ids in calibrate.conversations(path, 8, 100)] == [0, 1, 2]
+    ),
     "quantize: fidelity": lambda path: [ids[0].item() for ids, _ in fidelity.rows(path, 100)] == [0, 1, 2],
-    "evaluate: questions": lambda path: asked(path.with_name("questions.jsonl")) == [row["messages"][:1] for row in ROWS],
-    "evaluate: held out": lambda path: [q["messages"] for q in evaluate.questions(job(path))] == [row["messages"][:1] for row in ROWS],
+    "evaluate: questions": lambda path: (
+        asked(path.with_name("questions.jsonl")) == [row["messages"][:1] for row in ROWS]
+    ),
+    "evaluate: held out": lambda path: (
+        [q["messages"] for q in evaluate.questions(job(path))] == [row["messages"][:1] for row in ROWS]
+    ),
 }
 
 
@@ -70,7 +97,9 @@ def test_no_stage_reads_or_writes_rows_but_through_the_one_module():
     """Seven readers were three too many that cut rows; the next one shall not come back unseen."""
     for path in sorted((REPO / "stages").rglob("*.py")):
         text = path.read_text()
-        assert path.name == "dataset.py" or not re.search(r"json\.loads\(line\)|json\.loads\(raw\)", text), path
+        assert path.name == "dataset.py" or not re.search(r"json\.loads\(line\)|json\.loads\(raw\)", text), (
+            path
+        )
         assert path.name in ("memory.py",) or not re.search(r"read_text\([^)]*\)\.splitlines\(\)", text), path
 
 
@@ -112,6 +141,8 @@ def test_a_file_that_cannot_be_read_is_a_finding(tmp_path):
 
 def test_half_a_surrogate_pair_is_written_as_an_escape_and_nan_not_at_all(tmp_path):
     dataset.write(tmp_path / "rows.jsonl", [{"a": "\ud83d"}, {"a": "ಕ"}])
-    assert (tmp_path / "rows.jsonl").read_bytes() == b'{"a": "\\ud83d"}\n' + json.dumps({"a": "ಕ"}, ensure_ascii=False).encode() + b"\n"
+    assert (tmp_path / "rows.jsonl").read_bytes() == b'{"a": "\\ud83d"}\n' + json.dumps(
+        {"a": "ಕ"}, ensure_ascii=False
+    ).encode() + b"\n"
     with pytest.raises(ValueError):
         dataset.write(tmp_path / "rows.jsonl", [{"a": float("nan")}])

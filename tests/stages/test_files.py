@@ -18,7 +18,9 @@ import pyarrow.parquet  # noqa: E402
 from stages.data import content, files, rows  # noqa: E402
 from stages.job import StageError  # noqa: E402
 
-ROW = {"messages": [{"role": "user", "content": "Ugadi? ಕ \u2028é"}, {"role": "assistant", "content": "Yes."}]}
+ROW = {
+    "messages": [{"role": "user", "content": "Ugadi? ಕ \u2028é"}, {"role": "assistant", "content": "Yes."}]
+}
 OTHER = {"messages": [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]}
 TEXT = json.dumps(ROW, ensure_ascii=False) + "\n" + json.dumps(OTHER) + "\n"
 PRETTY = json.dumps([ROW, OTHER], indent=2, ensure_ascii=False)
@@ -73,23 +75,50 @@ def test_conversations_are_read_in_each_of_the_forms_that_people_have(tmp_path, 
 
 def test_parquet_is_read_and_the_keys_that_arrow_added_are_gone_again(tmp_path):
     """Trap 13: Arrow gives all objects of a column the same keys; a null argument would be trained as the word None."""
-    call = [{"function": {"name": name, "arguments": arguments}} for name, arguments in (("set_timer", {"minutes": 5}), ("get_weather", {"city": "Pune"}))]
-    table = [ROW | {"when": datetime.datetime(2026, 1, 1), "category": None}, {"messages": [{"role": "user", "content": "Tea."}, {"role": "assistant", "tool_calls": call}], "category": "tea"}]
+    call = [
+        {"function": {"name": name, "arguments": arguments}}
+        for name, arguments in (("set_timer", {"minutes": 5}), ("get_weather", {"city": "Pune"}))
+    ]
+    table = [
+        ROW | {"when": datetime.datetime(2026, 1, 1), "category": None},
+        {
+            "messages": [{"role": "user", "content": "Tea."}, {"role": "assistant", "tool_calls": call}],
+            "category": "tea",
+        },
+    ]
     path = tmp_path / "chats.PARQUET"
     first, second = read(path, parquet(path, table))
     assert first.messages == ROW["messages"] and (first.category, second.category) == ("chats", "tea")
-    assert [c["function"]["arguments"] for c in second.messages[1]["tool_calls"]] == [{"minutes": 5}, {"city": "Pune"}]
+    assert [c["function"]["arguments"] for c in second.messages[1]["tool_calls"]] == [
+        {"minutes": 5},
+        {"city": "Pune"},
+    ]
 
 
 def test_null_that_the_user_wrote_stays_and_is_refused_in_parquet_too(tmp_path):
     call = {"function": {"name": "set_timer", "arguments": '{"minutes": null}'}}
     path = tmp_path / "chats.parquet"
-    [reject] = read(path, parquet(path, [{"messages": [{"role": "user", "content": "Tea."}, {"role": "assistant", "tool_calls": [call]}]}]))
+    [reject] = read(
+        path,
+        parquet(
+            path,
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "Tea."},
+                        {"role": "assistant", "tool_calls": [call]},
+                    ]
+                }
+            ],
+        ),
+    )
     assert "argument minutes of set_timer is null" in reject.reason
 
 
 def test_nested_values_of_a_table_may_be_json_in_text(tmp_path):
-    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+    tools = [
+        {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+    ]
     path = tmp_path / "chats.parquet"
     [row] = read(path, parquet(path, [{"messages": json.dumps(ROW["messages"]), "tools": json.dumps(tools)}]))
     assert row.messages == ROW["messages"] and row.tools == tools
@@ -119,7 +148,9 @@ FOREIGN = {
     "a PDF": lambda _: b"%PDF-1.7\n\0\0",
     "HTML or XML.*downloaded": lambda _: b"<!DOCTYPE html>\n<html>",
     "YAML": lambda _: b"messages:\n  - role: user\n",
-    "a Git LFS pointer.*git lfs pull": lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
+    "a Git LFS pointer.*git lfs pull": lambda _: (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n"
+    ),
     "a zstd archive.*zstd -d": lambda _: b"\x28\xb5\x2f\xfd\0\0",
     "an Arrow file.*to_parquet": lambda _: b"ARROW1\0\0",
     "Parquet inside gzip": lambda _: gzip.compress(b"PAR1" + b"\0" * 20),
@@ -159,7 +190,11 @@ LINES = {
     b'{"messages": [{"role": "user", "content": "\xff"}]}': "not UTF-8: byte 0xff",
     b'{"messages": []' + b"\0" * 30: "NUL bytes",
     b'{"messages": ' + b"[" * 100_000: "nested too deeply",
-    b'{"messages": ' + b'[{"role": "user", "content": "x", "metadata": ' + b"[" * 950 + b"]" * 950 + b"}]}": "",
+    b'{"messages": '
+    + b'[{"role": "user", "content": "x", "metadata": '
+    + b"[" * 950
+    + b"]" * 950
+    + b"}]}": "",
     b'{"messages": [], "score": NaN}': "NaN",
     b'{"messages": [], "messages": []}': "stands twice",
     b'{"messages": [], "n": ' + b"9" * 5000 + b"}": "thousands of digits",
@@ -174,8 +209,14 @@ def test_one_bad_line_is_one_reject_wherever_it_stands(tmp_path, raw, place):
     lines = [line.encode() for line in TEXT.strip().split("\n")]
     lines.insert(place - 1, raw)
     results = read(tmp_path / "chats.jsonl", b"\n".join(lines))
-    assert [isinstance(result, rows.Reject) for result in results] == [number == place for number in (1, 2, 3)]
-    assert results[place - 1].line == place and LINES[raw] in results[place - 1].reason and len(results[place - 1].head) <= 200
+    assert [isinstance(result, rows.Reject) for result in results] == [
+        number == place for number in (1, 2, 3)
+    ]
+    assert (
+        results[place - 1].line == place
+        and LINES[raw] in results[place - 1].reason
+        and len(results[place - 1].head) <= 200
+    )
 
 
 def tree(folder, *names, **more):
@@ -194,29 +235,67 @@ def test_a_folder_is_read_in_all_its_forms_and_letter_cases(tmp_path):
     folder = tree(tmp_path / "talks", *names)
     parquet(folder / "h.Parquet", [OTHER])
     listing = files.listed([folder])
-    assert [file.name for file in listing.files] == sorted(f"talks/{name}" for name in [*names, "h.Parquet"]) and not listing.left_out
-    assert {file.name: file.stem for file in listing.files}["talks/e.jsonl.gz"] == "e" and len(rows.gather(listing).rows) == 8
+    assert [file.name for file in listing.files] == sorted(
+        f"talks/{name}" for name in [*names, "h.Parquet"]
+    ) and not listing.left_out
+    assert {file.name: file.stem for file in listing.files}["talks/e.jsonl.gz"] == "e" and len(
+        rows.gather(listing).rows
+    ) == 8
 
 
 def test_what_a_folder_has_that_is_not_read_is_named_with_its_reason(tmp_path):
     folder = tree(
-        tmp_path / "talks", "a.jsonl", ".ipynb_checkpoints/a.jsonl", ".git/config", ".hidden.jsonl", "a.jsonl~", "#a.jsonl#", "a.jsonl.swp", "a.jsonl.bak",
-        "a (1).jsonl", "a - Copy.jsonl", "Copy of a.jsonl", "b (1).jsonl", "renamed.txt", "__MACOSX/a.jsonl",
-        **{"notes.md": b"# Notes\n", "todo.txt": b"remember\n", "old.csv": b"user,assistant\n1,2\n", "empty.jsonl": b"\n", "dataset_info.json": b'{"features": {}}'})
+        tmp_path / "talks",
+        "a.jsonl",
+        ".ipynb_checkpoints/a.jsonl",
+        ".git/config",
+        ".hidden.jsonl",
+        "a.jsonl~",
+        "#a.jsonl#",
+        "a.jsonl.swp",
+        "a.jsonl.bak",
+        "a (1).jsonl",
+        "a - Copy.jsonl",
+        "Copy of a.jsonl",
+        "b (1).jsonl",
+        "renamed.txt",
+        "__MACOSX/a.jsonl",
+        **{
+            "notes.md": b"# Notes\n",
+            "todo.txt": b"remember\n",
+            "old.csv": b"user,assistant\n1,2\n",
+            "empty.jsonl": b"\n",
+            "dataset_info.json": b'{"features": {}}',
+        },
+    )
     (folder / "gone.jsonl").symlink_to(folder / "nowhere")
     (folder / "loop").symlink_to(folder)
     (folder / "self.jsonl").symlink_to(folder / "self.jsonl")
     listing = files.listed([folder])
     gathered = rows.gather(listing)
-    assert sorted(row.file for row in gathered.rows) == ["talks/a.jsonl", "talks/b (1).jsonl"] and not gathered.rejects
+    assert (
+        sorted(row.file for row in gathered.rows) == ["talks/a.jsonl", "talks/b (1).jsonl"]
+        and not gathered.rejects
+    )
     reasons = {name.removeprefix("talks/"): reason for name, reason in listing.left_out.items()}
     assert reasons == {
-        ".ipynb_checkpoints/": "is hidden", ".git/": "is hidden", ".hidden.jsonl": "is hidden", "__MACOSX/": "holds a system's own files",
-        **dict.fromkeys(("a.jsonl~", "#a.jsonl#", "a.jsonl.swp", "a.jsonl.bak"), "is an editor's or a download's own copy"),
+        ".ipynb_checkpoints/": "is hidden",
+        ".git/": "is hidden",
+        ".hidden.jsonl": "is hidden",
+        "__MACOSX/": "holds a system's own files",
+        **dict.fromkeys(
+            ("a.jsonl~", "#a.jsonl#", "a.jsonl.swp", "a.jsonl.bak"), "is an editor's or a download's own copy"
+        ),
         **dict.fromkeys(("a (1).jsonl", "a - Copy.jsonl", "Copy of a.jsonl"), "is a copy of a"),
-        "todo.txt": "is text", "renamed.txt": "holds JSON by its content: end its name in .jsonl or .parquet to have it read", "notes.md": "is text (Markdown?)", "old.csv": "is a table in CSV",
-        "empty.jsonl": "is empty", "dataset_info.json": "is one JSON object and no conversation",
-        "gone.jsonl": "is a link to nothing", "self.jsonl": "is a link to nothing", "loop/": "is a link to a folder, which is not followed",
+        "todo.txt": "is text",
+        "renamed.txt": "holds JSON by its content: end its name in .jsonl or .parquet to have it read",
+        "notes.md": "is text (Markdown?)",
+        "old.csv": "is a table in CSV",
+        "empty.jsonl": "is empty",
+        "dataset_info.json": "is one JSON object and no conversation",
+        "gone.jsonl": "is a link to nothing",
+        "self.jsonl": "is a link to nothing",
+        "loop/": "is a link to a folder, which is not followed",
     }
 
 
@@ -228,7 +307,9 @@ def test_a_file_that_the_recipe_names_is_read_whatever_it_is_called(tmp_path):
 
 def test_a_folder_without_conversations_says_what_it_has(tmp_path):
     folder = tree(tmp_path / "talks", **{"notes.md": b"# Notes\n"})
-    with pytest.raises(StageError, match=r"no file of conversations in talks; there are talks/notes.md \(is text"):
+    with pytest.raises(
+        StageError, match=r"no file of conversations in talks; there are talks/notes.md \(is text"
+    ):
         files.listed([folder])
 
 
@@ -243,14 +324,24 @@ def test_a_file_name_that_is_not_utf_8_does_not_stop_the_stage(tmp_path):
 SPLITS = {
     "train and test": (["train.jsonl", "test.jsonl"], ["test.jsonl"]),
     "validation": (["train.jsonl", "validation.jsonl", "valid.json"], ["valid.json", "validation.jsonl"]),
-    "shards of the hub": (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"], ["data/test-00000-of-00001.jsonl"]),
+    "shards of the hub": (
+        [
+            "data/train-00000-of-00002.jsonl",
+            "data/train-00001-of-00002.jsonl",
+            "data/test-00000-of-00001.jsonl",
+        ],
+        ["data/test-00000-of-00001.jsonl"],
+    ),
     "named parts": (["train_sft.jsonl", "test_sft.jsonl", "train_gen.jsonl"], ["test_sft.jsonl"]),
     "names before": (["chats-train.jsonl", "chats-eval.jsonl"], ["chats-eval.jsonl"]),
     "folders": (["train/a.jsonl", "Test/a.jsonl", "val/b.jsonl"], ["Test/a.jsonl", "val/b.jsonl"]),
     "beside other names": (["chats.jsonl", "test.jsonl"], ["test.jsonl"]),
     "dev beside train": (["train.jsonl", "dev.jsonl"], ["dev.jsonl"]),
     "dev as a subject": (["ops.jsonl", "dev.jsonl"], []),
-    "a test that is a subject": (["eye_test.jsonl", "contest.jsonl", "latest.jsonl", "evaluations.jsonl"], []),
+    "a test that is a subject": (
+        ["eye_test.jsonl", "contest.jsonl", "latest.jsonl", "evaluations.jsonl"],
+        [],
+    ),
 }
 
 
@@ -258,7 +349,9 @@ SPLITS = {
 def test_a_folders_own_split_is_known_by_its_names(tmp_path, kind):
     names, held_out = SPLITS[kind]
     listing = files.listed([tree(tmp_path / "talks", *names)])
-    assert sorted(file.name.removeprefix("talks/") for file in listing.files if file.split) == held_out and len(listing.files) == len(names)
+    assert sorted(
+        file.name.removeprefix("talks/") for file in listing.files if file.split
+    ) == held_out and len(listing.files) == len(names)
 
 
 def test_sources_that_are_all_held_out_are_refused(tmp_path):
@@ -268,17 +361,30 @@ def test_sources_that_are_all_held_out_are_refused(tmp_path):
 
 def test_a_copy_of_a_held_out_row_is_never_trained(tmp_path):
     both = json.dumps(ROW).encode() + b"\n"
-    folder = tree(tmp_path / "talks", **{"a_train.jsonl": both + json.dumps(OTHER).encode(), "a_test.jsonl": both + both})
+    folder = tree(
+        tmp_path / "talks",
+        **{"a_train.jsonl": both + json.dumps(OTHER).encode(), "a_test.jsonl": both + both},
+    )
     kept, duplicates, overlap = rows.once(rows.gather(files.listed([folder])).rows)
-    assert [(row.file, row.split) for row in kept] == [("talks/a_test.jsonl", "test"), ("talks/a_train.jsonl", "")] and (duplicates, overlap) == (1, 1)
+    assert [(row.file, row.split) for row in kept] == [
+        ("talks/a_test.jsonl", "test"),
+        ("talks/a_train.jsonl", ""),
+    ] and (duplicates, overlap) == (1, 1)
 
 
 def test_a_rows_own_split_is_obeyed(tmp_path):
-    results = read(tmp_path / "a.jsonl", b"\n".join(json.dumps(ROW | {"split": split}).encode() for split in ("train", "test", "validation")))
+    results = read(
+        tmp_path / "a.jsonl",
+        b"\n".join(json.dumps(ROW | {"split": split}).encode() for split in ("train", "test", "validation")),
+    )
     assert [row.split for row in results] == ["", "test", "validation"]
 
 
-TEXTS = {b"\xef\xbb\xbfYou are Annie.\r\nBe brief.\r\n": "utf-8", "You are Annie.\rBe brief.\n".encode("utf-16"): "utf-16", b"You are Annie.\nBe brief.\n": "plain"}
+TEXTS = {
+    b"\xef\xbb\xbfYou are Annie.\r\nBe brief.\r\n": "utf-8",
+    "You are Annie.\rBe brief.\n".encode("utf-16"): "utf-16",
+    b"You are Annie.\nBe brief.\n": "plain",
+}
 
 
 @pytest.mark.parametrize("raw", TEXTS, ids=TEXTS.values())
@@ -287,8 +393,17 @@ def test_a_text_comes_without_mark_and_with_lf(tmp_path, raw):
     assert content.text(tmp_path / "prompt.txt", "the prompt") == "You are Annie.\nBe brief.\n"
 
 
-@pytest.mark.parametrize("raw, reason", [(b"", "is empty"), (b" \r\n", "is empty"), (b"\xef\xbb\xbf", "is empty"), (b"caf\xe9", "no utf-8 text"), (b"PK\3\4\0\0\0", "NUL bytes"),
-                                         (None, "is a folder")])
+@pytest.mark.parametrize(
+    "raw, reason",
+    [
+        (b"", "is empty"),
+        (b" \r\n", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"caf\xe9", "no utf-8 text"),
+        (b"PK\3\4\0\0\0", "NUL bytes"),
+        (None, "is a folder"),
+    ],
+)
 def test_a_text_that_is_none_is_refused_by_name(tmp_path, raw, reason):
     path = tmp_path / "prompt.txt"
     path.mkdir() if raw is None else path.write_bytes(raw)
@@ -298,7 +413,13 @@ def test_a_text_that_is_none_is_refused_by_name(tmp_path, raw, reason):
 
 def test_a_hundred_thousand_rows_are_read_in_linear_time(tmp_path):
     def seconds(count):
-        raw = b"".join(json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]}).encode() + b"\n" for n in range(count))
+        raw = b"".join(
+            json.dumps(
+                {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]}
+            ).encode()
+            + b"\n"
+            for n in range(count)
+        )
         path = tmp_path / f"{count}.jsonl"
         path.write_bytes(raw)
         began = time.process_time()

@@ -217,7 +217,7 @@ def test_an_image_that_no_gate_lets_through_is_named_before_the_first_stage(para
 
 
 def test_a_check_shows_so_many_findings_and_counts_the_rest(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"stage": "evaluate", "params": {}, "sources": {}}'))
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"stage": "evaluate", "device": "cpu", "params": {}, "sources": {}}'))
     check.main(lambda its: [check.Finding(f"q:{n}", "x", "y") for n in range(50)])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == check.MOST + 1 and lines[-1]["found"] == "30 more findings of this kind"
