@@ -8,11 +8,12 @@ EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
 
-.PHONY: help demo test model serve chat plan status doctor arm64 lock clean FORCE
+.PHONY: help demo test long model serve chat plan status doctor arm64 lock clean FORCE
 
 help:
 	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 7 minutes)"
 	@echo "make test    every test this machine can run"
+	@echo "make long    what make test leaves out: other CPUs' numerics, the line in containers (an hour)"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"
 	@echo "make serve   the newest serving image of RECIPE, on 127.0.0.1:$(PORT)"
 	@echo "make chat    a chat with what is being served"
@@ -24,6 +25,10 @@ demo: .venv/.ready
 
 test: .venv/.ready .venv/.tests
 	@.venv/bin/python tests/run.py
+
+# Not in .ci/run either: the small line once for each kind of CPU that torch can be held to, and once more in containers.
+long: .venv/.ready .venv/.tests
+	@ANNIE_TEST_LONG=1 .venv/bin/python tests/run.py tests/line/test_numerics.py tests/line/test_docker_line.py
 
 model: .venv/.ready
 	@$(BUILD) run --recipe $(RECIPE) --executor docker

@@ -75,7 +75,7 @@ def _local(context: Context, executor: Any, port: int, detach: bool, stop: bool)
     command = [str(program), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *its["args"]]
     if parts["adapter"]:
         command += ["--lora-modules", f"{its['served_name']}={parts['adapter']}"]
-    environment = {**os.environ, **its["env"], "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+    environment = {**os.environ, **its["env"], "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": "",
                    "PATH": os.pathsep.join([str(program.parent), os.environ.get("PATH", "")])}
     log = context.store.home / "serving.log"
     with log.open("w") as opened:
