@@ -11,7 +11,7 @@ BUILD := .venv/bin/python build.py
 .PHONY: help demo test long model serve chat plan status doctor arm64 lock clean FORCE
 
 help:
-	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 7 minutes)"
+	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 10 minutes)"
 	@echo "make test    every test this machine can run"
 	@echo "make long    what make test leaves out: other CPUs' numerics, the line in containers (an hour)"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"

@@ -78,7 +78,7 @@ def faults(folder, **changes):
 
 def test_a_warm_up_is_not_longer_than_the_steps(tmp_path):
     assert faults(tmp_path, train={"steps": 20, "warmup_steps": 20}) == [] == faults(tmp_path, train={"steps": 0, "warmup_steps": 500})
-    assert "train.warmup_steps = 500; expected at most steps, which is 150" in faults(tmp_path, train={"warmup_steps": 500})[0]
+    assert "train.warmup_steps = 500; expected at most steps, which is 40" in faults(tmp_path, train={"warmup_steps": 500, "steps": 40})[0]
     assert "evaluate.max_tokens = 4096; expected at most max_model_len, which is 2048" in faults(tmp_path, evaluate={"max_tokens": 4096})[0]
 
 

@@ -95,7 +95,7 @@ def test_only_a_python_that_the_user_named_makes_an_environment_anew(clone, word
     for name in ("python3", "python9"):
         (programs / name).write_text('#!/bin/sh\necho "$0 $@"\n')
         (programs / name).chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS", "MAKELEVEL")}  # of a `make test`
     environment |= {"PATH": f"{programs}:{environment['PATH']}", **variables}
     done = subprocess.run(["make", ".venv/.ready", *words], cwd=clone, capture_output=True, text=True, env=environment)
     assert done.stdout.strip().endswith(f"{programs}/{'python9' if words or variables else 'python3'} {expected}")
