@@ -23,8 +23,8 @@ from forge.image import Image
 _PASSED_ON = ("LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT")
 # torch's and its libraries' own limits on the instructions that they use: to see what another CPU would compute (`make long`).
 _INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-# How often a thread of GNU OpenMP looks for work before it sleeps. It spins for ever by default, which slows a busy machine up to
-# 50 times; sleeping at once (OMP_WAIT_POLICY=PASSIVE) halves the speed of an idle one. Measured by bench/busy.py.
+# How often a thread of GNU OpenMP looks for work before it sleeps. By default it spins on, which slows a busy machine; sleeping at
+# once (OMP_WAIT_POLICY=PASSIVE) slows an idle one. bench/busy.py compares them; docs/performance.md has the figures.
 SPIN_COUNT = "30000"
 # torch for aarch64 is a CUDA build: on a DGX Spark it would see the GPU that this executor's environments lack the kernels for.
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}

@@ -218,7 +218,7 @@ def served(tokenizer, messages, tools):
         yield tokenizer(prompt, add_special_tokens=False)["input_ids"], rendered.input_ids[:first]
 
 
-# Blanks around content (case 17): the row's history is the one that the server renders for each turn.
+# Blanks around content: the row's history is the one that the server renders for each turn.
 @pytest.mark.parametrize("content", ["  Sure.", "Sure.\n", "\u2003Sure. ", "\r\nSure.\r\n", "", None])
 def test_case_17_blanks_around_an_answer_do_not_change_later_prompts(tokenizer, content):
     talk = [
@@ -243,7 +243,7 @@ def test_case_17_blanks_around_an_answer_do_not_change_later_prompts(tokenizer, 
     assert "<think></think>Done.<|im_end|>" in text and "<think></think>Yes.<|im_end|>" in text
 
 
-# Arguments that are empty (case 19).
+# Arguments that are empty.
 @pytest.mark.parametrize(
     "function",
     [{"arguments": ""}, {"arguments": None}, {}, {"arguments": "  "}, {"arguments": "{}"}, {"arguments": {}}],

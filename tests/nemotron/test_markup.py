@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory):
     )
 
 
-# A call that is written out as text (case 03).
+# A call that is written out as text.
 @pytest.mark.parametrize(
     "content, string",
     [
@@ -54,7 +54,7 @@ def test_case_03_what_only_looks_like_a_call_is_trained(tokenizer, content):
     assert chat.render(tokenizer, [user("What?"), says(content)], TOOLS).trained
 
 
-# Text that the tokenizer reads as a control token (case 04), wherever it stands.
+# Text that the tokenizer reads as a control token, wherever it stands.
 @pytest.mark.parametrize(
     "token",
     [

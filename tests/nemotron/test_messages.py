@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory):
     )
 
 
-# Results without a call (case 06).
+# Results without a call.
 @pytest.mark.parametrize(
     "messages, place",
     [
@@ -82,7 +82,7 @@ def test_case_06_results_and_calls_that_do_not_belong_together_are_refused_by_po
         chat.normalise(messages)
 
 
-# Results in another order than the calls (case 07).
+# Results in another order than the calls.
 def test_case_07_results_stand_in_the_order_of_the_calls(tokenizer):
     turn = several(
         ("get_weather", {"city": "Pune"}, "a"),
@@ -117,7 +117,7 @@ def test_case_07_without_ids_the_order_stands_and_an_id_may_come_again_in_a_late
     ]
 
 
-# Tools as the server gives them to the template (cases 14 and 15).
+# Tools as the server gives them to the template.
 BARE = {"name": "stop"}
 
 
