@@ -26,7 +26,7 @@ from bench import operations
 from bench.labels import Labels
 from bench.row import DoesNotFit, Row
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mamba-ssm", "fla-core")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mamba-ssm")
 TURN = 512  # tokens of a question and its answer; the last quarter is the answer, and trained
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from nemotron import experts, layout, native, norm
+from nemotron import attention, experts, layout, native, norm
 from nemotron.checkpoint import Checkpoint
 from nemotron.documents import Documents
+from nemotron.graphs import Graphs
 from nemotron.loss import cross_entropy, likeliest, trained
 from nemotron.loss import distillation as distilled
 from nemotron.names import FLOAT32, tensors
@@ -23,7 +23,6 @@ from nemotron.names import native as native_name
 from nemotron.projection import Projection
 from nemotron.shards import Shards
 
-ATTENTION = "documents"  # among transformers' attention implementations
 LAYOUT = "official"
 
 
@@ -119,9 +118,9 @@ def prepare(model: nn.Module) -> nn.Module:
         if type(module).__name__ == "NemotronHRMSNorm":
             norm.attach(module)
     experts.register()
-    _register_attention()
+    attention.register()
     model.set_experts_implementation(experts.NAME)
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(attention.NAME)
     return model.requires_grad_(False)
 
 
@@ -146,6 +145,19 @@ def hidden_states(model: nn.Module, ids: torch.Tensor, documents: Documents) -> 
     """What lm_head is given, (tokens, hidden size), of one packed sequence `ids` int64 (tokens,)."""
     if len(ids) != documents.tokens:
         raise ValueError(f"{len(ids)} tokens in documents of {documents.tokens}")
+    graphs = getattr(model, "graphs", None)
+    if graphs and model.training and torch.is_grad_enabled():
+        return graphs.hidden(ids, documents)
+    return _run(model, ids, documents)
+
+
+def capture(model: nn.Module) -> Graphs:
+    """From now on training steps of a model on a GPU replay CUDA graphs (nemotron/graphs.py)."""
+    model.graphs = Graphs(model, lambda ids, documents: _run(model, ids, documents), [p for p in model.parameters() if p.requires_grad])
+    return model.graphs
+
+
+def _run(model: nn.Module, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
     # A mapping of masks is taken as it is; attention and Mamba keep documents apart by themselves.
     return model.model(input_ids=ids[None], attention_mask={}, use_cache=False, documents=documents).last_hidden_state[0]
 
@@ -170,24 +182,3 @@ def largest(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents
     hidden = hidden_states(model, ids, documents)[trained(labels)[0]]
     index, logs = zip(*(likeliest(rows @ model.lm_head.weight.t(), count) for rows in hidden.split(chunk)), strict=True)
     return torch.cat(index), torch.cat(logs)
-
-
-def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, documents: Documents | None = None, **_):
-    """transformers' interface: query (batch, heads, tokens, size), key and value with fewer heads -> (batch, tokens, heads, size).
-
-    Causal within each document. A loop over documents costs a few launches and never forms a mask of tokens squared.
-    """
-    if attention_mask is not None:
-        raise ValueError(f"attention implementation {ATTENTION!r} takes documents, not a mask: pack the rows instead of padding them")
-    spans = documents.spans if documents else [(0, query.shape[2])]
-    parts = [
-        F.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True)
-        for a, b in spans
-    ]
-    return torch.cat(parts, 2).transpose(1, 2), None
-
-
-def _register_attention() -> None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)

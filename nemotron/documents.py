@@ -42,9 +42,17 @@ class Documents:
         return self._keep("index", device, lambda: torch.repeat_interleave(
             torch.arange(len(self.lengths), dtype=torch.int32), torch.tensor(self.lengths)))
 
+    def position(self, device: torch.device | str) -> torch.Tensor:
+        """How many tokens of its document stand before each token: int32 (tokens,)."""
+        return self._keep("position", device, lambda: torch.arange(self.tokens, dtype=torch.int32) - torch.repeat_interleave(
+            self.offsets("cpu")[:-1], torch.tensor(self.lengths)))
+
     def _keep(self, name: str, device: torch.device | str, make) -> torch.Tensor:
-        # Fifty layers ask for the same two tensors: one copy to the device, not fifty.
+        # Fifty layers ask for the same tensors: one copy to the device, not fifty; through pinned memory, so that
+        # nothing waits for it.
         key = (name, str(device))
         if key not in self._made:
-            self._made[key] = make().to(device)
+            made = make()
+            pinned = torch.device(device).type == "cuda"
+            self._made[key] = made.pin_memory().to(device, non_blocking=True) if pinned else made.to(device)
         return self._made[key]

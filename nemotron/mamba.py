@@ -2,7 +2,7 @@
 
 The class's own forward gives its fused training kernel `out_proj.weight`, so that nothing wrapped around that module (LoRA, 4 bits,
 fake quantisation) is computed; without kernels it knows no documents. `attach` puts `forward` in its place: in_proj, convolution,
-scan, norm and out_proj, each called apart. Each of the three in the middle exists twice: as Triton (mamba-ssm, fla-core) for CUDA, and
+scan, norm and out_proj, each called apart. Each of the three in the middle exists twice: as Triton (ours and mamba-ssm's) for CUDA, and
 as plain torch for anything else. Formulas: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), sections 6 and 7.
 """
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nemotron import convolution, tuning
 from nemotron.documents import Documents
 
 IMPLEMENTATIONS = ("triton", "torch")
@@ -22,30 +23,30 @@ PACKED = ("seq_idx", "cu_seq_lens_q")  # how transformers says that a batch is p
 
 
 class MissingKernels(ImportError):
-    """The device is CUDA and the Triton kernels do not import; the message names the packages."""
+    """The device is CUDA and the Triton kernels do not import; the message names the package."""
 
 
 @functools.cache
 def _kernels() -> str:
-    """Why the Triton kernels do not import; empty if they do."""
+    """Why the Triton kernels do not import; empty if they do, and then prepared (nemotron/tuning.py)."""
     try:
-        import fla.modules.causal_conv1d
         import mamba_ssm.ops.triton.layernorm_gated
         import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
     except ImportError as error:
         return str(error) or type(error).__name__
+    tuning.prepare()
     return ""
 
 
 def implementation(device: torch.device | str) -> str:
-    """"triton" on CUDA, "torch" anywhere else. Raises MissingKernels on CUDA without the two packages: plain torch takes several
+    """"triton" on CUDA, "torch" anywhere else. Raises MissingKernels on CUDA without the package: plain torch takes several
     times the time and memory there, which nobody should get without having asked for it."""
     if torch.device(device).type != "cuda":
         return "torch"
     if _kernels():
         raise MissingKernels(
-            f"Mamba layers on CUDA need mamba-ssm (2.3.2.post1, installed without its compiled extension) and fla-core (0.6.0), "
-            f'which do not import: {_kernels()}. Install both, or ask for implementation="torch"'
+            f"Mamba layers on CUDA need mamba-ssm (2.3.2.post1, installed without its compiled extension), "
+            f'which does not import: {_kernels()}. Install it, or ask for implementation="torch"'
         )
     return "triton"
 
@@ -74,11 +75,8 @@ def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, docum
     """
     _check(documents, x)
     if _chosen(implementation, x.device) == "triton":
-        from fla.modules.causal_conv1d import causal_conv1d
-
-        # The copy of the offsets on the CPU spares the kernel's planning a wait for the device.
-        where = {} if documents is None else {"cu_seqlens": documents.offsets(x.device), "cu_seqlens_cpu": documents.offsets("cpu")}
-        return causal_conv1d(x, weight, bias, activation="silu", **where)[0]
+        rows = documents or Documents((x.shape[1],) * x.shape[0])
+        return convolution.conv(x.flatten(0, 1), weight, bias, rows.position(x.device)).view(x.shape)
     exact = torch.promote_types(x.dtype, torch.float32)
     kernel, taps = weight.shape[1], weight.to(exact).unbind(1)
     lengths = (x.shape[1],) if documents is None else documents.lengths

@@ -85,7 +85,7 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
     except (native.NativeError, ValueError) as error:
         raise job.StageError(str(error), "libraries and a model that fit", "See the message") from error
     if params["gradient_checkpointing"]:
-        recompute.attach(model)
+        recompute.attach(model, params["sequence_tokens"])
     return model
 
 

@@ -22,7 +22,7 @@ from nemotron import adapter, assemble
 from stages import job
 from stages.train import checkpoints
 from stages.train.guard import Guard, finite
-from stages.train.pack import Order, Pack, share, trained_tokens
+from stages.train.pack import Order, Pack, layouts, share, trained_tokens
 from stages.train.ranks import Ranks
 from stages.train.teacher import Teacher
 
@@ -82,6 +82,8 @@ class Loop:
         """
         params = self.task.params
         self.model.train()
+        if params["cuda_graphs"] and self.task.device == "cuda" and not params["sharded"]:
+            self.capture()
         if not params["steps"] and self.held_out_tokens:
             self.evaluate(0)
         for step in range(self.start, params["steps"]):
@@ -101,6 +103,15 @@ class Loop:
         if self.history.best and self.history.best[1] != max(self.history.train, default=0):
             adapter.restore(self.model, load_file(self.best))
         return self.history
+
+    def capture(self) -> None:
+        """Captures the steps' CUDA graphs, of every size that is still to come: which rows a step has is known."""
+        lengths = [len(row["input_ids"]) for row in self.rows]
+        params, packs = self.task.params, set()
+        for number in range(self.start, params["steps"]):
+            chosen = [lengths[row] for row in self.order.step(number, params["batch"])]
+            packs |= set(layouts(chosen, self.ranks.rank, self.ranks.world, params["sequence_tokens"]))
+        assemble.capture(self.model).prepare(packs, lambda done, total: job.progress(done, total, "graphs", "capturing CUDA graphs"))
 
     def step(self, number: int) -> None:
         """One optimiser step; `number` from 0."""

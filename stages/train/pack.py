@@ -97,6 +97,13 @@ def share(rows: list[dict], rank: int, count: int, capacity: int, level: bool) -
     return own + [IDLE] * (most - len(own))
 
 
+def layouts(lengths: list[int], rank: int, count: int, capacity: int) -> list[Documents]:
+    """Where the documents lie in the packs of `share`, from the rows' lengths alone."""
+    own = spread([{"input_ids": range(length)} for length in lengths], count)[rank]
+    sizes = [len(row["input_ids"]) for row in own]
+    return [Documents(tuple(sizes[i] for i in group)) for group in best_fit(sizes, capacity)]
+
+
 def trained_tokens(rows: list[dict]) -> int:
     """Tokens that are predicted and trained: all labelled ones but a document's first."""
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])

@@ -36,7 +36,7 @@ class Watch:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def memory(self) -> int:
-        """The most that was held so far, in bytes: of GPU memory, or of this process without one."""
+        """The most that was held so far, in bytes: of GPU memory, the pool of CUDA graphs with it, or of this process without one."""
         if self.device == "cuda":
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_reserved()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

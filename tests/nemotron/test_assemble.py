@@ -166,6 +166,32 @@ def test_gradient_checkpointing_changes_no_gradient(base):
     assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(*found, strict=True))
 
 
+def test_blocks_that_keep_everything_change_no_gradient_and_run_once(base, monkeypatch):
+    """None, the last three and all blocks keep theirs; each that does not runs its norm once more in the backward."""
+    found, model = {}, tuned(base, form="nf4").train()
+    recompute.attach(model)
+    runs = []
+    for block in model.model.layers:
+        ahead = block.norm.forward
+        monkeypatch.setattr(block.norm, "forward", lambda x, ahead=ahead: (runs.append(1), ahead(x))[1])
+    blocks = len(model.model.layers)
+    for count in (0, 3, blocks):
+        recompute.keep(model, count)
+        model.zero_grad()
+        runs.clear()
+        assemble.loss(model, tokens(), tokens(), Documents(LENGTHS)).backward()
+        found[count] = [p.grad for p in model.parameters() if p.requires_grad]
+        assert len(runs) == 2 * blocks - count
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for count in (3, blocks) for a, b in zip(found[0], found[count], strict=True))
+
+
+def test_shorter_packs_keep_more_blocks_and_the_longest_none(base):
+    config = assemble.load(Checkpoint(base)).config
+    kinds = ["linear_attention", "moe"] * 20
+    counts = [recompute.fitting(config, kinds, tokens, 16_384) for tokens in (16_384, 8_192, 4_096, 1_024, 128)]
+    assert counts[0] == 0 and counts == sorted(counts) and counts[-1] == len(kinds) and counts[1] < counts[3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["bf16", "nf4", "nvfp4"])
 def test_trap_4_router_and_float32_tensors_keep_every_bit(base, form, dtype):

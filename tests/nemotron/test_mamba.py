@@ -16,6 +16,7 @@ from devices import class_in_torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from nemotron import convolution as convolution_kernel  # noqa: E402
 from nemotron import mamba, native  # noqa: E402
 from nemotron.documents import Documents  # noqa: E402
 
@@ -24,7 +25,7 @@ PACKED = (130, 1, 65, 128, 7)  # across chunks, of one token, ending on a chunk'
 EXACT = {"torch": 1e-5, "triton": 5e-3}  # the Triton kernels multiply float32 as TF32
 PLACES = [("cpu", "torch")]
 if torch.cuda.is_available():
-    missing = pytest.mark.skipif(bool(mamba._kernels()), reason=f"needs mamba-ssm and fla-core: {mamba._kernels()}")
+    missing = pytest.mark.skipif(bool(mamba._kernels()), reason=f"needs mamba-ssm: {mamba._kernels()}")
     PLACES += [("cuda", "torch"), pytest.param(("cuda", "triton"), marks=missing)]
 everywhere = pytest.mark.parametrize("place", PLACES, ids=lambda place: "-".join(place))
 
@@ -98,6 +99,7 @@ def model(checkpoint):
 def a_mixer(model, dt_bias=-3.0):
     """A mixer whose output its states decide, so that a wrong state shows; the class's own forward, no attachment yet."""
     mixer = copy.deepcopy(model.model.layers[0].mixer)
+    mixer.conv1d.requires_grad_(False)  # as in every method: the kernel has no gradient of it
     mixer.__dict__.pop("forward", None)
     torch.manual_seed(1)
     mixer.dt_bias.data.fill_(dt_bias)
@@ -185,11 +187,20 @@ def test_trap_12_convolution_starts_anew_in_every_document(place, lengths):
     wanted = each(lambda x: convolution(x, *exact[1:]), lengths, exact[0])
     toward = torch.randn_like(wanted)
     given = at(device, exact)
+    trained = 1 if way == "triton" else 3  # the kernel's weight and bias are frozen
+    given = [*given[:trained], *(value.detach() for value in given[trained:])]
     found = mamba.conv(*given, Documents(lengths), way)
     tolerance = 1e-5 if device == "cpu" else EXACT[way]
     assert error(found, wanted) < tolerance
-    for ours, right in zip(torch.autograd.grad(found, given, toward.to(found)), torch.autograd.grad(wanted, exact, toward), strict=True):
+    right_ones = torch.autograd.grad(wanted, exact[:trained], toward)
+    for ours, right in zip(torch.autograd.grad(found, given[:trained], toward.to(found)), right_ones, strict=True):
         assert error(ours, right) < tolerance
+
+
+def test_the_convolution_kernel_refuses_a_weight_that_it_has_no_gradient_for():
+    x, weight, position = torch.randn(5, 32), torch.randn(32, 4, requires_grad=True), Documents((5,)).position("cpu")
+    with pytest.raises(ValueError, match="frozen in every method"):
+        convolution_kernel.conv(x, weight, None, position)
 
 
 @everywhere
@@ -364,7 +375,7 @@ def test_what_would_leak_or_not_fit_is_refused(model):
 def test_missing_kernels_on_cuda_are_an_error_and_never_a_silent_fallback(monkeypatch):
     assert mamba.implementation("cpu") == "torch"
     monkeypatch.setattr(mamba, "_kernels", lambda: "No module named 'mamba_ssm'")
-    with pytest.raises(ImportError, match="mamba-ssm.*fla-core.*No module named"):
+    with pytest.raises(ImportError, match="mamba-ssm.*No module named"):
         mamba.implementation("cuda")
     assert mamba._chosen("torch", torch.device("cuda")) == "torch", "asked for, plain torch is given"
     with pytest.raises(ImportError):

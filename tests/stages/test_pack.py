@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train environment")
 
-from stages.train.pack import Order, best_fit, packs, spread, trained_tokens, unfilled  # noqa: E402
+from stages.train.pack import Order, best_fit, layouts, packs, share, spread, trained_tokens, unfilled  # noqa: E402
 
 
 def numbered(rows):
@@ -65,3 +65,13 @@ def test_little_room_is_left_on_the_sample_conversations():
     folder = Path(__file__).parents[2] / "data" / "sample" / "conversations"
     lengths = [len(json.dumps(json.loads(line)["messages"]).split()) for path in sorted(folder.glob("*.jsonl")) for line in path.open()]
     assert len(lengths) > 300 and unfilled(lengths, 7, 64, 8 * max(lengths), 20) < 0.05
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_layout_of_packs_follows_from_the_lengths_alone(count):
+    """CUDA graphs are captured before the first step, for exactly the packs that will come."""
+    numbers = random.Random(2)
+    lengths = [numbers.randint(1, 90) for _ in range(9)]
+    rows = [{"input_ids": [1] * length, "labels": [1] * length, "number": n} for n, length in enumerate(lengths)]
+    for rank in range(count):
+        assert layouts(lengths, rank, count, 100) == [pack.documents for pack in share(rows, rank, count, 100, level=False)]
