@@ -3,12 +3,15 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train environment")
 
+from stages.train import loop  # noqa: E402
 from stages.train.pack import Order, best_fit, layouts, packs, share, spread, trained_tokens, unfilled  # noqa: E402
+from stages.train.ranks import Ranks  # noqa: E402
 
 
 def numbered(rows):
@@ -75,3 +78,18 @@ def test_the_layout_of_packs_follows_from_the_lengths_alone(count):
     rows = [{"input_ids": [1] * length, "labels": [1] * length, "number": n} for n, length in enumerate(lengths)]
     for rank in range(count):
         assert layouts(lengths, rank, count, 100) == [pack.documents for pack in share(rows, rank, count, 100, level=False)]
+
+
+def test_graphs_are_captured_for_the_packs_of_the_steps_that_are_left(monkeypatch):
+    lengths = [5, 60, 33, 90, 12, 71, 8]
+    rows = [{"input_ids": [1] * length, "labels": [1] * length, "number": n} for n, length in enumerate(lengths)]
+    order, asked = Order(len(rows), 7), []
+    captured = SimpleNamespace(prepare=lambda packs, progress: (asked.extend(packs), progress(1, 2)))
+    said = []
+    monkeypatch.setattr(loop.assemble, "capture", lambda model: captured)
+    monkeypatch.setattr(loop.job, "progress", lambda done, total, unit="", note="": said.append((done, total, note)))
+    params = {"steps": 6, "batch": 3, "sequence_tokens": 100}
+    loop.Loop.capture(SimpleNamespace(rows=rows, order=order, start=2, ranks=Ranks(), model=None, task=SimpleNamespace(params=params)))
+    wanted = {pack.documents for step in range(2, 6) for pack in share([rows[row] for row in order.step(step, 3)], 0, 1, 100, level=False)}
+    assert set(asked) == wanted and len(asked) == len(wanted)
+    assert said == [(1, 2, "capturing CUDA graphs")]
