@@ -170,6 +170,10 @@ def load(folder: Path) -> Contract:
         if parameter.at_most and (parameter.at_most not in parameters or parameters[parameter.at_most].type not in ("int", "float")):
             findings.append(error(name, f"parameters.{key}.at_most = {parameter.at_most!r}", "a number among the stage's parameters",
                                   nearest(parameter.at_most, parameters)))
+        if parameter.instead_of and (parameter.instead_of not in parameters or parameter.required):
+            findings.append(error(name, f"parameters.{key}.instead_of = {parameter.instead_of!r}",
+                                  "another of the stage's parameters, and a default for this one",
+                                  nearest(parameter.instead_of, parameters)))
     if "check" in raw and not raw["check"].startswith(f"stages.{folder.name}."):
         findings.append(error(name, f"check = {raw['check']!r}", f"a module of this stage, such as stages.{folder.name}.sources", ""))
     sources = {key: table(Source, f"sources.{key}", values) for key, values in raw.get("sources", {}).items()}

@@ -84,6 +84,7 @@ class Parameter:
     multiple_of: int | None = None
     matches: str = ""
     at_most: str = ""  # a parameter of the same stage; where that one is 0 it sets no limit
+    instead_of: str = ""  # a parameter of the same stage; not both are given, unless this is its default
     keys: tuple[str, ...] = ()
     each: Parameter | None = None
     fields: dict[str, Parameter] = field(default_factory=dict)

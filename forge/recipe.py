@@ -223,7 +223,8 @@ class _Reading:
             if stage not in steps:
                 self.fault((*where, stage), f"unknown stage {stage} in the way {name}", "a stage of this recipe", nearest(stage, steps))
             elif (given := self.typed((*where, stage), values or {}, "map")) is not None:
-                changed[stage] = self.step(stage, steps[stage].contract, {**(self.raw["stages"][stage] or {}), **given}, (*where, stage))
+                kept = _beside(self.raw["stages"][stage] or {}, given, steps[stage].contract)
+                changed[stage] = self.step(stage, steps[stage].contract, {**kept, **given}, (*where, stage))
         # What the way has from the recipe's own stages has been named there, with its line.
         self.findings[before:] = [f for f in self.findings[before:] if (f.found, f.expected) not in said]
         return changed
@@ -250,6 +251,11 @@ class _Reading:
             if limit and key in params and params[key] > limit:
                 unsaid = "" if key in values else " (the default)"
                 self.fault((*where, key), f"{name}.{key} = {params[key]!r}{unsaid}", f"at most {parameter.at_most}, which is {limit!r}", parameter.doc)
+            other = parameter.instead_of
+            if other in values and key in values and params.get(key, parameter.default) != parameter.default:
+                found = f"{name}.{key} = {params[key]!r} and {name}.{other} = {values[other]!r}"
+                self.fault((*where, key), found, f"one of {key} and {other}",
+                           f"Leave out {other} to use {key}, or {key} to use {other}.")
         inputs = {key: key for key in its.consumes}
         for key, value in (self.typed((*where, "inputs"), values.get("inputs") or {}, "map") or {}).items():
             if key not in its.consumes:
@@ -325,3 +331,17 @@ class _Reading:
                 return done
             done[ready.name] = left.pop(ready.name)
         return done
+
+
+def _beside(values: dict[str, Any], given: dict[str, Any], its: Contract) -> dict[str, Any]:
+    """The recipe's `values` of a stage that stay beside those that a way gives.
+
+    Of two parameters that stand instead of each other, the one that the way gives replaces the other.
+    """
+    replaced = set()
+    for key, parameter in its.parameters.items():
+        if key in given and given[key] != parameter.default:
+            replaced.add(parameter.instead_of)
+        if parameter.instead_of in given:
+            replaced.add(key)
+    return {key: value for key, value in values.items() if key not in replaced}

@@ -16,10 +16,10 @@ from nemotron import adapter, assemble, native, recompute
 from nemotron.checkpoint import Checkpoint
 from nemotron.shards import Shards
 from stages import dataset, job
-from stages.train import checkpoints, guard, memory, picture, ranks
+from stages.train import checkpoints, guard, memory, picture, ranks, sizes
 from stages.train.board import Board
 from stages.train.loop import History, Loop
-from stages.train.pack import trained_tokens, unfilled
+from stages.train.pack import Order, trained_tokens, unfilled
 from stages.train.teacher import Teacher
 from stages.train.watch import Watch
 
@@ -37,7 +37,8 @@ def run(task: job.Job) -> None:
         job.warning("no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
                     "Nothing shows when training begins to learn by heart; with eval_share above 0 the best step is kept"
                     + (", and patience has an effect" if task.params["patience"] else ""))
-    fitting(rows + held_out, task.params["sequence_tokens"])
+    params = task.params
+    sizes.fitting(lengths(rows), lengths(held_out), params["sequence_tokens"], params["batch_tokens"])
     model = adapted(task, its)
     teacher = Teacher(task, its) if task.params["rounded_loss"] == "teacher" else None
     loop = Loop(task, model, rows, held_out, its, rounding(task, model, rows, teacher), teacher)
@@ -45,11 +46,12 @@ def run(task: job.Job) -> None:
         loop.resume(found)
     watch = None
     if its.first:
+        sizes.advise(loop.order, params["steps"], its.world, task.device)
         loop.watch = watch = Watch(task.params["steps"], task.device, Board(task.output / "tensorboard", loop.history))
     history = loop.run()
     if watch:
         watch.board.close()
-        finish(task, model, history, rows, watch, time.monotonic() - began)
+        finish(task, model, history, rows, loop.order, watch, time.monotonic() - began)
 
 
 def read(path: Path, may_be_empty: bool = False) -> list[dict]:
@@ -60,11 +62,9 @@ def read(path: Path, may_be_empty: bool = False) -> list[dict]:
     return rows
 
 
-def fitting(rows: list[dict], limit: int) -> None:
-    """Raises StageError if a conversation is longer than a packed sequence."""
-    if long := [len(row["input_ids"]) for row in rows if len(row["input_ids"]) > limit]:
-        raise job.StageError(f"{len(long)} conversations are longer than a packed sequence, the longest {max(long):,} tokens", f"at most {limit:,} (sequence_tokens)",
-                             f"Set sequence_tokens to {max(long)} or more, or max_tokens of stage data to {limit} or less")
+def lengths(rows: list[dict]) -> list[int]:
+    """Tokens of every row."""
+    return [len(row["input_ids"]) for row in rows]
 
 
 def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
@@ -137,7 +137,8 @@ def resume_from(scratch: Path) -> Path | None:
     return found
 
 
-def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[dict], watch: Watch, seconds: float) -> None:
+def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[dict], order: Order,
+           watch: Watch, seconds: float) -> None:
     """Writes the artifact from the trained model and what was measured, and judges how far the loss fell."""
     params = task.params
     adapter.save(model, task.output / "adapter", params["targets"], params["rank"], params["alpha"])
@@ -155,7 +156,7 @@ def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[d
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": assemble.parameters(model), "groups": native.bytes_by_group(model), "conversations": len(rows),
         "trained_tokens": trained_tokens(rows),
-        "unfilled": unfilled([len(row["input_ids"]) for row in rows], task.seed, params["batch"], params["sequence_tokens"], steps),
+        **sizes.described(order, steps), "unfilled": unfilled(order, params["sequence_tokens"], steps),
         "loss": {"first": first, "last": last, "best": best, "drop": drop, "held_out": history.held_out[max(history.held_out)] if history.held_out else None},
         "tokens_per_second": round(watch.speed), "peak_bytes": watch.memory(), "seconds": round(seconds, 1),
     }

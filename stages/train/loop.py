@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nemotron import adapter, assemble
+from nemotron import adapter, assemble, operations
 from stages import job
 from stages.train import checkpoints
 from stages.train.guard import Guard, finite
@@ -67,7 +67,9 @@ class Loop:
     def __init__(self, task: job.Job, model: nn.Module, rows: list[dict], held_out: list[dict], ranks: Ranks,
                  change: Callable[[int], bool] = lambda step: False, teacher: Teacher | None = None):
         self.task, self.model, self.rows, self.ranks, self.change, self.teacher, self.watch = task, model, rows, ranks, change, teacher, None
-        self.order = Order(len(rows), task.seed)
+        lengths = [len(row["input_ids"]) for row in rows]
+        self.order = Order(lengths, task.seed, task.params["batch"], task.params["batch_tokens"])
+        self.work = operations.count(model.hub_config, task.params["gradient_checkpointing"])
         self.held_out, self.held_out_tokens = self.packs(held_out) if held_out else [], trained_tokens(held_out)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -106,17 +108,16 @@ class Loop:
 
     def capture(self) -> None:
         """Captures the steps' CUDA graphs, of every size that is still to come: which rows a step has is known."""
-        lengths = [len(row["input_ids"]) for row in self.rows]
         params, packs = self.task.params, set()
         for number in range(self.start, params["steps"]):
-            chosen = [lengths[row] for row in self.order.step(number, params["batch"])]
-            packs |= set(layouts(chosen, self.ranks.rank, self.ranks.world, params["sequence_tokens"]))
+            rows = [self.rows[row] for row in self.order.step(number)]
+            packs |= set(layouts(rows, self.ranks.rank, self.ranks.world, params["sequence_tokens"], self.work))
         assemble.capture(self.model).prepare(packs, lambda done, total: job.progress(done, total, "graphs", "capturing CUDA graphs"))
 
     def step(self, number: int) -> None:
         """One optimiser step; `number` from 0."""
         params, began = self.task.params, time.monotonic()
-        rows = [self.rows[row] for row in self.order.step(number, params["batch"])]
+        rows = [self.rows[row] for row in self.order.step(number)]
         count = trained_tokens(rows)
         total = torch.zeros((), device=self.task.device)
         made = self.packs(rows)
@@ -146,7 +147,8 @@ class Loop:
 
     def packs(self, rows: list[dict]) -> list[Pack]:
         """This rank's share of rows, packed."""
-        return share(rows, self.ranks.rank, self.ranks.world, self.task.params["sequence_tokens"], self.task.params["sharded"])
+        params, ranks = self.task.params, self.ranks
+        return share(rows, ranks.rank, ranks.world, params["sequence_tokens"], params["sharded"], self.work)
 
     def learnt(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step's gradient is of, and the loss of the labels; sums over the pack's trained tokens."""

@@ -1,17 +1,21 @@
 """Which conversations a step trains on, and how they are laid into packed sequences.
 
-Both follow from seed and step alone: a resumed run, and one with another number of ranks, goes on with exactly the rows that
-an uninterrupted one would have had.
+The rows of a step follow from the seed, the step's number and the lengths of all rows alone. So a resumed
+run, and one with another number of ranks, goes on with exactly the rows that an uninterrupted one would
+have had.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nemotron.chat import IGNORED
 from nemotron.documents import Documents
+from nemotron.operations import Operations
+from stages.train.balance import spread
 
 
 @dataclass(frozen=True)
@@ -28,22 +32,38 @@ IDLE = Pack(torch.zeros(1, dtype=torch.int64), torch.tensor([IGNORED]), Document
 
 
 class Order:
-    """An endless run through `count` rows, shuffled anew in every epoch."""
+    """An endless run through rows of `lengths` tokens, shuffled anew in every epoch and cut into steps.
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
+    A step has `batch` rows. With `batch_tokens` above 0, `batch` is not used: a step takes rows while they
+    have at most `batch_tokens` tokens together, and at least one row.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int, batch: int, batch_tokens: int = 0):
+        self.lengths, self.seed, self.batch, self.batch_tokens = lengths, seed, batch, batch_tokens
         self._epoch, self._rows = -1, []
+        self._starts = [0]  # the place where each step begins, as far as computed; for batch_tokens
 
     def __getitem__(self, place: int) -> int:
-        epoch, at = divmod(place, self.count)
+        epoch, at = divmod(place, len(self.lengths))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._rows = epoch, torch.randperm(self.count, generator=generator).tolist()
+            self._epoch, self._rows = epoch, torch.randperm(len(self.lengths), generator=generator).tolist()
         return self._rows[at]
 
-    def step(self, number: int, size: int) -> list[int]:
-        """The rows of step `number` (from 0), `size` of them."""
-        return [self[place] for place in range(number * size, (number + 1) * size)]
+    def step(self, number: int) -> list[int]:
+        """The rows of step `number` (from 0)."""
+        if not self.batch_tokens:
+            return [self[place] for place in range(number * self.batch, (number + 1) * self.batch)]
+        while len(self._starts) <= number + 1:
+            self._starts.append(self._end(self._starts[-1]))
+        return [self[place] for place in range(self._starts[number], self._starts[number + 1])]
+
+    def _end(self, start: int) -> int:
+        """The place after the last row of the step that begins at `start`."""
+        end, tokens = start + 1, self.lengths[self[start]]
+        while (tokens := tokens + self.lengths[self[end]]) <= self.batch_tokens:
+            end += 1
+        return end
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -78,29 +98,27 @@ def packs(rows: list[dict], capacity: int) -> list[Pack]:
     return made
 
 
-def spread(rows: list[dict], count: int) -> list[list[dict]]:
-    """The rows in `count` shares of about as many tokens: the longest first, each to the share that has least."""
-    shares: list[list[dict]] = [[] for _ in range(count)]
-    tokens = [0] * count
-    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
-        least = tokens.index(min(tokens))
-        shares[least].append(row)
-        tokens[least] += len(row["input_ids"])
-    return shares
+def shares(rows: list[dict], count: int, work: Operations) -> list[list[dict]]:
+    """The rows in `count` shares of about as much `work`."""
+    costs = [work.of(len(row["input_ids"]), trained_tokens([row])) for row in rows]
+    return [[rows[index] for index in indices] for indices in spread(costs, count)]
 
 
-def share(rows: list[dict], rank: int, count: int, capacity: int, level: bool) -> list[Pack]:
-    """The packed share of rank `rank` of `count`. `level`: every rank has as many sequences, the last of some idle, since each is one of all ranks."""
-    shares = spread(rows, count)
-    own = packs(shares[rank], capacity)
-    most = max(len(best_fit([len(row["input_ids"]) for row in its], capacity)) for its in shares) if level else len(own)
+def share(rows: list[dict], rank: int, count: int, capacity: int, level: bool,
+          work: Operations) -> list[Pack]:
+    """The packed share of rank `rank` of `count`, about as much `work` as every other rank's.
+
+    `level`: every rank has as many sequences, the last of some idle, since each is one of all ranks.
+    """
+    every = shares(rows, count, work)
+    own = packs(every[rank], capacity)
+    most = max(len(best_fit([len(row["input_ids"]) for row in its], capacity)) for its in every) if level else len(own)
     return own + [IDLE] * (most - len(own))
 
 
-def layouts(lengths: list[int], rank: int, count: int, capacity: int) -> list[Documents]:
-    """Where the documents lie in the packs of `share`, from the rows' lengths alone."""
-    own = spread([{"input_ids": range(length)} for length in lengths], count)[rank]
-    sizes = [len(row["input_ids"]) for row in own]
+def layouts(rows: list[dict], rank: int, count: int, capacity: int, work: Operations) -> list[Documents]:
+    """Where the documents lie in the packs of `share`, without making them."""
+    sizes = [len(row["input_ids"]) for row in shares(rows, count, work)[rank]]
     return [Documents(tuple(sizes[i] for i in group)) for group in best_fit(sizes, capacity)]
 
 
@@ -109,11 +127,11 @@ def trained_tokens(rows: list[dict]) -> int:
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
-def unfilled(lengths: list[int], seed: int, size: int, capacity: int, steps: int) -> float:
+def unfilled(order: Order, capacity: int, steps: int) -> float:
     """Share of the room of packed sequences, but for the last of each step, that stays empty over a run."""
-    order, room, used = Order(len(lengths), seed), 0, 0
+    room, used = 0, 0
     for number in range(steps):
-        chosen = [lengths[row] for row in order.step(number, size)]
+        chosen = [order.lengths[row] for row in order.step(number)]
         groups = best_fit(chosen, capacity)
         room += capacity * (len(groups) - 1)
         used += sum(chosen[i] for group in groups[:-1] for i in group)

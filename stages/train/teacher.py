@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nemotron import assemble
+from nemotron import assemble, operations
 from nemotron.chat import IGNORED
 from stages import job
 from stages.train.pack import Pack, share
@@ -46,7 +46,9 @@ class Teacher:
     def _write(self, model: nn.Module, rows: list[dict]) -> None:
         model.eval()
         found, device = {}, self.task.device
-        packs = share(rows, self.ranks.rank, self.ranks.world, self.task.params["sequence_tokens"], self.task.params["sharded"])
+        params, ranks = self.task.params, self.ranks
+        work = operations.count(model.hub_config, params["gradient_checkpointing"])
+        packs = share(rows, ranks.rank, ranks.world, params["sequence_tokens"], params["sharded"], work)
         for number, pack in enumerate(packs, 1):
             index, logs = assemble.largest(model, pack.ids.to(device), pack.labels.to(device), pack.documents, min(TOP, model.lm_head.weight.shape[0] - 1))
             sizes = [int((labels[1:] != IGNORED).sum()) for labels in pack.labels.split(pack.documents.lengths)]

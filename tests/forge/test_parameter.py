@@ -37,6 +37,7 @@ def test_every_number_has_a_lower_bound_and_refuses_what_is_outside(stage, name,
 @pytest.mark.parametrize(("stage", "name", "value"), [
     ("train", "rank", 513), ("train", "learning_rate", 0), ("train", "learning_rate", -0.003), ("train", "learning_rate", 3), ("train", "steps", 1),
     ("train", "steps", 2), ("train", "max_grad_norm", 0), ("train", "weight_decay", -0.1), ("train", "rounded_share", 1.1), ("train", "min_loss_drop", 75),
+    ("train", "batch_tokens", 15),
     ("base", "hidden", 192), ("base", "pattern", "MEME"), ("base", "pattern", "M*X"), ("base", "commit", "main"), ("base", "learning_rate", 0.0),
     ("base", "short_tokens", 0), ("base", "batch_tokens", 1), ("data", "eval_share", 0.6), ("data", "max_reject_share", 1.5),
     ("evaluate", "memory_share", 0.96), ("evaluate", "concurrency", 0), ("image", "max_num_seqs", 0), ("image", "memory_share", 0.0),
@@ -92,6 +93,53 @@ def test_a_default_that_another_parameter_forbids_is_called_one(its):
 def test_at_most_names_a_number_of_the_same_stage(its):
     toy.edit(its.repo / "stages/slow/stage.toml", "[parameters.seconds]\n", '[parameters.seconds]\nat_most = "stepz"\n')
     with pytest.raises(Refused, match="parameters.seconds.at_most = 'stepz'; expected a number among the stage's parameters. Did you mean steps?"):
+        its.plan()
+
+
+BOTH = ("train.batch_tokens = 4096 and train.batch = 8; expected one of batch_tokens and batch. "
+        "Leave out batch to use batch_tokens, or batch_tokens to use batch.")
+
+
+def test_conversations_and_tokens_of_a_step_are_not_both_given(tmp_path):
+    assert faults(tmp_path, train={"batch_tokens": 4096}) == [BOTH]
+    assert faults(tmp_path, train={"batch_tokens": 0}) == []
+    def tokens_alone(stages):
+        del stages["train"]["batch"]
+        stages["train"]["batch_tokens"] = 4096
+
+    alone = written(tmp_path, tokens_alone)
+    assert recipe.load(alone, toy.REPO).stages["train"].params["batch_tokens"] == 4096
+
+
+def with_a_way(path, given):
+    """Replaces the recipe's ways by one, `other`, with these parameters of stage train."""
+    raw = yaml.safe_load(path.read_text()) | {"ways": {"other": {"train": given}}}
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+@pytest.mark.parametrize(("own", "given", "batch", "batch_tokens"), [
+    ({"batch": 4}, {"batch_tokens": 4096}, 8, 4096), ({"batch_tokens": 4096}, {"batch": 4}, 4, 0),
+    ({"batch": 4}, {"batch_tokens": 0}, 4, 0), ({"batch": 4}, {"rank": 8}, 4, 0),
+    ({"batch_tokens": 4096}, {"rank": 8}, 8, 4096),
+])
+def test_in_a_way_the_one_that_is_given_replaces_the_other(tmp_path, own, given, batch, batch_tokens):
+    path = written(tmp_path, lambda stages: (stages["train"].pop("batch"), stages["train"].update(own)))
+    with_a_way(path, given)
+    params = recipe.load(path, toy.REPO).ways["other"].stages["train"].params
+    assert (params["batch"], params["batch_tokens"]) == (batch, batch_tokens)
+
+
+def test_a_way_that_gives_both_is_refused(tmp_path):
+    path = written(tmp_path, lambda stages: None)
+    with_a_way(path, {"batch": 8, "batch_tokens": 4096})
+    with pytest.raises(Refused, match="train.batch_tokens = 4096 and train.batch = 8; expected one of"):
+        recipe.load(path, toy.REPO)
+
+
+def test_instead_of_names_a_parameter_of_the_same_stage(its):
+    toml = its.repo / "stages/slow/stage.toml"
+    toy.edit(toml, "[parameters.seconds]\n", '[parameters.seconds]\ninstead_of = "stepz"\n')
+    with pytest.raises(Refused, match=r"instead_of = 'stepz'; expected another .*Did you mean steps\?"):
         its.plan()
 
 

@@ -9,9 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train environment")
 
+from bench import operations as bench  # noqa: E402
+from nemotron import operations  # noqa: E402
 from stages.train import loop  # noqa: E402
-from stages.train.pack import Order, best_fit, layouts, packs, share, spread, trained_tokens, unfilled  # noqa: E402
+from stages.train.balance import spread  # noqa: E402
+from stages.train.pack import IDLE, Order, best_fit, layouts, packs, share, trained_tokens, unfilled  # noqa: E402
 from stages.train.ranks import Ranks  # noqa: E402
+
+NANO = operations.count(bench.sizes(52), recomputed=True)
 
 
 def numbered(rows):
@@ -47,49 +52,149 @@ def test_a_label_on_a_documents_first_token_is_trained_by_nothing_whatever_stand
     assert packs(rows, 4)[0].labels.tolist() == [-100, 2, -100, 5] and trained_tokens(rows) == 2
 
 
-def test_ranks_have_about_as_many_tokens_and_every_row_once():
-    rows = [{"input_ids": [0] * length} for length in (9, 8, 3, 3, 2, 1)]
-    shares = spread(rows, 2)
-    assert sorted(len(row["input_ids"]) for share in shares for row in share) == [1, 2, 3, 3, 8, 9]
-    assert [sum(len(row["input_ids"]) for row in share) for share in shares] == [13, 13]
-    assert spread(rows[:1], 2)[1] == []
+def test_every_document_is_in_one_share_once():
+    assert spread([9, 8, 3, 3, 2, 1], 2) == [[0, 3, 5], [1, 2, 4]]
+    assert spread([7], 2) == [[0], []] and spread([], 2) == [[], []]
+
+
+def test_documents_change_places_where_the_longest_first_leaves_one_share_too_expensive():
+    """Longest first alone ends at 5 + 3 + 3 = 11, with 8 in the two other shares."""
+    costs = [5, 5, 4, 4, 3, 3, 3]
+    shares = spread(costs, 3)
+    assert sorted(index for indices in shares for index in indices) == list(range(7))
+    assert [sum(costs[index] for index in indices) for indices in shares] == [9, 9, 9]
+
+
+LENGTHS = {
+    "mixed": lambda chance: chance.randint(650, 1400),
+    "voice": lambda chance: chance.randint(150, 400),
+    "long-tailed": lambda chance: min(16384, int(200 * chance.paretovariate(1.1))),
+}
+
+
+def conversation(length, trained):
+    return {"input_ids": [0] * length, "labels": [-100] * (length - trained) + [0] * trained, "number": 0}
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_no_rank_computes_five_percent_more_than_the_mean_where_the_lengths_allow_it(kind, count):
+    """For the real model. Some share has the largest document, and one has two of the `count` + 1 largest."""
+    for seed in range(20):
+        chance = random.Random(seed)
+        lengths = [LENGTHS[kind](chance) for _ in range(8 * count)]
+        rows = [conversation(length, chance.randint(1, length - 1)) for length in lengths]
+        shares = [share(rows, rank, count, 16384, False, NANO) for rank in range(count)]
+        found = [sum(documents_cost(pack) for pack in packed) for packed in shares]
+        costs = sorted((NANO.of(len(row["input_ids"]), trained_tokens([row])) for row in rows), reverse=True)
+        assert sum(found) == sum(costs), "a document is lost, or computed twice"
+        assert max(found) <= max(1.05 * sum(costs) / count, costs[0], costs[count - 1] + costs[count])
+
+
+def documents_cost(pack):
+    labels = pack.labels.split(pack.documents.lengths)
+    return sum(NANO.of(len(own), int((own != -100).sum())) for own in labels)
+
+
+def test_a_balance_of_tokens_alone_would_let_a_rank_wait():
+    """A document of 16,384 tokens costs over 15 % more than 16 of 1,024; a trained token costs more."""
+    assert NANO.of(16384, 4096) > 1.15 * 16 * NANO.of(1024, 256)
+    assert NANO.of(1024, 1000) > 1.05 * NANO.of(1024, 100)
+    rows = [conversation(16384, 4096), *(conversation(1024, 256) for _ in range(48))]
+    first, second = (share(rows, rank, 2, 16384, False, NANO) for rank in range(2))
+    tokens = [sum(len(pack.ids) for pack in packed) for packed in (first, second)]
+    assert abs(tokens[0] - tokens[1]) > 1024, "the rank with the long document has fewer tokens"
+
+
+def test_ranks_have_as_many_trained_tokens_where_documents_are_of_one_length():
+    rows = [conversation(1000, trained) for trained in (900, 100, 900, 100)]
+    assert [trained_tokens_of(share(rows, rank, 2, 16384, False, NANO)) for rank in range(2)] == [1000, 1000]
+
+
+def trained_tokens_of(packed):
+    return sum(int((pack.labels != -100).sum()) for pack in packed)
+
+
+def test_with_a_sharded_base_every_rank_has_as_many_sequences():
+    rows = [conversation(length, 5) for length in (90, 20, 20, 20, 20, 20)]
+    shares = [share(rows, rank, 2, 100, True, NANO) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1])
+    alone = [share(rows[:1], rank, 2, 100, True, NANO) for rank in range(2)]
+    assert alone[1] == [IDLE] and alone[0][0].documents.lengths == (90,)
 
 
 def test_the_order_of_rows_follows_from_seed_and_place_alone():
-    order = Order(10, 7)
-    steps = [order.step(number, 4) for number in range(5)]
+    order = Order([1] * 10, 7, batch=4)
+    steps = [order.step(number) for number in range(5)]
     flat = [row for step in steps for row in step]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert Order(10, 7).step(3, 4) == steps[3] and Order(10, 8).step(3, 4) != steps[3]
+    assert Order([1] * 10, 7, batch=4).step(3) == steps[3] and Order([1] * 10, 8, batch=4).step(3) != steps[3]
+
+
+def test_a_step_takes_rows_of_the_same_order_while_their_tokens_fit():
+    chance = random.Random(3)
+    lengths = [chance.randint(150, 400) for _ in range(100)]
+    order, by_rows = Order(lengths, 7, batch=8, batch_tokens=2000), Order(lengths, 7, batch=100)
+    steps = [order.step(number) for number in range(60)]
+    flat = [row for step in steps for row in step]
+    assert len(flat) > 300 and flat[:300] == [row for number in range(3) for row in by_rows.step(number)]
+    for step, following in zip(steps, steps[1:]):
+        tokens = sum(lengths[row] for row in step)
+        assert tokens <= 2000 < tokens + lengths[following[0]]
+
+
+def test_steps_of_tokens_are_the_same_when_a_run_is_resumed():
+    chance = random.Random(3)
+    lengths = [chance.randint(150, 400) for _ in range(30)]
+    whole = [Order(lengths, 7, 8, 2000).step(number) for number in (41, 42)]
+    order = Order(lengths, 7, 8, 2000)
+    assert [order.step(number) for number in range(43)][41:] == whole
+    assert order.step(3) == Order(lengths, 7, 8, 2000).step(3), "an earlier step after a later one"
+
+
+def test_steps_of_tokens_have_one_row_at_least_and_reach_over_the_end_of_an_epoch():
+    assert [len(Order([10, 10, 10], 0, 8, 25).step(number)) for number in range(4)] == [2, 2, 2, 2]
+    assert sorted(Order([10, 10, 10], 0, 8, 30).step(5)) == [0, 1, 2]
+    assert [Order([40], 0, 8, 25).step(number) for number in range(2)] == [[0], [0]]
+
+
+def test_the_beginnings_of_steps_of_tokens_are_found_once(monkeypatch):
+    """Else a late step of a long run would cost all steps before it, every time."""
+    order, looked = Order([300] * 1000, 7, 8, 3000), []
+    found = Order._end
+    monkeypatch.setattr(Order, "_end", lambda self, start: (looked.append(start), found(self, start))[1])
+    for number in (500, 400, 499, 501):
+        order.step(number)
+    assert len(looked) == len(set(looked)) == 502
 
 
 def test_little_room_is_left_on_the_sample_conversations():
     """Under 5 % of the packed sequences of real steps, with words for tokens: what is not filled is not computed either."""
     folder = Path(__file__).parents[2] / "data" / "sample" / "conversations"
     lengths = [len(json.dumps(json.loads(line)["messages"]).split()) for path in sorted(folder.glob("*.jsonl")) for line in path.open()]
-    assert len(lengths) > 300 and unfilled(lengths, 7, 64, 8 * max(lengths), 20) < 0.05
+    assert len(lengths) > 300 and unfilled(Order(lengths, 7, batch=64), 8 * max(lengths), 20) < 0.05
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_layout_of_packs_follows_from_the_lengths_alone(count):
+def test_the_layout_of_packs_is_known_without_making_them(count):
     """CUDA graphs are captured before the first step, for exactly the packs that will come."""
     numbers = random.Random(2)
-    lengths = [numbers.randint(1, 90) for _ in range(9)]
-    rows = [{"input_ids": [1] * length, "labels": [1] * length, "number": n} for n, length in enumerate(lengths)]
+    rows = [conversation(length, 1) for length in (numbers.randint(2, 90) for _ in range(9))]
     for rank in range(count):
-        assert layouts(lengths, rank, count, 100) == [pack.documents for pack in share(rows, rank, count, 100, level=False)]
+        made = [pack.documents for pack in share(rows, rank, count, 100, False, NANO)]
+        assert layouts(rows, rank, count, 100, NANO) == made
 
 
 def test_graphs_are_captured_for_the_packs_of_the_steps_that_are_left(monkeypatch):
     lengths = [5, 60, 33, 90, 12, 71, 8]
-    rows = [{"input_ids": [1] * length, "labels": [1] * length, "number": n} for n, length in enumerate(lengths)]
-    order, asked = Order(len(rows), 7), []
+    rows, order = [conversation(length, 1) for length in lengths], Order(lengths, 7, batch=3)
+    asked, said = [], []
     captured = SimpleNamespace(prepare=lambda packs, progress: (asked.extend(packs), progress(1, 2)))
-    said = []
     monkeypatch.setattr(loop.assemble, "capture", lambda model: captured)
-    monkeypatch.setattr(loop.job, "progress", lambda done, total, unit="", note="": said.append((done, total, note)))
-    params = {"steps": 6, "batch": 3, "sequence_tokens": 100}
-    loop.Loop.capture(SimpleNamespace(rows=rows, order=order, start=2, ranks=Ranks(), model=None, task=SimpleNamespace(params=params)))
-    wanted = {pack.documents for step in range(2, 6) for pack in share([rows[row] for row in order.step(step, 3)], 0, 1, 100, level=False)}
+    monkeypatch.setattr(loop.job, "progress", lambda done, total, unit, note: said.append((done, total, note)))
+    task = SimpleNamespace(params={"steps": 6, "sequence_tokens": 100})
+    loop.Loop.capture(SimpleNamespace(rows=rows, order=order, start=2, ranks=Ranks(), model=None, task=task, work=NANO))
+    left = [[rows[row] for row in order.step(step)] for step in range(2, 6)]
+    wanted = {pack.documents for its in left for pack in share(its, 0, 1, 100, False, NANO)}
     assert set(asked) == wanted and len(asked) == len(wanted)
     assert said == [(1, 2, "capturing CUDA graphs")]

@@ -126,10 +126,20 @@ def test_trap_17_so_it_does_on_a_base_that_is_not_in_four_bits(made, tmp_path):
 
 def test_trap_17_an_order_that_forgets_where_it_was_goes_on_with_other_rows(again, whole, monkeypatch):
     right = pack.Order.step
-    monkeypatch.setattr(pack.Order, "step", lambda self, number, size: right(self, number - 10, size))
+    monkeypatch.setattr(pack.Order, "step", lambda self, number: right(self, number - 10))
     shutil.rmtree(again.scratch / "checkpoint-15")
     fit.run(again)
     assert short.losses(again.output) != pytest.approx(short.losses(whole.output), abs=1e-3)
+
+
+def test_trap_17_a_run_by_tokens_goes_on_with_the_steps_that_it_would_have_had(made, tmp_path):
+    whole = short.task(tmp_path, made, **{**RUN, "batch_tokens": 200})
+    fit.run(whole)
+    shutil.rmtree(tmp_path / "checkpoint-15")
+    again = replace(whole, output=tmp_path / "again")
+    again.output.mkdir()
+    fit.run(again)
+    assert_same(again.output, whole)
 
 
 def start(task, path):
@@ -184,9 +194,13 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(made,
 
 
 UNEVEN = {"batch": 3, "sequence_tokens": 150}  # in some steps one rank has two sequences and the other one
+BY_TOKENS = {"batch_tokens": 250, "sequence_tokens": 150}
 
 
-@pytest.mark.parametrize(("ranks", "sharded"), [((2, 2), {}), ((2, 1), {}), ((1, 2), {}), ((2, 2), {"method": "nvfp4", **UNEVEN}), ((2, 1), UNEVEN)])
+@pytest.mark.parametrize(("ranks", "sharded"), [
+    ((2, 2), {}), ((2, 1), {}), ((1, 2), {}),
+    ((2, 2), {"method": "nvfp4", **UNEVEN}), ((2, 1), UNEVEN), ((1, 2), BY_TOKENS),
+])
 def test_two_ranks_have_the_losses_of_one_and_another_number_goes_on(made, tmp_path, ranks, sharded):
     """gloo on this machine, through torchrun as a recipe's `ranks` starts it; the second number of ranks resumes from step 5.
 

@@ -1,0 +1,55 @@
+"""Shares the documents of a step among ranks by what they cost, so that no rank waits long for another."""
+
+from __future__ import annotations
+
+CLOSE = 0.005  # of the mean: a share that is more expensive by less than this is left as it is
+
+
+def spread(costs: list[int], count: int) -> list[list[int]]:
+    """The indices of `costs` in `count` shares of about equal cost, each share in ascending order.
+
+    The most expensive document first, each to the share that costs least so far. Then documents change
+    places for as long as that makes the most expensive share cheaper. Costs are integers, so all ranks find
+    the same shares.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        cheapest = loads.index(min(loads))
+        shares[cheapest].append(index)
+        loads[cheapest] += costs[index]
+    for _ in costs:
+        if not _exchange(shares, loads, costs):
+            break
+    return [sorted(share) for share in shares]
+
+
+def _exchange(shares: list[list[int]], loads: list[int], costs: list[int]) -> bool:
+    """Exchanges a document of the most expensive share for one of another; False if that makes it no cheaper.
+
+    Of all such exchanges, it does the one after which the more expensive of the two shares costs least.
+    Moving a document without taking one back gains next to nothing: the first pass gave each to the
+    cheapest share already.
+    """
+    most = loads.index(max(loads))
+    if loads[most] * len(loads) <= (1 + CLOSE) * sum(loads):
+        return False
+    least, best = loads[most], None
+    for other in range(len(shares)):
+        if other == most:
+            continue
+        for given in shares[most]:
+            for taken in shares[other]:
+                moved = costs[given] - costs[taken]
+                after = max(loads[most] - moved, loads[other] + moved)
+                if after < least:
+                    least, best = after, (other, given, taken)
+    if best is None:
+        return False
+    other, given, taken = best
+    for index, source, target in ((given, most, other), (taken, other, most)):
+        shares[source].remove(index)
+        shares[target].append(index)
+        loads[source] -= costs[index]
+        loads[target] += costs[index]
+    return True

@@ -1,0 +1,62 @@
+"""How large the steps of a run are: what is reported of them, and what is refused or warned of beforehand."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from stages import job
+from stages.train.pack import Order
+
+# Tokens of a step on one GPU. Every step decodes all 4-bit weights, whatever its size: on an H100 a step of about 2,200
+# tokens trains 8,492 a second, one of 16,384 trains 17,046 (docs/performance.md). FEW is a quarter of ENOUGH, which is one
+# packed sequence of the default length.
+FEW, ENOUGH = 4096, 16384
+
+
+def fitting(lengths: list[int], held_out: list[int], sequence_tokens: int, batch_tokens: int) -> None:
+    """Raises StageError if a conversation is longer than a packed sequence, or a trained one than a step.
+
+    `lengths` and `held_out`: tokens of every conversation. With `batch_tokens` 0, steps are not limited.
+    """
+    limits = [("a packed sequence", "sequence_tokens", sequence_tokens, lengths + held_out)]
+    if batch_tokens:
+        limits.append(("a step", "batch_tokens", batch_tokens, lengths))
+    for whole, name, limit, tokens in limits:
+        if long := [length for length in tokens if length > limit]:
+            raise job.StageError(
+                f"{len(long)} conversations are longer than {whole}, the longest {max(long):,} tokens",
+                f"at most {limit:,} ({name})",
+                f"Set {name} to {max(long)} or more, or max_tokens of stage data to {limit} or less")
+
+
+def described(order: Order, steps: int) -> dict[str, float | None]:
+    """For training.json: medians over `steps` steps, and how often each row is trained on, on average."""
+    chosen = [order.step(number) for number in range(steps)]
+    return {
+        "step_conversations": median(map(len, chosen)) if chosen else None,
+        "step_tokens": median(sum(order.lengths[row] for row in rows) for rows in chosen) if chosen else None,
+        "epochs": round(sum(map(len, chosen)) / len(order.lengths), 2),
+    }
+
+
+def advise(order: Order, steps: int, world: int, device: str) -> None:
+    """Warns of steps that train a conversation more than once, and of steps that do not fill `world` GPUs."""
+    whole, run = sum(order.lengths), described(order, steps)
+    if order.batch_tokens > whole:
+        job.warning(
+            f"batch_tokens is {order.batch_tokens:,}, and all {len(order.lengths)} conversations together "
+            f"have {whole:,} tokens: every step trains some of them more than once",
+            f"Set batch_tokens to {whole} or less")
+    if device != "cuda" or not steps or run["step_tokens"] >= FEW * world:
+        return
+    wanted = max(min(ENOUGH * world, whole), *order.lengths)
+    times = wanted / run["step_tokens"]
+    if times < 2:  # a small data set: no step could be much larger
+        return
+    fewer = max(3, round(steps / times))
+    gpus = f", for {world} GPUs" if world > 1 else ""
+    job.warning(
+        f"a step has {run['step_conversations']:.0f} conversations with {run['step_tokens']:,.0f} tokens "
+        f"(medians){gpus}: too few to keep a GPU busy",
+        f"Set batch_tokens: {wanted} instead of batch. A step then trains {times:.1f} times as many "
+        f"conversations, so about {fewer} steps train as many as these {steps}, in less time")
