@@ -1,6 +1,6 @@
 """Training steps on conversations whose lengths differ, as stage train does them, on one GPU with all 52 layers.
 
-    python -m bench.lengths equal,mixed,voice,voice-packed [--steps 100] [--tiles] [--eager]
+    python -m bench.lengths equal,mixed,voice,voice-packed [--steps 100] [--tiles] [--eager] [--deterministic]
 
 Random weights in NF4, LoRA of rank 16 on all targets, AdamW. Lengths are drawn evenly from a range, anew for every step:
 
@@ -29,7 +29,7 @@ from torch import nn
 
 from bench import operations
 from bench.ours import ALPHA, RANK
-from nemotron import adapter, assemble, grouped, recompute
+from nemotron import adapter, assemble, determinism, grouped, recompute
 from nemotron.chat import IGNORED
 from nemotron.documents import Documents
 
@@ -83,7 +83,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=52)
     parser.add_argument("--tiles", action="store_true", help="our grouped products in place of torch's")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--deterministic", action="store_true", help="as stage train with deterministic: true")
     options = parser.parse_args()
+    if options.deterministic:
+        determinism.before_torch()
+        determinism.on()
     kinds = options.kinds.split(",")
     if unknown := set(kinds) - set(RANGES):
         raise SystemExit(f"found {', '.join(sorted(unknown))}; expected any of {', '.join(RANGES)}")

@@ -37,8 +37,9 @@ class Packed:
 
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
     """weight_scale_2 or input_scale from the largest absolute value; float32."""
-    # By a tensor: a GPU multiplies by the reciprocal of a plain number, which can be a bit off what every other device finds.
-    return amax.float() / amax.new_tensor(FP4_MAX * FP8_MAX, dtype=torch.float32)
+    # By a tensor: a GPU multiplies by the reciprocal of a plain number, which can be a bit off what every other device finds. And by one
+    # that the device fills: copying a number to it is refused while a CUDA graph is captured.
+    return amax.float() / torch.full_like(amax, FP4_MAX * FP8_MAX, dtype=torch.float32)
 
 
 @torch.no_grad()

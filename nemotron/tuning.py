@@ -2,17 +2,21 @@
 
 Each of its fifteen kernels of Mamba-2's scan is autotuned: seven to nine configurations are compiled and timed in every process.
 `prepare` gives each kernel the configuration of tuning.json for this GPU alone, so that it is compiled once and not timed. On a
-GPU that the table does not have, Triton tunes as it would. And a number of tokens or chunks is compiled as a number like any
-other: by default Triton compiles a kernel anew when such a number becomes a multiple of 16, or is no longer one.
+GPU that the table does not have, Triton tunes as it would, or takes the smallest blocks where runs have to be equal
+(nemotron/determinism.py). And a number of tokens or chunks is compiled as a number like any other: by default Triton compiles a
+kernel anew when such a number becomes a multiple of 16, or is no longer one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from nemotron import determinism
 
 TABLE = Path(__file__).with_name("tuning.json")
 LENGTHS = ("seqlen", "nchunks", "stride_seq_idx_batch", "M", "rows_per_program")  # arguments that follow from a pack's tokens
@@ -65,6 +69,13 @@ def prepare() -> None:
             config = triton.Config(chosen.pop("arguments"), **chosen)
             config.pre_hook = next((its.pre_hook for its in tuner.configs if its.pre_hook), None)
             tuner.configs = [config]
+        elif determinism.wanted():
+            tuner.configs = [smallest(tuner.configs)]
+
+
+def smallest(configs: list):
+    """The configuration (triton.Config) whose blocks take the least shared memory: it fits on any GPU. Of several, the first."""
+    return min(configs, key=lambda config: config.num_stages * math.prod(config.kwargs.values()))
 
 
 def _unspecialised(kernel):

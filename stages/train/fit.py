@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nemotron import adapter, assemble, native, recompute
+from nemotron import adapter, assemble, determinism, native, recompute
 from nemotron.checkpoint import Checkpoint
 from nemotron.shards import Shards
 from stages import dataset, job
@@ -32,6 +32,8 @@ def run(task: job.Job) -> None:
     if task.device == "cpu":
         # Small matrices gain from a second core and lose from a third; and sums come out the same everywhere.
         torch.set_num_threads(max(1, 2 // its.world))
+    if task.params["deterministic"]:
+        determinism.on()
     rows, held_out = read(task.inputs["data"] / "train.jsonl"), read(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
     if not held_out and its.first:
         job.warning("no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
@@ -158,6 +160,7 @@ def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[d
         "trained_tokens": trained_tokens(rows),
         **sizes.described(order, steps), "unfilled": unfilled(order, params["sequence_tokens"], steps),
         "loss": {"first": first, "last": last, "best": best, "drop": drop, "held_out": history.held_out[max(history.held_out)] if history.held_out else None},
+        "deterministic": task.device == "cpu" or params["deterministic"],
         "tokens_per_second": round(watch.speed), "peak_bytes": watch.memory(), "seconds": round(seconds, 1),
     }
     (task.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -84,14 +84,16 @@ class Loop:
         """
         params = self.task.params
         self.model.train()
-        if params["cuda_graphs"] and self.task.device == "cuda" and not params["sharded"]:
-            self.capture()
+        graphs = params["cuda_graphs"] and self.task.device == "cuda" and not params["sharded"]
         if not params["steps"] and self.held_out_tokens:
             self.evaluate(0)
         for step in range(self.start, params["steps"]):
             if self.history.stopped:
                 break
-            if self.change(step):
+            changed = self.change(step)
+            if graphs and (changed or step == self.start):
+                self.capture(step)
+            if changed:
                 self.history.best = None  # a loss of the unrounded model says nothing of the rounded one
                 if self.teacher:
                     for state in self.optimizer.state.values():
@@ -106,13 +108,14 @@ class Loop:
             adapter.restore(self.model, load_file(self.best))
         return self.history
 
-    def capture(self) -> None:
-        """Captures the steps' CUDA graphs, of every size that is still to come: which rows a step has is known."""
+    def capture(self, start: int) -> None:
+        """Captures the CUDA graphs of every size among the steps from `start` on: which rows a step has is known."""
         params, packs = self.task.params, set()
-        for number in range(self.start, params["steps"]):
+        for number in range(start, params["steps"]):
             rows = [self.rows[row] for row in self.order.step(number)]
             packs |= set(layouts(rows, self.ranks.rank, self.ranks.world, params["sequence_tokens"], self.work))
-        assemble.capture(self.model).prepare(packs, lambda done, total: job.progress(done, total, "graphs", "capturing CUDA graphs"))
+        graphs = getattr(self.model, "graphs", None) or assemble.capture(self.model)
+        graphs.prepare(packs, lambda done, total: job.progress(done, total, "graphs", "capturing CUDA graphs"))
 
     def step(self, number: int) -> None:
         """One optimiser step; `number` from 0."""

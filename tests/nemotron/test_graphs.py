@@ -28,12 +28,14 @@ def test_a_pack_is_padded_by_at_most_an_eighth_to_few_sizes():
 
 
 @GPU
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_steps_are_those_without_graphs(tmp_path, checkpointed):
+@pytest.mark.parametrize(("form", "checkpointed"), [("nf4", False), ("nf4", True), ("rounded", True)])
+def test_steps_are_those_without_graphs(tmp_path, form, checkpointed):
     """Several lengths, two packs a step, and a step after a step: the gradients of each are its own."""
     base = small.base(tmp_path / "base")
-    model = assemble.load(Checkpoint(base), "nf4", torch.bfloat16, "cuda")
+    model = assemble.load(Checkpoint(base), "bf16" if form == "rounded" else form, torch.bfloat16, "cuda")
     adapter.attach(model, "all", 4, 8, 0)
+    for module in assemble.exported(model):
+        module.rounded = form == "rounded"
     torch.manual_seed(3)
     for module in adapter.adapted(model).values():
         module.lora_b.data.copy_(0.05 * torch.randn(module.lora_b.shape))

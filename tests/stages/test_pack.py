@@ -193,7 +193,7 @@ def test_graphs_are_captured_for_the_packs_of_the_steps_that_are_left(monkeypatc
     monkeypatch.setattr(loop.assemble, "capture", lambda model: captured)
     monkeypatch.setattr(loop.job, "progress", lambda done, total, unit, note: said.append((done, total, note)))
     task = SimpleNamespace(params={"steps": 6, "sequence_tokens": 100})
-    loop.Loop.capture(SimpleNamespace(rows=rows, order=order, start=2, ranks=Ranks(), model=None, task=task, work=NANO))
+    loop.Loop.capture(SimpleNamespace(rows=rows, order=order, ranks=Ranks(), model=None, task=task, work=NANO), 2)
     left = [[rows[row] for row in order.step(step)] for step in range(2, 6)]
     wanted = {pack.documents for its in left for pack in share(its, 0, 1, 100, False, NANO)}
     assert set(asked) == wanted and len(asked) == len(wanted)

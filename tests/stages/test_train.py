@@ -229,6 +229,17 @@ def test_one_seed_is_one_adapter(made, trained, tmp_path):
     assert all(not torch.equal(value, short.weights(task.output)[name]) for name, value in short.weights(other.output).items())
 
 
+def test_deterministic_reaches_torch_and_the_manifest(made, tmp_path):
+    task = short.task(tmp_path, made, deterministic=True)
+    try:
+        fit.run(task)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert json.loads((task.output / "training.json").read_text())["deterministic"] is True
+
+
 def test_gradient_checkpointing_trains_the_same_adapter(made, trained, tmp_path):
     output = short.run(tmp_path, made, gradient_checkpointing=True)
     assert all(torch.allclose(value, short.weights(trained["task"].output)[name], atol=1e-4) for name, value in short.weights(output).items())
