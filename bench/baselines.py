@@ -194,9 +194,8 @@ class Notebook(nn.Module):
 def notebook(config: dict, device: torch.device) -> Row:
     """The notebook's run: 4-bit linears and adapters one by one, a Python loop over experts, the naive scan."""
     model = Notebook(config, device).train()
-    row = Row(model, model, Recipe(targets=frozenset({"attention", "experts", "shared"})), ((PARTS[layer.letter], layer) for layer in model.layers))
-    row.slow = True
-    return row
+    recipe = Recipe(targets=frozenset({"attention", "experts", "shared"}))
+    return Row(model, lambda ids, labels, mask: model(ids, labels), recipe, ((PARTS[layer.letter], layer) for layer in model.layers))
 
 
 # ------------------------------------------------------------------------------------------- transformers + PEFT today
@@ -206,7 +205,8 @@ def peft_today(config: dict, device: torch.device, scan: str = "found") -> Row:
     """The native class, 4 bits on its Linears, PEFT's LoRA on attention, shared experts and expert stacks, all at their defaults.
 
     The stacks are parameters and not Linears, so they stay BF16. `scan`: "found" takes the Mamba kernels that transformers
-    finds, "torch" its own fallback, which is what a machine without mamba-ssm runs. Raises DoesNotFit before anything is made.
+    finds, "torch" its own fallback, which is what a machine without mamba-ssm runs. Conversations of a
+    micro-batch are padded to the longest of them, as TRL's batches are. Raises DoesNotFit before anything is made.
     """
     import peft
     import transformers
@@ -231,8 +231,9 @@ def peft_today(config: dict, device: torch.device, scan: str = "found") -> Row:
     blocks = model.get_base_model().model.layers
     recipe = Recipe(targets=frozenset({"attention", "experts", "shared"}), expert_lora="dense", scores="head" if "torch" in note else "group")
     parts = ((PARTS[letter], block) for letter, block in zip(config["hybrid_override_pattern"], blocks, strict=True))
-    row = Row(model, lambda ids, labels: model(input_ids=ids, labels=labels, use_cache=False).loss, recipe, parts, note)
-    row.slow = True
+    loss_of = lambda ids, labels, mask: model(input_ids=ids, labels=labels, attention_mask=mask, use_cache=False).loss  # noqa: E731
+    row = Row(model, loss_of, recipe, parts, note)
+    row.pads = True
     return row
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench import operations
-from bench.train_step import synchronize
+from bench.row import synchronize
 from bench.weights import Random
 from nemotron import layout, nvfp4, walk
 from stages.quantize import calibrate

@@ -1,141 +1,114 @@
-"""Training steps on conversations whose lengths differ, as stage train does them, on one GPU with all 52 layers.
+"""How many tokens the conversations of a step have: the distributions that the benches of training draw from.
 
-    python -m bench.lengths equal,mixed,voice,voice-packed [--steps 100] [--tiles] [--eager] [--deterministic]
+    equal         2,048 tokens each
+    mixed         650 to 1,400, evenly
+    voice         150 to 400, evenly
+    long          200 and more, long-tailed: 200 times a Pareto number of exponent 1.1, cut at 16,384
+    sample        one of the repository's own conversations (data/sample), as stage data counts its tokens for the tiny recipe
+    voice-packed  as many of 150 to 400 as fit into 16,384 tokens, however many conversations a step has otherwise
 
-Random weights in NF4, LoRA of rank 16 on all targets, AdamW. Lengths are drawn evenly from a range, anew for every step:
-
-    equal         8 documents of 2,048 tokens
-    mixed         8 of 650 to 1,400
-    voice         8 of 150 to 400
-    voice-packed  as many of 150 to 400 as fit into 16,384 tokens
-
-`--tiles` takes our own grouped products (nemotron/tiles.py) in place of torch's, as every GPU but Hopper and data-centre Blackwell
-does; `--eager` runs without CUDA graphs. Compilations are Triton's, after the third step of each kind of lengths.
+A step has eight conversations, drawn anew for every step. The sample's counts are kept in sample_lengths.json, since counting
+takes its tokenizer; after a change of data/sample, `python -m bench.lengths` writes that file again.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import json
 import random
-import statistics
-import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as stages/train/__main__.py
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
 
-from bench import operations
-from bench.ours import ALPHA, RANK
-from nemotron import adapter, assemble, determinism, grouped, recompute
 from nemotron.chat import IGNORED
-from nemotron.documents import Documents
 
-CAPACITY = 16384  # tokens of a packed sequence
-RANGES = {"equal": (2048, 2048), "mixed": (650, 1400), "voice": (150, 400), "voice-packed": (150, 400)}
-WARM = 3  # steps before compilations count
+ROOT = Path(__file__).parents[1]
+SAMPLE = Path(__file__).with_name("sample_lengths.json")
+CAPACITY = 16384  # tokens of a packed sequence, as stage train has it by default
+DOCUMENTS = 8  # conversations of a step
+SEED = 7
+LENGTHS: dict[str, Callable[[random.Random], int]] = {
+    "equal": lambda chance: 2048,
+    "mixed": lambda chance: chance.randint(650, 1400),
+    "voice": lambda chance: chance.randint(150, 400),
+    "long": lambda chance: min(CAPACITY, int(200 * chance.paretovariate(1.1))),
+    "sample": lambda chance: chance.choice(sample()),
+}
+PACKED = {"voice-packed": "voice"}  # filled up to CAPACITY
+KINDS = (*LENGTHS, *PACKED)
 
 
-def started() -> float:
-    """When this process was started, on the clock of time.time()."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    booted = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
-    return booted + ticks / os.sysconf("SC_CLK_TCK")
+@dataclass(frozen=True)
+class Conversation:
+    """`ids` and `labels`, int64 (tokens,) on one device; `trained` is how many of the labels are."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    trained: int
 
 
-def draw(kind: str, numbers: random.Random) -> tuple[int, ...]:
-    """The lengths of one step's documents."""
-    low, high = RANGES[kind]
-    if kind != "voice-packed":
-        return tuple(numbers.randint(low, high) for _ in range(8))
+def kinds(text: str) -> list[str]:
+    """The distributions of a comma-separated list. Raises ValueError for one that there is not."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in KINDS]:
+        raise ValueError(f"--lengths {unknown[0]}: there are {', '.join(KINDS)}")
+    return names
+
+
+def plan(kind: str, steps: int, documents: int = DOCUMENTS) -> list[tuple[int, ...]]:
+    """The lengths of the conversations of each of `steps` steps; the same on every call."""
+    chance = random.Random(SEED)
+    return [_step(kind, chance, documents) for _ in range(steps)]
+
+
+def _step(kind: str, chance: random.Random, documents: int) -> tuple[int, ...]:
+    if kind not in PACKED:
+        return tuple(LENGTHS[kind](chance) for _ in range(documents))
     lengths: list[int] = []
-    while sum(lengths) + (length := numbers.randint(low, high)) <= CAPACITY:
+    while sum(lengths) + (length := LENGTHS[PACKED[kind]](chance)) <= CAPACITY:
         lengths.append(length)
     return tuple(lengths)
 
 
-def batch(lengths: tuple[int, ...], vocabulary: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and labels of a pack, int64 (tokens,): the last quarter of every document is trained."""
-    ids = torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(number))
-    trained = torch.cat([torch.arange(length) >= length - max(1, length // 4) for length in lengths])
-    return ids, ids.masked_fill(~trained, IGNORED)
+def conversations(lengths: tuple[int, ...], vocabulary: int, seed: int, device: torch.device | str = "cpu") -> list[Conversation]:
+    """Random tokens; the last quarter of every conversation is trained, but never its first token."""
+    generator, made = torch.Generator().manual_seed(seed), []
+    for length in lengths:
+        ids = torch.randint(0, vocabulary, (length,), generator=generator)
+        place = torch.arange(length)
+        trained = (place >= length - max(1, length // 4)) & (place > 0)
+        made.append(Conversation(ids.to(device), ids.masked_fill(~trained, IGNORED).to(device), int(trained.sum())))
+    return made
 
 
-class Compilations:
-    """Counts what Triton compiles, or loads compiled, for this process."""
-
-    def __init__(self) -> None:
-        import triton
-
-        self.count = 0
-        triton.knobs.compilation.listener = self.listen
-
-    def listen(self, **_) -> None:
-        self.count += 1
+@cache
+def sample() -> tuple[int, ...]:
+    """Tokens of every conversation of the sample data, in ascending order."""
+    return tuple(json.loads(SAMPLE.read_text()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("kinds", nargs="?", default=",".join(RANGES), help=f"comma-separated: {', '.join(RANGES)}")
-    parser.add_argument("--steps", type=int, default=100, help="steps of each kind")
-    parser.add_argument("--layers", type=int, default=52)
-    parser.add_argument("--tiles", action="store_true", help="our grouped products in place of torch's")
-    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--deterministic", action="store_true", help="as stage train with deterministic: true")
-    options = parser.parse_args()
-    if options.deterministic:
-        determinism.before_torch()
-        determinism.on()
-    kinds = options.kinds.split(",")
-    if unknown := set(kinds) - set(RANGES):
-        raise SystemExit(f"found {', '.join(sorted(unknown))}; expected any of {', '.join(RANGES)}")
-    compilations = Compilations()
-    if options.tiles:
-        grouped.TORCH_KERNELS = ()
-    config, numbers = operations.sizes(options.layers), random.Random(7)
-    model = assemble.random(config, "nf4", torch.bfloat16, "cuda")
-    torch.cuda.synchronize()
-    built = time.time() - started()
-    adapter.attach(model, "all", RANK, ALPHA, 0)
-    recompute.attach(model.train(), CAPACITY)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-5, fused=True)
-    graphs = None if options.eager else assemble.capture(model)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.layers} layers; model built {built:.1f} s after the start of the process")
-    print(f"{'lengths':12s} {'graphs':>6s} {'s':>5s} {'median ms':>9s} {'p95 ms':>7s} {'tokens/s':>8s} {'padded':>6s} {'compiled':>8s} {'GB':>5s} {'held':>5s}  loss")
-    first = None
-    for kind in kinds:
-        plan = [draw(kind, numbers) for _ in range(options.steps)]
-        began = time.perf_counter()
-        if graphs:
-            graphs.prepare([Documents(lengths) for lengths in plan])
-        capturing, size = time.perf_counter() - began, sum(graphs.key(Documents(its)).tokens for its in plan) if graphs else sum(map(sum, plan))
-        torch.cuda.reset_peak_memory_stats()
-        times, compiled = [], compilations.count
-        for number, lengths in enumerate(plan):
-            ids, labels = batch(lengths, config["vocab_size"], number)
-            count = int((labels[1:] != IGNORED).sum())
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            loss = assemble.loss(model, ids.cuda(), labels.cuda(), Documents(lengths)) / count
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-            first = first or time.time() - started()
-            if number == WARM - 1:
-                compiled = compilations.count
-        counted = times[WARM:] or times
-        tokens = sum(map(sum, plan[WARM:] or plan))
-        print(f"{kind:12s} {len(graphs.captured) if graphs else 0:6d} {capturing:5.1f} {statistics.median(counted) * 1e3:9.0f} {sorted(counted)[int(len(counted) * 0.95)] * 1e3:7.0f} "
-              f"{tokens / sum(counted):8,.0f} {1 - sum(map(sum, plan)) / size:6.1%} {compilations.count - compiled:8d} {torch.cuda.max_memory_allocated() / 1e9:5.1f} "
-              f"{torch.cuda.max_memory_reserved() / 1e9:5.1f}  {loss.item():.3f}", flush=True)
-    print(f"first step {first:.1f} s after the start of the process, the first row's graphs included; GB: the most allocated, held: reserved by torch")
+def count_sample() -> list[int]:
+    """The same, counted: stage data on data/sample with the tokenizer that stage base trains for the tiny recipe."""
+    from stages import dataset
+    from stages.base import make
+    from stages.data import prepare
+    from stages.job import Job
+
+    data = ROOT / "data" / "sample"
+    vocabulary = tomllib.loads((ROOT / "stages" / "base" / "stage.toml").read_text())["parameters"]["vocabulary"]["default"]
+    sources = {"conversations": [data / "conversations"], "prompt": [data / "system_prompt.txt"], "tools": [data / "tools.json"]}
+    with TemporaryDirectory() as scratch:
+        folders = [Path(scratch, name) for name in ("base", "data", "scratch")]
+        for folder in folders:
+            folder.mkdir()
+        make.make_tokenizer(make.read([data / "lessons.jsonl"]), vocabulary, folders[0])
+        prepare.run(Job("data", {"tools": "allow"}, {"base": folders[0]}, folders[1], folders[2], SEED, sources))
+        return sorted(len(row["input_ids"]) for part in ("train", "eval") for _, row in dataset.read(folders[1] / f"{part}.jsonl"))
 
 
 if __name__ == "__main__":
-    main()
+    SAMPLE.write_text(json.dumps(count_sample()) + "\n")

@@ -74,9 +74,10 @@ def linears(config: dict) -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def count(config: dict, recipe: Recipe, tokens: int, trained: int, length: int, passes: int = 1) -> list[Part]:
+def count(config: dict, recipe: Recipe, tokens: int, trained: int, length: float, passes: int = 1) -> list[Part]:
     """The parts of one step on `tokens` tokens in documents of `length`, `trained` of them with a label, in `passes` micro-batches.
 
+    Where documents differ, `length` is the mean over tokens of their document's length, which makes the attention scores exact.
     Weight gradients of frozen matrices are left out, as autograd leaves them out; `passes` matters only where W + BA is
     formed once per micro-batch.
     """

@@ -2,44 +2,78 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Sequence
 
+import torch
+
+from bench.lengths import CAPACITY, Conversation
 from bench.operations import Recipe
 from bench.row import Row
 from nemotron import adapter, assemble, recompute
 from nemotron.documents import Documents
+from stages.train.pack import best_fit
 
 RANK, ALPHA = 16, 32
 NAMES = {"linear_attention": "mamba", "full_attention": "attention", "moe": "experts"}
 
 
 class Packed(Row):
-    """The step's documents end to end in one sequence, adapters float32, everything else as stage train does it."""
+    """The step's conversations end to end in as few sequences as hold them, adapters float32, everything else as stage train does it.
 
-    def step(self, ids: torch.Tensor, labels: torch.Tensor) -> float:
-        count = (labels[:, 1:] != -100).sum()
-        labels = labels.clone()
-        labels[:, 0] = -100  # nothing stands before it
-        loss = assemble.loss(self.model, ids.flatten(), labels.flatten(), Documents((ids.shape[1],) * len(ids))) / count
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.adapters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+    `graphs` replays CUDA graphs, which are captured in `prepare`.
+    """
+
+    graphs = None
+
+    @property
+    def described(self) -> str:
+        return self.note
+
+    def prepare(self, plan: list[tuple[int, ...]]) -> None:
+        if self.graphs:
+            self.graphs.prepare({Documents(pack) for lengths in plan for pack in self._packs(lengths)})
+
+    def computed(self, lengths: Sequence[int]) -> list[int]:
+        found = []
+        for pack in self._packs(lengths):
+            idle = self.graphs.key(Documents(pack)).tokens - sum(pack) if self.graphs else 0
+            found += [*pack, idle] if idle else pack
+        return found
+
+    def passes(self, lengths: Sequence[int]) -> int:
+        return len(self._packs(lengths))
+
+    def step(self, conversations: Sequence[Conversation]) -> float:
+        count, found = sum(its.trained for its in conversations), torch.zeros((), device=self.device)
+        for group in best_fit([len(its.ids) for its in conversations], CAPACITY):
+            pack = [conversations[number] for number in group]
+            documents = Documents(tuple(len(its.ids) for its in pack))
+            loss = assemble.loss(self.model, torch.cat([its.ids for its in pack]), torch.cat([its.labels for its in pack]), documents) / count
+            loss.backward()
+            found += loss.detach()
+        self.update()
+        return float(found)
+
+    def close(self) -> None:
+        self.graphs = None
+        super().close()
+
+    @staticmethod
+    def _packs(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(lengths[number] for number in group) for group in best_fit(list(lengths), CAPACITY)]
 
 
-def ours(config: dict, device: torch.device, form: str = "nf4", targets: str = "all") -> Row:
+def ours(config: dict, device: torch.device, form: str = "nf4", targets: str = "all", graphs: bool = True) -> Row:
     """A model of `config` with random weights in `form` and LoRA on `targets`, ready for `Row.step`.
 
-    `form` "rounded" is BF16 with adapted weights going through the export's rounding in every step.
+    `form` "rounded" is BF16 with adapted weights going through the export's rounding in every step. `graphs`: CUDA graphs, on a GPU.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = assemble.random(config, "bf16" if form == "rounded" else form, dtype, str(device))
     adapter.attach(model, targets, RANK, ALPHA, 0)
     for module in assemble.exported(model):
         module.rounded = form == "rounded"
-    recompute.attach(model.train())
+    recompute.attach(model.train(), CAPACITY)
     parts = []
     for block in model.model.layers:
         name = NAMES[block.block_type]
@@ -47,4 +81,8 @@ def ours(config: dict, device: torch.device, form: str = "nf4", targets: str = "
         if name == "experts":
             parts += [("experts/routed", block.mixer.experts), ("experts/shared", block.mixer.shared_experts)]
     part = frozenset({"attention", "mamba", "experts", "shared"} if targets == "all" else {targets})
-    return Packed(model, None, Recipe(down_recomputed=False, logits="trained", scores="group", targets=part, rank=RANK), parts, f"{form}, LoRA on {targets}, one packed sequence")
+    recipe = Recipe(down_recomputed=False, logits="trained", scores="group", targets=part, rank=RANK)
+    row = Packed(model, None, recipe, parts, f"{form}, LoRA on {targets}, packed")
+    if graphs and device.type == "cuda":
+        row.graphs = assemble.capture(model)
+    return row

@@ -16,8 +16,8 @@ import torch.distributed as distributed
 from torch import nn
 
 from bench import operations
+from bench.lengths import conversations
 from bench.ours import ALPHA, RANK
-from bench.train_step import batch
 from nemotron import adapter, assemble, recompute
 from nemotron.documents import Documents
 from nemotron.shards import Shards
@@ -33,18 +33,18 @@ def measure(config: dict, form: str, shards: Shards, ranks, device: torch.device
     recompute.attach(model.train())
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-5, fused=True)
-    ids, labels = batch(config, 8, 2048, device)
-    count = int((labels[:, 1:] != -100).sum())
-    labels[:, 0] = -100
-    own = slice(ranks.rank * 8 // ranks.world, (ranks.rank + 1) * 8 // ranks.world)
-    ids, labels = ids[own], labels[own]
+    whole = conversations((2048,) * 8, config["vocab_size"], 7, device)
+    count = sum(its.trained for its in whole)
+    own = whole[ranks.rank * 8 // ranks.world : (ranks.rank + 1) * 8 // ranks.world]
+    ids, labels = torch.cat([its.ids for its in own]), torch.cat([its.labels for its in own])
+    documents = Documents(tuple(len(its.ids) for its in own))
     torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(2 + steps):
         ranks.wait()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        loss = assemble.loss(model, ids.flatten(), labels.flatten(), Documents((ids.shape[1],) * len(ids))) / count
+        loss = assemble.loss(model, ids, labels, documents) / count
         loss.backward()
         total = loss.detach()
         ranks.sum([total, *(p.grad for p in parameters)])

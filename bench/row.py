@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
+from bench.lengths import Conversation
 from bench.operations import Recipe
+from nemotron.chat import IGNORED
 
 
 class DoesNotFit(RuntimeError):
@@ -17,9 +19,14 @@ class DoesNotFit(RuntimeError):
 
 
 class Row:
-    """One way of training. `step` does a whole optimizer step, `parts` names the modules a profile is told by."""
+    """One way of training. `step` does a whole optimizer step, `parts` names the modules a profile is told by.
 
-    slow = False  # True: too slow for several steps, so a micro-batch warms up and one step is measured
+    A micro-batch has `micro` conversations, padded to the longest of them. `loss_of(ids, labels, mask)` is the mean loss of one:
+    ids and labels int64 (rows, T), the mask too and 0 where nothing but padding is; it is None where nothing is padded.
+    """
+
+    micro = 1
+    pads = False  # True: `micro` may be set, which is up to who trains this way
 
     def __init__(self, model: nn.Module, loss_of: Callable, recipe: Recipe, parts: Iterable[tuple[str, nn.Module]], note: str = "") -> None:
         self.model, self.loss_of, self.recipe, self.parts, self.note = model, loss_of, recipe, list(parts), note
@@ -27,18 +34,40 @@ class Row:
         self.device = self.adapters[0].device
         self.optimizer = torch.optim.AdamW(self.adapters, lr=2e-5, fused=self.device.type == "cuda")
 
-    def step(self, ids: torch.Tensor, labels: torch.Tensor) -> float:
-        """Mean loss over micro-batches. ids and labels (rows, T) int64, one micro-batch a row; labels lie on their own tokens, -100 is not trained."""
-        found = torch.zeros((), device=self.device)
-        for row in range(len(ids)):
+    @property
+    def described(self) -> str:
+        return f"micro-batches of {self.micro}" + (f"; {self.note}" if self.note else "")
+
+    def prepare(self, plan: list[tuple[int, ...]]) -> None:
+        """Called once before the steps of a run, with the lengths of each; what a way of training makes beforehand is made here."""
+
+    def computed(self, lengths: Sequence[int]) -> list[int]:
+        """The lengths of the sequences that a step computes, padding included; `lengths` are its conversations'."""
+        return [max(part) for part in self._micro_batches(lengths) for _ in part]
+
+    def passes(self, lengths: Sequence[int]) -> int:
+        """Micro-batches of a step."""
+        return len(self._micro_batches(lengths))
+
+    def step(self, conversations: Sequence[Conversation]) -> float:
+        """The mean loss over the step's trained tokens, and one optimizer step on it."""
+        count, found = sum(its.trained for its in conversations), torch.zeros((), device=self.device)
+        for part in self._micro_batches(conversations):
             with torch.autocast(self.device.type, torch.bfloat16):
-                loss = self.loss_of(ids[row : row + 1], labels[row : row + 1]) / len(ids)
+                loss = self.loss_of(*padded(part)) * (sum(its.trained for its in part) / count)
             loss.backward()
             found += loss.detach()
+        self.update()
+        return float(found)
+
+    def update(self) -> None:
+        """Clips the gradients, takes the optimizer's step and drops them."""
         nn.utils.clip_grad_norm_(self.adapters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(found)
+
+    def _micro_batches(self, whole: Sequence) -> list[Sequence]:
+        return [whole[at : at + self.micro] for at in range(0, len(whole), self.micro)]
 
     def close(self) -> None:
         """Frees everything the row holds on the device."""
@@ -47,6 +76,22 @@ class Row:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def padded(part: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """ids, labels and mask of a micro-batch, as `Row` has them."""
+    ids = nn.utils.rnn.pad_sequence([its.ids for its in part], batch_first=True)
+    labels = nn.utils.rnn.pad_sequence([its.labels for its in part], batch_first=True, padding_value=IGNORED)
+    lengths = torch.tensor([len(its.ids) for its in part])
+    if int(lengths.min()) == ids.shape[1]:
+        return ids, labels, None
+    return ids, labels, (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(ids.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, std: float = 0.02) -> torch.Tensor:

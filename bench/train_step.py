@@ -1,42 +1,49 @@
-"""One optimizer step of 8 x 2,048 tokens on one GPU, measured for each way of training in the same process.
+"""Training steps on one GPU as users have them: conversations of changing lengths, and the other ways of training beside ours.
 
-    python -m bench.train_step --rows notebook,peft,ours --layers 52 --steps 3 --json step.json
+    python -m bench.train_step --rows ours --lengths equal,mixed,voice,voice-packed --steps 60
+    python -m bench.train_step --rows ours,peft,peft-torch,notebook --lengths mixed --steps 4
 
-Rows: `notebook` (the lab notebook's recipe), `peft` (transformers and PEFT with the Mamba kernels they find), `peft-torch`
-(the same without), `ours` (NF4, all targets), or `ours-FORM-TARGETS` as in ours-nvfp4-attention. Weights are random and packed. A row that cannot run says why in its line, and the bench goes on.
+Rows: `ours` (NF4, all targets, as stage train does it), or `ours-FORM-TARGETS` as in ours-nvfp4-attention; `peft` (transformers and
+PEFT with the Mamba kernels they find), `peft-torch` (the same without), `notebook` (the lab notebook's recipe). Lengths are those of
+bench/lengths.py, the same for every row. Weights are random. Every row is a process of its own, and so has its own time from the
+start of the process to the end of the first step (first s), CUDA graphs and tuning included. Timed are the steps after the third;
+of at most three, those after the first. Compiled is what Triton compiled after the third step. Peak is memory allocated, held is
+what torch reserved for it, graphs included. A row that cannot run says why in its line, and the bench goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
 import json
-import statistics
+import os
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as stages/train/__main__.py
 
 import torch
 
-from bench import operations
+from bench import figures, lengths, operations
 from bench.labels import Labels
-from bench.row import DoesNotFit, Row
+from bench.row import DoesNotFit, Row, synchronize
+from nemotron import determinism, grouped
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mamba-ssm")
-TURN = 512  # tokens of a question and its answer; the last quarter is the answer, and trained
 
 
-def builder(name: str) -> Callable[[dict, torch.device], Row]:
+def builder(name: str, graphs: bool = True) -> Callable[[dict, torch.device], Row]:
     """(config, device) -> Row for a row's name. Imported only here, so that a missing library costs one row."""
     if name.startswith("ours"):
         from bench.ours import ours
 
         form, _, targets = name.removeprefix("ours").removeprefix("-").partition("-")
-        return lambda config, device: ours(config, device, form or "nf4", targets or "all")
+        return lambda config, device: ours(config, device, form or "nf4", targets or "all", graphs)
     from bench import baselines
 
     known = {
@@ -47,20 +54,6 @@ def builder(name: str) -> Callable[[dict, torch.device], Row]:
     if name not in known:
         raise SystemExit(f"--rows {name}: there are {', '.join([*known, 'ours'])}")
     return known[name]
-
-
-def batch(config: dict, rows: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and labels, both (rows, length) int64; labels lie on their own tokens, -100 where nothing is trained."""
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(0, config["vocab_size"], (rows, length), generator=generator)
-    turn = min(TURN, length)
-    trained = torch.arange(length) % turn >= turn - turn // 4
-    return ids.to(device), ids.masked_fill(~trained, -100).to(device)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def ceiling(device: torch.device) -> float:
@@ -77,71 +70,105 @@ def ceiling(device: torch.device) -> float:
     return 10 * 2 * n**3 / (time.perf_counter() - began)
 
 
-def measure(name: str, config: dict, device: torch.device, ids: torch.Tensor, labels: torch.Tensor, steps: int, top: float, profiled: bool) -> dict:
-    """Builds one row, measures it and frees it. Times in ms, memory in GiB."""
-    cuda, tokens = device.type == "cuda", ids.numel()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+def measure(name: str, config: dict, device: torch.device, top: float, options: argparse.Namespace) -> Iterator[dict]:
+    """Builds one row, runs it on each distribution of lengths, gives the figures of each as they come, and frees the row.
+
+    `top` is the matrix ceiling in operations a second. Times in s or ms as their names say, memory in GB (10^9 bytes).
+    """
+    cuda = device.type == "cuda"
+    compilations = figures.Compilations() if cuda else None
     began = time.perf_counter()
-    row = builder(name)(config, device)
+    row = builder(name, not options.eager)(config, device)
     try:
         synchronize(device)
-        found: dict = {"row": name, "build_s": time.perf_counter() - began, "note": row.note}
+        built = {"build_s": time.perf_counter() - began}
         if cuda:
-            found |= {"built_gib": torch.cuda.memory_allocated(device) / 2**30, "build_peak_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-            torch.cuda.reset_peak_memory_stats(device)
-        first = slice(0, 1) if row.slow else slice(None)
-        row.step(ids[first], labels[first])
-        if row.slow:
-            steps, found["note"] = 1, f"{row.note}; warmed up by one micro-batch, one step measured".lstrip("; ")
-        times = []
-        for _ in range(steps):
-            synchronize(device)
-            began = time.perf_counter()
-            loss = row.step(ids, labels)
-            synchronize(device)
-            times.append((time.perf_counter() - began) * 1e3)
-        seconds = statistics.median(times) / 1e3
-        parts = operations.count(config, row.recipe, tokens, int((labels[:, 1:] != -100).sum()), ids.shape[1], len(ids))
-        done = operations.total(parts)
-        needed = operations.total(parts, lambda part: part.forward + part.backward)
-        found |= {
-            "ms": seconds * 1e3, "all_ms": times, "tokens_per_s": tokens / seconds, "loss": loss, "operations": done, "share": done / seconds / top,
-            "floor_ms": done / top * 1e3, "not_recomputed": needed, "parts": {part.name: {"forward": part.forward, "recomputed": part.recomputed, "backward": part.backward} for part in parts},
-        }
-        if cuda:
-            free, whole = torch.cuda.mem_get_info(device)
-            found |= {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30, "in_use_gib": (whole - free) / 2**30}
-        if profiled:
+            built |= {"build_peak_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+        for number, kind in enumerate(lengths.kinds(options.lengths)):
+            if row.pads:
+                row.micro = options.micro_batch[number % len(options.micro_batch)]
+            found = {"row": name, "lengths": kind, "ceiling": top}
             try:
-                found["profile"] = profile(row, ids[first], labels[first], name)
-            except Exception as error:  # the figures are measured by now and stay
-                found["note"] = f"{found['note']}; no profile: {explain(error)}".lstrip("; ")
-        return found
+                found |= run(row, lengths.plan(kind, options.steps, options.documents), config, device, top, compilations)
+                if number == 0:
+                    found |= built
+                else:
+                    del found["first_s"]  # of this process, the first was on other lengths
+            except Exception as error:  # what stops one distribution must not cost the others
+                found |= failed(error)
+                row.optimizer.zero_grad(set_to_none=True)
+            else:
+                if name in options.profile.split(",") or options.profile == "all":
+                    found |= profiled(row, lengths.plan(kind, 1, options.documents)[0], config, name, found["note"])
+            yield found
     finally:
         row.close()
 
 
-def profile(row: Row, ids: torch.Tensor, labels: torch.Tensor, name: str) -> dict:
-    """Prints where a step's time goes, by part and by kernel, and returns the first: label -> {"gpu_ms", "cpu_ms"}."""
+def run(row: Row, plan: list[tuple[int, ...]], config: dict, device: torch.device, top: float, compilations: figures.Compilations | None) -> dict:
+    """The figures of a row's steps on conversations of the lengths of `plan`."""
+    cuda, times, done, first, began = device.type == "cuda", [], [], None, time.perf_counter()
+    row.prepare(plan)
+    synchronize(device)
+    prepared = time.perf_counter() - began
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    for number, its in enumerate(plan):
+        step = lengths.conversations(its, config["vocab_size"], number, device)
+        synchronize(device)
+        began = time.perf_counter()
+        loss = row.step(step)
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+        first = first or time.time() - figures.started()
+        if compilations:
+            compilations.step(number)
+        computed, trained = row.computed(its), sum(one.trained for one in step)
+        tokens = sum(computed)
+        done.append(operations.total(operations.count(config, row.recipe, tokens, trained, sum(n * n for n in computed) / tokens, row.passes(its))))
+    timed = figures.counted(len(plan))
+    found = {"first_s": first, "prepare_s": prepared, "loss": loss, "note": row.described}
+    found |= figures.summary(times, [sum(its) for its in plan], [sum(row.computed(its)) for its in plan])
+    found |= {"operations": sum(done[timed]) / found["timed"], "share": sum(done[timed]) / sum(times[timed]) / top}
+    if compilations and compilations.after is not None:
+        found["compiled"] = compilations.after
+    if cuda:
+        found |= {"peak_gb": torch.cuda.max_memory_allocated(device) / 1e9, "held_gb": torch.cuda.max_memory_reserved(device) / 1e9}
+    return found
+
+
+def profiled(row: Row, plan: tuple[int, ...], config: dict, name: str, note: str) -> dict:
+    """`profile`, or its fault in the note: the figures are measured by then and stay."""
+    try:
+        return {"profile": profile(row, plan, config, name)}
+    except Exception as error:
+        return {"note": f"{note}; no profile: {explain(error)}"}
+
+
+def profile(row: Row, plan: tuple[int, ...], config: dict, name: str) -> dict:
+    """Prints where a step's time goes, by part and by kernel, and returns the first: label -> {"gpu_ms", "cpu_ms"}.
+
+    A step that replays CUDA graphs runs no module, so it has kernels alone.
+    """
+    step = lengths.conversations(plan, config["vocab_size"], 0, row.device)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if ids.is_cuda:
+    if row.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with Labels(row.parts) as labels_of, torch.profiler.profile(activities=activities) as recorded:
-        row.step(ids, labels)
-        synchronize(ids.device)
+        row.step(step)
+        synchronize(row.device)
     events = recorded.key_averages()
     # A label is recorded twice: as a range of the CPU thread, whose device time is that of the kernels it launched, and once more on the device.
     ranges = {e.key: e for e in events if e.key in labels_of.names and e.device_type == torch.autograd.DeviceType.CPU}
     found = {key: {"gpu_ms": e.device_time_total / 1e3, "cpu_ms": e.cpu_time_total / 1e3} for key, e in sorted(ranges.items())}
     on_device = [e for e in events if e.device_type != torch.autograd.DeviceType.CPU and not e.is_user_annotation]
     kernels = sum(e.self_device_time_total for e in on_device) / 1e3
-    print(f"\n{name}, {ids.shape[0]} x {ids.shape[1]} tokens with the profiler on: kernels {kernels:.1f} ms in all")
+    print(f"\n{name}, {len(plan)} conversations of {sum(plan)} tokens with the profiler on: kernels {kernels:.1f} ms in all")
     for key, value in found.items():
         print(f"  {key:28s} gpu {value['gpu_ms']:9.1f} ms   cpu {value['cpu_ms']:9.1f} ms")
     rest = kernels - sum(value["gpu_ms"] for key, value in found.items() if "/" not in key)
     print(f"  {'embeddings, head, optimizer':28s} gpu {rest:9.1f} ms")
-    print(events.table(sort_by="self_device_time_total" if ids.is_cuda else "self_cpu_time_total", row_limit=18, max_name_column_width=60))
+    print(events.table(sort_by="self_device_time_total" if row.device.type == "cuda" else "self_cpu_time_total", row_limit=18, max_name_column_width=60))
     return found
 
 
@@ -159,6 +186,14 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {line}"
 
 
+def failed(error: Exception) -> dict:
+    """What stands in place of a row's figures; `broken` where that is a fault and no limit of the machine."""
+    limit = isinstance(error, torch.OutOfMemoryError | ImportError | NotImplementedError | DoesNotFit)
+    if not limit:
+        traceback.print_exception(error)
+    return {"why": explain(error), "broken": not limit}
+
+
 def surroundings(device: torch.device, commit: str | None) -> dict:
     """GPU, versions and commit that the figures belong to."""
     versions = {}
@@ -174,27 +209,52 @@ def surroundings(device: torch.device, commit: str | None) -> dict:
     return {"gpu": gpu, "cuda": torch.version.cuda, "versions": versions, "commit": commit}
 
 
-def table(rows: list[dict]) -> str:
-    """The rows, aligned; a row that could not run has its reason instead of figures."""
-    columns = [
-        ("row", lambda r: r["row"]), ("ms/step", lambda r: f"{r['ms']:,.0f}"), ("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
-        ("peak GiB", lambda r: f"{r['peak_gib']:.1f}" if "peak_gib" in r else "-"), ("in use", lambda r: f"{r['in_use_gib']:.1f}" if "in_use_gib" in r else "-"),
-        ("PFLOP", lambda r: f"{r['operations'] / 1e15:.3f}"), ("floor ms", lambda r: f"{r['floor_ms']:,.0f}"), ("share", lambda r: f"{r['share']:.1%}"), ("note", lambda r: r["note"]),
-    ]
-    lines = [[title for title, _ in columns]]
-    lines += [[row["row"], row["why"]] if "why" in row else [show(row) for _, show in columns] for row in rows]
-    wide = [max((len(line[i]) for line in lines if len(line) == len(columns)), default=0) for i in range(len(columns))]
-    wide[0] = max(len(line[0]) for line in lines)
-    return "\n".join("  ".join(cell.ljust(wide[i]) if i == 0 else cell.rjust(wide[i]) if len(line) > 2 and i < len(columns) - 1 else cell for i, cell in enumerate(line)) for line in lines)
+def alone(name: str, arguments: list[str]) -> dict:
+    """The report of one way of training, measured in a process of its own."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "report.json")
+        ended = subprocess.run([sys.executable, "-m", "bench.train_step", *arguments, "--rows", name, "--json", str(path)], check=False)
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    if ended.returncode not in (0, 1):
+        report["rows"].append({"row": name, "lengths": "", "why": f"its process ended with {ended.returncode} before it had measured everything", "broken": True})
+    return report
+
+
+def here(name: str, config: dict, device: torch.device, options: argparse.Namespace) -> Iterator[dict]:
+    """The same, measured in this process: the report after every distribution of lengths."""
+    report = surroundings(device, options.commit) | {"layers": len(config["hybrid_override_pattern"]), "documents": options.documents}
+    print(f"{report['gpu']}, CUDA {report['cuda']}, commit {report['commit']}, " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
+    top, rows = ceiling(device), []
+    print(f"{name}: {report['layers']} layers; matrix ceiling {top / 1e12:.0f} TFLOP/s", flush=True)
+    try:
+        for found in measure(name, config, device, top, options):
+            rows.append(found)
+            print(figures.table([found]), flush=True)
+            yield report | {"rows": rows}
+    except Exception as error:  # it could not be built
+        yield report | {"rows": [*rows, {"row": name, "lengths": "", **failed(error)}]}
+
+
+def micro_batches(text: str, kinds: int) -> list[int]:
+    """The sizes of micro-batches. Raises ValueError unless there is one, or one for each distribution."""
+    sizes = [int(part) if part.isdigit() else 0 for part in text.split(",")]
+    if min(sizes) < 1 or len(sizes) not in (1, kinds):
+        raise ValueError(f"--micro-batch {text}: expected a number from 1 on, or one for each of the {kinds} --lengths")
+    return sizes
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", default="notebook,peft,ours", help="comma-separated: notebook, peft, peft-torch, ours")
+    parser.add_argument("--rows", default="ours", help="comma-separated: notebook, peft, peft-torch, ours")
+    parser.add_argument("--lengths", default="equal", help=f"comma-separated: {', '.join(lengths.KINDS)}")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each row on each distribution")
+    parser.add_argument("--documents", type=int, default=lengths.DOCUMENTS, help="conversations of a step (voice-packed has as many as fit)")
+    parser.add_argument("--micro-batch", default="1", help="conversations that peft and peft-torch pad to one length and compute together: one number, or one for each of --lengths")
     parser.add_argument("--layers", type=int, default=52, help="the first N of the model's 52 layers")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps, of which the median counts")
-    parser.add_argument("--batch", type=int, default=8, help="documents in a step")
-    parser.add_argument("--length", type=int, default=2048, help="tokens in a document")
+    parser.add_argument("--tiles", action="store_true", help="ours: our grouped products in place of torch's, as every GPU but Hopper and data-centre Blackwell takes them")
+    parser.add_argument("--eager", action="store_true", help="ours: without CUDA graphs")
+    parser.add_argument("--deterministic", action="store_true", help="ours: as stage train with deterministic: true")
     parser.add_argument("--config", type=Path, help="a hub config.json to take widths and pattern from instead of the real ones")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="written after every row")
@@ -206,37 +266,30 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("no CUDA device: run this on a GPU, or check its code with --device cpu and a small --config")
     try:
         config = json.loads(options.config.read_text(encoding="utf-8")) if options.config else operations.sizes(options.layers)
+        options.micro_batch = micro_batches(options.micro_batch, len(lengths.kinds(options.lengths)))
     except ValueError as error:
         raise SystemExit(str(error)) from error
+    if low := [name for name in ("steps", "documents") if getattr(options, name) < 1]:
+        raise SystemExit(f"--{low[0]} {getattr(options, low[0])}: expected 1 or more")
     names = options.rows.split(",")
     for name in names:
         if not name.startswith("ours"):
             builder(name)  # a misspelt row is refused before the first one runs
+    if options.deterministic and len(names) == 1 and names[0].startswith("ours"):
+        determinism.before_torch()
+        determinism.on()
+    if options.tiles:
+        grouped.TORCH_KERNELS = ()
     torch.manual_seed(0)
-    ids, labels = batch(config, options.batch, options.length, device)
-    report = surroundings(device, options.commit) | {"layers": len(config["hybrid_override_pattern"]), "batch": options.batch, "length": options.length, "trained": int((labels != -100).sum())}
-    report["ceiling"] = ceiling(device)
+    # Several rows: this process asks the GPU for nothing, so that all of its memory is the row's.
+    reports = here(names[0], config, device, options) if len(names) == 1 else (alone(name, arguments) for name in names)
     rows: list[dict] = []
-    report["rows"] = rows
-    print(f"{report['gpu']}, CUDA {report['cuda']}, commit {report['commit']}, " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
-    print(f"{report['layers']} layers, {options.batch} x {options.length} tokens, {report['trained']} trained; matrix ceiling {report['ceiling'] / 1e12:.0f} TFLOP/s", flush=True)
-    broken = 0
-    for name in names:
-        try:
-            rows.append(measure(name, config, device, ids, labels, options.steps, report["ceiling"], options.profile == "all" or name in options.profile.split(",")))
-        except Exception as error:  # whatever stops one row must not cost the others
-            rows.append({"row": name, "why": explain(error)})
-            if not isinstance(error, torch.OutOfMemoryError | ImportError | NotImplementedError | DoesNotFit):
-                broken += 1
-                traceback.print_exc()
-        gc.collect()  # a row that stopped while being built has left its modules in cycles
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        print(table(rows[-1:]), flush=True)
+    for report in reports:
+        rows = report["rows"] if len(names) == 1 else [*rows, *report["rows"]]
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print("\n" + table(rows))
-    return 1 if broken else 0
+            options.json.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print("\n" + figures.table(rows))
+    return 1 if any(row.get("broken") for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train environment")
 
 from bench import operations as bench  # noqa: E402
+from bench.lengths import LENGTHS  # noqa: E402
 from nemotron import operations  # noqa: E402
 from stages.train import loop  # noqa: E402
 from stages.train.balance import spread  # noqa: E402
@@ -65,19 +66,12 @@ def test_documents_change_places_where_the_longest_first_leaves_one_share_too_ex
     assert [sum(costs[index] for index in indices) for indices in shares] == [9, 9, 9]
 
 
-LENGTHS = {
-    "mixed": lambda chance: chance.randint(650, 1400),
-    "voice": lambda chance: chance.randint(150, 400),
-    "long-tailed": lambda chance: min(16384, int(200 * chance.paretovariate(1.1))),
-}
-
-
 def conversation(length, trained):
     return {"input_ids": [0] * length, "labels": [-100] * (length - trained) + [0] * trained, "number": 0}
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("kind", ["mixed", "voice", "long"])
 def test_no_rank_computes_five_percent_more_than_the_mean_where_the_lengths_allow_it(kind, count):
     """For the real model. Some share has the largest document, and one has two of the `count` + 1 largest."""
     for seed in range(20):
