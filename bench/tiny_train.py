@@ -1,76 +1,200 @@
-"""The tiny recipe's training on a CPU, two ways in one process: TRL and PEFT as they come, and stage train's own loop.
+"""The tiny recipe's training on a CPU, two ways: TRL and PEFT as they come, and stage train's own loop.
 
-    python -m bench.tiny_train BASE DATA [STEPS]
+    python -m bench.tiny_train [--lengths sample] [--steps 60] [--block 10]
 
-BASE and DATA are what `build.py path base` and `build.py path data` print. Both train rank 32 on attention, eight conversations
-a step, from the same base; blocks of steps alternate, so that what else the machine does falls on both.
+Both train rank 32 on attention, eight conversations a step, from one base of the recipe's sizes with random weights, on the same
+conversations, whose lengths are drawn as bench/lengths.py says. Each is a process of its own; the two do a block of steps in turn,
+so that what else the machine does falls on both, and one waits while the other computes. Columns are those of bench.train_step:
+first s is from the start of the process to the end of its first step, peak is the process's memory. A CPU compiles nothing.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import resource
+import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import datasets
-import peft
-import torch
-import transformers
-import trl
+from bench import figures, lengths
 
-from nemotron import native
-from stages.job import Job
-from stages.train import fit
-from stages.train.loop import Loop
-from stages.train.ranks import Ranks
-
-CONTRACT = Path(__file__).parents[1] / "stages" / "train" / "stage.toml"
-BLOCK = 10  # steps
-CHANGES = {"rank": 32, "alpha": 64, "learning_rate": 3e-3, "batch": 8, "steps": 1000}
+STAGES = Path(__file__).parents[1] / "stages"
+CHANGES = {"rank": 32, "alpha": 64, "learning_rate": 3e-3, "batch": lengths.DOCUMENTS}
+THREADS = 2  # as stages base and train
+SEED = 7
 
 
-def plain(base: Path, rows: list[dict], folder: str) -> trl.SFTTrainer:
-    """SFTTrainer on the class with its own Mamba forward, rows padded to the longest of their batch."""
-    model = native.load(base)
+def defaults(stage: str) -> dict:
+    """The parameters of a stage's contract."""
+    return {name: row["default"] for name, row in tomllib.loads((STAGES / stage / "stage.toml").read_text())["parameters"].items()}
+
+
+def base(folder: Path) -> None:
+    """A base of the tiny recipe's sizes with random weights, and a tokenizer, which TRL asks for."""
+    import torch
+
+    from nemotron import native
+    from stages.base import tiny, tokenizer
+
+    torch.manual_seed(SEED)
+    sizes = defaults("base")
+    description = tiny.config(sizes["pattern"], sizes["hidden"], sizes["experts"], sizes["vocabulary"])
+    model = native.build(description)
+    tiny.delicate_biases(model, SEED)
+    tiny.save(model, description, folder)
+    tokenizer.write(tokenizer.train(["words and again words"], 300), folder)
+
+
+def rows(kind: str, steps: int) -> list[dict]:
+    """The conversations of `steps` steps, as stage data writes them."""
+    vocabulary, made = defaults("base")["vocabulary"], []
+    for number, step in enumerate(lengths.plan(kind, steps)):
+        made += [{"input_ids": its.ids.tolist(), "labels": its.labels.tolist()} for its in lengths.conversations(step, vocabulary, number)]
+    return [{**row, "number": number} for number, row in enumerate(made)]
+
+
+class Turns:
+    """One process's side of taking turns: after every `block` steps it says what it measured and waits for a line."""
+
+    def __init__(self, block: int, to: int) -> None:
+        """`to`: the file descriptor on which it says so."""
+        self.block, self.to = block, to
+        self.times: list[float] = []
+        self.tokens: list[int] = []  # of every step, or further
+        self.computed: list[int] = []
+        self.first = 0.0
+        self.last = time.perf_counter()
+
+    def step(self) -> None:
+        """To be called after every step."""
+        self.times.append(time.perf_counter() - self.last)
+        self.first = self.first or time.time() - figures.started()
+        done = len(self.times)
+        if done % self.block == 0:
+            found = figures.summary(self.times, self.tokens[:done], self.computed[:done])
+            found |= {"first_s": self.first, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+            os.write(self.to, json.dumps(found).encode() + b"\n")
+            if not sys.stdin.readline():
+                raise SystemExit("the other side is gone")
+        self.last = time.perf_counter()
+
+
+def trl(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
+    """SFTTrainer on the class with its own Mamba forward, batches padded to their longest conversation."""
+    import datasets
+    import peft
+    import transformers
+    from trl import SFTConfig, SFTTrainer
+
+    from nemotron import native
+
+    class AfterStep(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            turns.step()
+
+    model = native.load(folder)
     for module in model.modules():
         module.__dict__.pop("forward", None)
     model.set_experts_implementation("eager")
     model.requires_grad_(False)
-    config = peft.LoraConfig(r=32, lora_alpha=64, lora_dropout=0.0, task_type="CAUSAL_LM", **native.targets(model, "attention").arguments())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    config = peft.LoraConfig(r=CHANGES["rank"], lora_alpha=CHANGES["alpha"], lora_dropout=0.0, task_type="CAUSAL_LM", **native.targets(model, "attention").arguments())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token_id = 0
-    settings = trl.SFTConfig(
-        output_dir=folder, report_to="none", disable_tqdm=True, max_steps=BLOCK, per_device_train_batch_size=8, learning_rate=3e-3, use_cpu=True, bf16=False,
-        optim="adamw_torch_fused", gradient_checkpointing=False, dataloader_pin_memory=False, max_length=None, packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, save_strategy="no", logging_steps=BLOCK, train_sampling_strategy="group_by_length")
-    return trl.SFTTrainer(model=peft.get_peft_model(model, config), args=settings, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows))
+    with TemporaryDirectory() as output:
+        settings = SFTConfig(
+            output_dir=output, report_to="none", disable_tqdm=True, max_steps=steps, per_device_train_batch_size=CHANGES["batch"], learning_rate=CHANGES["learning_rate"],
+            use_cpu=True, bf16=False, optim="adamw_torch_fused", gradient_checkpointing=False, dataloader_pin_memory=False, max_length=None, packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, save_strategy="no", logging_strategy="no", train_sampling_strategy="group_by_length")
+        trainer = SFTTrainer(model=peft.get_peft_model(model, config), args=settings, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(made),
+                             callbacks=[AfterStep()])
+        collate = trainer.data_collator
+
+        def told(examples: list[dict]) -> dict:
+            batch = collate(examples)
+            turns.tokens.append(int(batch["attention_mask"].sum()))
+            turns.computed.append(batch["input_ids"].numel())
+            return batch
+
+        trainer.data_collator = told
+        turns.last = time.perf_counter()
+        trainer.train()
 
 
-def main(base: Path, data: Path, steps: int = 60) -> None:
-    torch.set_num_threads(2)
-    rows = fit.read(data / "train.jsonl")
-    params = {name: row["default"] for name, row in tomllib.loads(CONTRACT.read_text())["parameters"].items()} | CHANGES
-    with TemporaryDirectory() as folder:
-        task = Job("train", params, {"base": base, "data": data}, Path(folder), Path(folder), 7)
-        trainer, loop = plain(base, rows, folder), Loop(task, fit.adapted(task), rows, [], Ranks())
+def stage(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
+    """Stage train's loop, without what it does between steps."""
+    from stages.job import Job
+    from stages.train import fit
+    from stages.train.loop import Loop
+    from stages.train.ranks import Ranks
+
+    with TemporaryDirectory() as scratch:
+        task = Job("train", defaults("train") | CHANGES | {"steps": steps}, {"base": folder}, Path(scratch), Path(scratch), SEED)
+        loop = Loop(task, fit.adapted(task, Ranks()), made, [], Ranks())
         loop.model.train()
-        taken: dict[str, list[float]] = {"TRL and PEFT": [], "stage train": []}
-        number = 0
-        for block in range(-1, steps // BLOCK):
-            began = time.perf_counter()
-            trainer.train()
-            middle = time.perf_counter()
-            for _ in range(BLOCK):
-                loop.step(number)
-                number += 1
-            if block >= 0:  # the first warms up
-                taken["TRL and PEFT"].append((middle - began) / BLOCK)
-                taken["stage train"].append((time.perf_counter() - middle) / BLOCK)
-    for name, times in taken.items():
-        print(f"{name:14s} {sorted(times)[len(times) // 2] * 1e3:7.1f} ms/step  ({min(times) * 1e3:.1f}-{max(times) * 1e3:.1f}, {len(times)} blocks of {BLOCK} steps)")
+        turns.last = time.perf_counter()
+        for number in range(steps):
+            tokens = sum(len(made[row]["input_ids"]) for row in loop.order.step(number))
+            turns.tokens.append(tokens)
+            turns.computed.append(tokens)
+            loop.step(number)
+            turns.step()
+
+
+ROWS = {"TRL and PEFT": trl, "stage train": stage}
+
+
+def child(row: str, folder: Path, kind: str, steps: int, block: int) -> None:
+    """One row; stdout has the figures alone, and what libraries and the stage print there is dropped."""
+    to, dropped = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(dropped, 1)
+    import torch
+
+    torch.set_num_threads(THREADS)
+    ROWS[row](folder, rows(kind, steps), steps, Turns(block, to))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--lengths", default="sample", choices=[kind for kind in lengths.KINDS if kind not in lengths.PACKED])
+    parser.add_argument("--steps", type=int, default=60, help="steps of each row")
+    parser.add_argument("--block", type=int, default=10, help="steps that a row does at a time, while the other waits")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.row:
+        child(options.row, options.base, options.lengths, options.steps, options.block)
+        return
+    if options.block < 1 or options.steps < options.block or options.steps % options.block:
+        raise SystemExit(f"--steps {options.steps} --block {options.block}: expected steps in whole blocks")
+    sizes = ["--lengths", options.lengths, "--steps", str(options.steps), "--block", str(options.block)]
+    with TemporaryDirectory() as folder:
+        base(Path(folder))
+        running: dict[str, subprocess.Popen] = {}
+        found: dict[str, dict] = {}
+        try:
+            for block in range(options.steps // options.block):
+                for row in ROWS:
+                    if block:
+                        running[row].stdin.write("\n")
+                        running[row].stdin.flush()
+                    else:
+                        command = [sys.executable, "-m", "bench.tiny_train", *sizes, "--row", row, "--base", folder]
+                        running[row] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                    if not (line := running[row].stdout.readline()):
+                        raise SystemExit(f"{row}: its process ended with {running[row].wait()} in block {block + 1}; its own words stand above")
+                    found[row] = json.loads(line)
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+    print(f"{options.lengths} lengths, {options.steps} steps of {lengths.DOCUMENTS} conversations, {THREADS} threads on {os.cpu_count()} cores")
+    print(figures.table([{"row": row, "lengths": options.lengths, **its} for row, its in found.items()]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    main()
