@@ -1,77 +1,147 @@
-"""One optimizer step of 8 x 2,048 tokens shared by several GPUs, with the base whole on each and with the base sharded.
+"""Steps of stage train on one GPU and shared by several: how much faster, and how long a rank waits for the slowest.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.ranks [LAYERS]
+    python -m bench.ranks [--gpus 1,2] [--lengths mixed,voice,equal] [--documents 8] [--steps 30] [--layers 52] [--sharded] [--deterministic]
+
+Each number of GPUs is a run of its own, with `--documents` conversations a GPU and step (bench/lengths.py has the lengths), random
+weights in NF4, LoRA of rank 16 on all targets. The steps are the stage's own (stages/train/loop.py). A rank waits from when its
+gradients are there until the slowest rank's are: the share of all steps, the worst rank's. Times are of all steps but the first three.
 """
 
 from __future__ import annotations
 
-import gc
+import argparse
+import json
 import os
-import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as stages/train/__main__.py
 
 import torch
 import torch.distributed as distributed
-from torch import nn
 
-from bench import operations
-from bench.lengths import conversations
+from bench import lengths, operations
 from bench.ours import ALPHA, RANK
-from nemotron import adapter, assemble, recompute
-from nemotron.documents import Documents
+from nemotron import adapter, assemble, determinism, recompute
 from nemotron.shards import Shards
-from stages.train.ranks import join
+from stages import job
+from stages.train import ranks
+from stages.train.loop import Loop
+
+ROOT = Path(__file__).parents[1]
+WARM = 3
 
 
-def measure(config: dict, form: str, shards: Shards, ranks, device: torch.device, steps: int = 5) -> dict:
-    """Milliseconds, tokens a second and this GPU's peaks, of the median of `steps` after two."""
-    torch.cuda.reset_peak_memory_stats()
-    model = assemble.random(config, form, torch.bfloat16, str(device), shards=shards)
-    building = torch.cuda.max_memory_allocated()
+@dataclass(frozen=True)
+class Timed(ranks.Ranks):
+    """Ranks that note how long this one waits, in seconds, before each sum."""
+
+    waited: list[float] = field(default_factory=list)
+
+    def sum(self, tensors: list[torch.Tensor]) -> None:
+        if self.world > 1:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            distributed.barrier()
+            torch.cuda.synchronize()
+            self.waited.append(time.perf_counter() - began)
+        super().sum(tensors)
+
+
+def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict]:
+    """Conversations of stage data's form with these lengths, in the plan's order."""
+    made = []
+    for number, step in enumerate(plan):
+        for one in lengths.conversations(step, vocabulary, number):
+            made.append({"input_ids": one.ids.tolist(), "labels": one.labels.tolist(), "number": len(made)})
+    return made
+
+
+def measure(kind: str, model: torch.nn.Module, config: dict, its: Timed, options: argparse.Namespace) -> dict:
+    """One kind of lengths on a model that is there: median milliseconds, tokens a second, and the worst rank's wait."""
+    contract = tomllib.loads((ROOT / "stages/train/stage.toml").read_text())["parameters"]
+    plan = lengths.plan(kind, options.steps * its.world, options.documents)
+    params = {name: row.get("default") for name, row in contract.items()} | {
+        "steps": options.steps, "batch": options.documents * its.world, "batch_tokens": lengths.CAPACITY * its.world * (kind in lengths.PACKED),
+        "gradient_checkpointing": True, "sharded": options.sharded, "ranks": its.world}
+    with tempfile.TemporaryDirectory() as folder:
+        task = job.Job("train", params, {}, Path(folder), Path(folder), 0, device="cuda")
+        loop = Loop(task, model, rows(plan, config["vocab_size"]), [], its)
+        if not options.sharded:
+            loop.capture(0)
+        its.waited.clear()
+        times = []
+        torch.cuda.reset_peak_memory_stats()
+        for number in range(options.steps):
+            its.wait()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            loop.step(number)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    steps = [loop.order.step(number) for number in range(WARM, options.steps)]
+    tokens = sum(loop.order.lengths[row] for step in steps for row in step)
+    waited = torch.tensor([sum(its.waited[WARM:]) / sum(times[WARM:])], device="cuda")
+    if its.world > 1:
+        distributed.all_reduce(waited, distributed.ReduceOp.MAX)
+    return {"kind": kind, "gpus": its.world, "ms": 1e3 * sorted(times[WARM:])[len(times[WARM:]) // 2], "speed": tokens / sum(times[WARM:]),
+            "waited": waited.item(), "peak": torch.cuda.max_memory_allocated() / 1e9, "loss": loop.history.train[options.steps]}
+
+
+def work(options: argparse.Namespace) -> None:
+    """All kinds of lengths in this process, which torchrun started; the first prints a line of JSON for each."""
+    if options.deterministic:
+        determinism.before_torch()
+        determinism.on()
+    joined = ranks.join("cuda")
+    its = Timed(joined.rank, joined.world)
+    config = operations.sizes(options.layers)
+    shards = Shards(its.rank, its.world) if options.sharded else Shards()
+    model = assemble.random(config, "nf4", torch.bfloat16, f"cuda:{torch.cuda.current_device()}", shards=shards)
     adapter.attach(model, "all", RANK, ALPHA, 0)
-    recompute.attach(model.train())
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-5, fused=True)
-    whole = conversations((2048,) * 8, config["vocab_size"], 7, device)
-    count = sum(its.trained for its in whole)
-    own = whole[ranks.rank * 8 // ranks.world : (ranks.rank + 1) * 8 // ranks.world]
-    ids, labels = torch.cat([its.ids for its in own]), torch.cat([its.labels for its in own])
-    documents = Documents(tuple(len(its.ids) for its in own))
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(2 + steps):
-        ranks.wait()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        loss = assemble.loss(model, ids, labels, documents) / count
-        loss.backward()
-        total = loss.detach()
-        ranks.sum([total, *(p.grad for p in parameters)])
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - began) * 1e3)
-    milliseconds = statistics.median(times[2:])
-    return {"ms": milliseconds, "tokens": 8 * 2048 / milliseconds * 1e3, "peak": torch.cuda.max_memory_allocated() / 1e9, "building": building / 1e9, "loss": total.item()}
-
-
-def main(layers: int = 52) -> None:
-    ranks = join("cuda")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if ranks.first:
-        print(f"{ranks.world} x {torch.cuda.get_device_name()}, {layers} layers, 8 x 2048 tokens, LoRA of rank {RANK} on all\n"
-              f"{'base':20s} {'ms/step':>8s} {'tokens/s':>9s} {'peak GB':>8s} {'building':>9s}  loss", flush=True)
-    for form in ("nf4", "nvfp4"):
-        for shards in (Shards(), Shards(ranks.rank, ranks.world)):
-            found = measure(operations.sizes(layers), form, shards, ranks, device)
-            if ranks.first:
-                print(f"{form + (', sharded' if shards.count > 1 else ', whole'):20s} {found['ms']:8,.0f} {found['tokens']:9,.0f} {found['peak']:8.1f} {found['building']:9.1f}  {found['loss']:.5f}", flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
+    recompute.attach(model.train(), lengths.CAPACITY)
+    for kind in lengths.kinds(options.lengths):
+        found = measure(kind, model, config, its, options)
+        if its.first:
+            print("row " + json.dumps(found), flush=True)
     distributed.destroy_process_group()
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", default="1,2", help="numbers of GPUs, comma-separated")
+    parser.add_argument("--lengths", default="mixed,voice,equal")
+    parser.add_argument("--documents", type=int, default=lengths.DOCUMENTS, help="conversations a GPU and step")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--layers", type=int, default=52)
+    parser.add_argument("--sharded", action="store_true", help="each GPU holds its share of the base")
+    parser.add_argument("--deterministic", action="store_true")
+    options = parser.parse_args()
+    if ranks.started():
+        return work(options)
+    lengths.kinds(options.lengths)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.layers} layers, {options.documents} conversations a GPU and step"
+          f"{', sharded' if options.sharded else ''}\n{'lengths':10s} {'GPUs':>4s} {'ms/step':>8s} {'tokens/s':>9s} {'times one':>9s} {'waited':>7s} {'peak GB':>8s}  loss", flush=True)
+    alone: dict[str, float] = {}
+    for count in map(int, options.gpus.split(",")):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "bench.ranks", *sys.argv[1:]]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+            for line in run.stdout:
+                if not line.startswith("row "):
+                    continue
+                row = json.loads(line[4:])
+                if count == 1:
+                    alone[row["kind"]] = row["speed"]
+                times = f"{row['speed'] / alone[row['kind']]:9.2f}" if row["kind"] in alone else f"{'':9s}"
+                print(f"{row['kind']:10s} {count:4d} {row['ms']:8,.0f} {row['speed']:9,.0f} {times} {row['waited']:7.1%} {row['peak']:8.1f}  {row['loss']:.5f}", flush=True)
+        if run.returncode:
+            sys.exit(f"the run on {count} GPUs ended with {run.returncode}; its output is above")
+
+
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()
