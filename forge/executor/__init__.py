@@ -33,6 +33,14 @@ class Task:
     secrets: dict[str, Path] = field(default_factory=dict)
 
 
+KERNELS = "ANNIE_KERNELS"  # tells a stage where compiled kernels stay (nemotron/kernel_cache.py)
+
+
+def kernel_folder(home: Path, image: Image, fingerprint: str) -> Path:
+    """Where kernels stay that the stages of an image compile. In no key: with other kernels, or none, a stage makes the same artifact."""
+    return home / "kernels" / f"{image.name}-{fingerprint}"
+
+
 @dataclass(frozen=True)
 class Line:
     stream: Literal["stdout", "stderr"]
@@ -59,6 +67,9 @@ class Executor(Protocol):
 
     def cancel(self, running: Any) -> None:
         """Ends the task and everything it started."""
+
+    def kernels(self, task: Task) -> Path | None:
+        """The folder, on this machine, where kernels stay that `task` compiles; None for a task without a GPU, which compiles none."""
 
     def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
         """A command that runs a module of this repository in `image`, which is prepared. A Path among `arguments` is a folder that it may read."""

@@ -18,7 +18,7 @@ from docker.types import DeviceRequest, Mount
 
 from forge import image as images
 from forge import render
-from forge.executor import Line, Task, run_logged
+from forge.executor import KERNELS, Line, Task, kernel_folder, run_logged
 from forge.executor.local import stage_environment
 from forge.finding import Finding, Refused, error
 from forge.image import Image
@@ -27,6 +27,7 @@ REPOSITORY = "annie"
 SERVED = "annie/vllm-nemotron-annie"
 CODE = ("stages", "nemotron")
 SCRATCH = "/scratch"  # a task's scratch folder, in its container
+KERNELS_INSIDE = "/kernels"  # the same in every container: Triton writes the absolute path of what it compiled beside it
 _OWNER = "io.annie.home"  # label: the store whose run started a container
 _ENGINE = "Start a Docker engine (its context must be the current one), or run with --executor local."
 _STREAM_SECONDS = 30 * 24 * 3600  # a stage may be silent for as long as it trains
@@ -207,7 +208,8 @@ class Docker:
     def submit(self, task: Task) -> Running:
         self._remove_orphans()
         scratch = Path(task.job["scratch"])
-        for folder in (Path(task.job["output"]), scratch, scratch / "home"):
+        kernels = self.kernels(task)
+        for folder in (Path(task.job["output"]), scratch, scratch / "home", *([kernels] if kernels else [])):
             folder.mkdir(parents=True, exist_ok=True)
             if self.user != (os.getuid(), os.getgid()):
                 os.chown(folder, *self.user)
@@ -227,11 +229,17 @@ class Docker:
 
     def spec(self, task: Task, job: Path, mounts: list[tuple[str, str, bool]]) -> Spec:
         environment = {"HOME": "/scratch/home", "USER": "annie", "LOGNAME": "annie", "PYTHONPATH": "/annie", **stage_environment(task.network)}
+        if kernels := self.kernels(task):
+            environment[KERNELS] = KERNELS_INSIDE
+            mounts = [*mounts, (str(kernels), KERNELS_INSIDE, False)]
         return Spec(
             image=self.reference(task.image), command=["python3", "-m", f"stages.{task.stage}", "/job.json"],
             user=f"{self.user[0]}:{self.user[1]}", network="bridge" if task.network else "none", environment=environment,
             mounts=[*code(task.repo), (str(job), "/job.json", True), *mounts], labels={_OWNER: str(self.home), "io.annie.stage": task.stage}, gpu=task.gpu,
         )
+
+    def kernels(self, task: Task) -> Path | None:
+        return kernel_folder(self.home, task.image, images.fingerprint(task.image, self.name)) if task.gpu else None
 
     def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
         """Each file of a folder is mounted by its real path: in the hub's cache, files are links to where the container cannot follow them."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from forge import image as images
 from forge import render
-from forge.executor import Line, Task, merged, run_logged
+from forge.executor import KERNELS, Line, Task, kernel_folder, merged, run_logged
 from forge.executor.uv import Uv
 from forge.finding import Finding, Refused, error
 from forge.image import Image
@@ -123,9 +123,14 @@ class Local:
             **_NO_GPU,
             **stage_environment(task.network),
         }
+        folders = [task.job["output"], str(home)]
+        if kernels := self.kernels(task):
+            kernels.mkdir(parents=True, exist_ok=True)
+            environment[KERNELS] = str(kernels)
+            folders.append(str(kernels))
         render.write_script(task.folder / f"{task.prefix}.sh", task.stage, "Its output goes where the job says.", [
             ["cd", str(task.repo)],
-            ["mkdir", "-p", task.job["output"], str(home)],
+            ["mkdir", "-p", *folders],
             ["exec", "env", "-i", *(f"{k}={v}" for k, v in environment.items()), *command],
         ])
         process = subprocess.Popen(
@@ -152,6 +157,9 @@ class Local:
                 return
             except subprocess.TimeoutExpired:
                 continue
+
+    def kernels(self, task: Task) -> Path | None:
+        return kernel_folder(self.home, task.image, images.fingerprint(task.image, self.name, self.machine)) if task.gpu else None
 
     def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
         # Without PYTHONSAFEPATH -m looks first in the caller's folder, which may be another clone.

@@ -1,4 +1,7 @@
-from stages.evaluate.evaluate import run
-from stages.job import main
+from nemotron import kernel_cache
+from stages import job
 
-main(run)
+kernel_cache.prepare(job.warning)  # before torch is loaded
+from stages.evaluate.evaluate import run  # noqa: E402
+
+job.main(run)

@@ -1,4 +1,7 @@
-from stages.job import main
-from stages.quantize.quantize import run
+from nemotron import kernel_cache
+from stages import job
 
-main(run)
+kernel_cache.prepare(job.warning)  # before torch is loaded
+from stages.quantize.quantize import run  # noqa: E402
+
+job.main(run)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nemotron import adapter, assemble, determinism, native, recompute
+from nemotron import adapter, assemble, determinism, kernel_watch, native, recompute, tuning
 from nemotron.checkpoint import Checkpoint
 from nemotron.shards import Shards
 from stages import dataset, job
@@ -39,6 +39,8 @@ def run(task: job.Job) -> None:
         job.warning("no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
                     "Nothing shows when training begins to learn by heart; with eval_share above 0 the best step is kept"
                     + (", and patience has an effect" if task.params["patience"] else ""))
+    if task.device == "cuda":
+        kernel_watch.start(compiling if its.first else lambda note: None)
     params = task.params
     sizes.fitting(lengths(rows), lengths(held_out), params["sequence_tokens"], params["batch_tokens"])
     model = adapted(task, its)
@@ -89,6 +91,11 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
     if params["gradient_checkpointing"]:
         recompute.attach(model, params["sequence_tokens"])
     return model
+
+
+def compiling(note: str) -> None:
+    """Progress for nemotron/kernel_watch.py: what is being tuned, or has been compiled."""
+    job.progress(kernel_watch.counts.compiled, None, "kernels", note)
 
 
 def loading(form: str):
@@ -163,6 +170,8 @@ def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[d
         "deterministic": task.device == "cpu" or params["deterministic"],
         "tokens_per_second": round(watch.speed), "peak_bytes": watch.memory(), "seconds": round(seconds, 1),
     }
+    if kernels := tuning.used():  # which kernels ran decides in which order numbers were summed
+        report["kernels"] = kernels
     (task.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     if drop is None:
         return

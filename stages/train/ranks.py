@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as distributed
+if TYPE_CHECKING:
+    import torch  # loaded where it is used: the process that only starts torchrun does not wait for it
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class Ranks:
         """Sums float32 tensors over all processes, in place and in one message."""
         if self.world == 1:
             return
+        import torch
+
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        distributed.all_reduce(flat)
+        torch.distributed.all_reduce(flat)
         at = 0
         for tensor in tensors:
             tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
@@ -39,6 +42,8 @@ class Ranks:
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:
+            from torch import distributed
+
             distributed.barrier()
 
 
@@ -51,6 +56,9 @@ def join(device: str) -> Ranks:
     """This process among those that torchrun started; alone if it did not."""
     if not started():
         return Ranks()
+    import torch
+    from torch import distributed
+
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from forge.executor import Task
-from forge.executor.docker import Docker, answers, container_job, machine_findings, no_engine
-from forge.image import Image, machine_type
+from forge.executor.docker import Docker, answers, code, container_job, machine_findings, no_engine
+from forge.image import Image, fingerprint, machine_type
 
 BASE = "python:3.11-slim-bookworm"
 REPO = Path(__file__).resolve().parents[2]
@@ -66,6 +69,64 @@ def test_the_job_in_a_container_has_no_path_of_the_host(toy):
     assert str(toy) not in json.dumps(job)
     assert {target: read_only for _, target, read_only in mounts} == {
         "/inputs/base": True, "/sources/words/0/words.txt": True, "/output": False, "/scratch": False}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_task_with_a_gpu_has_the_one_more_mount_where_kernels_stay(toy, gpu):
+    """Always at one path: Triton writes absolute paths beside what it compiled."""
+    its, wanted = Docker(toy / "repo", toy / "home"), replace(task(toy), gpu=gpu)
+    _, mounts = container_job(wanted)
+    spec = its.spec(wanted, toy / "job.json", mounts)
+    folder = toy / "home/kernels" / f"toy-{fingerprint(wanted.image, 'docker')}"
+    added = set(spec.mounts) - set(mounts) - set(code(wanted.repo)) - {(str(toy / "job.json"), "/job.json", True)}
+    assert added == ({(str(folder), "/kernels", False)} if gpu else set())
+    assert spec.environment.get("ANNIE_KERNELS") == ("/kernels" if gpu else None)
+    assert (f"--mount=type=bind,source={folder},target=/kernels" in spec.as_command()) == gpu
+    assert str(toy) not in json.dumps(spec.environment)
+
+
+@engine
+def test_kernels_stay_for_the_next_container_and_belong_to_its_user(toy):
+    """Without the GPU itself, which the engine may not have."""
+    its = Docker(toy / "repo", toy / "home", user=(1234, 1234))
+    (toy / "repo/stages/toy/__main__.py").write_text(textwrap.dedent("""\
+        import os, pathlib
+        folder = pathlib.Path(os.environ["ANNIE_KERNELS"])
+        print(sorted(path.name for path in folder.iterdir()))
+        (folder / "kernel").touch()
+        """))
+    wanted = replace(task(toy), gpu=True)
+    its.prepare(wanted.image, lambda line: None)
+    real = its.spec
+    its.spec = lambda *of: replace(real(*of), gpu=False)
+    said = [[line.text for line in its.logs(its.submit(wanted))] for _ in range(2)]
+    assert said == [["[]"], ["['kernel']"]]
+    assert (its.kernels(wanted) / "kernel").stat().st_uid == 1234
+
+
+@engine
+def test_an_image_with_a_seed_begins_with_its_kernels(toy):
+    """The Dockerfile of docs/formats.md, Kernels, on a stand-in for a base, and a folder that another machine filled."""
+    its = Docker(toy / "repo", toy / "home")
+    shutil.copytree(REPO / "nemotron", toy / "repo/nemotron")
+    name = "NVIDIA-GB10-580.95.05-torch-none-triton-none"
+    (toy / "filled" / name / "triton").mkdir(parents=True)
+    (toy / "filled" / name / "triton/k.cubin").write_text("code")
+    dockerfile = re.search(r"```dockerfile\n(.*?)```", (REPO / "docs/formats.md").read_text(), re.DOTALL)[1]
+    assert dockerfile.startswith("FROM nvcr.io/nvidia/pytorch:")
+    stand_in = re.sub(r"FROM \S+", f"FROM {BASE}", dockerfile)
+    subprocess.run(["docker", "buildx", "build", "--load", "--quiet", "--tag=annie/toy-warm", "--file=-", str(toy / "filled")], input=stand_in, text=True, check=True)
+    (toy / "repo/stages/toy/__main__.py").write_text(textwrap.dedent("""\
+        from nemotron import kernel_cache
+        kernel_cache.identity = lambda: "NVIDIA-GB10-580.95.05-torch-none-triton-none"
+        print(sorted(str(path.relative_to("/kernels")) for path in kernel_cache.prepare(print).rglob("*.cubin")))
+        """))
+    wanted = replace(task(toy), gpu=True, image=Image("toy", toy / "repo/images/toy", {"base": "annie/toy-warm"}))
+    its.prepare(wanted.image, lambda line: None)
+    real = its.spec
+    its.spec = lambda *of: replace(real(*of), gpu=False)
+    assert [line.text for line in its.logs(its.submit(wanted))] == [f"['{name}/triton/k.cubin']"]
+    assert (its.kernels(wanted) / name / "triton/k.cubin").read_text() == "code"
 
 
 def test_a_command_mounts_what_links_lead_to_and_has_no_path_of_the_host(toy):

@@ -187,3 +187,16 @@ def test_vllm_loads_beside_the_torch_that_aarch64_has(tmp_path, machine, lazily)
     program = f"import site, sys; site.addsitedir({str(tmp_path)!r}); print(sys.getdlopenflags())"
     flags = int(subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True).stdout)
     assert bool(flags & os.RTLD_LAZY) == lazily and bool(flags & os.RTLD_NOW) != lazily
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_task_with_a_gpu_is_told_where_kernels_stay(tmp_path, gpu):
+    local, image = Local(REPO, tmp_path / "home", "x86_64"), Image("none", tmp_path / "images/none")
+    (tmp_path / "stages/look").mkdir(parents=True)
+    (tmp_path / "stages/look/__main__.py").write_text("import os\nprint(os.environ.get('ANNIE_KERNELS'))\n")
+    job = {"output": str(tmp_path / "output"), "scratch": str(tmp_path / "scratch")}
+    task = Task("look", image, job, tmp_path, tmp_path, "01-look", gpu=gpu)
+    said = [line.text for line in local.logs(local.submit(task))]
+    folder = tmp_path / "home/kernels" / f"none-{fingerprint(image, 'local', 'x86_64')}"
+    assert said == ([str(folder)] if gpu else ["None"]) and folder.is_dir() == gpu
+    assert (f"ANNIE_KERNELS={folder}" in (tmp_path / "01-look.sh").read_text()) == gpu

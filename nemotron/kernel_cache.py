@@ -1,0 +1,125 @@
+"""Where compiled kernels and tuned configurations stay when a process and its container end.
+
+Whoever starts a stage on a GPU names a folder in ANNIE_KERNELS (docs/formats.md, Kernels). Each combination of GPU, driver, torch and
+Triton has a subfolder in it, and `prepare` points the caches of Triton, inductor, CUDA, vLLM and FlashInfer there. It has to run
+before these are loaded, so this module imports the standard library alone. An image may bring a filled folder along, a seed: an
+empty subfolder begins as a copy of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+FOLDER, SEED = "ANNIE_KERNELS", "ANNIE_KERNELS_SEED"
+BAKED = "/opt/annie/kernels"  # the seed, where SEED names no other
+# Variable of a cache -> its folder in ours. FlashInfer adds .cache/flashinfer to it.
+CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "CUDA_CACHE_PATH": "cuda",
+    "VLLM_CACHE_ROOT": "vllm",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+}
+_GROUP = "__grp__"  # how the names of Triton's files begin that list a kernel's other files, by absolute path
+
+_prepared: Path | None = None
+
+
+class Unknown(Exception):
+    """The GPU and its driver cannot be named."""
+
+
+def prepare(warn: Callable[[str, str], None]) -> Path | None:
+    """Points every cache that has no place yet to this machine's subfolder, and returns it; None where ANNIE_KERNELS is not set.
+
+    Where nothing can be kept, `warn(message, remedy)` is called, the caches stay where their libraries put them, and None is returned.
+    """
+    global _prepared
+    _prepared = None
+    if not (root := os.environ.get(FOLDER)):
+        return None
+    try:
+        found = Path(root) / identity()
+        sow(found, Path(os.environ.get(SEED) or BAKED))
+        for name in CACHES.values():
+            (found / name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=found):  # a folder can be there and not be ours to write to
+            pass
+    except (OSError, Unknown) as fault:
+        warn(f"kernels that are compiled in this run are not kept: {fault}",
+             f"Give this user a folder in {FOLDER} ({root}) that can be written, and a driver that nvidia-smi can ask; until then every start compiles anew")
+        return None
+    for variable, name in CACHES.items():
+        os.environ.setdefault(variable, str(found / name))
+    _prepared = found
+    return found
+
+
+def folder() -> Path | None:
+    """The subfolder that `prepare` has chosen in this process; None where nothing is kept."""
+    return _prepared
+
+
+def identity() -> str:
+    """A folder name for all that decides whether a compiled kernel can be used again: GPU, driver, torch and Triton. Raises Unknown."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as fault:
+        raise Unknown(f"nvidia-smi does not name the GPU ({fault})") from fault
+    gpus = sorted({line.strip() for line in answer.splitlines() if line.strip()})  # several of one kind share their kernels
+    if not gpus:
+        raise Unknown("nvidia-smi lists no GPU")
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", f"{'+'.join(gpus)} torch {version('torch')} triton {version('triton', 'pytorch-triton')}")
+
+
+def version(*distributions: str) -> str:
+    """The installed version of the first distribution that is installed; "none" if none is. Imports nothing."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "none"
+
+
+def sow(target: Path, seeds: Path) -> None:
+    """Makes `target` a copy of the folder of its name in `seeds`, if there is one and `target` is empty or not there. Raises OSError."""
+    seed = seeds / target.name
+    if not seed.is_dir() or (target.is_dir() and any(target.iterdir())):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    copy = Path(tempfile.mkdtemp(prefix="seed-", dir=target.parent))
+    try:
+        copy.chmod(0o755)
+        for path in sorted(seed.rglob("*")):
+            place = copy / path.relative_to(seed)
+            if path.is_dir():
+                place.mkdir(parents=True, exist_ok=True)
+            elif path.name.startswith(_GROUP):
+                place.write_text(moved(path.read_text(), target / path.parent.relative_to(seed)))
+            else:
+                shutil.copyfile(path, place)  # without its mode: a seed may be read-only
+        try:
+            copy.rename(target)
+        except OSError:
+            if not any(target.iterdir()):
+                raise
+            # Another process of this run was first, with the same seed.
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def moved(group: str, place: Path) -> str:
+    """Triton's list of a kernel's files, when these lie in the folder `place`: it takes a kernel as compiled where the listed paths exist."""
+    listed = json.loads(group)
+    listed["child_paths"] = {name: str(place / name) for name in listed["child_paths"]}
+    return json.dumps(listed)
