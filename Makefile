@@ -8,13 +8,14 @@ EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
 
-.PHONY: help demo test long model serve chat plan status doctor arm64 lock clean FORCE
+.PHONY: help demo test long model warm serve chat plan status doctor arm64 lock clean FORCE
 
 help:
 	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 10 minutes)"
 	@echo "make test    every test this machine can run"
 	@echo "make long    what make test leaves out: other CPUs' numerics, the line in containers (an hour)"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"
+	@echo "make warm    compiles what stage train of RECIPE runs on this GPU, so that it starts at once"
 	@echo "make serve   the newest serving image of RECIPE, on 127.0.0.1:$(PORT)"
 	@echo "make chat    a chat with what is being served"
 	@echo "make doctor  what this machine has, and what it lacks"
@@ -32,6 +33,9 @@ long: .venv/.ready .venv/.tests
 
 model: .venv/.ready
 	@$(BUILD) run --recipe $(RECIPE) --executor docker
+
+warm: .venv/.ready
+	@$(BUILD) warm --recipe $(RECIPE) $(EXECUTOR:%=--executor %)
 
 serve: .venv/.ready
 	@$(BUILD) serve --recipe $(RECIPE) --port $(PORT) $(EXECUTOR:%=--executor %)

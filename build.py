@@ -155,6 +155,19 @@ def demo(recipe: str, executor: str | None) -> None:
     show(report.of_demo(plan.artifact(opened(recipe, executor).context, "evaluate").folder))
 
 
+@command(as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."))
+def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> None:
+    """Compiles and tunes what stage train runs on this GPU, and keeps it: the first run then starts as fast as every later one."""
+    from forge import report, warm, watch
+
+    its = opened(recipe, executor)
+    with watch.watcher(as_json) as watcher:
+        made = warm.warm(its.context, its.executor, watcher, not no_wait)
+    if made is None:
+        sys.exit(1)
+    print(json.dumps({"event": "warmed", **made})) if as_json else show(report.of_warm(made))
+
+
 @command(as_json)
 def compare(recipe: str, executor: str | None, as_json: bool) -> None:
     """Every way of the recipe trained, merged, quantised and asked; then one table with a verdict, and a picture."""

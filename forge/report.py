@@ -180,6 +180,12 @@ def _shade(share: float) -> str:
     return "green" if share >= 0.9 else "yellow" if share >= 0.5 else "red"
 
 
+def of_warm(made: dict[str, Any]) -> RenderableType:
+    """What `build.py warm` compiled and what is kept."""
+    kept = f"{size(made['bytes'])} in {_near(Path(made['folder']))}"
+    return Text(f"{made['compiled']} kernels compiled, {made['tuned']} tuned, {made['loaded']} compiled before; {kept}")
+
+
 def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
     """The ways of a recipe, a row each: questions passed at every step, and what four bits cost on held-out tokens; then which ways keep what was tuned."""
     columns = ("base", "tuned", "merged", "nvfp4")

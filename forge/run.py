@@ -32,6 +32,10 @@ class StageFailed(Exception):
         super().__init__(str(finding))
         self.finding, self.log, self.tail = finding, log, tail
 
+    def as_event(self) -> dict[str, Any]:
+        """The values of the event `failed`, without the stage's name."""
+        return {**_found(self.finding), "log": str(self.log), "tail": self.tail}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -136,7 +140,7 @@ class _Run:
             self.journal.emit("interrupted", stage=current, resume=self.resume())
             return self.outcome(130)
         except StageFailed as failed:
-            self.journal.emit("failed", stage=current, **_found(failed.finding), log=str(failed.log), tail=failed.tail)
+            self.journal.emit("failed", stage=current, **failed.as_event())
             return self.outcome(1)
         except (OSError, sqlite3.Error) as fault:
             self.journal.emit("failed", stage=current, **_found(self.disk_finding(fault)), log="", tail=[])
@@ -297,6 +301,11 @@ class _Run:
             self.recipe.images[product.image], product.folders(step.params, lambda name: suppliers[name].folder),
             output, key[:12], labels, on_line,
         )
+
+
+def follow(context: Context, executor: Executor, journal: Journal, task: Task, log: Log) -> None:
+    """Runs a task that is no stage of the recipe, to its end. StageFailed if it exits with anything but 0."""
+    _Run(context, executor, Selection(), journal).finish(task, log)
 
 
 def _found(finding: Finding) -> dict[str, str]:

@@ -29,7 +29,7 @@ IN_TESTS = {  # what a command prints here, the demo having been made
 }
 ELSEWHERE = {
     'python build.py audit "$(python build.py path quantize)" --vllm 0.31.0': "test_audit",
-    "make demo": "tests/line/test_demo.py", "make doctor": "test_doctor", "make chat": "test_serve_and_chat", "make serve RECIPE=tiny": "test_serve_and_chat",
+    "make demo": "tests/line/test_demo.py", "make doctor": "test_doctor", "make warm": "test_warm", "make chat": "test_serve_and_chat", "make serve RECIPE=tiny": "test_serve_and_chat",
 }
 
 
@@ -52,6 +52,12 @@ def test_every_command_is_run_somewhere():
 def test_a_command_does_what_the_readme_says(command, said):
     assert command in commands()
     assert said in ran(*BUILD, *command.split()[2:], "--executor", "local")
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU is here, and warming it takes minutes")
+def test_warm():
+    text = ran("make", "warm", code=2)
+    assert "gpu: found no GPU that nvidia-smi can see" in text and "Traceback" not in text
 
 
 def test_doctor():

@@ -1,0 +1,161 @@
+"""Compiles and tunes what stage train will run under a recipe, so that its first start is as fast as every later one.
+
+    ANNIE_KERNELS=FOLDER python -m stages.warm job.json
+
+No stage: it has no contract, makes no artifact and is in no key; `build.py warm` starts it with the parameters of stage train
+(docs/formats.md, Kernels). It trains two steps of random weights: one packed sequence as long as they get, and one step as the
+recipe has them. Kernels depend on shapes and not on weights or on how many layers there are, so one layer of each kind is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nemotron import kernel_cache, kernel_watch, nano
+from stages import job
+
+if TYPE_CHECKING:
+    from torch import nn
+
+STEPS = 2
+HELD_OUT = 2  # conversations: held-out losses are another path through the model
+LENGTHS = range(150, 1400, 50)  # tokens of the conversations where stage data is not built
+
+
+def run(task: job.Job) -> None:
+    """Writes `warm.json`: how many kernels were `compiled`, `loaded` and `tuned`, and the `folder` and `bytes` of what is kept.
+
+    Raises StageError without a GPU, and where kernels cannot be kept.
+    """
+    if task.device != "cuda":
+        raise job.StageError(f"device {task.device}", "cuda: only what a GPU runs is compiled", "Run this on the machine that will train, with a recipe that says gpu: cuda")
+    if (folder := kernel_cache.folder()) is None:
+        raise job.StageError("no folder in which kernels stay", f"one that can be written, named in {kernel_cache.FOLDER}",
+                             f"build.py warm names one by itself; by hand: {kernel_cache.FOLDER}=FOLDER python -m stages.warm job.json")
+    from nemotron import tuning
+    from stages.train import fit
+
+    kernel_watch.start(fit.compiling)
+    train(task)
+    counts = kernel_watch.counts
+    for name, count in vars(counts).items():
+        job.metric(f"kernels {name}", count)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    report = {**vars(counts), "folder": folder.name, "bytes": size, "kernels": tuning.used()}
+    (task.output / "warm.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def train(task: job.Job) -> None:
+    """Two steps and a held-out loss, by the loop of stage train."""
+    from stages.train import fit
+    from stages.train.loop import Loop
+    from stages.train.ranks import Ranks
+
+    params = task.params | {
+        "steps": STEPS, "warmup_steps": 0, "eval_every": STEPS, "save_every": STEPS, "patience": 0, "ranks": 1, "sharded": False,
+        "rounded_share": 0.5 if task.params["rounded_share"] else 0.0, "rounded_loss": "labels",
+    }
+    task, config = replace(task, params=params), shape(task)
+    try:
+        model = adapted(task, config)
+    except ValueError as error:
+        raise job.StageError(str(error), "libraries and a shape that fit", "See the message") from error
+    lengths = conversations(task)
+    full, usual = fill(lengths, params["sequence_tokens"]), usual_step(task, lengths)
+    rows = synthetic([*full, *usual, *sorted(lengths)[:HELD_OUT]], config["vocab_size"])
+    loop = Loop(task, model, rows, rows[-HELD_OUT:], Ranks(), fit.rounding(task, model, rows, None))
+    loop.order = Two(len(full), len(usual))
+    loop.run()
+
+
+class Two:
+    """Which rows the two steps have: the first `full` ones, then the `usual` ones behind them."""
+
+    def __init__(self, full: int, usual: int):
+        self.steps = [list(range(full)), list(range(full, full + usual))]
+
+    def step(self, number: int) -> list[int]:
+        return self.steps[number]
+
+
+def shape(task: job.Job) -> dict:
+    """The config of the recipe's base, cut to one layer of each kind; of Nemotron 3 Nano where the base is not built yet."""
+    if "base" in task.inputs:
+        config = json.loads((task.inputs["base"] / "config.json").read_text())
+    else:
+        job.warning("the recipe's base is not built yet: kernels are compiled for the shape of Nemotron 3 Nano 30B-A3B",
+                    "If your base has another shape, build it (build.py run --until base) and run this again")
+        config = nano.WIDTHS | {"hybrid_override_pattern": nano.PATTERN}
+    return config | {"hybrid_override_pattern": kinds(config["hybrid_override_pattern"])}
+
+
+def kinds(pattern: str) -> str:
+    """The shortest pattern with a layer of each kind. A Mamba layer directly before attention is one of its own: the export leaves
+    it in BF16, and so does training (nemotron/layout.py)."""
+    chosen = [letter for letter in "*ME" if letter in pattern.replace("M*", "")]
+    return "".join(chosen) + ("M*" if "M*" in pattern else "")
+
+
+def adapted(task: job.Job, config: dict) -> nn.Module:
+    """A model of random weights with its adapter, as stage train would make it."""
+    import torch
+
+    from nemotron import adapter, assemble, recompute
+    from stages.train import memory
+
+    params = task.params
+    memory.check(config, params, task.device)
+    model = assemble.random(config, memory.METHODS[params["method"]], getattr(torch, params["precision"]), task.device)
+    adapter.attach(model, params["targets"], params["rank"], params["alpha"], task.seed)
+    if params["gradient_checkpointing"]:
+        recompute.attach(model, params["sequence_tokens"])
+    return model
+
+
+def conversations(task: job.Job) -> list[int]:
+    """Tokens of the recipe's conversations; made-up ones where stage data is not built yet. None is longer than a packed sequence."""
+    from stages.train import fit
+
+    lengths = fit.lengths(fit.read(task.inputs["data"] / "train.jsonl")) if "data" in task.inputs else list(LENGTHS)
+    most = task.params["sequence_tokens"]
+    return [min(length, most) for length in lengths]
+
+
+def fill(lengths: list[int], capacity: int) -> list[int]:
+    """Conversations of these lengths, over and over, that fill a packed sequence of `capacity` tokens to the last one."""
+    chosen, room = [], capacity
+    while room:
+        chosen.append(min(lengths[len(chosen) % len(lengths)], room))
+        room -= chosen[-1]
+    return chosen
+
+
+def usual_step(task: job.Job, lengths: list[int]) -> list[int]:
+    """The lengths of the recipe's first step."""
+    from stages.train.pack import Order
+
+    params = task.params
+    return [lengths[row] for row in Order(lengths, task.seed, params["batch"], params["batch_tokens"]).step(0)]
+
+
+def synthetic(lengths: list[int], vocabulary: int) -> list[dict]:
+    """Rows as stage data writes them, of random tokens, the last quarter of each trained."""
+    import torch
+
+    from nemotron.chat import IGNORED
+
+    numbers, rows = torch.Generator().manual_seed(0), []
+    for number, length in enumerate(lengths):
+        ids = torch.randint(0, vocabulary, (length,), generator=numbers).tolist()
+        masked = length - max(1, length // 4)
+        rows.append({"input_ids": ids, "labels": [IGNORED] * masked + ids[masked:], "number": number})
+    return rows
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as stages/train/__main__.py
+    kernel_cache.prepare(job.warning)
+    job.main(run)
