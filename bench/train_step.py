@@ -8,7 +8,8 @@ PEFT with the Mamba kernels they find), `peft-torch` (the same without), `notebo
 bench/lengths.py, the same for every row. Weights are random. Every row is a process of its own, and so has its own time from the
 start of the process to the end of the first step (first s), CUDA graphs and tuning included. Timed are the steps after the third;
 of at most three, those after the first. Compiled is what Triton compiled after the third step. Peak is memory allocated, held is
-what torch reserved for it, graphs included. A row that cannot run says why in its line, and the bench goes on.
+what torch reserved for it, graphs included. With ANNIE_KERNELS=FOLDER what is compiled stays there, as it does for the stages, and the
+next process starts warm. A row that cannot run says why in its line, and the bench goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nemotron import kernel_cache
+
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as stages/train/__main__.py
+kernel_cache.prepare(lambda message, remedy: print(message, remedy, file=sys.stderr))  # keeps what is compiled, if ANNIE_KERNELS names a folder
 
 import torch
 
@@ -82,6 +86,7 @@ def measure(name: str, config: dict, device: torch.device, top: float, options: 
     try:
         synchronize(device)
         built = {"build_s": time.perf_counter() - began}
+        print(f"{name}: built in {built['build_s']:.1f} s, the import of its libraries included", flush=True)
         if cuda:
             built |= {"build_peak_gb": torch.cuda.max_memory_allocated(device) / 1e9}
         for number, kind in enumerate(lengths.kinds(options.lengths)):
@@ -223,9 +228,11 @@ def alone(name: str, arguments: list[str]) -> dict:
 def here(name: str, config: dict, device: torch.device, options: argparse.Namespace) -> Iterator[dict]:
     """The same, measured in this process: the report after every distribution of lengths."""
     report = surroundings(device, options.commit) | {"layers": len(config["hybrid_override_pattern"]), "documents": options.documents}
+    imported = time.time() - figures.started()
     print(f"{report['gpu']}, CUDA {report['cuda']}, commit {report['commit']}, " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
     top, rows = ceiling(device), []
-    print(f"{name}: {report['layers']} layers; matrix ceiling {top / 1e12:.0f} TFLOP/s", flush=True)
+    ready = time.time() - figures.started()
+    print(f"{name}: {report['layers']} layers; matrix ceiling {top / 1e12:.0f} TFLOP/s; torch loaded {imported:.1f} s after the start, the ceiling measured after {ready:.1f} s", flush=True)
     try:
         for found in measure(name, config, device, top, options):
             rows.append(found)

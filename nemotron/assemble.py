@@ -24,6 +24,7 @@ from nemotron.projection import Projection
 from nemotron.shards import Shards
 
 LAYOUT = "official"
+TOGETHER = 8  # random experts: thousands of small matrices would wait for the processor, and more at once need memory to pack
 
 
 def load(checkpoint: Checkpoint, form: str = "bf16", dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -48,18 +49,23 @@ def load(checkpoint: Checkpoint, form: str = "bf16", dtype: torch.dtype = torch.
 
 
 def random(config: dict, form: str = "bf16", dtype: torch.dtype = torch.bfloat16, device: str = "cuda", std: float = 0.02, shards: Shards = Shards()) -> nn.Module:
-    """The same with random weights, made a matrix at a time on the device: for measuring speed and memory at any size."""
+    """The same with random weights, made on the device, `TOGETHER` experts at a time: for measuring speed and memory at any size."""
     model = empty(config, form, dtype, device, shards)
     generator = torch.Generator(device).manual_seed(0)
     special = {"A_log": lambda s: torch.arange(1, s[0] + 1).float().log(), "D": torch.ones, "dt_bias": lambda s: torch.full(s, -3.0), "e_score_correction_bias": torch.zeros}
     for name, spec in tensors(config).items():
-        last = name.rsplit(".", 2)
+        last, shape = name.rsplit(".", 2), spec.shape
+        if ".experts." in name:
+            number = int(name.split(".experts.")[1].split(".")[0])
+            if number % TOGETHER:
+                continue  # came with an earlier one
+            shape = (min(TOGETHER, config["n_routed_experts"] - number), *shape)
         if last[-1] in special:
-            value = special[last[-1]](spec.shape)
+            value = special[last[-1]](shape)
         elif "norm" in last[-2]:
-            value = torch.ones(spec.shape)
+            value = torch.ones(shape)
         else:
-            value = torch.randn(spec.shape, generator=generator, device=device) * std
+            value = torch.randn(shape, generator=generator, device=device).mul_(std)
         fill(model, name, value)
     return finish(model)
 

@@ -36,6 +36,13 @@ def table() -> torch.Tensor:
     return (values / values.max()).float()
 
 
+@cache
+def edges(device: torch.device) -> torch.Tensor:
+    """What lies halfway between one value and the next, on `device`, float32 (15,). Copied there once: a copy for every matrix
+    would have the processor wait each time until the GPU has done all that it was given before."""
+    return ((table()[1:] + table()[:-1]) / 2).to(device)
+
+
 def pack(weight: torch.Tensor) -> Packed:
     """Quantises matrices (..., out, in) to the nearest code. Raises ValueError if `in` is no multiple of 64."""
     if weight.shape[-1] % BLOCK:
@@ -43,8 +50,7 @@ def pack(weight: torch.Tensor) -> Packed:
     blocks = weight.float().unflatten(-1, (-1, BLOCK))
     scale = blocks.abs().amax(-1).to(torch.bfloat16)
     scaled = blocks / scale.float().clamp(min=torch.finfo(torch.bfloat16).tiny)[..., None]
-    values = table().to(weight.device)
-    codes = torch.bucketize(scaled.flatten(-2), (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    codes = torch.bucketize(scaled.flatten(-2), edges(weight.device), out_int32=True).to(torch.uint8)
     return Packed(codes[..., 0::2] | (codes[..., 1::2] << 4), scale)
 
 

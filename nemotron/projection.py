@@ -53,17 +53,23 @@ class Projection(nn.Module):
         self._by_rows = tuple(name for name in parts if name != "weight_scale_2")
 
     @torch.no_grad()
-    def put(self, expert: int, matrix: torch.Tensor) -> None:
-        """Stores one matrix (out, in), packing it on the device where the weights are. Raises ValueError on another shape."""
-        wanted = (self.out_features, self.in_features)
-        if tuple(matrix.shape) != wanted:
-            raise ValueError(f"a matrix of shape {tuple(matrix.shape)}, expected {wanted}")
-        matrix = matrix.to(self.weight.device)
-        packed = {"weight": matrix} if self.form == "bf16" else vars(PACKINGS[self.form].pack(matrix))
+    def put(self, expert: int, matrices: torch.Tensor) -> None:
+        """Stores one matrix (out, in), or the n matrices from `expert` on (n, out, in), packing on the device where the weights are.
+
+        Raises ValueError on another shape, and on more matrices than there are.
+        """
+        wanted, run = (self.out_features, self.in_features), matrices if matrices.ndim == 3 else matrices[None]
+        count = len(run)
+        if tuple(run.shape[1:]) != wanted:
+            raise ValueError(f"a matrix of shape {tuple(matrices.shape)}, expected {wanted}")
+        if expert + count > self.experts:
+            raise ValueError(f"{count} matrices from {expert} on, expected {self.experts} in all")
+        run = run.to(self.weight.device)
+        packed = {"weight": run} if self.form == "bf16" else vars(PACKINGS[self.form].pack(run))
         if self.form == "nvfp4":
-            self.weight_scale_2[expert] = packed["weight_scale_2"]
+            self.weight_scale_2[expert : expert + count] = packed["weight_scale_2"]
         for name in self._by_rows:
-            self.shards.put(getattr(self, name), expert * self.out_features, packed[name])
+            self.shards.put(getattr(self, name), expert * self.out_features, packed[name].flatten(0, 1))
 
     def held(self) -> torch.Tensor | nf4.Packed | nvfp4.Packed:
         """The frozen weights in their form, whole: tensors (experts, out, ...)."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nemotron import kernel_cache, kernel_watch, nano
+from nemotron import determinism, kernel_cache, kernel_watch, nano
 from stages import job
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def run(task: job.Job) -> None:
     from nemotron import tuning
     from stages.train import fit
 
+    if task.params["deterministic"]:
+        determinism.on()
     kernel_watch.start(fit.compiling)
     train(task)
     counts = kernel_watch.counts
@@ -156,6 +159,9 @@ def synthetic(lengths: list[int], vocabulary: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as stages/train/__main__.py
+    # All as stages/train/__main__.py has it.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if len(sys.argv) == 2 and job.read(sys.argv[1]).params["deterministic"]:
+        determinism.before_torch()
     kernel_cache.prepare(job.warning)
     job.main(run)

@@ -261,6 +261,15 @@ def test_random_weights_make_a_model_of_any_size():
     assert torch.isfinite(assemble.loss(model, tokens(50), tokens(50), Documents((50,))))
 
 
+def test_every_random_expert_is_filled_and_none_twice():
+    """Experts are made several at a time, and what is not filled would be whatever the memory held."""
+    count = assemble.TOGETHER + 3
+    its = assemble.random(tiny.config("ME*", 128, count, 512), "nf4", torch.float32, "cpu").model.layers[1].mixer.experts
+    for stack in (its.up_proj.dense(), its.down_proj.dense()):
+        assert len(stack) == count and all(0.015 < matrix.std() < 0.025 for matrix in stack)
+        assert len({tuple(matrix[0, :8].tolist()) for matrix in stack}) == count
+
+
 @pytest.mark.parametrize("lengths", [(), (3, 0)])
 def test_documents_have_tokens(lengths):
     with pytest.raises(ValueError, match="at least one token"):

@@ -198,6 +198,21 @@ def test_a_linear_is_a_stack_of_one(form, dtype, device):
     assert relative(y, wanted) < tolerance
 
 
+@pytest.mark.parametrize("form", ["bf16", "nf4", "nvfp4"])
+def test_several_matrices_at_once_are_the_same_as_one_after_the_other(form):
+    torch.manual_seed(0)
+    matrices = torch.randn(5, 32, 64) * torch.tensor([1.0, 3.0, 0.1, 2.0, 5.0])[:, None, None]  # a scale of its own each
+    single, several = (Projection(5, 32, 64, form, torch.float32) for _ in range(2))
+    for number, matrix in enumerate(matrices):
+        single.put(number, matrix)
+    several.put(0, matrices[:3])
+    several.put(3, matrices[3:])
+    for name, buffer in single.named_buffers():
+        assert torch.equal(buffer.view(torch.uint8), getattr(several, name).view(torch.uint8)), name
+    with pytest.raises(ValueError, match="3 matrices from 3 on, expected 5 in all"):
+        several.put(3, matrices[:3])
+
+
 def test_a_matrix_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \(64, 96\), expected \(96, 64\)"):
         Projection(1, 96, 64).put(0, torch.zeros(64, 96))
