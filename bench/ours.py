@@ -63,14 +63,17 @@ class Packed(Row):
         return [tuple(lengths[number] for number in group) for group in best_fit(list(lengths), CAPACITY)]
 
 
-def ours(config: dict, device: torch.device, form: str = "nf4", targets: str = "all", graphs: bool = True) -> Row:
+def ours(config: dict, device: torch.device, form: str = "nf4", targets: str = "all", graphs: bool = True, decoded: float = 0.0) -> Row:
     """A model of `config` with random weights in `form` and LoRA on `targets`, ready for `Row.step`.
 
     `form` "rounded" is BF16 with adapted weights going through the export's rounding in every step. `graphs`: CUDA graphs, on a GPU.
+    `decoded`: bytes in which weights are held decoded.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = assemble.random(config, "bf16" if form == "rounded" else form, dtype, str(device))
     adapter.attach(model, targets, RANK, ALPHA, 0)
+    if decoded:
+        assemble.keep_decoded(model, decoded)
     for module in assemble.exported(model):
         module.rounded = form == "rounded"
     recompute.attach(model.train(), CAPACITY)

@@ -41,13 +41,13 @@ from nemotron import determinism, grouped
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mamba-ssm")
 
 
-def builder(name: str, graphs: bool = True) -> Callable[[dict, torch.device], Row]:
+def builder(name: str, graphs: bool = True, decoded: float = 0.0) -> Callable[[dict, torch.device], Row]:
     """(config, device) -> Row for a row's name. Imported only here, so that a missing library costs one row."""
     if name.startswith("ours"):
         from bench.ours import ours
 
         form, _, targets = name.removeprefix("ours").removeprefix("-").partition("-")
-        return lambda config, device: ours(config, device, form or "nf4", targets or "all", graphs)
+        return lambda config, device: ours(config, device, form or "nf4", targets or "all", graphs, decoded)
     from bench import baselines
 
     known = {
@@ -82,7 +82,7 @@ def measure(name: str, config: dict, device: torch.device, top: float, options: 
     cuda = device.type == "cuda"
     compilations = figures.Compilations() if cuda else None
     began = time.perf_counter()
-    row = builder(name, not options.eager)(config, device)
+    row = builder(name, not options.eager, 1e9 * options.decoded_gb)(config, device)
     try:
         synchronize(device)
         built = {"build_s": time.perf_counter() - began}
@@ -261,6 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=52, help="the first N of the model's 52 layers")
     parser.add_argument("--tiles", action="store_true", help="ours: our grouped products in place of torch's, as every GPU but Hopper and data-centre Blackwell takes them")
     parser.add_argument("--eager", action="store_true", help="ours: without CUDA graphs")
+    parser.add_argument("--decoded-gb", type=float, default=0.0, help="ours: as stage train's decoded_gb")
     parser.add_argument("--deterministic", action="store_true", help="ours: as stage train with deterministic: true")
     parser.add_argument("--config", type=Path, help="a hub config.json to take widths and pattern from instead of the real ones")
     parser.add_argument("--device", default="cuda")

@@ -40,7 +40,7 @@ warm() { # NAME, CODE, KERNELS, SEED, then words that have to be 0
     shift 4
     job "$name"
     mkdir -p "$folder/$kernels"
-    if ! (cd "$code" && ANNIE_KERNELS="$folder/$kernels" ANNIE_KERNELS_SEED="$seed" PYTHONPATH=. "$python" -m stages.warm "$folder/$name/job.json") \
+    if ! (cd "$code" && ANNIE_KERNELS="$folder/$kernels" ANNIE_KERNELS_SEED="$seed" PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" "$python" -m stages.warm "$folder/$name/job.json") \
         > "$folder/$name.log" 2>&1; then
         tail -n 20 "$folder/$name.log"
         echo "$name: failed; expected exit status 0. The whole log: $folder/$name.log" >&2

@@ -16,6 +16,7 @@ from nemotron import attention, experts, layout, native, norm
 from nemotron.checkpoint import Checkpoint
 from nemotron.documents import Documents
 from nemotron.graphs import Graphs
+from nemotron.grouped import ALIGNMENT
 from nemotron.loss import cross_entropy, likeliest, trained
 from nemotron.loss import distillation as distilled
 from nemotron.names import FLOAT32, tensors
@@ -139,6 +140,21 @@ def exported(model: nn.Module) -> list[Projection]:
             first = name.replace(".experts.", ".experts.0.").replace("model.", "backbone.", 1)
             found += [module] if first in packed else []
     return found
+
+
+def keep_decoded(model: nn.Module, room: float) -> tuple[int, int]:
+    """Holds 4-bit weights decoded in at most `room` bytes, as many Projections as fit. Returns how many, and their bytes.
+
+    The first blocks come first: they are decoded once more in the backward, where the last ones may keep their activations.
+    """
+    dtype, device = model.placed
+    multiple = ALIGNMENT if torch.device(device).type == "cuda" and dtype == torch.bfloat16 else 1
+    count, taken = 0, 0
+    for module in model.modules():
+        if isinstance(module, Projection) and module.form != "bf16" and taken + (size := module.bytes_to_keep(multiple)) <= room:
+            module.keep(multiple)
+            count, taken = count + 1, taken + size
+    return count, taken
 
 
 def parameters(model: nn.Module) -> int:

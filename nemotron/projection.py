@@ -7,7 +7,7 @@ A `Projection` stands where the native class has a linear or a stack of expert m
     nvfp4    the exporter's own grid, groups of 16 (nemotron/nvfp4.py)
 
 and are decoded anew whenever they are multiplied with: forward and backward each hold one dense stack, for the moment of the
-product, and autograd saves packed weights only. Several processes may hold them between them (nemotron/shards.py). The low-rank
+product, and autograd saves packed weights only. Where there is memory to spare, `keep` holds a stack decoded. Several processes may hold them between them (nemotron/shards.py). The low-rank
 factors are float32 always and are cast to the input's dtype for their products, so that a resumed run is an uninterrupted one.
 """
 
@@ -39,6 +39,7 @@ class Projection(nn.Module):
             raise ValueError(f"unknown form {form!r} of weights; known are {', '.join(FORMS)}")
         self.experts, self.out_features, self.in_features, self.form, self.dtype, self.shards = experts, out, inside, form, dtype, shards
         self.rank, self.scale, self.rounded = 0, 0.0, False
+        self.kept: torch.Tensor | None = None
         rows = shards.height(experts * out)
         parts = {
             "bf16": {"weight": ((rows, inside), dtype)},
@@ -81,6 +82,9 @@ class Projection(nn.Module):
 
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The frozen weights (experts, out, in) in `dtype`, without any change; written into `out`, a view of that shape, if it is given."""
+        if self.kept is not None:
+            found = self.kept[:, : self.out_features, : self.in_features]
+            return found if out is None else out.copy_(found)
         held = self.held()
         if isinstance(held, torch.Tensor):
             return held if out is None else out.copy_(held)
@@ -88,6 +92,22 @@ class Projection(nn.Module):
             return decode.stack(held, torch.empty(self.experts, self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device) if out is None else out)
         found = PACKINGS[self.form].unpack(held).to(self.dtype)
         return found if out is None else out.copy_(found)
+
+    @torch.no_grad()
+    def keep(self, multiple: int = 1) -> None:
+        """Holds the weights decoded from now on, with room for the factors beside and below them; call it after `adapt`.
+
+        `multiple` is the one that `beside` and `above` will be called with.
+        """
+        room = self.rank + -self.rank % multiple
+        made = torch.zeros(self.experts, self.out_features + room, self.in_features + room, dtype=self.dtype, device=self.weight.device)
+        self.dense(made[:, : self.out_features, : self.in_features])
+        self.kept = made
+
+    def bytes_to_keep(self, multiple: int = 1) -> int:
+        """What `keep` takes."""
+        room = self.rank + -self.rank % multiple
+        return self.experts * (self.out_features + room) * (self.in_features + room) * self.dtype.itemsize
 
     def adapt(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
         """Gives every matrix a change `alpha / rank * B @ A`, at first zero: A as nn.Linear begins, B zero."""
@@ -126,8 +146,11 @@ class Projection(nn.Module):
     def beside(self, multiple: int = 1) -> torch.Tensor:
         """The frozen weights with scale * B behind them, (experts, out, in + rank): for rows that carry A x behind x."""
         _, b = self.factors(self.dtype, multiple)
-        made = self.weight.new_empty(self.experts, self.out_features, self.in_features + b.shape[2], dtype=self.dtype)
-        self.dense(made[:, :, : self.in_features])
+        if self.kept is not None:
+            made = self.kept[:, : self.out_features]
+        else:
+            made = self.weight.new_empty(self.experts, self.out_features, self.in_features + b.shape[2], dtype=self.dtype)
+            self.dense(made[:, :, : self.in_features])
         made[:, :, self.in_features :] = b
         return made
 
@@ -135,8 +158,11 @@ class Projection(nn.Module):
     def above(self, multiple: int = 1) -> torch.Tensor:
         """The frozen weights with A below them, (experts, out + rank, in): for gradients that carry what B gives back behind them."""
         a, _ = self.factors(self.dtype, multiple)
-        made = self.weight.new_empty(self.experts, self.out_features + a.shape[1], self.in_features, dtype=self.dtype)
-        self.dense(made[:, : self.out_features])
+        if self.kept is not None:
+            made = self.kept[:, :, : self.in_features]
+        else:
+            made = self.weight.new_empty(self.experts, self.out_features + a.shape[1], self.in_features, dtype=self.dtype)
+            self.dense(made[:, : self.out_features])
         made[:, self.out_features :] = a
         return made
 

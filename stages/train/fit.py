@@ -76,6 +76,8 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
     params, form = task.params, memory.METHODS[task.params["method"]]
     if params["sharded"] and its.world == 1:
         raise job.StageError("sharded with one process", "several that hold the base between them", "Set ranks to the number of GPUs, or leave sharded out")
+    if params["decoded_gb"] and form == "bf16":
+        raise job.StageError("decoded_gb with method lora", "method qlora or nvfp4", "Method lora holds the weights in BF16 already: leave decoded_gb out")
     shards = Shards(its.rank, its.world) if params["sharded"] else Shards()
     try:
         checkpoint = Checkpoint(task.inputs["base"])
@@ -88,6 +90,11 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
         adapter.attach(model, params["targets"], params["rank"], params["alpha"], task.seed)
     except (native.NativeError, ValueError) as error:
         raise job.StageError(str(error), "libraries and a model that fit", "See the message") from error
+    if params["decoded_gb"]:
+        count, size = assemble.keep_decoded(model, 1e9 * params["decoded_gb"])
+        if not count:
+            raise job.StageError(f"decoded_gb {params['decoded_gb']:g}, in which no weights fit decoded", "room for a stack of experts at least", "Raise decoded_gb, or leave it out")
+        job.progress(size / 1e9, size / 1e9, "GB", f"{count} stacks and linears are held decoded")
     if params["gradient_checkpointing"]:
         recompute.attach(model, params["sequence_tokens"])
     return model

@@ -17,7 +17,7 @@ CACHED = 1.15  # what the allocator holds beside what is asked of it
 
 
 def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]:
-    """Bytes by part: the base in its form, the adapter with its gradient and both Adam moments (float32), and activations.
+    """Bytes by part: the base in its form, what of it is held decoded, the adapter with its gradient and both Adam moments (float32), and activations.
 
     `count` processes hold the base's linears and experts between them.
 
@@ -35,9 +35,11 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
     width = max(config["moe_intermediate_size"], hidden)
     stack = 2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number if form != "bf16" or count > 1 else 0
     layer = stack + 6 * tokens * choices * width * number + 4 * tokens * config["moe_shared_expert_intermediate_size"] * number
-    layers = len(pattern(config))
+    layers, decoded = len(pattern(config)), 0.0
+    if form != "bf16":
+        decoded = min(1e9 * params["decoded_gb"], sum(number * torch.Size(spec.shape).numel() for name, spec in specs.items() if name in packed))
     kept = layers * tokens * hidden * number
-    return {"base": base, "adapter": 16.0 * factors, "activations": kept + layer if params["gradient_checkpointing"] else kept + layers * layer / 2}
+    return {"base": base, **({"decoded": decoded} if decoded else {}), "adapter": 16.0 * factors, "activations": kept + layer if params["gradient_checkpointing"] else kept + layers * layer / 2}
 
 
 def adapted(config: dict, targets: str) -> dict[str, tuple[int, ...]]:
@@ -72,7 +74,7 @@ def check(config: dict, params: dict, device: str, count: int = 1) -> None:
     needed = sum(parts.values()) * CACHED
     if needed <= room:
         return
-    fitting = (its for its in METHODS if sum(bytes_needed(config, {**params, "method": its, "gradient_checkpointing": True}, count).values()) * CACHED <= room)
+    fitting = (its for its in METHODS if sum(bytes_needed(config, {**params, "method": its, "gradient_checkpointing": True, "decoded_gb": 0.0}, count).values()) * CACHED <= room)
     method = next(fitting, None)
     said = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
     raise job.StageError(f"this run needs about {needed / 1e9:.0f} GB ({said}), and {room / 1e9:.0f} GB are free", "enough memory for the method",

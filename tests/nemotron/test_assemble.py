@@ -19,6 +19,7 @@ from devices import DEVICES, relative  # noqa: E402
 from nemotron import adapter, assemble, lora, loss, native, nvfp4, recompute  # noqa: E402
 from nemotron.checkpoint import Checkpoint  # noqa: E402
 from nemotron.documents import Documents  # noqa: E402
+from nemotron.projection import Projection  # noqa: E402
 from stages.base import tiny  # noqa: E402
 
 LENGTHS = (70, 1, 33, 130, 7)
@@ -225,6 +226,20 @@ def test_trap_8_and_10_every_adapter_tensor_gets_a_gradient_out_proj_too(base):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert sum("out_proj" in name for name in trained) == 2 * 2
     assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
+
+
+def test_weights_are_held_decoded_in_the_room_that_is_given_the_first_blocks_first(base):
+    def loaded():
+        model = assemble.load(Checkpoint(base), "nf4", torch.float32, "cpu")
+        return model, [module for module in model.modules() if isinstance(module, Projection) and module.form == "nf4"]
+
+    model, packed = loaded()
+    sizes = [module.bytes_to_keep() for module in packed]
+    assert assemble.keep_decoded(model, min(sizes) - 1) == (0, 0)
+    assert assemble.keep_decoded(model, sum(sizes[:3])) == (3, sum(sizes[:3]))
+    assert [module.kept is not None for module in packed] == [True] * 3 + [False] * (len(packed) - 3)
+    model, packed = loaded()
+    assert assemble.keep_decoded(model, 1e12) == (len(packed), sum(sizes)), "those that are BF16 anyway stay as they are"
 
 
 def test_trap_18_rounded_weights_are_bit_for_bit_what_the_export_writes(base, tmp_path):

@@ -213,6 +213,38 @@ def test_several_matrices_at_once_are_the_same_as_one_after_the_other(form):
         several.put(3, matrices[:3])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("rank", [0, 3, 8])
+@pytest.mark.parametrize("form", ["nf4", "nvfp4"])
+def test_weights_that_are_held_decoded_give_the_same_bits_step_after_step(form, rank, rounded, device):
+    layer = Layer(form, rank, torch.bfloat16, device)
+    x, index, share = inputs(24, torch.bfloat16, device)
+    its = [layer.up_proj, layer.down_proj]
+    for projection in its:
+        projection.rounded = rounded
+
+    def steps():
+        found = []
+        for number in range(2):  # the factors of a step are not those of the one before
+            for projection in its if rank else ():
+                torch.manual_seed(number)
+                projection.lora_a.data.normal_(std=0.1)
+                projection.lora_b.data.normal_(std=0.1)
+            leaves = [x, share, *(factor for projection in its if rank for factor in projection.pair)]
+            y = layer(x, index, share)
+            found += [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
+        return found
+
+    wanted, multiple = steps(), grouped.ALIGNMENT if grouped.fast(x) else 1
+    for projection in its:
+        before, room = projection.dense().clone(), projection.bytes_to_keep(multiple)
+        projection.keep(multiple)
+        assert torch.equal(projection.dense(), before) and projection.kept.nbytes == room
+        projection.weight.zero_()  # what is packed is not read any more
+    assert all(torch.equal(a, b) for a, b in zip(steps(), wanted, strict=True))
+
+
 def test_a_matrix_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \(64, 96\), expected \(96, 64\)"):
         Projection(1, 96, 64).put(0, torch.zeros(64, 96))

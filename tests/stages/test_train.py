@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import short  # noqa: E402
 import small  # noqa: E402
 
 from nemotron import adapter, assemble, native  # noqa: E402
-from nemotron.checkpoint import Slot, write  # noqa: E402
+from nemotron.checkpoint import Checkpoint, Slot, write  # noqa: E402
 from stages import job  # noqa: E402
 from stages.train import fit, memory  # noqa: E402
 from stages.train.board import FILE  # noqa: E402
@@ -227,6 +228,27 @@ def test_one_seed_is_one_adapter(made, trained, tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (again.output / "adapter" / name).read_bytes() == (task.output / "adapter" / name).read_bytes()
     assert all(not torch.equal(value, short.weights(task.output)[name]) for name, value in short.weights(other.output).items())
+
+
+def test_weights_held_decoded_train_the_same_adapter(made, tmp_path):
+    outputs = [short.run(tmp_path / str(room), made, method="qlora", decoded_gb=room) for room in (0.0, 0.0004, 1.0)]
+    wanted, *found = [(output / "adapter" / "adapter_model.safetensors").read_bytes() for output in outputs]
+    assert found == [wanted] * 2
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"method": "lora", "decoded_gb": 1.0}, "decoded_gb with method lora"), ({"method": "qlora", "decoded_gb": 1e-6}, "no weights fit")])
+def test_room_for_decoded_weights_that_holds_none_is_refused(made, tmp_path, changes, words):
+    with pytest.raises(job.StageError, match=words):
+        fit.run(short.task(tmp_path, made, **changes))
+
+
+def test_weights_held_decoded_count_as_memory(made):
+    config = Checkpoint(made["base"]).config
+    contract = tomllib.loads(short.CONTRACT.read_text())["parameters"]
+    params = {name: row["default"] for name, row in contract.items()} | {"method": "qlora"}
+    plain = memory.bytes_needed(config, params)
+    some, more = (memory.bytes_needed(config, params | {"decoded_gb": room}) for room in (0.0001, 1e3))
+    assert "decoded" not in plain and some["decoded"] == 1e5 and 1e5 < more["decoded"] < 1e9
 
 
 def test_deterministic_reaches_torch_and_the_manifest(made, tmp_path):
