@@ -110,7 +110,7 @@ def test_the_stages_prepare_before_they_load_anything_else(tmp_path, stage):
     smi.write_text(f"#!/bin/sh\necho '{SMI}'\n")
     smi.chmod(0o755)
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"stage": stage, "params": {"ranks": 1}, "inputs": {}, "output": "", "scratch": "", "seed": 1}))
+    job.write_text(json.dumps({"stage": stage, "params": {"ranks": 1, "deterministic": False}, "inputs": {}, "output": "", "scratch": "", "seed": 1}))
     program = f"""
 import os, runpy, sys
 class Look:
