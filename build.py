@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Annie's build: from conversations and a base model to one image that serves the fine-tuned model in NVFP4."""
+"""Annie's build: from conversations and a base model to an image that serves the tuned model in NVFP4."""
 
 from __future__ import annotations
 
@@ -61,8 +61,18 @@ def show(renderable: Any, *, to_stderr: bool = False) -> None:
 def command(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:
     """A click command with --recipe and --executor; findings go to stderr and end it with exit 1."""
     shared = [
-        click.option("--recipe", default="tiny", envvar="ANNIE_RECIPE", show_default=True, help="A name in recipes/ or a .yaml file."),
-        click.option("--executor", type=click.Choice(["docker", "local"]), help="Default: the recipe's, else docker where an engine answers."),
+        click.option(
+            "--recipe",
+            default="tiny",
+            envvar="ANNIE_RECIPE",
+            show_default=True,
+            help="A name in recipes/ or a .yaml file.",
+        ),
+        click.option(
+            "--executor",
+            type=click.Choice(["docker", "local"]),
+            help="Default: the recipe's, else docker where an engine answers.",
+        ),
     ]
 
     def make(function: Callable[..., None]) -> click.Command:
@@ -124,7 +134,9 @@ def plan(recipe: str, executor: str | None, as_json: bool, **selected: Any) -> N
     sys.exit(any(f.level == "error" for f in findings))
 
 
-@command(*selecting, as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."))
+@command(
+    *selecting, as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store.")
+)
 def run(recipe: str, executor: str | None, as_json: bool, no_wait: bool, **selected: Any) -> None:
     """Runs what is not built. Ctrl-C stops it; the next run goes on where it stopped."""
     sys.exit(run_stages(recipe, executor, as_json, not no_wait, **selected))
@@ -157,7 +169,9 @@ def demo(recipe: str, executor: str | None) -> None:
 
 @command(as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."))
 def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> None:
-    """Compiles and tunes what stage train runs on this GPU, and keeps it: the first run then starts as fast as every later one."""
+    """Compiles and tunes what stage train runs on this GPU, and keeps it: the first run then starts as
+    fast as every later one.
+    """
     from forge import report, warm, watch
 
     its = opened(recipe, executor)
@@ -170,7 +184,9 @@ def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> Non
 
 @command(as_json)
 def compare(recipe: str, executor: str | None, as_json: bool) -> None:
-    """Every way of the recipe trained, merged, quantised and asked; then one table with a verdict, and a picture."""
+    """Every way of the recipe trained, merged, quantised and asked; then one table with a verdict, and a
+    picture.
+    """
     from forge import compare, picture, plan, report, run, watch
 
     its = opened(recipe, executor)
@@ -181,8 +197,14 @@ def compare(recipe: str, executor: str | None, as_json: bool) -> None:
             if code := run.run(context, its.executor, plan.Selection(last=compare.LAST), watcher).code:
                 sys.exit(code)
     rows, file = compare.collect(ways), home() / f"compare-{its.context.recipe.name}.svg"
-    file.write_text(picture.ways(rows, f"{its.context.recipe.name}: what survives four bits", compare.verdict(rows)))
-    print(json.dumps({"event": "compared", "ways": rows, "picture": str(file)})) if as_json else show(report.of_compare(rows, file))
+    file.write_text(
+        picture.ways(rows, f"{its.context.recipe.name}: what survives four bits", compare.verdict(rows))
+    )
+    (
+        print(json.dumps({"event": "compared", "ways": rows, "picture": str(file)}))
+        if as_json
+        else show(report.of_compare(rows, file))
+    )
 
 
 @command(on_stage, as_json)
@@ -248,11 +270,22 @@ def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
 
 @command(
     click.argument("folder", type=click.Path(path_type=Path)),
-    click.option("--base", type=click.Path(path_type=Path), metavar="FOLDER", help="What it was made from: the rest has to be equal."),
-    click.option("--vllm", metavar="VERSION", help="Also what this vLLM cannot load, and the flags it needs (0.31.0; 0.32.0+cpu without a GPU)."),
+    click.option(
+        "--base",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="What it was made from: the rest has to be equal.",
+    ),
+    click.option(
+        "--vllm",
+        metavar="VERSION",
+        help="Also what this vLLM cannot load, and the flags it needs (0.31.0; 0.32.0+cpu without a GPU).",
+    ),
     as_json,
 )
-def audit(recipe: str, executor: str | None, folder: Path, base: Path | None, vllm: str | None, as_json: bool) -> None:
+def audit(
+    recipe: str, executor: str | None, folder: Path, base: Path | None, vllm: str | None, as_json: bool
+) -> None:
     """Checks every tensor, scale and exclude of the checkpoint in FOLDER. Exit 1 on a fault."""
     from forge import audit, report
 

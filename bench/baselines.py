@@ -1,7 +1,9 @@
-"""The two ways of fine-tuning that ours is measured against: the lab notebook's, and transformers with PEFT as they come.
+"""The two ways of fine-tuning that ours is measured against: the lab notebook's, and transformers with
+PEFT as they come.
 
-Weights are random (std 0.02) and are made on the device one matrix at a time, packed at once where the way packs them, so
-that neither host memory nor more than one matrix (one expert stack for PEFT) in BF16 is needed. Hidden states are (1, T, D).
+Weights are random (std 0.02) and are made on the device one matrix at a time, packed at once where the way
+packs them, so that neither host memory nor more than one matrix (one expert stack for PEFT) in BF16 is
+needed. Hidden states are (1, T, D).
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ RANK, ALPHA, DROPOUT = 16, 32, 0.05
 PARTS = {"M": "mamba", "*": "attention", "E": "experts"}
 
 
-# ---------------------------------------------------------------------------------------------- the notebook's recipe
+# --- the notebook's recipe ------------------------------------------------------------------------------
 
 
 class Lora(nn.Module):
-    """A packed matrix with a float32 adapter beside it, dropout before A, B zero at the start; what PEFT makes of a Linear4bit."""
+    """A packed matrix with a float32 adapter beside it, dropout before A, B zero at the start; what PEFT
+    makes of a Linear4bit.
+    """
 
     def __init__(self, into: int, out: int, device: torch.device) -> None:
         super().__init__()
         self.base = packed(into, out, device)
-        self.a, self.b = nn.Linear(into, RANK, bias=False, device=device), nn.Linear(RANK, out, bias=False, device=device)
+        self.a = nn.Linear(into, RANK, bias=False, device=device)
+        self.b = nn.Linear(RANK, out, bias=False, device=device)
         self.dropout = nn.Dropout(DROPOUT)
         nn.init.zeros_(self.b.weight)
 
@@ -47,15 +52,21 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.Module):
-    """128 experts one after the other, each on the tokens routed to it. Under autocast the router's logits fall to BF16, as they did."""
+    """128 experts one after the other, each on the tokens routed to it. Under autocast the router's logits
+    fall to BF16, as they did.
+    """
 
     def __init__(self, config: dict, device: torch.device) -> None:
         super().__init__()
         d, self.top = config["hidden_size"], config["num_experts_per_tok"]
         self.scale = config["routed_scaling_factor"]
-        self.router = nn.Parameter(random(config["n_routed_experts"], d, device=device, dtype=torch.float32), requires_grad=False)
+        self.router = nn.Parameter(
+            random(config["n_routed_experts"], d, device=device, dtype=torch.float32), requires_grad=False
+        )
         self.register_buffer("bias", torch.zeros(config["n_routed_experts"], device=device))
-        self.experts = nn.ModuleList(Mlp(d, config["moe_intermediate_size"], device) for _ in range(config["n_routed_experts"]))
+        self.experts = nn.ModuleList(
+            Mlp(d, config["moe_intermediate_size"], device) for _ in range(config["n_routed_experts"])
+        )
         self.shared = Mlp(d, config["moe_shared_expert_intermediate_size"], device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,25 +96,47 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (Lora(i, o, device) for i, o in linears(config)["attention"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (made.view(*x.shape[:2], -1, self.size).transpose(1, 2) for made in (self.q(x), self.k(x), self.v(x)))
+        q, k, v = (
+            made.view(*x.shape[:2], -1, self.size).transpose(1, 2)
+            for made in (self.q(x), self.k(x), self.v(x))
+        )
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))  # what autocast does to this product
-        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(*x.shape[:2], -1).to(x.dtype))
+        return self.o(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .reshape(*x.shape[:2], -1)
+            .to(x.dtype)
+        )
 
 
 class Mamba(nn.Module):
-    """Mamba-2 without mamba-ssm: packed projections without adapters, torch's convolution, the scan below, gated norm in groups."""
+    """Mamba-2 without mamba-ssm: packed projections without adapters, torch's convolution, the scan below,
+    gated norm in groups.
+    """
 
     def __init__(self, config: dict, device: torch.device) -> None:
         super().__init__()
-        self.heads, self.size, self.groups, self.state = (config[k] for k in ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size"))
-        self.inner, self.chunk, self.epsilon = self.heads * self.size, config["chunk_size"], config["layer_norm_epsilon"]
+        self.heads, self.size, self.groups, self.state = (
+            config[k] for k in ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
+        )
+        self.inner = self.heads * self.size
+        self.chunk = config["chunk_size"]
+        self.epsilon = config["layer_norm_epsilon"]
         self.conv_width = self.inner + 2 * self.groups * self.state
         (into, out), back = linears(config)["mamba"]
         self.in_proj, self.out_proj = packed(into, out, device), packed(*back, device)
-        self.conv = nn.Conv1d(self.conv_width, self.conv_width, config["conv_kernel"], groups=self.conv_width, padding=config["conv_kernel"] - 1, device=device)
+        self.conv = nn.Conv1d(
+            self.conv_width,
+            self.conv_width,
+            config["conv_kernel"],
+            groups=self.conv_width,
+            padding=config["conv_kernel"] - 1,
+            device=device,
+        )
         self.A_log = nn.Parameter(torch.arange(1, self.heads + 1, device=device).float().log())
-        self.D, self.dt_bias = nn.Parameter(torch.ones(self.heads, device=device)), nn.Parameter(start_dt(self.heads, device, config))
+        self.D = nn.Parameter(torch.ones(self.heads, device=device))
+        self.dt_bias = nn.Parameter(start_dt(self.heads, device, config))
         self.weight = nn.Parameter(torch.ones(self.inner, device=device))
         self.requires_grad_(False)
 
@@ -112,27 +145,51 @@ class Mamba(nn.Module):
         gate, mixed, dt = self.in_proj(x).split([self.inner, self.conv_width, self.heads], dim=-1)
         mixed = F.silu(self.conv(mixed.transpose(1, 2))[..., :tokens].transpose(1, 2))
         value, B, C = mixed.split([self.inner, self.groups * self.state, self.groups * self.state], dim=-1)
-        grouped = lambda t: t.reshape(batch, tokens, self.groups, self.state)  # noqa: E731
+        grouped = lambda t: t.reshape(batch, tokens, self.groups, self.state)
         dt = F.softplus(dt + self.dt_bias)
-        y = naive_scan(value.reshape(batch, tokens, self.heads, self.size), dt, -self.A_log.float().exp(), grouped(B), grouped(C), self.D, self.chunk)
+        y = naive_scan(
+            value.reshape(batch, tokens, self.heads, self.size),
+            dt,
+            -self.A_log.float().exp(),
+            grouped(B),
+            grouped(C),
+            self.D,
+            self.chunk,
+        )
         y = y.reshape(batch, tokens, self.inner).float() * F.silu(gate.float())
         y = y.view(batch, tokens, self.groups, -1)
-        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.epsilon)).view(batch, tokens, self.inner)
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.epsilon)).view(
+            batch, tokens, self.inner
+        )
         return self.out_proj((self.weight * y).to(x.dtype))
 
 
-def naive_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor, chunk: int) -> torch.Tensor:
-    """y (b, t, h, p) of Mamba-2 by products that are formed whole and then summed, as the hub's code does without mamba-ssm.
+def naive_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    chunk: int,
+) -> torch.Tensor:
+    """y (b, t, h, p) of Mamba-2 by products that are formed whole and then summed, as the hub's code does
+    without mamba-ssm.
 
-    x (b, t, h, p), dt (b, t, h), A and D (h,), B and C (b, t, g, n). The first product is (b, c, l, s, h, n) in float32: 4 MiB
-    a token at the real widths. Letters: c chunk, l and s places in it, h head, p its size, n state.
+    x (b, t, h, p), dt (b, t, h), A and D (h,), B and C (b, t, g, n). The first product is (b, c, l, s, h,
+    n) in float32: 4 MiB a token at the real widths. Letters: c chunk, l and s places in it, h head, p its
+    size, n state.
     """
     batch, tokens, heads, size = x.shape
     B, C = (t.float().repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
     x, dt = x.float(), dt.float()
     skipped = D[:, None] * x
     pad = -tokens % chunk
-    cut = lambda t: F.pad(t, (*[0] * (2 * (t.dim() - 2)), 0, pad)).reshape(batch, -1, chunk, *t.shape[2:])  # noqa: E731
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        whole = F.pad(t, (*[0] * (2 * (t.dim() - 2)), 0, pad))
+        return whole.reshape(batch, -1, chunk, *t.shape[2:])
+
     x, a, B, C = cut(x * dt[..., None]), cut(dt * A), cut(B), cut(C)
     a = a.permute(0, 3, 1, 2)  # b h c l
     reached = a.cumsum(-1)
@@ -157,7 +214,9 @@ def decay_between(a: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)); the norm's float32 weight makes the hidden states float32 throughout, as kbit preparation does."""
+    """x + mixer(norm(x)); the norm's float32 weight makes the hidden states float32 throughout, as kbit
+    preparation does.
+    """
 
     def __init__(self, letter: str, config: dict, device: torch.device) -> None:
         super().__init__()
@@ -174,14 +233,22 @@ def rms(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 class Notebook(nn.Module):
-    """The whole model as the notebook trained it: checkpointed blocks, float32 embeddings and head, logits of every position."""
+    """The whole model as the notebook trained it: checkpointed blocks, float32 embeddings and head, logits
+    of every position.
+    """
 
     def __init__(self, config: dict, device: torch.device) -> None:
         super().__init__()
         d, words = config["hidden_size"], config["vocab_size"]
-        self.embeddings, self.head = (nn.Parameter(random(words, d, device=device, dtype=torch.float32), requires_grad=False) for _ in range(2))
-        self.layers = nn.ModuleList(Block(letter, config, device) for letter in config["hybrid_override_pattern"])
-        self.weight, self.epsilon = nn.Parameter(torch.ones(d, device=device), requires_grad=False), config["layer_norm_epsilon"]
+        self.embeddings, self.head = (
+            nn.Parameter(random(words, d, device=device, dtype=torch.float32), requires_grad=False)
+            for _ in range(2)
+        )
+        self.layers = nn.ModuleList(
+            Block(letter, config, device) for letter in config["hybrid_override_pattern"]
+        )
+        self.weight = nn.Parameter(torch.ones(d, device=device), requires_grad=False)
+        self.epsilon = config["layer_norm_epsilon"]
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         x = F.embedding(ids, self.embeddings).requires_grad_()
@@ -192,21 +259,30 @@ class Notebook(nn.Module):
 
 
 def notebook(config: dict, device: torch.device) -> Row:
-    """The notebook's run: 4-bit linears and adapters one by one, a Python loop over experts, the naive scan."""
+    """The notebook's run: 4-bit linears and adapters one by one, a Python loop over experts, the naive
+    scan.
+    """
     model = Notebook(config, device).train()
     recipe = Recipe(targets=frozenset({"attention", "experts", "shared"}))
-    return Row(model, lambda ids, labels, mask: model(ids, labels), recipe, ((PARTS[layer.letter], layer) for layer in model.layers))
+    return Row(
+        model,
+        lambda ids, labels, mask: model(ids, labels),
+        recipe,
+        ((PARTS[layer.letter], layer) for layer in model.layers),
+    )
 
 
-# ------------------------------------------------------------------------------------------- transformers + PEFT today
+# --- transformers + PEFT today --------------------------------------------------------------------------
 
 
 def peft_today(config: dict, device: torch.device, scan: str = "found") -> Row:
-    """The native class, 4 bits on its Linears, PEFT's LoRA on attention, shared experts and expert stacks, all at their defaults.
+    """The native class, 4 bits on its Linears, PEFT's LoRA on attention, shared experts and expert stacks,
+    all at their defaults.
 
-    The stacks are parameters and not Linears, so they stay BF16. `scan`: "found" takes the Mamba kernels that transformers
-    finds, "torch" its own fallback, which is what a machine without mamba-ssm runs. Conversations of a
-    micro-batch are padded to the longest of them, as TRL's batches are. Raises DoesNotFit before anything is made.
+    The stacks are parameters and not Linears, so they stay BF16. `scan`: "found" takes the Mamba kernels
+    that transformers finds, "torch" its own fallback, which is what a machine without mamba-ssm runs.
+    Conversations of a micro-batch are padded to the longest of them, as TRL's batches are. Raises
+    DoesNotFit before anything is made.
     """
     import peft
     import transformers
@@ -217,58 +293,92 @@ def peft_today(config: dict, device: torch.device, scan: str = "found") -> Row:
     note = mamba_path(code, scan)
     with torch.device("meta"):
         model = code.NemotronHForCausalLM(transformers.NemotronHConfig(**config))
-    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = replace_with_bnb_linear(
+        model, modules_to_not_convert=["lm_head"], quantization_config=quantization
+    )
     materialise(model, config, device)
     model.is_loaded_in_4bit = True  # what loading sets and PEFT reads
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0,  # PEFT has no dropout for stacks
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "shared_experts.up_proj", "shared_experts.down_proj"],
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,  # PEFT has no dropout for stacks
+        target_modules=[
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "shared_experts.up_proj",
+            "shared_experts.down_proj",
+        ],
         target_parameters=["mixer.experts.up_proj", "mixer.experts.down_proj"],
     )
     model = peft.get_peft_model(model, lora).train()
     blocks = model.get_base_model().model.layers
-    recipe = Recipe(targets=frozenset({"attention", "experts", "shared"}), expert_lora="dense", scores="head" if "torch" in note else "group")
-    parts = ((PARTS[letter], block) for letter, block in zip(config["hybrid_override_pattern"], blocks, strict=True))
-    loss_of = lambda ids, labels, mask: model(input_ids=ids, labels=labels, attention_mask=mask, use_cache=False).loss  # noqa: E731
+    recipe = Recipe(
+        targets=frozenset({"attention", "experts", "shared"}),
+        expert_lora="dense",
+        scores="head" if "torch" in note else "group",
+    )
+    parts = (
+        (PARTS[letter], block)
+        for letter, block in zip(config["hybrid_override_pattern"], blocks, strict=True)
+    )
+    loss_of = lambda ids, labels, mask: (
+        model(input_ids=ids, labels=labels, attention_mask=mask, use_cache=False).loss
+    )
     row = Row(model, loss_of, recipe, parts, note)
     row.pads = True
     return row
 
 
 def check_room(config: dict, device: torch.device) -> None:
-    """Raises DoesNotFit where weights, adapters and their optimizer state alone are more than the device has free."""
+    """Raises DoesNotFit where weights, adapters and their optimizer state alone are more than the device
+    has free.
+    """
     if device.type != "cuda":
         return
     sizes, letters, count = linears(config), config["hybrid_override_pattern"], config["n_routed_experts"]
     experts = letters.count("E") * count
     stacks = 2 * experts * sum(i * o for i, o in sizes["experts"])
-    adapters = 16 * RANK * experts * sum(i + o for i, o in sizes["experts"])  # value, gradient and two moments in float32
+    # value, gradient and two moments in float32
+    adapters = 16 * RANK * experts * sum(i + o for i, o in sizes["experts"])
     free = torch.cuda.mem_get_info(device)[0]
     if (need := stacks + adapters + 4 * config["vocab_size"] * config["hidden_size"]) > free:
         raise DoesNotFit(
-            f"needs {need / 1e9:.0f} GB before any activation ({stacks / 1e9:.0f} GB of experts, which load_in_4bit leaves in BF16), "
-            f"{free / 1e9:.0f} GB are free: use a larger GPU or fewer --layers"
+            f"needs {need / 1e9:.0f} GB before any activation ({stacks / 1e9:.0f} GB of experts, which"
+            f" load_in_4bit leaves in BF16), {free / 1e9:.0f} GB are free: use a larger GPU or fewer --layers"
         )
 
 
 def mamba_path(code, scan: str) -> str:
     """Sets which scan the native class calls and says in words which it is.
 
-    The fused training kernel needs compiled causal-conv1d and reads out_proj.weight past its module, packed or not; where
-    mamba-ssm is there without causal-conv1d transformers calls it all the same and fails, so it is put out of the way.
+    The fused training kernel needs compiled causal-conv1d and reads out_proj.weight past its module,
+    packed or not; where mamba-ssm is there without causal-conv1d transformers calls it all the same and
+    fails, so it is put out of the way.
     """
     code.mamba2_split_conv1d_scan_combined = lambda *_, **__: None
     keep = code.__dict__.setdefault("scan_as_found", code.mamba2_chunk_scan)
     fallback = getattr(keep, "__wrapped__", keep)
     code.mamba2_chunk_scan = fallback if scan == "torch" else keep
-    found = scan == "found" and any(getattr(cell.cell_contents, "__module__", "") == "mamba_ssm.ops.triton.ssd_combined" for cell in keep.__closure__ or ())
+    found = scan == "found" and any(
+        getattr(cell.cell_contents, "__module__", "") == "mamba_ssm.ops.triton.ssd_combined"
+        for cell in keep.__closure__ or ()
+    )
     return "scan of mamba-ssm, conv of torch" if found else "scan and conv of transformers' torch fallback"
 
 
 def materialise(model: nn.Module, config: dict, device: torch.device) -> None:
-    """Random weights on `device` for a model on meta, module by module: BF16 as loading with dtype=bfloat16 leaves it, 4 bits packed at once."""
+    """Random weights on `device` for a model on meta, module by module: BF16 as loading with
+    dtype=bfloat16 leaves it, 4 bits packed at once.
+    """
     ones = ("norm.weight", "norm_f.weight", ".D")
     for path, module in model.named_modules():
         if type(module).__name__ == "Linear4bit":

@@ -1,13 +1,16 @@
-"""Teaching the tiny base beside other work: how OpenMP's threads wait decides how much a busy machine slows it.
+"""Teaching the tiny base beside other work: how OpenMP's threads wait decides how much a busy machine
+slows it.
 
     python -m bench.busy BASE DATA [SECONDS]
 
-BASE and DATA are what `build.py path base` and `build.py path data` print. Prints the steps that each way of waiting does in
-SECONDS (default 15), alone and beside busy loops, one process after the other, so compare rows of one run only.
+BASE and DATA are what `build.py path base` and `build.py path data` print. Prints the steps that each way
+of waiting does in SECONDS (default 15), alone and beside busy loops, one process after the other, so
+compare rows of one run only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -39,7 +42,10 @@ def steps(base: Path, data: Path, seconds: float) -> int:
     from stages.base import teach
 
     torch.set_num_threads(2)
-    rows = [Rendered(row["text"], row["input_ids"], row["labels"]) for _, row in dataset.read(data / "train.jsonl")]
+    rows = [
+        Rendered(row["text"], row["input_ids"], row["labels"])
+        for _, row in dataset.read(data / "train.jsonl")
+    ]
     model = native.load(base).requires_grad_(True)
     model.set_experts_implementation("eager")
     done, began = 0, 0.0
@@ -53,23 +59,26 @@ def steps(base: Path, data: Path, seconds: float) -> int:
         else:
             done += 1
 
-    try:
+    with contextlib.suppress(Enough):
         teach.teach(model, rows, 100_000, 1024, 1e-6, 0, on_step)
-    except Enough:
-        pass
     return done
 
 
 def main(base: str, data: str, seconds: float = 15.0) -> None:
     plain = {name: value for name, value in os.environ.items() if name not in WAITING}
-    print(f"{'steps in ' + format(seconds, 'g') + ' s':26s}" + "".join(f"{f'{n} busy loops':>14s}" for n in BESIDE))
+    print(
+        f"{'steps in ' + format(seconds, 'g') + ' s':26s}"
+        + "".join(f"{f'{n} busy loops':>14s}" for n in BESIDE)
+    )
     for name, variables in WAYS.items():
         row = []
         for count in BESIDE:
             loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
             command = [sys.executable, "-m", "bench.busy", base, data, str(seconds), "--count"]
             try:
-                made = subprocess.run(command, env={**plain, **variables}, stdout=subprocess.PIPE, text=True, check=True)
+                made = subprocess.run(
+                    command, env={**plain, **variables}, stdout=subprocess.PIPE, text=True, check=True
+                )
                 row.append(int(made.stdout))
             finally:
                 for loop in loops:

@@ -1,7 +1,8 @@
-"""Calibrating and packing a model of random weights, made as they are read: `python -m bench.calibrate [--layers 52] [--conversations 256]`.
+"""Calibrating and packing a model of random weights, made as they are read: `python -m bench.calibrate
+[--layers 52] [--conversations 256]`.
 
-Weights are on the device before a layer's clock starts, so what is measured is computing: the forward with its maxima, and the packing
-of every quantised matrix. Reading them is the disk's own matter.
+Weights are on the device before a layer's clock starts, so what is measured is computing: the forward with
+its maxima, and the packing of every quantised matrix. Reading them is the disk's own matter.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +32,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a hub config.json instead of the real widths")
     options = parser.parse_args()
     device, cuda = torch.device(options.device), options.device == "cuda"
-    config = json.loads(options.config.read_text()) if options.config else operations.sizes(options.layers) | {"num_hidden_layers": options.layers}
+    config = (
+        json.loads(options.config.read_text())
+        if options.config
+        else operations.sizes(options.layers) | {"num_hidden_layers": options.layers}
+    )
     dtype = torch.bfloat16 if cuda else torch.float32
     rows = list(torch.randint(0, config["vocab_size"], (options.conversations, options.tokens)))
     seconds = {"filling": 0.0, "forward": 0.0, "packing": 0.0}
@@ -49,17 +55,20 @@ def main() -> None:
         its = walk.Walk(walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, options.device)
         wanted = layout.quantised(config, "official")
         for number in range(len(layers)):
-            block = clocked("filling", lambda: layers.fill(number, source.tensor))
+            block = clocked("filling", partial(layers.fill, number, source.tensor))
             seen = calibrate.Maxima(block)
-            clocked("forward", lambda: its.through(block))
+            clocked("forward", partial(its.through, block))
             seen.close()
             for name in (name for name in wanted if name.startswith(f"backbone.layers.{number}.")):
                 weight = source.tensor(f"{name}.weight").to(device)
-                clocked("packing", lambda: nvfp4.pack(weight))
+                clocked("packing", partial(nvfp4.pack, weight))
             print(f"layer {number + 1} of {len(layers)}", end="\r", flush=True)
     name = torch.cuda.get_device_name() if cuda else "CPU"
     peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
-    print(f"{name}, {len(layers)} layers, {options.conversations} x {options.tokens} tokens, {len(wanted):,} matrices{peak}")
+    print(
+        f"{name}, {len(layers)} layers, {options.conversations} x {options.tokens} tokens, {len(wanted):,}"
+        f" matrices{peak}"
+    )
     for part, value in seconds.items():
         print(f"{part:8s} {value:8.2f} s")
     print(f"computing {seconds['forward'] + seconds['packing']:6.2f} s")

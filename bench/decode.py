@@ -1,4 +1,8 @@
-"""Milliseconds and bytes per second of decoding one expert stack at the real widths, against unpacking in torch: `python -m bench.decode`."""
+"""Milliseconds and bytes per second of decoding one expert stack at the real widths, against unpacking in
+torch: `python -m bench.decode`.
+"""
+
+from functools import partial
 
 import torch
 
@@ -17,9 +21,13 @@ def main() -> None:
             room = torch.empty(128, out, inside + 16, dtype=torch.bfloat16, device="cuda")[:, :, :inside]
             for target in (None, room):
                 equal = torch.equal(its.dense(target), exact.to(torch.bfloat16))
-                milliseconds = measured(lambda: its.dense(target))
+                milliseconds = measured(partial(its.dense, target))
                 moved = sum(b.numel() * b.element_size() for b in its.buffers()) + 2 * 128 * out * inside
-                print(f"{form:6s} ({out}, {inside}) {'contiguous' if target is None else 'with room':10s} {milliseconds:6.2f} ms {moved / milliseconds / 1e9:5.2f} TB/s  {'equal to torch' if equal else 'DIFFERS from torch'}")
+                print(
+                    f"{form:6s} ({out}, {inside}) {'contiguous' if target is None else 'with room':10s}"
+                    f" {milliseconds:6.2f} ms {moved / milliseconds / 1e9:5.2f} TB/s "
+                    f" {'equal to torch' if equal else 'DIFFERS from torch'}"
+                )
 
 
 if __name__ == "__main__":

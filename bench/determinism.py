@@ -1,10 +1,12 @@
-"""Whether runs of stage train with `deterministic: true` end in the same bits, killed and resumed ones too, and what that costs.
+"""Whether runs of stage train with `deterministic: true` end in the same bits, killed and resumed ones
+too, and what that costs.
 
     python -m bench.determinism --folder /tmp/check [--tiny] [--ranks 2]
 
-Each row is a run of the stage of its own: seven layers at the real widths (as bench.merge_check makes them), conversations of 64 to
-512 tokens, lora on all targets of rank 16, the last third of the steps through the export's rounding, taught by the unrounded model.
-The killed run is ended by SIGKILL once its first checkpoint is whole, and started again. Exits 1 if deterministic runs differ.
+Each row is a run of the stage of its own: seven layers at the real widths (as bench.merge_check makes
+them), conversations of 64 to 512 tokens, lora on all targets of rank 16, the last third of the steps
+through the export's rounding, taught by the unrounded model. The killed run is ended by SIGKILL once its
+first checkpoint is whole, and started again. Exits 1 if deterministic runs differ.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ from bench import merge_check
 from stages.train import checkpoints
 
 STEPS, EVERY = 24, 8
-ROWS = (("whole", True, False), ("again", True, False), ("killed and resumed", True, True), ("not deterministic", False, False), ("again", False, False))
+ROWS = (
+    ("whole", True, False),
+    ("again", True, False),
+    ("killed and resumed", True, True),
+    ("not deterministic", False, False),
+    ("again", False, False),
+)
 
 
 def data(folder: Path, vocabulary: int, low: int, high: int) -> None:
@@ -43,16 +51,28 @@ def data(folder: Path, vocabulary: int, low: int, high: int) -> None:
 
 
 def run(folder: Path, number: int, params: dict, device: str, kill: bool) -> dict:
-    """One run of stage train: the adapter's SHA-256, the last loss, tokens a second. Raises RuntimeError with its last words if it fails."""
+    """One run of stage train: the adapter's SHA-256, the last loss, tokens a second. Raises RuntimeError
+    with its last words if it fails.
+    """
     contract = tomllib.loads((merge_check.REPO / "stages/train/stage.toml").read_text())["parameters"]
     output, scratch = folder / f"output-{number}", folder / f"scratch-{number}"
     for path in (output, scratch):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
     job = folder / f"train-{number}.json"
-    job.write_text(json.dumps({
-        "stage": "train", "params": {name: its.get("default") for name, its in contract.items()} | params, "seed": 0, "device": device,
-        "inputs": {"base": str(folder / "base"), "data": str(folder / "data")}, "output": str(output), "scratch": str(scratch)}))
+    job.write_text(
+        json.dumps(
+            {
+                "stage": "train",
+                "params": {name: its.get("default") for name, its in contract.items()} | params,
+                "seed": 0,
+                "device": device,
+                "inputs": {"base": str(folder / "base"), "data": str(folder / "data")},
+                "output": str(output),
+                "scratch": str(scratch),
+            }
+        )
+    )
     command = [sys.executable, "-m", "stages.train", str(job)]
     log = folder / f"train-{number}.log"
     with log.open("w") as opened:
@@ -62,20 +82,33 @@ def run(folder: Path, number: int, params: dict, device: str, kill: bool) -> dic
                 time.sleep(0.05)
             process.send_signal(signal.SIGKILL)
             if process.wait() == 0:
-                raise RuntimeError("the run ended before it could be killed; expected a checkpoint before its last step")
+                raise RuntimeError(
+                    "the run ended before it could be killed; expected a checkpoint before its last step"
+                )
         began = time.monotonic()
         ended = subprocess.run(command, cwd=merge_check.REPO, stdout=opened, stderr=opened)
     if ended.returncode:
         raise RuntimeError(log.read_text()[-2000:])
     report = json.loads((output / "training.json").read_text())
     losses = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
-    return {"sha256": hashlib.sha256((output / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
-            "loss": losses[-1]["train"], "tokens": report["tokens_per_second"], "seconds": time.monotonic() - began}
+    return {
+        "sha256": hashlib.sha256((output / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "loss": losses[-1]["train"],
+        "tokens": report["tokens_per_second"],
+        "seconds": time.monotonic() - began,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the runs lie; 20 GB at the real widths")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="where the checkpoint and the runs lie; 20 GB at the real widths",
+    )
     parser.add_argument("--tiny", action="store_true", help="small widths")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run, one per GPU")
     options = parser.parse_args()
@@ -84,17 +117,38 @@ def main() -> None:
     if not (options.folder / "base").exists():
         merge_check.base(options.folder, options.tiny, device)
     if not (options.folder / "data").exists():
-        data(options.folder / "data", merge_check.config(options.tiny)["vocab_size"], *((16, 64) if options.tiny else (64, 512)))
+        data(
+            options.folder / "data",
+            merge_check.config(options.tiny)["vocab_size"],
+            *((16, 64) if options.tiny else (64, 512)),
+        )
     params = {
-        "targets": "all", "rank": 16, "steps": STEPS, "eval_every": EVERY, "save_every": EVERY, "rounded_share": 1 / 3, "rounded_loss": "teacher",
-        "gradient_checkpointing": True, "ranks": options.ranks, "precision": "float32" if device == "cpu" else "bfloat16"}
-    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}, {options.ranks} process{'es' * (options.ranks > 1)}\n"
-          f"{'run':20s} {'adapter':12s} {'last loss':>10s} {'tokens/s':>9s} {'s':>5s}", flush=True)
+        "targets": "all",
+        "rank": 16,
+        "steps": STEPS,
+        "eval_every": EVERY,
+        "save_every": EVERY,
+        "rounded_share": 1 / 3,
+        "rounded_loss": "teacher",
+        "gradient_checkpointing": True,
+        "ranks": options.ranks,
+        "precision": "float32" if device == "cpu" else "bfloat16",
+    }
+    print(
+        f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__},"
+        f" {options.ranks} process{'es' * (options.ranks > 1)}\n{'run':20s} {'adapter':12s}"
+        f" {'last loss':>10s} {'tokens/s':>9s} {'s':>5s}",
+        flush=True,
+    )
     seen = set()
     for number, (name, deterministic, kill) in enumerate(ROWS):
         found = run(options.folder, number, params | {"deterministic": deterministic}, device, kill)
         seen |= {found["sha256"]} if deterministic else set()
-        print(f"{name:20s} {found['sha256'][:12]} {found['loss']:10.6f} {found['tokens']:9,} {found['seconds']:5.0f}", flush=True)
+        print(
+            f"{name:20s} {found['sha256'][:12]} {found['loss']:10.6f} {found['tokens']:9,}"
+            f" {found['seconds']:5.0f}",
+            flush=True,
+        )
     sys.exit(f"found {len(seen)} adapters of deterministic runs; expected one" if len(seen) > 1 else 0)
 
 

@@ -1,10 +1,11 @@
-"""Merge and quantise at the real widths, against a plain copy, PEFT and ModelOpt: seconds, GB/s of BF16, peak memory.
+"""Merge and quantise at the real widths, against a plain copy, PEFT and ModelOpt: seconds, GB/s of BF16,
+peak memory.
 
     python -m bench.export FOLDER [--pattern ME*] [--rows copy,merge,weights]
 
-Writes a random checkpoint of those layers (E, experts, is 2.6 GB; embeddings and head are 1.4) and an adapter of rank 16 on all targets
-into FOLDER, once, and what each row makes beside them. Every row is a process of its own, and its time ends
-when its files are on the disk.
+Writes a random checkpoint of those layers (E, experts, is 2.6 GB; embeddings and head are 1.4) and an
+adapter of rank 16 on all targets into FOLDER, once, and what each row makes beside them. Every row is a
+process of its own, and its time ends when its files are on the disk.
 """
 
 from __future__ import annotations
@@ -32,9 +33,23 @@ def checkpoint(folder: Path, pattern: str) -> Path:
 
     if (folder / "model.safetensors.index.json").exists():
         return folder
-    config = operations.WIDTHS | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern), "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"}
+    config = operations.WIDTHS | {
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": len(pattern),
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+    }
     source = Random(config, folder)
-    groups = [(file, [Slot(name, source.entries[name].dtype, source.entries[name].shape) for name in source.in_file(file)]) for file in source.files]
+    groups = [
+        (
+            file,
+            [
+                Slot(name, source.entries[name].dtype, source.entries[name].shape)
+                for name in source.in_file(file)
+            ],
+        )
+        for file in source.files
+    ]
     for file, slots in groups:
         write(folder / file, slots, lambda slot: source.pieces(slot.name))
     write_index(folder, groups)
@@ -58,13 +73,24 @@ def adapter(folder: Path, base: Path) -> Path:
     endings, tensors = tuple(f".{name}" for name in (*chosen.target_modules, *chosen.target_parameters)), {}
     for name, module in model.named_modules():
         if isinstance(module, Projection) and name.endswith(endings):
-            tensors[f"{its.peft_name(name)}.lora_A.weight"] = torch.randn(module.experts * RANK, module.in_features) * 0.02
-            tensors[f"{its.peft_name(name)}.lora_B.weight"] = torch.randn(module.out_features, RANK * module.experts) * 0.01
+            tensors[f"{its.peft_name(name)}.lora_A.weight"] = (
+                torch.randn(module.experts * RANK, module.in_features) * 0.02
+            )
+            tensors[f"{its.peft_name(name)}.lora_B.weight"] = (
+                torch.randn(module.out_features, RANK * module.experts) * 0.01
+            )
     folder.mkdir(parents=True)
     save_file(tensors, folder / its.WEIGHTS)
     import peft
 
-    peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, task_type="CAUSAL_LM", inference_mode=True, **chosen.arguments()).save_pretrained(folder)
+    peft.LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        **chosen.arguments(),
+    ).save_pretrained(folder)
     return folder
 
 
@@ -117,8 +143,19 @@ def quantised(base: Path, output: Path, form: str, engine: str) -> None:
     from stages.job import Job
     from stages.quantize import quantize
 
-    (output.parent / "train.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in torch.randint(0, TOKENS, (8, 512)).tolist()))
-    params = {"layout": "official", "format": form, "scales": "nearest", "engine": engine, "kv_cache": "FP8", "calibration_rows": 8, "calibration_tokens": 512, "fidelity_tokens": 0}
+    (output.parent / "train.jsonl").write_text(
+        "".join(json.dumps({"input_ids": row}) + "\n" for row in torch.randint(0, TOKENS, (8, 512)).tolist())
+    )
+    params = {
+        "layout": "official",
+        "format": form,
+        "scales": "nearest",
+        "engine": engine,
+        "kv_cache": "FP8",
+        "calibration_rows": 8,
+        "calibration_tokens": 512,
+        "fidelity_tokens": 0,
+    }
     quantize.run(Job("quantize", params, {"merge": base, "data": output.parent}, output, output, 0))
 
 
@@ -129,7 +166,9 @@ def peft(base: Path, its: Path, output: Path) -> None:
 
     from nemotron import native
 
-    PeftModel.from_pretrained(native.load(base, torch.bfloat16), its).merge_and_unload().save_pretrained(output)
+    PeftModel.from_pretrained(native.load(base, torch.bfloat16), its).merge_and_unload().save_pretrained(
+        output
+    )
 
 
 ROWS = {row.__name__: row for row in (copy, merge, proven, peft, weights, nvfp4, modelopt)}
@@ -143,7 +182,14 @@ def process(row: str, base: Path, its: Path, output: Path) -> None:
     before = time.perf_counter()
     ROWS[row](base, its, output)
     os.sync()
-    print(json.dumps({"seconds": time.perf_counter() - before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - before,
+                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -156,22 +202,56 @@ def main() -> None:
     options = parser.parse_args()
     if options.process:
         row, *paths = options.process
-        return process(row, *map(Path, paths))
+        process(row, *map(Path, paths))
+        return
     base, its = options.folder / "base", options.folder / "adapter"
-    if not its.exists():  # in a process of its own: a row's peak would begin with the peak of the process that starts it
-        subprocess.run([sys.executable, "-c", f"from pathlib import Path; from bench import export; export.adapter(Path({str(its)!r}), export.checkpoint(Path({str(base)!r}), {options.pattern!r}))"], check=True)
+    # in a process of its own: a row's peak would begin with the peak of the process that starts it
+    if not its.exists():
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                (
+                    f"from pathlib import Path; from bench import export; export.adapter(Path({str(its)!r}),"
+                    f" export.checkpoint(Path({str(base)!r}), {options.pattern!r}))"
+                ),
+            ],
+            check=True,
+        )
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    print(f"{options.pattern}, {size / GB:.2f} GB, {os.cpu_count()} cores\n{'row':8s} {'seconds':>8s} {'GB/s':>6s} {'peak GB':>8s}", flush=True)
+    print(
+        f"{options.pattern}, {size / GB:.2f} GB, {os.cpu_count()} cores\n{'row':8s} {'seconds':>8s}"
+        f" {'GB/s':>6s} {'peak GB':>8s}",
+        flush=True,
+    )
     found: dict[str, dict] = {}
     for _ in range(options.repeats):  # in turn, so that what else the machine does falls on every row
         for row in options.rows.split(","):
             shutil.rmtree(output := options.folder / "output", ignore_errors=True)
             output.mkdir()
-            ran = subprocess.run([sys.executable, "-m", "bench.export", str(options.folder), "--process", row, str(base), str(its), str(output)], check=True, stdout=subprocess.PIPE, text=True)
+            ran = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "bench.export",
+                    str(options.folder),
+                    "--process",
+                    row,
+                    str(base),
+                    str(its),
+                    str(output),
+                ],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             its_figures = json.loads(ran.stdout.splitlines()[-1])
             found[row] = min(found.get(row, its_figures), its_figures, key=lambda figures: figures["seconds"])
     for row, figures in found.items():
-        print(f"{row:8s} {figures['seconds']:8.1f} {size / figures['seconds'] / GB:6.2f} {figures['peak'] / GB:8.2f}")
+        print(
+            f"{row:8s} {figures['seconds']:8.1f} {size / figures['seconds'] / GB:6.2f}"
+            f" {figures['peak'] / GB:8.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What every way of training is measured by: time to the first step, median and 95th percentile, tokens a second, padding, compilations, memory."""
+"""What every way of training is measured by: time to the first step, median and 95th percentile, tokens a
+second, padding, compilations, memory.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,41 @@ WARM = 3  # steps after which compilations count; they are not timed either, unl
 def started() -> float:
     """When this process was started, on the clock of time.time()."""
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    booted = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    booted = next(
+        int(line.split()[1])
+        for line in Path("/proc/stat").read_text().splitlines()
+        if line.startswith("btime ")
+    )
     return booted + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def counted(steps: int) -> slice:
-    """Which of a run's steps are timed: those after WARM, in a shorter run those after the first, and a single one itself."""
+    """Which of a run's steps are timed: those after WARM, in a shorter run those after the first, and a
+    single one itself.
+    """
     return slice(WARM if steps > WARM else min(1, steps - 1), None)
 
 
 def summary(times: list[float], tokens: list[int], computed: list[int]) -> dict:
-    """Of each step its seconds, its conversations' tokens, and the tokens that were computed for them, padding included."""
+    """Of each step its seconds, its conversations' tokens, and the tokens that were computed for them,
+    padding included.
+    """
     its = counted(len(times))
     timed = sorted(times[its])
     return {
-        "timed": len(timed), "ms": statistics.median(timed) * 1e3, "p95_ms": timed[int(len(timed) * 0.95)] * 1e3, "all_ms": [seconds * 1e3 for seconds in times],
-        "tokens_per_s": sum(tokens[its]) / sum(timed), "padded": 1 - sum(tokens[its]) / sum(computed[its]),
+        "timed": len(timed),
+        "ms": statistics.median(timed) * 1e3,
+        "p95_ms": timed[int(len(timed) * 0.95)] * 1e3,
+        "all_ms": [seconds * 1e3 for seconds in times],
+        "tokens_per_s": sum(tokens[its]) / sum(timed),
+        "padded": 1 - sum(tokens[its]) / sum(computed[its]),
     }
 
 
 class Compilations:
-    """Counts what Triton compiles, or loads compiled, for this process, after the first WARM steps of a run."""
+    """Counts what Triton compiles, or loads compiled, for this process, after the first WARM steps of a
+    run.
+    """
 
     def __init__(self) -> None:
         import triton
@@ -57,15 +73,27 @@ class Compilations:
 
 
 COLUMNS: list[tuple[str, Callable[[dict], str]]] = [
-    ("row", lambda r: r["row"]), ("lengths", lambda r: r["lengths"]), ("first s", lambda r: f"{r['first_s']:.1f}"), ("timed", lambda r: f"{r['timed']}"),
-    ("median ms", lambda r: f"{r['ms']:,.0f}"), ("p95 ms", lambda r: f"{r['p95_ms']:,.0f}"), ("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
-    ("padded", lambda r: f"{r['padded']:.1%}"), ("compiled", lambda r: f"{r['compiled']}"), ("peak GB", lambda r: f"{r['peak_gb']:.2f}"),
-    ("held GB", lambda r: f"{r['held_gb']:.1f}"), ("share", lambda r: f"{r['share']:.1%}"), ("loss", lambda r: f"{r['loss']:.3f}"), ("note", lambda r: r["note"]),
+    ("row", lambda r: r["row"]),
+    ("lengths", lambda r: r["lengths"]),
+    ("first s", lambda r: f"{r['first_s']:.1f}"),
+    ("timed", lambda r: f"{r['timed']}"),
+    ("median ms", lambda r: f"{r['ms']:,.0f}"),
+    ("p95 ms", lambda r: f"{r['p95_ms']:,.0f}"),
+    ("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
+    ("padded", lambda r: f"{r['padded']:.1%}"),
+    ("compiled", lambda r: f"{r['compiled']}"),
+    ("peak GB", lambda r: f"{r['peak_gb']:.2f}"),
+    ("held GB", lambda r: f"{r['held_gb']:.1f}"),
+    ("share", lambda r: f"{r['share']:.1%}"),
+    ("loss", lambda r: f"{r['loss']:.3f}"),
+    ("note", lambda r: r["note"]),
 ]
 
 
 def table(rows: list[dict]) -> str:
-    """The rows, aligned, without the columns that none of them has; a row that could not run has its `why` instead of figures."""
+    """The rows, aligned, without the columns that none of them has; a row that could not run has its `why`
+    instead of figures.
+    """
     lines = [[_cell(show, row) for _, show in COLUMNS] for row in rows if "why" not in row]
     columns = [n for n in range(len(COLUMNS)) if n < 2 or any(line[n] not in ("-", "") for line in lines)]
     lines = [[COLUMNS[n][0] for n in columns], *([line[n] for n in columns] for line in lines)]
@@ -73,13 +101,35 @@ def table(rows: list[dict]) -> str:
     names = 2  # columns of words, aligned left
     for n, key in enumerate(("row", "lengths")):
         wide[n] = max(wide[n], *(len(row[key]) for row in rows))
-    lines = iter(["  ".join(cell.ljust(wide[n]) if n < names or columns[n] == len(COLUMNS) - 1 else cell.rjust(wide[n]) for n, cell in enumerate(line)) for line in lines])
+    lines = iter(
+        [
+            "  ".join(
+                cell.ljust(wide[n]) if n < names or columns[n] == len(COLUMNS) - 1 else cell.rjust(wide[n])
+                for n, cell in enumerate(line)
+            )
+            for line in lines
+        ]
+    )
     head = next(lines)
-    return "\n".join([head, *(f"{row['row'].ljust(wide[0])}  {row['lengths'].ljust(wide[1])}  {row['why']}" if "why" in row else next(lines).rstrip() for row in rows)])
+    return "\n".join(
+        [
+            head,
+            *(
+                (
+                    f"{row['row'].ljust(wide[0])}  {row['lengths'].ljust(wide[1])}  {row['why']}"
+                    if "why" in row
+                    else next(lines).rstrip()
+                )
+                for row in rows
+            ),
+        ]
+    )
 
 
 def _cell(show: Callable[[dict], str], row: dict) -> str:
-    """A row has no figure that its machine has not (a CPU no compilations), or that it measured once for several lengths (its first step)."""
+    """A row has no figure that its machine has not (a CPU no compilations), or that it measured once for
+    several lengths (its first step).
+    """
     try:
         return show(row)
     except KeyError:

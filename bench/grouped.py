@@ -1,4 +1,6 @@
-"""Milliseconds of one MoE layer's grouped products at the real widths, torch's kernel against ours: `python -m bench.grouped [TOKENS]`."""
+"""Milliseconds of one MoE layer's grouped products at the real widths, torch's kernel against ours:
+`python -m bench.grouped [TOKENS]`.
+"""
 
 import sys
 import time
@@ -27,8 +29,16 @@ def main(tokens: int = 16384) -> None:
     torch.manual_seed(0)
     index = torch.rand(tokens, EXPERTS, device="cuda").topk(CHOICES).indices
     routing, rows = Routing.of(index, EXPERTS), tokens * CHOICES
-    made = {name: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02 for name, shape in {
-        "x": (rows, HIDDEN + RANK), "g": (rows, INNER), "w": (EXPERTS, INNER, HIDDEN + RANK), "a": (EXPERTS, RANK, HIDDEN), "low": (rows, RANK)}.items()}
+    made = {
+        name: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02
+        for name, shape in {
+            "x": (rows, HIDDEN + RANK),
+            "g": (rows, INNER),
+            "w": (EXPERTS, INNER, HIDDEN + RANK),
+            "a": (EXPERTS, RANK, HIDDEN),
+            "low": (rows, RANK),
+        }.items()
+    }
     x, g, w, a, low = made.values()
     cases = {
         "x W'": (lambda: grouped.product(x, w, routing), 2 * rows * INNER * (HIDDEN + RANK)),
@@ -42,8 +52,16 @@ def main(tokens: int = 16384) -> None:
         for kernels in ("torch", "ours"):
             grouped.TORCH_KERNELS = (9, 10) if kernels == "torch" else ()
             found[kernels] = (run(), measured(run))
-        error = ((found["ours"][0] - found["torch"][0]).float().norm() / found["torch"][0].float().norm()).item()
-        print(f"{name:7s}" + "".join(f"  {k} {ms:7.2f} ms {operations / ms / 1e9:6.0f} TFLOP/s" for k, (_, ms) in found.items()) + f"  apart by {error:.1e}")
+        error = (
+            (found["ours"][0] - found["torch"][0]).float().norm() / found["torch"][0].float().norm()
+        ).item()
+        print(
+            f"{name:7s}"
+            + "".join(
+                f"  {k} {ms:7.2f} ms {operations / ms / 1e9:6.0f} TFLOP/s" for k, (_, ms) in found.items()
+            )
+            + f"  apart by {error:.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -9,16 +9,19 @@ from torch import nn
 
 
 class Labels:
-    """While entered, every module of `parts` runs under a profiler range "<part> forward", "<part> recomputed" or "<part> backward".
+    """While entered, every module of `parts` runs under a profiler range "<part> forward", "<part>
+    recomputed" or "<part> backward".
 
-    A checkpointed block runs again inside its own backward; the ranges that are open then are closed for as long as that
-    lasts, so that no time counts twice. A part inside another counts in both: name it "<outer>/<inner>".
+    A checkpointed block runs again inside its own backward; the ranges that are open then are closed for
+    as long as that lasts, so that no time counts twice. A part inside another counts in both: name it
+    "<outer>/<inner>".
     """
 
     def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
         self.parts, self.names, self.hooks = list(parts), set(), []
         self.open: list[tuple[str, object]] = []  # backward ranges
-        self.running: list[tuple[object, str, list[str]]] = []  # forward ranges, their kind, and the backward ranges each put on hold
+        # forward ranges, their kind, and the backward ranges each put on hold
+        self.running: list[tuple[object, str, list[str]]] = []
 
     def __enter__(self) -> Labels:
         for part, module in self.parts:

@@ -4,11 +4,12 @@
     mixed         650 to 1,400, evenly
     voice         150 to 400, evenly
     long          200 and more, long-tailed: 200 times a Pareto number of exponent 1.1, cut at 16,384
-    sample        one of the repository's own conversations (data/sample), as stage data counts its tokens for the tiny recipe
-    voice-packed  as many of 150 to 400 as fit into 16,384 tokens, however many conversations a step has otherwise
+    sample        one of the repository's own conversations (data/sample), in tokens of the tiny recipe
+    voice-packed  as many of 150 to 400 as fit into 16,384 tokens, whatever else a step has
 
-A step has eight conversations, drawn anew for every step. The sample's counts are kept in sample_lengths.json, since counting
-takes its tokenizer; after a change of data/sample, `python -m bench.lengths` writes that file again.
+A step has eight conversations, drawn anew for every step. The sample's counts are kept in
+sample_lengths.json, since counting takes its tokenizer; after a change of data/sample, `python -m
+bench.lengths` writes that file again.
 """
 
 from __future__ import annotations
@@ -74,14 +75,18 @@ def _step(kind: str, chance: random.Random, documents: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def conversations(lengths: tuple[int, ...], vocabulary: int, seed: int, device: torch.device | str = "cpu") -> list[Conversation]:
+def conversations(
+    lengths: tuple[int, ...], vocabulary: int, seed: int, device: torch.device | str = "cpu"
+) -> list[Conversation]:
     """Random tokens; the last quarter of every conversation is trained, but never its first token."""
     generator, made = torch.Generator().manual_seed(seed), []
     for length in lengths:
         ids = torch.randint(0, vocabulary, (length,), generator=generator)
         place = torch.arange(length)
         trained = (place >= length - max(1, length // 4)) & (place > 0)
-        made.append(Conversation(ids.to(device), ids.masked_fill(~trained, IGNORED).to(device), int(trained.sum())))
+        made.append(
+            Conversation(ids.to(device), ids.masked_fill(~trained, IGNORED).to(device), int(trained.sum()))
+        )
     return made
 
 
@@ -92,22 +97,36 @@ def sample() -> tuple[int, ...]:
 
 
 def count_sample() -> list[int]:
-    """The same, counted: stage data on data/sample with the tokenizer that stage base trains for the tiny recipe."""
+    """The same, counted: stage data on data/sample with the tokenizer that stage base trains for the tiny
+    recipe.
+    """
     from stages import dataset
     from stages.base import make
     from stages.data import prepare
     from stages.job import Job
 
     data = ROOT / "data" / "sample"
-    vocabulary = tomllib.loads((ROOT / "stages" / "base" / "stage.toml").read_text())["parameters"]["vocabulary"]["default"]
-    sources = {"conversations": [data / "conversations"], "prompt": [data / "system_prompt.txt"], "tools": [data / "tools.json"]}
+    vocabulary = tomllib.loads((ROOT / "stages" / "base" / "stage.toml").read_text())["parameters"][
+        "vocabulary"
+    ]["default"]
+    sources = {
+        "conversations": [data / "conversations"],
+        "prompt": [data / "system_prompt.txt"],
+        "tools": [data / "tools.json"],
+    }
     with TemporaryDirectory() as scratch:
         folders = [Path(scratch, name) for name in ("base", "data", "scratch")]
         for folder in folders:
             folder.mkdir()
         make.make_tokenizer(make.read([data / "lessons.jsonl"]), vocabulary, folders[0])
-        prepare.run(Job("data", {"tools": "allow"}, {"base": folders[0]}, folders[1], folders[2], SEED, sources))
-        return sorted(len(row["input_ids"]) for part in ("train", "eval") for _, row in dataset.read(folders[1] / f"{part}.jsonl"))
+        prepare.run(
+            Job("data", {"tools": "allow"}, {"base": folders[0]}, folders[1], folders[2], SEED, sources)
+        )
+        return sorted(
+            len(row["input_ids"])
+            for part in ("train", "eval")
+            for _, row in dataset.read(folders[1] / f"{part}.jsonl")
+        )
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def value(slot: Slot, generator: torch.Generator, device: str) -> torch.Tensor:
 
 
 def data(folder: Path, small: bool) -> dict:
-    """Sixty-four conversations of one length: a tenth of the vocabulary, so that there is something to learn.
+    """Sixty-four conversations of one length: a tenth of the vocabulary, so that there is something to
+    learn.
     """
     target, vocabulary, length = folder / "data", config(small)["vocab_size"], 64 if small else 512
     target.mkdir(parents=True)

@@ -1,8 +1,8 @@
 """How many matrix-product operations one optimizer step does, part by part, for each way of training.
 
-Counted are the products that a recipe really does (two operations per multiply-add), recomputed forwards included, so that
-a recipe's share of the matrix ceiling can be told apart from how much work it makes for itself. Elementwise work, norms,
-convolutions, top-k and 4-bit decoding are not products and count nothing.
+Counted are the products that a recipe really does (two operations per multiply-add), recomputed forwards
+included, so that a recipe's share of the matrix ceiling can be told apart from how much work it makes for
+itself. Elementwise work, norms, convolutions, top-k and 4-bit decoding are not products and count nothing.
 
 Letters in formulas: T tokens of a step, S tokens of a document, D hidden, V vocabulary, r LoRA rank.
 """
@@ -25,7 +25,8 @@ class Recipe:
     down_recomputed: bool = True  # and in it the experts' down projection, whose output no gradient needs
     logits: str = "all"  # for "all" positions, or for "trained" ones only
     logits_recomputed: bool = False
-    expert_lora: str = "split"  # "split": (xA)B beside xW; "dense": W + BA is formed, and so is a gradient of W's size
+    # "split": (xA)B beside xW; "dense": W + BA is formed, and so is a gradient of W's size
+    expert_lora: str = "split"
     scores: str = "head"  # the scan's C B^T per "head", or once per "group" of heads
     targets: frozenset[str] = TARGETS
     rank: int = 16
@@ -48,16 +49,22 @@ class Part:
 def sizes(layers: int) -> dict:
     """The hub config of the real model cut to its first `layers` layers. Raises ValueError outside 1..52."""
     if not 1 <= layers <= len(PATTERN):
-        raise ValueError(f"--layers {layers}: the model has {len(PATTERN)} layers, so 1 to {len(PATTERN)} can be measured")
+        raise ValueError(
+            f"--layers {layers}: the model has {len(PATTERN)} layers, so 1 to {len(PATTERN)} can be measured"
+        )
     return WIDTHS | {"hybrid_override_pattern": PATTERN[:layers]}
 
 
 def linears(config: dict) -> dict[str, list[tuple[int, int]]]:
     """Part -> (in, out) of each of its frozen matrices in one layer; for `experts`, of one expert."""
-    d, width, shared = config["hidden_size"], config["moe_intermediate_size"], config["moe_shared_expert_intermediate_size"]
+    d = config["hidden_size"]
+    width = config["moe_intermediate_size"]
+    shared = config["moe_shared_expert_intermediate_size"]
     inner = config["mamba_num_heads"] * config["mamba_head_dim"]
     conv = inner + 2 * config["n_groups"] * config["ssm_state_size"]
-    queries, keys = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+    queries, keys = (
+        config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads")
+    )
     return {
         "mamba": [(d, inner + conv + config["mamba_num_heads"]), (inner, d)],
         "attention": [(d, queries), (d, keys), (d, keys), (queries, d)],
@@ -66,15 +73,23 @@ def linears(config: dict) -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def count(config: dict, recipe: Recipe, tokens: int, trained: int, length: float, passes: int = 1) -> list[Part]:
-    """The parts of one step on `tokens` tokens in documents of `length`, `trained` of them with a label, in `passes` micro-batches.
+def count(
+    config: dict, recipe: Recipe, tokens: int, trained: int, length: float, passes: int = 1
+) -> list[Part]:
+    """The parts of one step on `tokens` tokens in documents of `length`, `trained` of them with a label,
+    in `passes` micro-batches.
 
-    Where documents differ, `length` is the mean over tokens of their document's length, which makes the attention scores exact.
-    Weight gradients of frozen matrices are left out, as autograd leaves them out; `passes` matters only where W + BA is
-    formed once per micro-batch.
+    Where documents differ, `length` is the mean over tokens of their document's length, which makes the
+    attention scores exact. Weight gradients of frozen matrices are left out, as autograd leaves them out;
+    `passes` matters only where W + BA is formed once per micro-batch.
     """
     letters = config["hybrid_override_pattern"]
-    layers = {"mamba": letters.count("M"), "attention": letters.count("*"), "experts": letters.count("E"), "shared": letters.count("E")}
+    layers = {
+        "mamba": letters.count("M"),
+        "attention": letters.count("*"),
+        "experts": letters.count("E"),
+        "shared": letters.count("E"),
+    }
     matrices = linears(config)
     rows = {part: tokens * (config["num_experts_per_tok"] if part == "experts" else 1) for part in layers}
     again = 1 if recipe.recompute else 0
@@ -87,7 +102,9 @@ def count(config: dict, recipe: Recipe, tokens: int, trained: int, length: float
     for part, pairs in matrices.items():
         products = 2 * rows[part] * layers[part] * sum(i * o for i, o in pairs)
         half = part == "experts" and not recipe.down_recomputed
-        add(f"{part} weights", products, 2 if dense and part == "experts" else 1, again / 2 if half else again)
+        add(
+            f"{part} weights", products, 2 if dense and part == "experts" else 1, again / 2 if half else again
+        )
     lora = dense_lora = 0.0
     for part in recipe.targets:
         if dense and part == "experts":
@@ -99,18 +116,28 @@ def count(config: dict, recipe: Recipe, tokens: int, trained: int, length: float
     if dense_lora:
         add("LoRA formed as BA", dense_lora, 2)
     add("scan", tokens * layers["mamba"] * scan(config, recipe), 2)
-    # Causal: half of the S x S square. Two products forward, five backward (the scores once more, and four gradients).
+    # Causal: half of the S x S square. Two products forward, five backward (the scores once more, and four
+    # gradients).
     square = 2 * 2 * tokens * length / 2 * config["num_attention_heads"] * config["head_dim"]
     add("attention scores", layers["attention"] * square, 2.5)
     add("router", 2 * tokens * layers["experts"] * config["hidden_size"] * config["n_routed_experts"], 1)
     positions = tokens if recipe.logits == "all" else trained
-    add("lm_head", 2 * positions * config["hidden_size"] * config["vocab_size"], 1, 1 if recipe.logits_recomputed else 0)
+    add(
+        "lm_head",
+        2 * positions * config["hidden_size"] * config["vocab_size"],
+        1,
+        1 if recipe.logits_recomputed else 0,
+    )
     return [part for part in parts if part.total]
 
 
 def scan(config: dict, recipe: Recipe) -> float:
-    """Forward operations per token of one layer's chunked scan: scores, scores x values, and the states in and out."""
-    heads, size, state, chunk = (config[key] for key in ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "chunk_size"))
+    """Forward operations per token of one layer's chunked scan: scores, scores x values, and the states in
+    and out.
+    """
+    heads, size, state, chunk = (
+        config[key] for key in ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "chunk_size")
+    )
     scored = config["n_groups"] if recipe.scores == "group" else heads
     return 2 * (scored * chunk * state + heads * chunk * size + 2 * heads * state * size)
 

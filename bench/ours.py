@@ -18,7 +18,8 @@ NAMES = {"linear_attention": "mamba", "full_attention": "attention", "moe": "exp
 
 
 class Packed(Row):
-    """The step's conversations end to end in as few sequences as hold them, adapters float32, everything else as stage train does it.
+    """The step's conversations end to end in as few sequences as hold them, adapters float32, everything
+    else as stage train does it.
 
     `graphs` replays CUDA graphs, which are captured in `prepare`.
     """
@@ -48,7 +49,15 @@ class Packed(Row):
         for group in best_fit([len(its.ids) for its in conversations], CAPACITY):
             pack = [conversations[number] for number in group]
             documents = Documents(tuple(len(its.ids) for its in pack))
-            loss = assemble.loss(self.model, torch.cat([its.ids for its in pack]), torch.cat([its.labels for its in pack]), documents) / count
+            loss = (
+                assemble.loss(
+                    self.model,
+                    torch.cat([its.ids for its in pack]),
+                    torch.cat([its.labels for its in pack]),
+                    documents,
+                )
+                / count
+            )
             loss.backward()
             found += loss.detach()
         self.update()
@@ -63,11 +72,18 @@ class Packed(Row):
         return [tuple(lengths[number] for number in group) for group in best_fit(list(lengths), CAPACITY)]
 
 
-def ours(config: dict, device: torch.device, form: str = "nf4", targets: str = "all", graphs: bool = True, decoded: float = 0.0) -> Row:
+def ours(
+    config: dict,
+    device: torch.device,
+    form: str = "nf4",
+    targets: str = "all",
+    graphs: bool = True,
+    decoded: float = 0.0,
+) -> Row:
     """A model of `config` with random weights in `form` and LoRA on `targets`, ready for `Row.step`.
 
-    `form` "rounded" is BF16 with adapted weights going through the export's rounding in every step. `graphs`: CUDA graphs, on a GPU.
-    `decoded`: bytes in which weights are held decoded.
+    `form` "rounded" is BF16 with adapted weights going through the export's rounding in every step.
+    `graphs`: CUDA graphs, on a GPU. `decoded`: bytes in which weights are held decoded.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = assemble.random(config, "bf16" if form == "rounded" else form, dtype, str(device))

@@ -1,8 +1,9 @@
-"""MB/s of packing and unpacking NVFP4 on a CPU, an expert stack at the real widths, and the error of both searches: `python -m bench.pack [MATRICES [OUT IN]]`.
+"""MB/s of packing and unpacking NVFP4 on a CPU, an expert stack at the real widths, and the error of both
+searches: `python -m bench.pack [MATRICES [OUT IN]]`.
 
-A MB is 10^6 bytes of the weights in BF16: what `pack` reads, and what `unpack` makes as float32. The rows take turns, so that
-what else the machine does falls on all. `plain` is the format's definition in whole-tensor operations, as nemotron/nvfp4.py
-had it before it went by chunks; its bits are compared too.
+A MB is 10^6 bytes of the weights in BF16: what `pack` reads, and what `unpack` makes as float32. The rows
+take turns, so that what else the machine does falls on all. `plain` is the format's definition in
+whole-tensor operations, as nemotron/nvfp4.py had it before it went by chunks; its bits are compared too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def plain_pack(weight: torch.Tensor) -> Packed:
     second = nvfp4.global_scale(whole.abs().amax((-2, -1)))
     groups, spread = whole.unflatten(-1, (-1, GROUP)), second[..., None, None]
     scale = groups.abs().amax(-1) / (FP4_MAX * spread)
-    scale = torch.where((scale == 0) | scale.isnan(), 1.0, scale).clamp(SMALLEST, FP8_MAX).to(torch.float8_e4m3fn)
+    scale = (
+        torch.where((scale == 0) | scale.isnan(), 1.0, scale).clamp(SMALLEST, FP8_MAX).to(torch.float8_e4m3fn)
+    )
     divisor = (scale.float() * spread)[..., None]
     values = torch.where(divisor == 0, 0.0, groups / divisor).flatten(-2)
     size = values.abs()
@@ -46,7 +49,9 @@ def plain_unpack(packed: Packed) -> torch.Tensor:
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal bits, the sign of a zero included."""
-    return one.shape == other.shape and torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
+    return one.shape == other.shape and torch.equal(
+        one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8)
+    )
 
 
 def main(matrices: int = MATRICES, out: int = OUT, inside: int = IN) -> None:
@@ -61,8 +66,13 @@ def main(matrices: int = MATRICES, out: int = OUT, inside: int = IN) -> None:
         "unpack": lambda: nvfp4.unpack(packed),
     }
     plain = plain_pack(weight)
-    equal = all(same(getattr(packed, part), getattr(plain, part)) for part in Packed.__dataclass_fields__) and same(nvfp4.unpack(packed), plain_unpack(plain))
-    print(f"{matrices} matrices of {out:,} x {inside:,}: {megabytes:,.0f} MB in BF16; torch {torch.__version__}; {'equal to plain' if equal else 'DIFFERS from plain'}")
+    equal = all(
+        same(getattr(packed, part), getattr(plain, part)) for part in Packed.__dataclass_fields__
+    ) and same(nvfp4.unpack(packed), plain_unpack(plain))
+    print(
+        f"{matrices} matrices of {out:,} x {inside:,}: {megabytes:,.0f} MB in BF16; torch"
+        f" {torch.__version__}; {'equal to plain' if equal else 'DIFFERS from plain'}"
+    )
     print(f"{'MB/s':14s} {'threads':>7s} {'best':>7s} {'median':>7s}")
     every = torch.get_num_threads()
     for threads in sorted({1, every}):
@@ -74,10 +84,19 @@ def main(matrices: int = MATRICES, out: int = OUT, inside: int = IN) -> None:
                 run()
                 seconds[name].append(time.perf_counter() - began)
         for name, taken in seconds.items():
-            print(f"{name:14s} {threads:7d} {megabytes / min(taken):7,.0f} {megabytes / sorted(taken)[REPEATS // 2]:7,.0f}")
+            print(
+                f"{name:14s} {threads:7d} {megabytes / min(taken):7,.0f}"
+                f" {megabytes / sorted(taken)[REPEATS // 2]:7,.0f}"
+            )
     torch.set_num_threads(every)
-    nearest, mse = (((nvfp4.unpack(nvfp4.pack(weight, search)) - weight).norm() / weight.float().norm()).item() for search in nvfp4.SEARCHES)
-    print(f"relative error on normal weights: nearest {nearest:.4f}, mse {mse:.4f}; of the squared error {1 - (mse / nearest) ** 2:.1%} less")
+    nearest, mse = (
+        ((nvfp4.unpack(nvfp4.pack(weight, search)) - weight).norm() / weight.float().norm()).item()
+        for search in nvfp4.SEARCHES
+    )
+    print(
+        f"relative error on normal weights: nearest {nearest:.4f}, mse {mse:.4f}; of the squared error"
+        f" {1 - (mse / nearest) ** 2:.1%} less"
+    )
 
 
 if __name__ == "__main__":

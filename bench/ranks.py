@@ -1,10 +1,13 @@
-"""Steps of stage train on one GPU and shared by several: how much faster, and how long a rank waits for the slowest.
+"""Steps of stage train on one GPU and shared by several: how much faster, and how long a rank waits for
+the slowest.
 
-    python -m bench.ranks [--gpus 1,2] [--lengths mixed,voice,equal] [--documents 8] [--steps 30] [--layers 52] [--sharded] [--deterministic]
+    python -m bench.ranks [--gpus 1,2] [--lengths mixed,voice,equal] [--documents 8] [--steps 30] [--layers
+    52] [--sharded] [--deterministic]
 
-Each number of GPUs is a run of its own, with `--documents` conversations a GPU and step (bench/lengths.py has the lengths), random
-weights in NF4, LoRA of rank 16 on all targets. The steps are the stage's own (stages/train/loop.py). A rank waits from when its
-gradients are there until the slowest rank's are: the share of all steps, the worst rank's. Times are of all steps but the first three.
+Each number of GPUs is a run of its own, with `--documents` conversations a GPU and step (bench/lengths.py
+has the lengths), random weights in NF4, LoRA of rank 16 on all targets. The steps are the stage's own
+(stages/train/loop.py). A rank waits from when its gradients are there until the slowest rank's are: the
+share of all steps, the worst rank's. Times are of all steps but the first three.
 """
 
 from __future__ import annotations
@@ -63,12 +66,19 @@ def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict]:
 
 
 def measure(kind: str, model: torch.nn.Module, config: dict, its: Timed, options: argparse.Namespace) -> dict:
-    """One kind of lengths on a model that is there: median milliseconds, tokens a second, and the worst rank's wait."""
+    """One kind of lengths on a model that is there: median milliseconds, tokens a second, and the worst
+    rank's wait.
+    """
     contract = tomllib.loads((ROOT / "stages/train/stage.toml").read_text())["parameters"]
     plan = lengths.plan(kind, options.steps * its.world, options.documents)
     params = {name: row.get("default") for name, row in contract.items()} | {
-        "steps": options.steps, "batch": options.documents * its.world, "batch_tokens": lengths.CAPACITY * its.world * (kind in lengths.PACKED),
-        "gradient_checkpointing": True, "sharded": options.sharded, "ranks": its.world}
+        "steps": options.steps,
+        "batch": options.documents * its.world,
+        "batch_tokens": lengths.CAPACITY * its.world * (kind in lengths.PACKED),
+        "gradient_checkpointing": True,
+        "sharded": options.sharded,
+        "ranks": its.world,
+    }
     with tempfile.TemporaryDirectory() as folder:
         task = job.Job("train", params, {}, Path(folder), Path(folder), 0, device="cuda")
         loop = Loop(task, model, rows(plan, config["vocab_size"]), [], its)
@@ -89,12 +99,21 @@ def measure(kind: str, model: torch.nn.Module, config: dict, its: Timed, options
     waited = torch.tensor([sum(its.waited[WARM:]) / sum(times[WARM:])], device="cuda")
     if its.world > 1:
         distributed.all_reduce(waited, distributed.ReduceOp.MAX)
-    return {"kind": kind, "gpus": its.world, "ms": 1e3 * sorted(times[WARM:])[len(times[WARM:]) // 2], "speed": tokens / sum(times[WARM:]),
-            "waited": waited.item(), "peak": torch.cuda.max_memory_allocated() / 1e9, "loss": loop.history.train[options.steps]}
+    return {
+        "kind": kind,
+        "gpus": its.world,
+        "ms": 1e3 * sorted(times[WARM:])[len(times[WARM:]) // 2],
+        "speed": tokens / sum(times[WARM:]),
+        "waited": waited.item(),
+        "peak": torch.cuda.max_memory_allocated() / 1e9,
+        "loss": loop.history.train[options.steps],
+    }
 
 
 def work(options: argparse.Namespace) -> None:
-    """All kinds of lengths in this process, which torchrun started; the first prints a line of JSON for each."""
+    """All kinds of lengths in this process, which torchrun started; the first prints a line of JSON for
+    each.
+    """
     if options.deterministic:
         determinism.before_torch()
         determinism.on()
@@ -102,7 +121,9 @@ def work(options: argparse.Namespace) -> None:
     its = Timed(joined.rank, joined.world)
     config = operations.sizes(options.layers)
     shards = Shards(its.rank, its.world) if options.sharded else Shards()
-    model = assemble.random(config, "nf4", torch.bfloat16, f"cuda:{torch.cuda.current_device()}", shards=shards)
+    model = assemble.random(
+        config, "nf4", torch.bfloat16, f"cuda:{torch.cuda.current_device()}", shards=shards
+    )
     adapter.attach(model, "all", RANK, ALPHA, 0)
     recompute.attach(model.train(), lengths.CAPACITY)
     for kind in lengths.kinds(options.lengths):
@@ -113,23 +134,43 @@ def work(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpus", default="1,2", help="numbers of GPUs, comma-separated")
     parser.add_argument("--lengths", default="mixed,voice,equal")
-    parser.add_argument("--documents", type=int, default=lengths.DOCUMENTS, help="conversations a GPU and step")
+    parser.add_argument(
+        "--documents", type=int, default=lengths.DOCUMENTS, help="conversations a GPU and step"
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--layers", type=int, default=52)
     parser.add_argument("--sharded", action="store_true", help="each GPU holds its share of the base")
     parser.add_argument("--deterministic", action="store_true")
     options = parser.parse_args()
     if ranks.started():
-        return work(options)
+        work(options)
+        return
     lengths.kinds(options.lengths)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.layers} layers, {options.documents} conversations a GPU and step"
-          f"{', sharded' if options.sharded else ''}\n{'lengths':10s} {'GPUs':>4s} {'ms/step':>8s} {'tokens/s':>9s} {'times one':>9s} {'waited':>7s} {'peak GB':>8s}  loss", flush=True)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.layers} layers,"
+        f" {options.documents} conversations a GPU and"
+        f" step{', sharded' if options.sharded else ''}\n{'lengths':10s} {'GPUs':>4s} {'ms/step':>8s}"
+        f" {'tokens/s':>9s} {'times one':>9s} {'waited':>7s} {'peak GB':>8s}  loss",
+        flush=True,
+    )
     alone: dict[str, float] = {}
     for count in map(int, options.gpus.split(",")):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "bench.ranks", *sys.argv[1:]]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(count),
+            "-m",
+            "bench.ranks",
+            *sys.argv[1:],
+        ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
             for line in run.stdout:
                 if not line.startswith("row "):
@@ -138,7 +179,11 @@ def main() -> None:
                 if count == 1:
                     alone[row["kind"]] = row["speed"]
                 times = f"{row['speed'] / alone[row['kind']]:9.2f}" if row["kind"] in alone else f"{'':9s}"
-                print(f"{row['kind']:10s} {count:4d} {row['ms']:8,.0f} {row['speed']:9,.0f} {times} {row['waited']:7.1%} {row['peak']:8.1f}  {row['loss']:.5f}", flush=True)
+                print(
+                    f"{row['kind']:10s} {count:4d} {row['ms']:8,.0f} {row['speed']:9,.0f} {times}"
+                    f" {row['waited']:7.1%} {row['peak']:8.1f}  {row['loss']:.5f}",
+                    flush=True,
+                )
         if run.returncode:
             sys.exit(f"the run on {count} GPUs ended with {run.returncode}; its output is above")
 

@@ -1,4 +1,6 @@
-"""What every measured way of training has in common: a step, the parts a profile names, and random weights made packed."""
+"""What every measured way of training has in common: a step, the parts a profile names, and random weights
+made packed.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,30 @@ class DoesNotFit(RuntimeError):
 
 
 class Row:
-    """One way of training. `step` does a whole optimizer step, `parts` names the modules a profile is told by.
+    """One way of training. `step` does a whole optimizer step, `parts` names the modules a profile is told
+    by.
 
-    A micro-batch has `micro` conversations, padded to the longest of them. `loss_of(ids, labels, mask)` is the mean loss of one:
-    ids and labels int64 (rows, T), the mask too and 0 where nothing but padding is; it is None where nothing is padded.
+    A micro-batch has `micro` conversations, padded to the longest of them. `loss_of(ids, labels, mask)` is
+    the mean loss of one: ids and labels int64 (rows, T), the mask too and 0 where nothing but padding is;
+    it is None where nothing is padded.
     """
 
     micro = 1
     pads = False  # True: `micro` may be set, which is up to who trains this way
 
-    def __init__(self, model: nn.Module, loss_of: Callable, recipe: Recipe, parts: Iterable[tuple[str, nn.Module]], note: str = "") -> None:
-        self.model, self.loss_of, self.recipe, self.parts, self.note = model, loss_of, recipe, list(parts), note
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_of: Callable,
+        recipe: Recipe,
+        parts: Iterable[tuple[str, nn.Module]],
+        note: str = "",
+    ) -> None:
+        self.model = model
+        self.loss_of = loss_of
+        self.recipe = recipe
+        self.parts = list(parts)
+        self.note = note
         self.adapters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.adapters[0].device
         self.optimizer = torch.optim.AdamW(self.adapters, lr=2e-5, fused=self.device.type == "cuda")
@@ -39,10 +54,14 @@ class Row:
         return f"micro-batches of {self.micro}" + (f"; {self.note}" if self.note else "")
 
     def prepare(self, plan: list[tuple[int, ...]]) -> None:
-        """Called once before the steps of a run, with the lengths of each; what a way of training makes beforehand is made here."""
+        """Called once before the steps of a run, with the lengths of each; what a way of training makes
+        beforehand is made here.
+        """
 
     def computed(self, lengths: Sequence[int]) -> list[int]:
-        """The lengths of the sequences that a step computes, padding included; `lengths` are its conversations'."""
+        """The lengths of the sequences that a step computes, padding included; `lengths` are its
+        conversations'.
+        """
         return [max(part) for part in self._micro_batches(lengths) for _ in part]
 
     def passes(self, lengths: Sequence[int]) -> int:
@@ -94,7 +113,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, std: float = 0.02) -> torch.Tensor:
+def random(
+    *shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, std: float = 0.02
+) -> torch.Tensor:
     return torch.empty(*shape, device=device, dtype=dtype).normal_(std=std)
 
 
@@ -103,7 +124,9 @@ def packed(into: int, out: int, device: torch.device) -> nn.Module:
     import bitsandbytes as bnb
 
     with torch.device("meta"):
-        module = bnb.nn.Linear4bit(into, out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True)
+        module = bnb.nn.Linear4bit(
+            into, out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
+        )
     return pack(module, device)
 
 
@@ -112,7 +135,9 @@ def pack(module: nn.Module, device: torch.device) -> nn.Module:
     import bitsandbytes as bnb
 
     weight = random(module.out_features, module.in_features, device=device)
-    module.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=module).to(device)
+    module.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=module
+    ).to(device)
     module.support_avx512bf16_for_cpu = False  # else evaluating repacks in place and cuts later gradients
     return module
 

@@ -1,11 +1,12 @@
 """This project's own export through a real vLLM, at the real widths and with random weights.
 
-    python -m bench.serve make FOLDER [--pattern MEM*EME]     calibrated, packed and written as stage quantize does it
-    python -m bench.serve ask FOLDER [--eager]                what vLLM makes of it, and how fast
+    python -m bench.serve make FOLDER [--pattern MEM*EME]  calibrated, packed, written as by stage quantize
+    python -m bench.serve ask FOLDER [--eager]             what vLLM makes of it, and how fast
 
-The weights are made as they are read, so that the BF16 model needs no disk. `ask` compares the log-probabilities that vLLM gives 100 tokens
-of prompt with those of the weights that the codes stand for, computed layer by layer (nemotron/walk.py) in BF16 and in float32: routers of random
-weights are near ties, so that rounding alone sends tokens to other experts. Then it counts tokens a second.
+The weights are made as they are read, so that the BF16 model needs no disk. `ask` compares the
+log-probabilities that vLLM gives 100 tokens of prompt with those of the weights that the codes stand for,
+computed layer by layer (nemotron/walk.py) in BF16 and in float32: routers of random weights are near ties,
+so that rounding alone sends tokens to other experts. Then it counts tokens a second.
 """
 
 from __future__ import annotations
@@ -25,8 +26,16 @@ from stages.job import Job
 from stages.quantize import calibrate, quantize
 from stages.quantize.fidelity import dequantised
 
-MORE = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "dtype": "bfloat16", "max_position_embeddings": 4096,
-        "mamba_ssm_cache_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MORE = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "dtype": "bfloat16",
+    "max_position_embeddings": 4096,
+    "mamba_ssm_cache_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 PROMPT, GREEDY, DECODED = 100, 24, 256
 
 
@@ -34,20 +43,42 @@ def make(folder: Path, config: dict, device: str, form: str, chosen: str, kv_cac
     """Writes FOLDER/nvfp4 and prints what its parts took."""
     source, output = Random(config, folder / "source"), folder / "nvfp4"
     output.mkdir()
-    write_index(source.folder, [(file, [Slot(name, source.entries[name].dtype, source.entries[name].shape) for name in source.in_file(file)]) for file in source.files])
+    write_index(
+        source.folder,
+        [
+            (
+                file,
+                [
+                    Slot(name, source.entries[name].dtype, source.entries[name].shape)
+                    for name in source.in_file(file)
+                ],
+            )
+            for file in source.files
+        ],
+    )
     modules, maxima, idle, began = layout.quantised(config, chosen), {}, [], time.perf_counter()
     if form == "w4a4":
-        rows = list(torch.randint(0, config["vocab_size"], (64, 512), generator=torch.Generator().manual_seed(0)))
+        rows = list(
+            torch.randint(0, config["vocab_size"], (64, 512), generator=torch.Generator().manual_seed(0))
+        )
         maxima, idle = calibrate.maxima(source, chosen, rows, device)
     calibrated = time.perf_counter()
-    quantize.stream(source, modules, maxima, Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, output, folder, 0, device=device))
+    quantize.stream(
+        source,
+        modules,
+        maxima,
+        Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, output, folder, 0, device=device),
+    )
     written = time.perf_counter()
     quant_config.write(output, layout.hf_quant_config(config, chosen, kv_cache, "0.47.0", form == "w4a16"))
     if found := audit.nvfp4(output, chosen, weight_only=form == "w4a16"):
         raise SystemExit("\n".join(map(str, found)))
     made = Checkpoint(output)
-    print(f"{len(made.entries):,} tensors, {made.bytes:,} bytes, {len(modules):,} matrices packed, {len(idle)} idle; "
-          f"calibrated {calibrated - began:.1f} s, packed and written {written - calibrated:.1f} s, audited")
+    print(
+        f"{len(made.entries):,} tensors, {made.bytes:,} bytes, {len(modules):,} matrices packed, {len(idle)}"
+        f" idle; calibrated {calibrated - began:.1f} s, packed and written {written - calibrated:.1f} s,"
+        " audited"
+    )
 
 
 @torch.no_grad()
@@ -55,10 +86,16 @@ def expected(made: Checkpoint, ids: list[int], device: str, dtype: torch.dtype) 
     """Log-probabilities (tokens, vocabulary), float32 on the CPU, of what follows each token."""
     read = dequantised(made)
     layers = walk.Layers(made.config, dtype, device)
-    its = walk.Walk(walk.packed([torch.tensor(ids)]), made.tensor("backbone.embeddings.weight"), dtype, device)
+    its = walk.Walk(
+        walk.packed([torch.tensor(ids)]), made.tensor("backbone.embeddings.weight"), dtype, device
+    )
     for number in range(len(layers)):
         its.through(layers.fill(number, read))
-    logits = its.logits(made.tensor("backbone.norm_f.weight"), made.tensor("lm_head.weight"), made.config["layer_norm_epsilon"])
+    logits = its.logits(
+        made.tensor("backbone.norm_f.weight"),
+        made.tensor("lm_head.weight"),
+        made.config["layer_norm_epsilon"],
+    )
     return torch.cat([chunk.log_softmax(-1).cpu() for chunk in logits])
 
 
@@ -67,13 +104,25 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
     from vllm import LLM, SamplingParams
 
     algorithm = json.loads((folder / "nvfp4" / audit.QUANT).read_text())["quantization"]["quant_algo"]
-    more = {"moe_backend": "marlin"} if algorithm == "W4A16_NVFP4" and device == "cuda" else {}  # as nemotron/serving.py has it
+    # as nemotron/serving.py has it
+    more = {"moe_backend": "marlin"} if algorithm == "W4A16_NVFP4" and device == "cuda" else {}
     began = time.perf_counter()
-    served = LLM(str(folder / "nvfp4"), dtype="bfloat16", max_model_len=2048, max_num_seqs=16, gpu_memory_utilization=0.5,
-                 enable_prefix_caching=False, skip_tokenizer_init=True, enforce_eager=eager, **more)
+    served = LLM(
+        str(folder / "nvfp4"),
+        dtype="bfloat16",
+        max_model_len=2048,
+        max_num_seqs=16,
+        gpu_memory_utilization=0.5,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        enforce_eager=eager,
+        **more,
+    )
     print(f"engine up in {time.perf_counter() - began:.1f} s", flush=True)
     made = Checkpoint(folder / "nvfp4")
-    ids = torch.randint(3, made.config["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(
+        3, made.config["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
 
     def generate(count: int, tokens: int, **more: int) -> list:
         settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more)
@@ -83,11 +132,17 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
     greedy = list(answer.outputs[0].token_ids)
     its, exact = (expected(made, ids + greedy, device, dtype) for dtype in (torch.bfloat16, torch.float32))
     prompt = torch.tensor(ids[1:])[:, None]
-    found = torch.tensor([place[token].logprob for token, place in zip(ids[1:], answer.prompt_logprobs[1:])])
+    found = torch.tensor(
+        [place[token].logprob for token, place in zip(ids[1:], answer.prompt_logprobs[1:], strict=False)]
+    )
     wanted, exactly = (logs[: PROMPT - 1].gather(1, prompt).flatten() for logs in (its, exact))
     agree = sum(token == its[PROMPT + n - 1].argmax().item() for n, token in enumerate(greedy))
-    print(f"prompt log-probabilities (they spread by {exactly.std():.2f}): vLLM from BF16 {(found - wanted).abs().mean():.4f}, from float32 {(found - exactly).abs().mean():.4f}; "
-          f"BF16 from float32 {(wanted - exactly).abs().mean():.4f}; greedy tokens as in BF16: {agree} of {GREEDY}", flush=True)
+    print(
+        f"prompt log-probabilities (they spread by {exactly.std():.2f}): vLLM from BF16"
+        f" {(found - wanted).abs().mean():.4f}, from float32 {(found - exactly).abs().mean():.4f}; BF16 from"
+        f" float32 {(wanted - exactly).abs().mean():.4f}; greedy tokens as in BF16: {agree} of {GREEDY}",
+        flush=True,
+    )
     for size in sizes:
         generate(size, 16)
         began = time.perf_counter()
@@ -99,7 +154,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("make", "ask"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pattern", default=operations.PATTERN, help="layers: M Mamba, E experts, * attention (default: all 52)")
+    parser.add_argument(
+        "--pattern",
+        default=operations.PATTERN,
+        help="layers: M Mamba, E experts, * attention (default: all 52)",
+    )
     parser.add_argument("--config", type=Path, help="a config.json instead of the real widths")
     parser.add_argument("--form", choices=("w4a4", "w4a16"), default="w4a4")
     parser.add_argument("--layout", choices=tuple(layout.LAYOUTS), default="official")
@@ -109,10 +168,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     if options.what == "ask":
-        return ask(options.folder, options.device, options.eager, [int(size) for size in options.batches.split(",") if size])
-    wide = operations.WIDTHS | {"hybrid_override_pattern": options.pattern, "num_hidden_layers": len(options.pattern)} | MORE
+        ask(
+            options.folder,
+            options.device,
+            options.eager,
+            [int(size) for size in options.batches.split(",") if size],
+        )
+        return
+    wide = (
+        operations.WIDTHS
+        | {"hybrid_override_pattern": options.pattern, "num_hidden_layers": len(options.pattern)}
+        | MORE
+    )
     config = json.loads(options.config.read_text()) if options.config else wide
-    make(options.folder, config, options.device, options.form, options.layout, None if options.kv_cache == "none" else options.kv_cache)
+    make(
+        options.folder,
+        config,
+        options.device,
+        options.form,
+        options.layout,
+        None if options.kv_cache == "none" else options.kv_cache,
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python -m bench.tiny_train [--lengths sample] [--steps 60] [--block 10]
 
-Both train rank 32 on attention, eight conversations a step, from one base of the recipe's sizes with random weights, on the same
-conversations, whose lengths are drawn as bench/lengths.py says. Each is a process of its own; the two do a block of steps in turn,
-so that what else the machine does falls on both, and one waits while the other computes. Columns are those of bench.train_step:
-first s is from the start of the process to the end of its first step, peak is the process's memory. A CPU compiles nothing.
+Both train rank 32 on attention, eight conversations a step, from one base of the recipe's sizes with
+random weights, on the same conversations, whose lengths are drawn as bench/lengths.py says. Each is a
+process of its own; the two do a block of steps in turn, so that what else the machine does falls on both,
+and one waits while the other computes. Columns are those of bench.train_step: first s is from the start of
+the process to the end of its first step, peak is the process's memory. A CPU compiles nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ SEED = 7
 
 def defaults(stage: str) -> dict:
     """The parameters of a stage's contract."""
-    return {name: row["default"] for name, row in tomllib.loads((STAGES / stage / "stage.toml").read_text())["parameters"].items()}
+    return {
+        name: row["default"]
+        for name, row in tomllib.loads((STAGES / stage / "stage.toml").read_text())["parameters"].items()
+    }
 
 
 def base(folder: Path) -> None:
@@ -54,12 +58,17 @@ def rows(kind: str, steps: int) -> list[dict]:
     """The conversations of `steps` steps, as stage data writes them."""
     vocabulary, made = defaults("base")["vocabulary"], []
     for number, step in enumerate(lengths.plan(kind, steps)):
-        made += [{"input_ids": its.ids.tolist(), "labels": its.labels.tolist()} for its in lengths.conversations(step, vocabulary, number)]
+        made += [
+            {"input_ids": its.ids.tolist(), "labels": its.labels.tolist()}
+            for its in lengths.conversations(step, vocabulary, number)
+        ]
     return [{**row, "number": number} for number, row in enumerate(made)]
 
 
 class Turns:
-    """One process's side of taking turns: after every `block` steps it says what it measured and waits for a line."""
+    """One process's side of taking turns: after every `block` steps it says what it measured and waits for
+    a line.
+    """
 
     def __init__(self, block: int, to: int) -> None:
         """`to`: the file descriptor on which it says so."""
@@ -77,7 +86,10 @@ class Turns:
         done = len(self.times)
         if done % self.block == 0:
             found = figures.summary(self.times, self.tokens[:done], self.computed[:done])
-            found |= {"first_s": self.first, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+            found |= {
+                "first_s": self.first,
+                "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            }
             os.write(self.to, json.dumps(found).encode() + b"\n")
             if not sys.stdin.readline():
                 raise SystemExit("the other side is gone")
@@ -102,16 +114,43 @@ def trl(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
         module.__dict__.pop("forward", None)
     model.set_experts_implementation("eager")
     model.requires_grad_(False)
-    config = peft.LoraConfig(r=CHANGES["rank"], lora_alpha=CHANGES["alpha"], lora_dropout=0.0, task_type="CAUSAL_LM", **native.targets(model, "attention").arguments())
+    config = peft.LoraConfig(
+        r=CHANGES["rank"],
+        lora_alpha=CHANGES["alpha"],
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        **native.targets(model, "attention").arguments(),
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token_id = 0
     with TemporaryDirectory() as output:
         settings = SFTConfig(
-            output_dir=output, report_to="none", disable_tqdm=True, max_steps=steps, per_device_train_batch_size=CHANGES["batch"], learning_rate=CHANGES["learning_rate"],
-            use_cpu=True, bf16=False, optim="adamw_torch_fused", gradient_checkpointing=False, dataloader_pin_memory=False, max_length=None, packing=False,
-            dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, save_strategy="no", logging_strategy="no", train_sampling_strategy="group_by_length")
-        trainer = SFTTrainer(model=peft.get_peft_model(model, config), args=settings, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(made),
-                             callbacks=[AfterStep()])
+            output_dir=output,
+            report_to="none",
+            disable_tqdm=True,
+            max_steps=steps,
+            per_device_train_batch_size=CHANGES["batch"],
+            learning_rate=CHANGES["learning_rate"],
+            use_cpu=True,
+            bf16=False,
+            optim="adamw_torch_fused",
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            max_length=None,
+            packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_strategy="no",
+            train_sampling_strategy="group_by_length",
+        )
+        trainer = SFTTrainer(
+            model=peft.get_peft_model(model, config),
+            args=settings,
+            processing_class=tokenizer,
+            train_dataset=datasets.Dataset.from_list(made),
+            callbacks=[AfterStep()],
+        )
         collate = trainer.data_collator
 
         def told(examples: list[dict]) -> dict:
@@ -133,7 +172,14 @@ def stage(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
     from stages.train.ranks import Ranks
 
     with TemporaryDirectory() as scratch:
-        task = Job("train", defaults("train") | CHANGES | {"steps": steps}, {"base": folder}, Path(scratch), Path(scratch), SEED)
+        task = Job(
+            "train",
+            defaults("train") | CHANGES | {"steps": steps},
+            {"base": folder},
+            Path(scratch),
+            Path(scratch),
+            SEED,
+        )
         loop = Loop(task, fit.adapted(task, Ranks()), made, [], Ranks())
         loop.model.train()
         turns.last = time.perf_counter()
@@ -160,9 +206,13 @@ def child(row: str, folder: Path, kind: str, steps: int, block: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--lengths", default="sample", choices=[kind for kind in lengths.KINDS if kind not in lengths.PACKED])
+    parser.add_argument(
+        "--lengths", default="sample", choices=[kind for kind in lengths.KINDS if kind not in lengths.PACKED]
+    )
     parser.add_argument("--steps", type=int, default=60, help="steps of each row")
-    parser.add_argument("--block", type=int, default=10, help="steps that a row does at a time, while the other waits")
+    parser.add_argument(
+        "--block", type=int, default=10, help="steps that a row does at a time, while the other waits"
+    )
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -183,16 +233,33 @@ def main(arguments: list[str] | None = None) -> None:
                         running[row].stdin.write("\n")
                         running[row].stdin.flush()
                     else:
-                        command = [sys.executable, "-m", "bench.tiny_train", *sizes, "--row", row, "--base", folder]
-                        running[row] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                        command = [
+                            sys.executable,
+                            "-m",
+                            "bench.tiny_train",
+                            *sizes,
+                            "--row",
+                            row,
+                            "--base",
+                            folder,
+                        ]
+                        running[row] = subprocess.Popen(
+                            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                        )
                     if not (line := running[row].stdout.readline()):
-                        raise SystemExit(f"{row}: its process ended with {running[row].wait()} in block {block + 1}; its own words stand above")
+                        raise SystemExit(
+                            f"{row}: its process ended with {running[row].wait()} in block {block + 1}; its"
+                            " own words stand above"
+                        )
                     found[row] = json.loads(line)
         finally:
             for process in running.values():
                 process.kill()
                 process.wait()
-    print(f"{options.lengths} lengths, {options.steps} steps of {lengths.DOCUMENTS} conversations, {THREADS} threads on {os.cpu_count()} cores")
+    print(
+        f"{options.lengths} lengths, {options.steps} steps of {lengths.DOCUMENTS} conversations, {THREADS}"
+        f" threads on {os.cpu_count()} cores"
+    )
     print(figures.table([{"row": row, "lengths": options.lengths, **its} for row, its in found.items()]))
 
 

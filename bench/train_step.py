@@ -1,15 +1,18 @@
-"""Training steps on one GPU as users have them: conversations of changing lengths, and the other ways of training beside ours.
+"""Training steps on one GPU as users have them: conversations of changing lengths, and the other ways of
+training beside ours.
 
     python -m bench.train_step --rows ours --lengths equal,mixed,voice,voice-packed --steps 60
     python -m bench.train_step --rows ours,peft,peft-torch,notebook --lengths mixed --steps 4
 
-Rows: `ours` (NF4, all targets, as stage train does it), or `ours-FORM-TARGETS` as in ours-nvfp4-attention; `peft` (transformers and
-PEFT with the Mamba kernels they find), `peft-torch` (the same without), `notebook` (the lab notebook's recipe). Lengths are those of
-bench/lengths.py, the same for every row. Weights are random. Every row is a process of its own, and so has its own time from the
-start of the process to the end of the first step (first s), CUDA graphs and tuning included. Timed are the steps after the third;
-of at most three, those after the first. Compiled is what Triton compiled after the third step. Peak is memory allocated, held is
-what torch reserved for it, graphs included. With ANNIE_KERNELS=FOLDER what is compiled stays there, as it does for the stages, and the
-next process starts warm. A row that cannot run says why in its line, and the bench goes on.
+Rows: `ours` (NF4, all targets, as stage train does it), or `ours-FORM-TARGETS` as in ours-nvfp4-attention;
+`peft` (transformers and PEFT with the Mamba kernels they find), `peft-torch` (the same without),
+`notebook` (the lab notebook's recipe). Lengths are those of bench/lengths.py, the same for every row.
+Weights are random. Every row is a process of its own, and so has its own time from the start of the
+process to the end of the first step (first s), CUDA graphs and tuning included. Timed are the steps after
+the third; of at most three, those after the first. Compiled is what Triton compiled after the third step.
+Peak is memory allocated, held is what torch reserved for it, graphs included. With ANNIE_KERNELS=FOLDER
+what is compiled stays there, as it does for the stages, and the next process starts warm. A row that
+cannot run says why in its line, and the bench goes on.
 """
 
 from __future__ import annotations
@@ -29,20 +32,23 @@ from tempfile import TemporaryDirectory
 from nemotron import kernel_cache
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as stages/train/__main__.py
-kernel_cache.prepare(lambda message, remedy: print(message, remedy, file=sys.stderr))  # keeps what is compiled, if ANNIE_KERNELS names a folder
+# keeps what is compiled, if ANNIE_KERNELS names a folder
+kernel_cache.prepare(lambda message, remedy: print(message, remedy, file=sys.stderr))
 
-import torch
+import torch  # noqa: E402
 
-from bench import figures, lengths, operations
-from bench.labels import Labels
-from bench.row import DoesNotFit, Row, synchronize
-from nemotron import determinism, grouped
+from bench import figures, lengths, operations  # noqa: E402
+from bench.labels import Labels  # noqa: E402
+from bench.row import DoesNotFit, Row, synchronize  # noqa: E402
+from nemotron import determinism, grouped  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mamba-ssm")
 
 
 def builder(name: str, graphs: bool = True, decoded: float = 0.0) -> Callable[[dict, torch.device], Row]:
-    """(config, device) -> Row for a row's name. Imported only here, so that a missing library costs one row."""
+    """(config, device) -> Row for a row's name. Imported only here, so that a missing library costs one
+    row.
+    """
     if name.startswith("ours"):
         from bench.ours import ours
 
@@ -61,7 +67,9 @@ def builder(name: str, graphs: bool = True, decoded: float = 0.0) -> Callable[[d
 
 
 def ceiling(device: torch.device) -> float:
-    """Operations per second of a large BF16 product of random matrices (8192 cubed; 512 on a CPU, where it only fills the column)."""
+    """Operations per second of a large BF16 product of random matrices (8192 cubed; 512 on a CPU, where it
+    only fills the column).
+    """
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
@@ -74,10 +82,14 @@ def ceiling(device: torch.device) -> float:
     return 10 * 2 * n**3 / (time.perf_counter() - began)
 
 
-def measure(name: str, config: dict, device: torch.device, top: float, options: argparse.Namespace) -> Iterator[dict]:
-    """Builds one row, runs it on each distribution of lengths, gives the figures of each as they come, and frees the row.
+def measure(
+    name: str, config: dict, device: torch.device, top: float, options: argparse.Namespace
+) -> Iterator[dict]:
+    """Builds one row, runs it on each distribution of lengths, gives the figures of each as they come, and
+    frees the row.
 
-    `top` is the matrix ceiling in operations a second. Times in s or ms as their names say, memory in GB (10^9 bytes).
+    `top` is the matrix ceiling in operations a second. Times in s or ms as their names say, memory in GB
+    (10^9 bytes).
     """
     cuda = device.type == "cuda"
     compilations = figures.Compilations() if cuda else None
@@ -94,7 +106,14 @@ def measure(name: str, config: dict, device: torch.device, top: float, options: 
                 row.micro = options.micro_batch[number % len(options.micro_batch)]
             found = {"row": name, "lengths": kind, "ceiling": top}
             try:
-                found |= run(row, lengths.plan(kind, options.steps, options.documents), config, device, top, compilations)
+                found |= run(
+                    row,
+                    lengths.plan(kind, options.steps, options.documents),
+                    config,
+                    device,
+                    top,
+                    compilations,
+                )
                 if number == 0:
                     found |= built
                 else:
@@ -104,13 +123,22 @@ def measure(name: str, config: dict, device: torch.device, top: float, options: 
                 row.optimizer.zero_grad(set_to_none=True)
             else:
                 if name in options.profile.split(",") or options.profile == "all":
-                    found |= profiled(row, lengths.plan(kind, 1, options.documents)[0], config, name, found["note"])
+                    found |= profiled(
+                        row, lengths.plan(kind, 1, options.documents)[0], config, name, found["note"]
+                    )
             yield found
     finally:
         row.close()
 
 
-def run(row: Row, plan: list[tuple[int, ...]], config: dict, device: torch.device, top: float, compilations: figures.Compilations | None) -> dict:
+def run(
+    row: Row,
+    plan: list[tuple[int, ...]],
+    config: dict,
+    device: torch.device,
+    top: float,
+    compilations: figures.Compilations | None,
+) -> dict:
     """The figures of a row's steps on conversations of the lengths of `plan`."""
     cuda, times, done, first, began = device.type == "cuda", [], [], None, time.perf_counter()
     row.prepare(plan)
@@ -130,15 +158,32 @@ def run(row: Row, plan: list[tuple[int, ...]], config: dict, device: torch.devic
             compilations.step(number)
         computed, trained = row.computed(its), sum(one.trained for one in step)
         tokens = sum(computed)
-        done.append(operations.total(operations.count(config, row.recipe, tokens, trained, sum(n * n for n in computed) / tokens, row.passes(its))))
+        done.append(
+            operations.total(
+                operations.count(
+                    config,
+                    row.recipe,
+                    tokens,
+                    trained,
+                    sum(n * n for n in computed) / tokens,
+                    row.passes(its),
+                )
+            )
+        )
     timed = figures.counted(len(plan))
     found = {"first_s": first, "prepare_s": prepared, "loss": loss, "note": row.described}
     found |= figures.summary(times, [sum(its) for its in plan], [sum(row.computed(its)) for its in plan])
-    found |= {"operations": sum(done[timed]) / found["timed"], "share": sum(done[timed]) / sum(times[timed]) / top}
+    found |= {
+        "operations": sum(done[timed]) / found["timed"],
+        "share": sum(done[timed]) / sum(times[timed]) / top,
+    }
     if compilations and compilations.after is not None:
         found["compiled"] = compilations.after
     if cuda:
-        found |= {"peak_gb": torch.cuda.max_memory_allocated(device) / 1e9, "held_gb": torch.cuda.max_memory_reserved(device) / 1e9}
+        found |= {
+            "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+            "held_gb": torch.cuda.max_memory_reserved(device) / 1e9,
+        }
     return found
 
 
@@ -151,7 +196,8 @@ def profiled(row: Row, plan: tuple[int, ...], config: dict, name: str, note: str
 
 
 def profile(row: Row, plan: tuple[int, ...], config: dict, name: str) -> dict:
-    """Prints where a step's time goes, by part and by kernel, and returns the first: label -> {"gpu_ms", "cpu_ms"}.
+    """Prints where a step's time goes, by part and by kernel, and returns the first: label -> {"gpu_ms",
+    "cpu_ms"}.
 
     A step that replays CUDA graphs runs no module, so it has kernels alone.
     """
@@ -163,17 +209,36 @@ def profile(row: Row, plan: tuple[int, ...], config: dict, name: str) -> dict:
         row.step(step)
         synchronize(row.device)
     events = recorded.key_averages()
-    # A label is recorded twice: as a range of the CPU thread, whose device time is that of the kernels it launched, and once more on the device.
-    ranges = {e.key: e for e in events if e.key in labels_of.names and e.device_type == torch.autograd.DeviceType.CPU}
-    found = {key: {"gpu_ms": e.device_time_total / 1e3, "cpu_ms": e.cpu_time_total / 1e3} for key, e in sorted(ranges.items())}
-    on_device = [e for e in events if e.device_type != torch.autograd.DeviceType.CPU and not e.is_user_annotation]
+    # A label is recorded twice: as a range of the CPU thread, whose device time is that of the kernels it
+    # launched, and once more on the device.
+    ranges = {
+        e.key: e
+        for e in events
+        if e.key in labels_of.names and e.device_type == torch.autograd.DeviceType.CPU
+    }
+    found = {
+        key: {"gpu_ms": e.device_time_total / 1e3, "cpu_ms": e.cpu_time_total / 1e3}
+        for key, e in sorted(ranges.items())
+    }
+    on_device = [
+        e for e in events if e.device_type != torch.autograd.DeviceType.CPU and not e.is_user_annotation
+    ]
     kernels = sum(e.self_device_time_total for e in on_device) / 1e3
-    print(f"\n{name}, {len(plan)} conversations of {sum(plan)} tokens with the profiler on: kernels {kernels:.1f} ms in all")
+    print(
+        f"\n{name}, {len(plan)} conversations of {sum(plan)} tokens with the profiler on: kernels"
+        f" {kernels:.1f} ms in all"
+    )
     for key, value in found.items():
         print(f"  {key:28s} gpu {value['gpu_ms']:9.1f} ms   cpu {value['cpu_ms']:9.1f} ms")
     rest = kernels - sum(value["gpu_ms"] for key, value in found.items() if "/" not in key)
     print(f"  {'embeddings, head, optimizer':28s} gpu {rest:9.1f} ms")
-    print(events.table(sort_by="self_device_time_total" if row.device.type == "cuda" else "self_cpu_time_total", row_limit=18, max_name_column_width=60))
+    print(
+        events.table(
+            sort_by="self_device_time_total" if row.device.type == "cuda" else "self_cpu_time_total",
+            row_limit=18,
+            max_name_column_width=60,
+        )
+    )
     return found
 
 
@@ -208,7 +273,12 @@ def surroundings(device: torch.device, commit: str | None) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "absent"
     if commit is None:
-        asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         commit = asked.stdout.strip() or "unknown"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none (CPU)"
     return {"gpu": gpu, "cuda": torch.version.cuda, "versions": versions, "commit": commit}
@@ -218,21 +288,41 @@ def alone(name: str, arguments: list[str]) -> dict:
     """The report of one way of training, measured in a process of its own."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "report.json")
-        ended = subprocess.run([sys.executable, "-m", "bench.train_step", *arguments, "--rows", name, "--json", str(path)], check=False)
+        ended = subprocess.run(
+            [sys.executable, "-m", "bench.train_step", *arguments, "--rows", name, "--json", str(path)],
+            check=False,
+        )
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
     if ended.returncode not in (0, 1):
-        report["rows"].append({"row": name, "lengths": "", "why": f"its process ended with {ended.returncode} before it had measured everything", "broken": True})
+        report["rows"].append(
+            {
+                "row": name,
+                "lengths": "",
+                "why": f"its process ended with {ended.returncode} before it had measured everything",
+                "broken": True,
+            }
+        )
     return report
 
 
 def here(name: str, config: dict, device: torch.device, options: argparse.Namespace) -> Iterator[dict]:
     """The same, measured in this process: the report after every distribution of lengths."""
-    report = surroundings(device, options.commit) | {"layers": len(config["hybrid_override_pattern"]), "documents": options.documents}
+    report = surroundings(device, options.commit) | {
+        "layers": len(config["hybrid_override_pattern"]),
+        "documents": options.documents,
+    }
     imported = time.time() - figures.started()
-    print(f"{report['gpu']}, CUDA {report['cuda']}, commit {report['commit']}, " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
+    print(
+        f"{report['gpu']}, CUDA {report['cuda']}, commit {report['commit']}, "
+        + ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    )
     top, rows = ceiling(device), []
     ready = time.time() - figures.started()
-    print(f"{name}: {report['layers']} layers; matrix ceiling {top / 1e12:.0f} TFLOP/s; torch loaded {imported:.1f} s after the start, the ceiling measured after {ready:.1f} s", flush=True)
+    print(
+        f"{name}: {report['layers']} layers; matrix ceiling {top / 1e12:.0f} TFLOP/s; torch loaded"
+        f" {imported:.1f} s after the start, the ceiling measured after {ready:.1f} s",
+        flush=True,
+    )
     try:
         for found in measure(name, config, device, top, options):
             rows.append(found)
@@ -246,7 +336,9 @@ def micro_batches(text: str, kinds: int) -> list[int]:
     """The sizes of micro-batches. Raises ValueError unless there is one, or one for each distribution."""
     sizes = [int(part) if part.isdigit() else 0 for part in text.split(",")]
     if min(sizes) < 1 or len(sizes) not in (1, kinds):
-        raise ValueError(f"--micro-batch {text}: expected a number from 1 on, or one for each of the {kinds} --lengths")
+        raise ValueError(
+            f"--micro-batch {text}: expected a number from 1 on, or one for each of the {kinds} --lengths"
+        )
     return sizes
 
 
@@ -256,24 +348,57 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", default="ours", help="comma-separated: notebook, peft, peft-torch, ours")
     parser.add_argument("--lengths", default="equal", help=f"comma-separated: {', '.join(lengths.KINDS)}")
     parser.add_argument("--steps", type=int, default=3, help="steps of each row on each distribution")
-    parser.add_argument("--documents", type=int, default=lengths.DOCUMENTS, help="conversations of a step (voice-packed has as many as fit)")
-    parser.add_argument("--micro-batch", default="1", help="conversations that peft and peft-torch pad to one length and compute together: one number, or one for each of --lengths")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=lengths.DOCUMENTS,
+        help="conversations of a step (voice-packed has as many as fit)",
+    )
+    parser.add_argument(
+        "--micro-batch",
+        default="1",
+        help=(
+            "conversations that peft and peft-torch pad to one length and compute together: one number, or"
+            " one for each of --lengths"
+        ),
+    )
     parser.add_argument("--layers", type=int, default=52, help="the first N of the model's 52 layers")
-    parser.add_argument("--tiles", action="store_true", help="ours: our grouped products in place of torch's, as every GPU but Hopper and data-centre Blackwell takes them")
+    parser.add_argument(
+        "--tiles",
+        action="store_true",
+        help=(
+            "ours: our grouped products in place of torch's, as every GPU but Hopper and data-centre"
+            " Blackwell takes them"
+        ),
+    )
     parser.add_argument("--eager", action="store_true", help="ours: without CUDA graphs")
     parser.add_argument("--decoded-gb", type=float, default=0.0, help="ours: as stage train's decoded_gb")
-    parser.add_argument("--deterministic", action="store_true", help="ours: as stage train with deterministic: true")
-    parser.add_argument("--config", type=Path, help="a hub config.json to take widths and pattern from instead of the real ones")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="ours: as stage train with deterministic: true"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="a hub config.json to take widths and pattern from instead of the real ones",
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="written after every row")
-    parser.add_argument("--profile", default="", help="rows to profile after measuring, comma-separated, or all")
+    parser.add_argument(
+        "--profile", default="", help="rows to profile after measuring, comma-separated, or all"
+    )
     parser.add_argument("--commit", help="what to write where git is not at hand")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: run this on a GPU, or check its code with --device cpu and a small --config")
+        raise SystemExit(
+            "no CUDA device: run this on a GPU, or check its code with --device cpu and a small --config"
+        )
     try:
-        config = json.loads(options.config.read_text(encoding="utf-8")) if options.config else operations.sizes(options.layers)
+        config = (
+            json.loads(options.config.read_text(encoding="utf-8"))
+            if options.config
+            else operations.sizes(options.layers)
+        )
         options.micro_batch = micro_batches(options.micro_batch, len(lengths.kinds(options.lengths)))
     except ValueError as error:
         raise SystemExit(str(error)) from error
@@ -290,7 +415,11 @@ def main(arguments: list[str] | None = None) -> int:
         grouped.TORCH_KERNELS = ()
     torch.manual_seed(0)
     # Several rows: this process asks the GPU for nothing, so that all of its memory is the row's.
-    reports = here(names[0], config, device, options) if len(names) == 1 else (alone(name, arguments) for name in names)
+    reports = (
+        here(names[0], config, device, options)
+        if len(names) == 1
+        else (alone(name, arguments) for name in names)
+    )
     rows: list[dict] = []
     for report in reports:
         rows = report["rows"] if len(names) == 1 else [*rows, *report["rows"]]

@@ -15,20 +15,26 @@ BLOCK = 2**26  # random numbers, of which every tensor is a cut
 
 
 class Random(Checkpoint):
-    """Reads like a Checkpoint of `config`, which is written to `folder`/config.json; the same numbers every time."""
+    """Reads like a Checkpoint of `config`, which is written to `folder`/config.json; the same numbers
+    every time.
+    """
 
     def __init__(self, config: dict, folder: Path, limit: int = 5 * 10**9):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))
         self.folder, self.entries, self.files = folder, {}, []
-        for file, group in shards([Slot(name, spec.dtype, spec.shape) for name, spec in names.tensors(config).items()], limit):
+        for file, group in shards(
+            [Slot(name, spec.dtype, spec.shape) for name, spec in names.tensors(config).items()], limit
+        ):
             at = 0
             for slot in group:
                 self.entries[slot.name] = Entry(folder / file, slot.dtype, slot.shape, at, at + slot.bytes)
                 at += slot.bytes
             self.files.append(file)
-        self.metadata = dict.fromkeys(self.files, {"format": "pt"})
-        self._block = torch.empty(BLOCK, dtype=torch.bfloat16).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        self.metadata = {file: {"format": "pt"} for file in self.files}
+        self._block = torch.empty(BLOCK, dtype=torch.bfloat16).normal_(
+            std=0.02, generator=torch.Generator().manual_seed(0)
+        )
 
     def tensor(self, name: str) -> torch.Tensor:
         entry = self.entries[name]

@@ -15,8 +15,12 @@ from forge.plan import Context
 IMAGE, MODULE = "train", "nemotron.checkpoint_audit"
 
 
-def audit(context: Context, executor: Executor, folder: Path, base: Path | None = None, vllm: str | None = None) -> dict[str, Any]:
-    """`facts`, `serve` and `findings` of docs/formats.md. Refused if a folder holds no checkpoint, or the audit itself cannot run."""
+def audit(
+    context: Context, executor: Executor, folder: Path, base: Path | None = None, vllm: str | None = None
+) -> dict[str, Any]:
+    """`facts`, `serve` and `findings` of docs/formats.md. Refused if a folder holds no checkpoint, or the
+    audit itself cannot run.
+    """
     folders = {"FOLDER": folder} | ({"--base": base} if base else {})
     if missing := [finding for name, path in folders.items() for finding in _no_checkpoint(name, path)]:
         raise Refused(missing)
@@ -27,13 +31,21 @@ def audit(context: Context, executor: Executor, folder: Path, base: Path | None 
     arguments: list[str | Path] = [folder.absolute()]
     arguments += ["--base", base.absolute()] if base else []
     arguments += [f"--vllm={vllm}"] if vllm is not None else []
-    done = subprocess.run(executor.command(image, MODULE, arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        executor.command(image, MODULE, arguments),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
     try:
         return json.loads(done.stdout)
     except ValueError as fault:
         said = " | ".join(done.stderr.strip().splitlines()[-3:]) or "nothing"
         found = f"exit status {done.returncode} and no audit; it said: {said}"
-        raise Refused(error("audit", found, "the audit as JSON", "It is a fault of the audit or of its image.")) from fault
+        raise Refused(
+            error("audit", found, "the audit as JSON", "It is a fault of the audit or of its image.")
+        ) from fault
 
 
 def _no_checkpoint(name: str, folder: Path) -> list[Finding]:
@@ -41,4 +53,8 @@ def _no_checkpoint(name: str, folder: Path) -> list[Finding]:
     if not folder.is_dir():
         return [error(name, f"no folder {folder}", "the folder of a checkpoint", remedy)]
     lacking = [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]
-    return [error(name, f"no {' and no '.join(lacking)} in {folder}", "the folder of a checkpoint", remedy)] if lacking else []
+    return (
+        [error(name, f"no {' and no '.join(lacking)} in {folder}", "the folder of a checkpoint", remedy)]
+        if lacking
+        else []
+    )

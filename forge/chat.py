@@ -39,8 +39,16 @@ class Conversation:
         self.messages = [{"role": "system", "content": self.system}]
 
     def turn(self) -> Iterator[str]:
-        """Asks for the next turn, yields its text as it comes, and adds it with its tool calls. Refused if nobody answers."""
-        body = {"model": self.model, "messages": self.messages, "stream": True, "temperature": 0, "chat_template_kwargs": self.kwargs}
+        """Asks for the next turn, yields its text as it comes, and adds it with its tool calls. Refused if
+        nobody answers.
+        """
+        body = {
+            "model": self.model,
+            "messages": self.messages,
+            "stream": True,
+            "temperature": 0,
+            "chat_template_kwargs": self.kwargs,
+        }
         if self.tools:
             body["tools"] = self.tools
         text, calls = "", {}
@@ -49,7 +57,9 @@ class Conversation:
                 text += delta["content"]
                 yield delta["content"]
             for part in delta.get("tool_calls") or []:
-                call = calls.setdefault(part["index"], {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+                call = calls.setdefault(
+                    part["index"], {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
+                )
                 call["id"] = part.get("id") or call["id"]
                 for key, value in (part.get("function") or {}).items():
                     call["function"][key] += value or ""
@@ -76,9 +86,18 @@ def deltas(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 if data and (choices := json.loads(data).get("choices")):
                     yield choices[0]["delta"]
     except urllib.error.HTTPError as fault:
-        raise Refused(error("chat", f"the server refused ({fault.code}): {fault.read().decode(errors='replace')[:300]}", "an answer", "Start over with /reset.")) from fault
+        raise Refused(
+            error(
+                "chat",
+                f"the server refused ({fault.code}): {fault.read().decode(errors='replace')[:300]}",
+                "an answer",
+                "Start over with /reset.",
+            )
+        ) from fault
     except OSError as fault:
-        raise Refused(error("chat", f"no answer from {url} ({fault})", "a server", "Start it: make serve.")) from fault
+        raise Refused(
+            error("chat", f"no answer from {url} ({fault})", "a server", "Start it: make serve.")
+        ) from fault
 
 
 def shown(call: dict[str, Any]) -> str:
@@ -88,16 +107,23 @@ def shown(call: dict[str, Any]) -> str:
         arguments = json.loads(function["arguments"] or "{}")
     except json.JSONDecodeError:
         return f"{function['name']}({function['arguments']})"
-    return f"{function['name']}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in arguments.items())})"
+    shown = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
+    return f"{function['name']}({', '.join(shown)})"
 
 
 def chat(url: str, prompt: str | None = None) -> int:
-    """Chats until /exit or the end of stdin; with `prompt` asks that and nothing else. Returns the exit status."""
+    """Chats until /exit or the end of stdin; with `prompt` asks that and nothing else. Returns the exit
+    status.
+    """
     folder = serving.artifact(Path(os.environ.get("ANNIE_HOME", REPO / ".annie")))
     its = json.loads((folder / "serve.json").read_text())
     conversation = Conversation(
-        url.rstrip("/"), its["served_name"], (folder / "prompt.txt").read_text().strip(), json.loads((folder / "tools.json").read_text()),
-        its["chat_template_kwargs"])
+        url.rstrip("/"),
+        its["served_name"],
+        (folder / "prompt.txt").read_text().strip(),
+        json.loads((folder / "tools.json").read_text()),
+        its["chat_template_kwargs"],
+    )
     console = Console(highlight=False, soft_wrap=True)
     if prompt:
         say(console, conversation, {"role": "user", "content": prompt})
@@ -115,9 +141,23 @@ def chat(url: str, prompt: str | None = None) -> int:
             elif line:
                 say(console, conversation, {"role": "user", "content": line})
                 for call in conversation.calls:
-                    result = _input(console, f"[dim]result of {call['function']['name']} (return: nothing)[/dim]  ", interactive) if interactive else ""
-                    conversation.messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
-                if interactive and conversation.messages[-1]["role"] == "tool" and conversation.messages[-1]["content"]:
+                    result = (
+                        _input(
+                            console,
+                            f"[dim]result of {call['function']['name']} (return: nothing)[/dim]  ",
+                            interactive,
+                        )
+                        if interactive
+                        else ""
+                    )
+                    conversation.messages.append(
+                        {"role": "tool", "tool_call_id": call["id"], "content": result}
+                    )
+                if (
+                    interactive
+                    and conversation.messages[-1]["role"] == "tool"
+                    and conversation.messages[-1]["content"]
+                ):
                     say(console, conversation, None)
     except (EOFError, KeyboardInterrupt):
         return 0

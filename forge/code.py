@@ -15,8 +15,8 @@ _APART = ("stage.toml", "README.md")
 
 
 def closure(repo: Path, stage: str) -> list[Path]:
-    """Sorted paths, relative to `repo`. Imports inside functions count; so does a data file that a module names
-    in a string and that lies beside it. Refused if a file is not Python or imports what it may not."""
+    """Sorted paths, relative to `repo`. Imports inside functions count; so does a data file that a module
+    names in a string and that lies beside it. Refused if a file is not Python or imports what it may not."""
     own = repo / "stages" / stage
     found = {
         p for p in own.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name not in _APART
@@ -32,13 +32,29 @@ def closure(repo: Path, stage: str) -> list[Path]:
         found.update(beside)
         for name in names:
             if name.split(".")[0] == "forge":
-                raise Refused(error(str(path.relative_to(repo)), f"an import of {name}", "stages.job, nemotron and libraries",
-                                    "A stage runs where forge is not."))
+                raise Refused(
+                    error(
+                        str(path.relative_to(repo)),
+                        f"an import of {name}",
+                        "stages.job, nemotron and libraries",
+                        "A stage runs where forge is not.",
+                    )
+                )
             reached = _modules(repo, name)
             for module in reached:
-                if module.is_relative_to(repo / "stages") and not module.is_relative_to(own) and module.parent != repo / "stages":
-                    raise Refused(error(str(path.relative_to(repo)), f"an import of {name}", "no import of another stage",
-                                        "What two stages share belongs in nemotron/."))
+                if (
+                    module.is_relative_to(repo / "stages")
+                    and not module.is_relative_to(own)
+                    and module.parent != repo / "stages"
+                ):
+                    raise Refused(
+                        error(
+                            str(path.relative_to(repo)),
+                            f"an import of {name}",
+                            "no import of another stage",
+                            "What two stages share belongs in nemotron/.",
+                        )
+                    )
             todo += reached
     return sorted(p.relative_to(repo) for p in found | seen)
 
@@ -78,7 +94,7 @@ def _mentions(repo: Path, path: Path) -> tuple[set[str], set[Path]]:
     return names, {p for p in beside if p.is_file() and p.resolve().is_relative_to(repo.resolve())}
 
 
-@functools.lru_cache(maxsize=None)  # stages share most of what they import
+@functools.cache  # stages share most of what they import
 def _parsed(source: bytes) -> tuple[frozenset[tuple[int, str]], frozenset[str]]:
     """(level, dotted name) of each import, and the strings that could name a data file."""
     imports, words = set(), set()
@@ -86,7 +102,9 @@ def _parsed(source: bytes) -> tuple[frozenset[tuple[int, str]], frozenset[str]]:
         if isinstance(node, ast.Import):
             imports.update((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            imports.update((node.level, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names)
+            imports.update(
+                (node.level, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names
+            )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _file_like(node.value):
             words.add(node.value)
     return frozenset(imports), frozenset(words)

@@ -1,4 +1,6 @@
-"""The ways of a recipe side by side: what each made of the same base and data, from the artifacts that they left."""
+"""The ways of a recipe side by side: what each made of the same base and data, from the artifacts that
+they left.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,23 @@ from forge.finding import Refused, error
 from forge.plan import Context
 
 LAST = "evaluate"
-POINTS = 2  # of the questions in a hundred, by which the NVFP4 model may be behind the tuned one and still counts as kept
+# of the questions in a hundred, by which the NVFP4 model may be behind the tuned one and still counts as kept
+POINTS = 2
 
 
 def ways(context: Context) -> dict[str, Context]:
     """Way -> the context to run it in. Refused if the recipe has none."""
     found = context.recipe.ways
     if not found:
-        raise Refused(error("compare", f"no ways in recipe {context.recipe.name}", "ways: at its top, each a few changed parameters",
-                            "recipes/tiny.yaml has some: ways: {qad: {train: {rounded_share: 0.3, rounded_loss: teacher}}}"))
+        raise Refused(
+            error(
+                "compare",
+                f"no ways in recipe {context.recipe.name}",
+                "ways: at its top, each a few changed parameters",
+                "recipes/tiny.yaml has some: ways: {qad: {train: {rounded_share: 0.3, rounded_loss:"
+                " teacher}}}",
+            )
+        )
     return {name: replace(context, recipe=way) for name, way in found.items()}
 
 
@@ -30,18 +40,30 @@ def collect(contexts: dict[str, Context]) -> list[dict[str, Any]]:
         evaluated, quantised = (plan.artifact(context, stage).folder for stage in (LAST, "quantize"))
         report = json.loads((evaluated / "report.json").read_text())
         fidelity = json.loads((quantised / "audit.json").read_text()).get("fidelity")
-        rows.append({"way": name, "pass": report["pass"], "fidelity": fidelity, **judged(report["pass"], report["control"])})
+        rows.append(
+            {
+                "way": name,
+                "pass": report["pass"],
+                "fidelity": fidelity,
+                **judged(report["pass"], report["control"]),
+            }
+        )
     return rows
 
 
 def judged(passed: dict[str, float], control: bool) -> dict[str, str]:
-    """What the NVFP4 column is held `against` (tuned, or merged where tuned was not asked) and the `verdict`: kept, lost, or control."""
+    """What the NVFP4 column is held `against` (tuned, or merged where tuned was not asked) and the
+    `verdict`: kept, lost, or control.
+    """
     against = "tuned" if "tuned" in passed else "merged"
     kept = passed["nvfp4"] >= passed[against] - POINTS / 100 - 1e-9  # shares are sums of binary fractions
-    return {"against": against, "verdict": "control" if control else "kept" if kept else "lost"}  # a control was taught nothing that could be kept
+    # a control was taught nothing that could be kept
+    return {"against": against, "verdict": "control" if control else "kept" if kept else "lost"}
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
     """Which ways keep what was tuned, in one sentence."""
     kept, lost = ([row["way"] for row in rows if row["verdict"] == word] for word in ("kept", "lost"))
-    return f"NVFP4 within {POINTS} points of tuned: {', '.join(kept) or 'no way'}" + (f"; not: {', '.join(lost)}" if lost else "")
+    return f"NVFP4 within {POINTS} points of tuned: {', '.join(kept) or 'no way'}" + (
+        f"; not: {', '.join(lost)}" if lost else ""
+    )

@@ -9,24 +9,44 @@ from pathlib import Path
 from typing import Any
 
 from forge.finding import Finding, Refused, error
-from forge.parameter import Parameter, Unfit, convert, nearest
 from forge.parameter import TYPES as PARAMETER_TYPES
+from forge.parameter import Parameter, Unfit, convert, nearest
 
 __all__ = ["Contract", "Needs", "Parameter", "Unfit", "convert", "load", "nearest"]
 
 # Artifact type -> patterns of which each must match at least one file (docs/formats.md).
 TYPES: dict[str, tuple[str, ...]] = {
     "hf-checkpoint": (
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
         "*.safetensors",
     ),
     "chat-dataset": (
-        "train.jsonl", "eval.jsonl", "prompt.txt", "tools.json", "stats.json", "tokens.png", "rejects.jsonl",
+        "train.jsonl",
+        "eval.jsonl",
+        "prompt.txt",
+        "tools.json",
+        "stats.json",
+        "tokens.png",
+        "rejects.jsonl",
     ),
     "peft-adapter": (
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json", "loss.jsonl", "loss.png",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "training.json",
+        "loss.jsonl",
+        "loss.png",
     ),
-    "nvfp4-checkpoint": ("config.json", "hf_quant_config.json", "tokenizer.json", "*.safetensors", "audit.json"),
+    "nvfp4-checkpoint": (
+        "config.json",
+        "hf_quant_config.json",
+        "tokenizer.json",
+        "*.safetensors",
+        "audit.json",
+    ),
     "report": ("report.json", "report.md", "behaviour.png", "answers.jsonl", "exchange.json"),
     "serving": ("serve.json", "check.json", "prompt.txt", "tools.json", "README.md"),
 }
@@ -60,17 +80,22 @@ NEEDS_TYPES = {"gpu": "bool", "network": "bool", "memory_gb": "float", "disk_gb"
 
 @dataclass(frozen=True)
 class Product:
-    """An image made from the stage's output (`[build]`): its name, and for each value of the parameter `by` context name -> input name, or a folder in it."""
+    """An image made from the stage's output (`[build]`): its name, and for each value of the parameter
+    `by` context name -> input name, or a folder in it.
+    """
 
     image: str
     by: str
     contexts: dict[str, dict[str, str]]
 
     def folders(self, params: dict[str, Any], folder: Callable[[str], Path]) -> dict[str, Path | None]:
-        """Context name -> folder under these parameters, None for a context that only other values have; `folder` gives that of an input."""
+        """Context name -> folder under these parameters, None for a context that only other values have;
+        `folder` gives that of an input.
+        """
         chosen = {context: place.partition("/") for context, place in self.contexts[params[self.by]].items()}
         return dict.fromkeys(name for contexts in self.contexts.values() for name in contexts) | {
-            context: folder(supplier) / below for context, (supplier, _, below) in chosen.items()}
+            context: folder(supplier) / below for context, (supplier, _, below) in chosen.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -86,26 +111,62 @@ class Contract:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
     product: Product | None = None
-    check: str | None = None  # a module that looks at the stage's sources before any stage runs (forge/sources.py)
+    # a module that looks at the stage's sources before any stage runs (forge/sources.py)
+    check: str | None = None
 
 
-def _product(name: str, raw: dict[str, Any], parameters: dict[str, Parameter], consumes: dict[str, str], findings: list[Finding]) -> Product | None:
+def _product(
+    name: str,
+    raw: dict[str, Any],
+    parameters: dict[str, Parameter],
+    consumes: dict[str, str],
+    findings: list[Finding],
+) -> Product | None:
     if set(raw) != {"image", "by", "contexts"} or not isinstance(raw["contexts"], dict):
-        findings.append(error(name, f"[build] with {', '.join(raw) or 'nothing'}", "image, by and contexts", "docs/formats.md says what it holds."))
+        findings.append(
+            error(
+                name,
+                f"[build] with {', '.join(raw) or 'nothing'}",
+                "image, by and contexts",
+                "docs/formats.md says what it holds.",
+            )
+        )
         return None
     choices = parameters[raw["by"]].choices if raw["by"] in parameters else ()
     if set(choices) != set(raw["contexts"]):
-        findings.append(error(name, f"build.contexts for {', '.join(raw['contexts'])}", f"one for each choice of the parameter {raw['by']}: {', '.join(choices) or 'none'}", ""))
+        findings.append(
+            error(
+                name,
+                f"build.contexts for {', '.join(raw['contexts'])}",
+                f"one for each choice of the parameter {raw['by']}: {', '.join(choices) or 'none'}",
+                "",
+            )
+        )
     for contexts in raw["contexts"].values():
         for place in contexts.values():
             if (supplier := place.partition("/")[0]) not in consumes:
-                findings.append(error(name, f"build.contexts names {supplier}", "an input of [consumes]", nearest(supplier, consumes)))
+                findings.append(
+                    error(
+                        name,
+                        f"build.contexts names {supplier}",
+                        "an input of [consumes]",
+                        nearest(supplier, consumes),
+                    )
+                )
     return Product(**raw)
 
 
 _KEYS = {
-    "summary": str, "image": str, "produces": str, "consumes": dict, "sources": dict, "secrets": dict,
-    "parameters": dict, "needs": dict, "build": dict, "check": str,
+    "summary": str,
+    "image": str,
+    "produces": str,
+    "consumes": dict,
+    "sources": dict,
+    "secrets": dict,
+    "parameters": dict,
+    "needs": dict,
+    "build": dict,
+    "check": str,
 }
 
 
@@ -114,7 +175,9 @@ def load(folder: Path) -> Contract:
     path = folder / "stage.toml"
     name = f"stages/{folder.name}/stage.toml"
     if not path.is_file():
-        raise Refused(error(name, "no such file", "the contract of the stage", "docs/formats.md says what it holds."))
+        raise Refused(
+            error(name, "no such file", "the contract of the stage", "docs/formats.md says what it holds.")
+        )
     try:
         raw = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
@@ -128,32 +191,46 @@ def load(folder: Path) -> Contract:
             findings.append(error(name, f"{key} = {value!r}", expected, ""))
     for key in ("summary", "image", "produces"):
         if key not in raw:
-            findings.append(error(name, f"no {key}", f"{key} = \"...\"", "Add it."))
+            findings.append(error(name, f"no {key}", f'{key} = "..."', "Add it."))
     if findings:
         raise Refused(findings)
-    for owner, kind in [("produces", raw["produces"]), *((f"consumes.{k}", v) for k, v in raw.get("consumes", {}).items())]:
+    for owner, kind in [
+        ("produces", raw["produces"]),
+        *((f"consumes.{k}", v) for k, v in raw.get("consumes", {}).items()),
+    ]:
         if not isinstance(kind, str) or kind not in TYPES:
             findings.append(error(name, f"{owner} = {kind!r}", "an artifact type", nearest(str(kind), TYPES)))
 
     def table(kind: type, where: str, values: Any, **renamed: Any) -> Any:
-        allowed = [f for f in kind.__dataclass_fields__]
+        allowed = list(kind.__dataclass_fields__)
         if not isinstance(values, dict):
             findings.append(error(name, f"{where} = {values!r}", "a table", ""))
             return kind(**renamed)
         unknown = [key for key in values if key not in allowed]
         for key in unknown:
-            findings.append(error(name, f"unknown key {where}.{key}", "a key of this table", nearest(key, allowed)))
+            findings.append(
+                error(name, f"unknown key {where}.{key}", "a key of this table", nearest(key, allowed))
+            )
         return kind(**{**{k: v for k, v in values.items() if k not in unknown}, **renamed})
 
     def described(where: str, values: Any) -> Parameter | None:
-        """The parameter of one table, with those of the tables inside it; None, and a finding, if its type is unknown."""
+        """The parameter of one table, with those of the tables inside it; None, and a finding, if its type
+        is unknown.
+        """
         kind = values.get("type") if isinstance(values, dict) else None
         if kind not in PARAMETER_TYPES:
-            findings.append(error(name, f"{where}.type = {kind!r}", "one of " + ", ".join(PARAMETER_TYPES), ""))
+            findings.append(
+                error(name, f"{where}.type = {kind!r}", "one of " + ", ".join(PARAMETER_TYPES), "")
+            )
             return None
-        inner = {key: described(f"{where}.fields.{key}", below) for key, below in values.get("fields", {}).items()}
+        inner = {
+            key: described(f"{where}.fields.{key}", below) for key, below in values.get("fields", {}).items()
+        }
         parameter = table(
-            Parameter, where, values, **{key: tuple(values.get(key, ())) for key in ("choices", "also", "keys")},
+            Parameter,
+            where,
+            values,
+            **{key: tuple(values.get(key, ())) for key in ("choices", "also", "keys")},
             each=described(f"{where}.each", values["each"]) if "each" in values else None,
             fields={key: below for key, below in inner.items() if below},
         )
@@ -161,29 +238,66 @@ def load(folder: Path) -> Contract:
             try:
                 parameter.accept(parameter.default)
             except Unfit as unfit:
-                findings.append(error(name, f"{where}.default = {parameter.default!r}", unfit.faults[0].expected, ""))
+                findings.append(
+                    error(name, f"{where}.default = {parameter.default!r}", unfit.faults[0].expected, "")
+                )
         return parameter
 
     read = {key: described(f"parameters.{key}", values) for key, values in raw.get("parameters", {}).items()}
     parameters = {key: parameter for key, parameter in read.items() if parameter}
     for key, parameter in parameters.items():
-        if parameter.at_most and (parameter.at_most not in parameters or parameters[parameter.at_most].type not in ("int", "float")):
-            findings.append(error(name, f"parameters.{key}.at_most = {parameter.at_most!r}", "a number among the stage's parameters",
-                                  nearest(parameter.at_most, parameters)))
+        if parameter.at_most and (
+            parameter.at_most not in parameters or parameters[parameter.at_most].type not in ("int", "float")
+        ):
+            findings.append(
+                error(
+                    name,
+                    f"parameters.{key}.at_most = {parameter.at_most!r}",
+                    "a number among the stage's parameters",
+                    nearest(parameter.at_most, parameters),
+                )
+            )
         if parameter.instead_of and (parameter.instead_of not in parameters or parameter.required):
-            findings.append(error(name, f"parameters.{key}.instead_of = {parameter.instead_of!r}",
-                                  "another of the stage's parameters, and a default for this one",
-                                  nearest(parameter.instead_of, parameters)))
+            findings.append(
+                error(
+                    name,
+                    f"parameters.{key}.instead_of = {parameter.instead_of!r}",
+                    "another of the stage's parameters, and a default for this one",
+                    nearest(parameter.instead_of, parameters),
+                )
+            )
     if "check" in raw and not raw["check"].startswith(f"stages.{folder.name}."):
-        findings.append(error(name, f"check = {raw['check']!r}", f"a module of this stage, such as stages.{folder.name}.sources", ""))
+        findings.append(
+            error(
+                name,
+                f"check = {raw['check']!r}",
+                f"a module of this stage, such as stages.{folder.name}.sources",
+                "",
+            )
+        )
     sources = {key: table(Source, f"sources.{key}", values) for key, values in raw.get("sources", {}).items()}
-    secrets = {key: table(Secret, f"secrets.{key}", values).doc for key, values in raw.get("secrets", {}).items()}
+    secrets = {
+        key: table(Secret, f"secrets.{key}", values).doc for key, values in raw.get("secrets", {}).items()
+    }
     needs = table(Needs, "needs", raw.get("needs", {}))
-    product = _product(name, raw["build"], parameters, raw.get("consumes", {}), findings) if "build" in raw else None
+    product = (
+        _product(name, raw["build"], parameters, raw.get("consumes", {}), findings)
+        if "build" in raw
+        else None
+    )
     if findings:
         raise Refused(findings)
     return Contract(
-        name=folder.name, folder=folder, summary=raw["summary"], image=raw["image"], produces=raw["produces"],
-        consumes=raw.get("consumes", {}), sources=sources, secrets=secrets, parameters=parameters, needs=needs,
-        product=product, check=raw.get("check"),
+        name=folder.name,
+        folder=folder,
+        summary=raw["summary"],
+        image=raw["image"],
+        produces=raw["produces"],
+        consumes=raw.get("consumes", {}),
+        sources=sources,
+        secrets=secrets,
+        parameters=parameters,
+        needs=needs,
+        product=product,
+        check=raw.get("check"),
     )

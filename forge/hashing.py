@@ -40,7 +40,8 @@ _TABLE = (
 class Memo:
     """File digests by device, inode, size, mtime and ctime, in one SQLite file.
 
-    Losing the file costs time and nothing else: it is not synced, and on a full disk digests are remembered for this process alone.
+    Losing the file costs time and nothing else: it is not synced, and on a full disk digests are
+    remembered for this process alone.
     """
 
     def __init__(self, path: Path):
@@ -56,7 +57,8 @@ class Memo:
         """SHA-256 of a file's content; OSError if it cannot be read."""
         stat = os.stat(path)
         row = self._db.execute(
-            "select sha256 from digest where device = ? and inode = ? and size = ? and mtime = ? and ctime = ?",
+            "select sha256 from digest where device = ? and inode = ? and size = ? and mtime = ? and"
+            " ctime = ?",
             _identity(stat),
         ).fetchone()
         if row:
@@ -71,7 +73,9 @@ class Memo:
 
     def remember(self, stat: os.stat_result, sha256: str) -> None:
         try:
-            self._db.execute("insert or replace into digest values (?, ?, ?, ?, ?, ?)", (*_identity(stat), sha256))
+            self._db.execute(
+                "insert or replace into digest values (?, ?, ?, ?, ?, ?)", (*_identity(stat), sha256)
+            )
         except sqlite3.OperationalError as fault:
             if not _full(fault):
                 raise

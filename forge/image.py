@@ -1,4 +1,6 @@
-"""An image: the folder `images/<name>/`, the build arguments of a recipe, and what of them decides its content."""
+"""An image: the folder `images/<name>/`, the build arguments of a recipe, and what of them decides its
+content.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _BUILD_ONLY = ("Dockerfile", "base.lock", "kernels.lock", "patches/series.base",
 
 @dataclass(frozen=True)
 class Image:
-    """`args` are the recipe's build arguments, such as `base` (the image it starts from) and `torch` (cpu or base)."""
+    """`args` are the recipe's build arguments, such as `base` (the image it starts from) and `torch` (cpu
+    or base).
+    """
 
     name: str
     folder: Path
@@ -28,15 +32,23 @@ class Image:
 
 
 def machine_type(name: str | None = None) -> str:
-    """A machine type in the words of Linux's `uname -m`: x86_64, aarch64. Docker and macOS have other words for the same."""
+    """A machine type in the words of Linux's `uname -m`: x86_64, aarch64. Docker and macOS have other
+    words for the same.
+    """
     name = name or platform.machine()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
 def pythons(folder: Path) -> dict[str, str]:
-    """Machine type -> Python version of the local executor's environments, from machines.toml in the images' folder."""
+    """Machine type -> Python version of the local executor's environments, from machines.toml in the
+    images' folder.
+    """
     path = folder / "machines.toml"
-    return {name: table["python"] for name, table in tomllib.loads(path.read_text()).items()} if path.exists() else {}
+    return (
+        {name: table["python"] for name, table in tomllib.loads(path.read_text()).items()}
+        if path.exists()
+        else {}
+    )
 
 
 def files(image: Image, machine: str) -> dict[str, Path]:
@@ -47,14 +59,24 @@ def files(image: Image, machine: str) -> dict[str, Path]:
         if path.is_file() and "__pycache__" not in path.parts and path.name not in _APART
     }
     shared_names = (f"torch-{machine}.lock", *_SHARED)
-    shared = {f"../{name}": image.folder.parent / name for name in shared_names if (image.folder.parent / name).is_file()}
+    shared = {
+        f"../{name}": image.folder.parent / name
+        for name in shared_names
+        if (image.folder.parent / name).is_file()
+    }
     return found | shared
 
 
 def components(image: Image, executor: str, machine: str | None = None) -> dict[str, str]:
-    """Named components of the image's content, for keys: its files, its arguments, and where it runs (default: this machine)."""
+    """Named components of the image's content, for keys: its files, its arguments, and where it runs
+    (default: this machine).
+    """
     machine = machine_type(machine)
-    read = {name: path for name, path in files(image, machine).items() if executor != "local" or name not in _BUILD_ONLY}
+    read = {
+        name: path
+        for name, path in files(image, machine).items()
+        if executor != "local" or name not in _BUILD_ONLY
+    }
     named = {f"image/{name}": hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}
     named |= {f"image/arg/{name}": value for name, value in image.args.items()}
     named["image/executor"] = executor

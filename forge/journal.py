@@ -47,7 +47,9 @@ class Journal:
 
 
 class Log:
-    """A stage's log: lines as they come, masked; a carriage return (progress bars) overwrites, as on a screen."""
+    """A stage's log: lines as they come, masked; a carriage return (progress bars) overwrites, as on a
+    screen.
+    """
 
     def __init__(self, path: Path, mask: Mask):
         self.path = path
@@ -82,13 +84,20 @@ def _new_folder(runs: Path, name: str) -> Path:
 def runs(home: Path, recipe: str) -> list[Path]:
     """The run folders of a recipe, newest first."""
     named = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe)}(-\d+)?")
-    return sorted((p for p in (home / "runs").glob("*") if named.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
+    return sorted(
+        (p for p in (home / "runs").glob("*") if named.fullmatch(p.name)), key=lambda p: p.name, reverse=True
+    )
 
 
 def last_log(home: Path, recipe: str, stage: str, executor: str | None = None) -> Path | None:
     """The newest log of a stage under a recipe, by one executor or by any."""
     # An image may have a stage's name; the logs of images are numbered 00.
-    logs = (path for folder in runs(home, recipe) for path in folder.glob(f"[0-9][0-9]-{stage}.log") if not path.name.startswith("00-"))
+    logs = (
+        path
+        for folder in runs(home, recipe)
+        for path in folder.glob(f"[0-9][0-9]-{stage}.log")
+        if not path.name.startswith("00-")
+    )
     return next((path for path in logs if executor in (None, _plan(path.parent)["executor"])), None)
 
 
@@ -97,7 +106,9 @@ def _plan(folder: Path) -> dict[str, Any]:
 
 
 def last_ending(home: Path, recipe: str) -> Event | None:
-    """How the newest run of a recipe ended: its `done`, `failed` or `interrupted` event; None if it did not say."""
+    """How the newest run of a recipe ended: its `done`, `failed` or `interrupted` event; None if it did
+    not say.
+    """
     newest = runs(home, recipe)[:1]
     return next((e for folder in newest for e in events(folder) if e["event"] in ENDINGS), None)
 
@@ -109,15 +120,22 @@ def events(folder: Path) -> list[Event]:
     return [json.loads(line) for line in lines]
 
 
-def read_log(home: Path, recipe: str, stage: str, stages: list[str], follow: bool, executor: str | None = None) -> Iterator[str]:
+def read_log(
+    home: Path, recipe: str, stage: str, stages: list[str], follow: bool, executor: str | None = None
+) -> Iterator[str]:
     """The newest log of a stage in pieces; with `follow`, until the stage or its run ends."""
     path = last_log(home, recipe, stage, executor)
     if path is None:
-        remedy = nearest(stage, stages) if stage not in stages else f"python build.py run --recipe {recipe} --until {stage}"
+        remedy = (
+            nearest(stage, stages)
+            if stage not in stages
+            else f"python build.py run --recipe {recipe} --until {stage}"
+        )
         raise Refused(error(stage, f"no log under recipe {recipe}", "a stage that has run", remedy))
     with open(path, errors="replace") as stream:
         while True:
-            over = not follow or _over(path.parent, stage)  # asked before the rest is read, so that nothing is lost
+            # asked before the rest is read, so that nothing is lost
+            over = not follow or _over(path.parent, stage)
             yield from iter(lambda: stream.read(1 << 16), "")
             if over:
                 return

@@ -23,10 +23,18 @@ class Key:
         return None if self.waits else hashing.of_value(self.components)
 
 
-def of(step: Step, recipe: Recipe, repo: Path, executor: str, memo: hashing.Memo, gpu: str, digest: Callable[[str], str | None]) -> Key:
-    """The key of `step`. `digest` gives the content digest of a stage's artifact, None if it is not built; `gpu` is
-    the GPU's architecture or "none". Where content decides and not a file's age, an input that is built again and comes out
-    the same leaves every key after it as it was."""
+def of(
+    step: Step,
+    recipe: Recipe,
+    repo: Path,
+    executor: str,
+    memo: hashing.Memo,
+    gpu: str,
+    digest: Callable[[str], str | None],
+) -> Key:
+    """The key of `step`. `digest` gives the content digest of a stage's artifact, None if it is not built;
+    `gpu` is the GPU's architecture or "none". Where content decides and not a file's age, an input that is
+    built again and comes out the same leaves every key after it as it was."""
     components = {f"code/{path}": memo.file(repo / path) for path in code.closure(repo, step.name)}
     components |= image.components(recipe.images[step.contract.image], executor)
     if step.contract.product:
@@ -75,7 +83,9 @@ class Change:
             return f"{subject} is new ({_short(self.new)})"
         if self.new is None:
             return f"{subject} is gone (it was {_short(self.old)})"
-        verb = {"code": "was edited", "input": "has other content", "source": "has other content"}.get(kind, "changed")
+        verb = {"code": "was edited", "input": "has other content", "source": "has other content"}.get(
+            kind, "changed"
+        )
         return f"{subject} {verb}: {_short(self.old)} -> {_short(self.new)}"
 
 
@@ -88,8 +98,12 @@ def _short(value: str | None) -> str:
 
 
 def changes(old: dict[str, str], new: dict[str, str], undecided: tuple[str, ...] = ()) -> list[Change]:
-    """What differs, in the order code, image, parameters, inputs... `undecided` components are not known yet."""
+    """What differs, in the order code, image, parameters, inputs... `undecided` components are not known
+    yet.
+    """
     order = ["code", "image", "product", "param", "input", "source", "seed", "gpu", "type"]
     names = [n for n in {**old, **new} if old.get(n) != new.get(n) and n not in undecided]
-    names.sort(key=lambda n: (order.index(n.partition("/")[0]) if n.partition("/")[0] in order else len(order), n))
+    names.sort(
+        key=lambda n: (order.index(n.partition("/")[0]) if n.partition("/")[0] in order else len(order), n)
+    )
     return [Change(n, old.get(n), new.get(n)) for n in names]

@@ -46,7 +46,9 @@ def describe(its: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def held(path: Path, wait: bool, on_wait: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Holds the lock. If another run has it: calls `on_wait` once with its holder and waits, or is refused."""
+    """Holds the lock. If another run has it: calls `on_wait` once with its holder and waits, or is
+    refused.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -55,12 +57,23 @@ def held(path: Path, wait: bool, on_wait: Callable[[dict[str, Any]], None]) -> I
         except BlockingIOError:
             its = _read(path)
             if not wait:
-                raise Refused(error("store", f"the lock is held by {describe(its)}", "no other run",
-                                    "Wait for it, or run without --no-wait.")) from None
+                raise Refused(
+                    error(
+                        "store",
+                        f"the lock is held by {describe(its)}",
+                        "no other run",
+                        "Wait for it, or run without --no-wait.",
+                    )
+                ) from None
             on_wait(its)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         os.ftruncate(descriptor, 0)
-        its = {"pid": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.argv), "since": time.time()}
+        its = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "command": shlex.join(sys.argv),
+            "since": time.time(),
+        }
         os.pwrite(descriptor, json.dumps(its).encode(), 0)
         yield
     finally:

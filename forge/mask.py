@@ -17,7 +17,9 @@ _SHORTEST = 4
 
 
 class Mask:
-    """Replaces secrets in whole lines. Each secret is known as it is, URL-quoted, as a JSON string, and in base64."""
+    """Replaces secrets in whole lines. Each secret is known as it is, URL-quoted, as a JSON string, and in
+    base64.
+    """
 
     def __init__(self, secrets: Iterable[str] = ()):
         forms: set[str] = set()

@@ -26,7 +26,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def convert(value: Any, kind: str) -> Any:
     """`value` as a parameter of type `kind`; TypeError if it is of another type.
 
-    An int stands for a float. YAML 1.1 reads `1e-3` (no dot) as a string, so a string that is a number does too.
+    An int stands for a float. YAML 1.1 reads `1e-3` (no dot) as a string, so a string that is a number
+    does too.
     """
     if kind == "float" and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -69,8 +70,9 @@ class Unfit(ValueError):
 class Parameter:
     """What a contract says of one parameter (docs/formats.md, stage.toml).
 
-    `also` lists values that are accepted whatever the type and the limits say. A map with `keys` takes only those; the
-    value of a key is what `each` describes or, where there are `fields`, a map with some of them.
+    `also` lists values that are accepted whatever the type and the limits say. A map with `keys` takes
+    only those; the value of a key is what `each` describes or, where there are `fields`, a map with some
+    of them.
     """
 
     type: str
@@ -123,8 +125,10 @@ class Parameter:
 
     def _in_range(self, number: float) -> bool:
         return not (
-            (self.min is not None and number < self.min) or (self.max is not None and number > self.max)
-            or (self.above is not None and number <= self.above) or (self.multiple_of and number % self.multiple_of)
+            (self.min is not None and number < self.min)
+            or (self.max is not None and number > self.max)
+            or (self.above is not None and number <= self.above)
+            or (self.multiple_of and number % self.multiple_of)
         )
 
     def _entries(self, values: dict[Any, Any]) -> dict[str, Any]:
@@ -132,7 +136,14 @@ class Parameter:
         accepted, faults = {}, []
         for key, value in values.items():
             if key not in self.keys:
-                faults.append(Fault(f"unknown key {key}", f"one of {', '.join(self.keys)}", nearest(str(key), self.keys), (str(key),)))
+                faults.append(
+                    Fault(
+                        f"unknown key {key}",
+                        f"one of {', '.join(self.keys)}",
+                        nearest(str(key), self.keys),
+                        (str(key),),
+                    )
+                )
                 continue
             try:
                 accepted[key] = self._entry(value)
@@ -153,7 +164,9 @@ class Parameter:
         try:
             return self.each.accept(value)
         except Unfit as unfit:
-            raise Unfit([Fault(f.found, f"{f.expected}, or {shape}", f.remedy, f.where) for f in unfit.faults]) from None
+            raise Unfit(
+                [Fault(f.found, f"{f.expected}, or {shape}", f.remedy, f.where) for f in unfit.faults]
+            ) from None
 
     def _unfit(self, value: Any) -> Unfit:
         return Unfit([Fault(repr(value), self.expected, self.doc)])
@@ -164,7 +177,14 @@ def _record(fields: dict[str, Parameter], values: dict[Any, Any]) -> dict[str, A
     accepted, faults = {}, []
     for key, value in values.items():
         if key not in fields:
-            faults.append(Fault(f"unknown key {key}", f"one of {', '.join(fields)}", nearest(str(key), fields), (str(key),)))
+            faults.append(
+                Fault(
+                    f"unknown key {key}",
+                    f"one of {', '.join(fields)}",
+                    nearest(str(key), fields),
+                    (str(key),),
+                )
+            )
             continue
         try:
             accepted[key] = fields[key].accept(value)

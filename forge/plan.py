@@ -30,7 +30,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Selection:
-    """`only` these stages, or those that depend on `first` and that `last` depends on; `force` runs what is cached too."""
+    """`only` these stages, or those that depend on `first` and that `last` depends on; `force` runs what
+    is cached too.
+    """
 
     first: str | None = None
     last: str | None = None
@@ -40,20 +42,37 @@ class Selection:
     def stages(self, recipe: Recipe) -> list[str]:
         for name in (*self.only, *filter(None, (self.first, self.last))):
             if name not in recipe.stages:
-                raise Refused(error("stage", f"no stage {name} in recipe {recipe.name}", "one of its stages", nearest(name, recipe.stages)))
+                raise Refused(
+                    error(
+                        "stage",
+                        f"no stage {name} in recipe {recipe.name}",
+                        "one of its stages",
+                        nearest(name, recipe.stages),
+                    )
+                )
         names = [n for n in recipe.stages if not self.only or n in self.only]
         if self.last:
             names = [n for n in names if n in recipe.upstream(self.last)]
         if self.first:
             names = [n for n in names if self.first in recipe.upstream(n)]
         if not names:
-            raise Refused(error("selection", f"no stage in {self.words()}", "at least one stage",
-                                f"The stages in their order: {', '.join(recipe.stages)}."))
+            raise Refused(
+                error(
+                    "selection",
+                    f"no stage in {self.words()}",
+                    "at least one stage",
+                    f"The stages in their order: {', '.join(recipe.stages)}.",
+                )
+            )
         return names
 
     def words(self) -> str:
         """The options that chose these stages."""
-        options = [*(("--from", self.first),) * bool(self.first), *(("--until", self.last),) * bool(self.last), *(("--only", name) for name in self.only)]
+        options = [
+            *(("--from", self.first),) * bool(self.first),
+            *(("--until", self.last),) * bool(self.last),
+            *(("--only", name) for name in self.only),
+        ]
         return " ".join(f"{option} {name}" for option, name in options)
 
 
@@ -69,8 +88,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a plan. `waits`: an input is not built yet, so whether it runs is open. `blocked`: it cannot run,
-    since an input is neither built nor selected."""
+    """One stage of a plan. `waits`: an input is not built yet, so whether it runs is open. `blocked`: it
+    cannot run, since an input is neither built nor selected."""
 
     name: str
     state: Literal["cached", "run", "waits", "blocked"]
@@ -81,9 +100,14 @@ class Stage:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "stage": self.name, "state": self.state, "why": self.why, "key": self.key.sha256,
-            "seconds": round(self.estimate.seconds, 1), "disk_gb": round(self.estimate.disk_gb, 3),
-            "memory_gb": self.estimate.memory_gb, "measured": self.estimate.measured,
+            "stage": self.name,
+            "state": self.state,
+            "why": self.why,
+            "key": self.key.sha256,
+            "seconds": round(self.estimate.seconds, 1),
+            "disk_gb": round(self.estimate.disk_gb, 3),
+            "memory_gb": self.estimate.memory_gb,
+            "measured": self.estimate.measured,
         }
 
 
@@ -112,8 +136,12 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "recipe": self.recipe, "executor": self.executor, "stages": [s.as_json() for s in self.stages],
-            "seconds": round(self.seconds, 1), "disk_gb": round(self.disk_gb, 3), "memory_gb": self.memory_gb,
+            "recipe": self.recipe,
+            "executor": self.executor,
+            "stages": [s.as_json() for s in self.stages],
+            "seconds": round(self.seconds, 1),
+            "disk_gb": round(self.disk_gb, 3),
+            "memory_gb": self.memory_gb,
         }
 
 
@@ -131,27 +159,40 @@ def make(context: Context, selection: Selection = Selection()) -> Plan:
     return Plan(context.recipe.name, context.executor, tuple(stages))
 
 
-def examine(context: Context, step: Step, built: Mapping[str, Artifact], selection: Selection, selected: bool = True,
-            names: set[str] | None = None) -> Stage:
+def examine(
+    context: Context,
+    step: Step,
+    built: Mapping[str, Artifact],
+    selection: Selection,
+    selected: bool = True,
+    names: set[str] | None = None,
+) -> Stage:
     """One stage, given the artifacts that stand (`built`) and the names that are selected (None: all)."""
+
     def digest(supplier: str) -> str | None:
         return built[supplier].digest if supplier in built else None
 
-    its = key.of(step, context.recipe, context.repo, context.executor, context.store.memo, context.gpu, digest)
+    its = key.of(
+        step, context.recipe, context.repo, context.executor, context.store.memo, context.gpu, digest
+    )
     newest = context.store.newest(step.name, context.recipe.name, context.executor)
     artifact = context.store.find(step.name, its.sha256)
     estimate = _estimate(step, newest)
     if its.waits:
         missing = [n for n in its.waits if names is not None and n not in names]
         if missing:
-            return Stage(step.name, "blocked", f"{', '.join(missing)} not built and not selected", its, None, estimate)
+            return Stage(
+                step.name, "blocked", f"{', '.join(missing)} not built and not selected", its, None, estimate
+            )
         return Stage(step.name, "waits", f"after {', '.join(its.waits)}", its, None, estimate)
     if artifact and not (selection.force and selected):
         return Stage(step.name, "cached", f"built {age(artifact.created)}", its, artifact, estimate)
     return Stage(step.name, "run", _why(context, step.name, its, newest, artifact), its, artifact, estimate)
 
 
-def _why(context: Context, name: str, its: key.Key, newest: Artifact | None, artifact: Artifact | None) -> str:
+def _why(
+    context: Context, name: str, its: key.Key, newest: Artifact | None, artifact: Artifact | None
+) -> str:
     assert its.sha256
     if artifact:
         why = "forced"
@@ -184,15 +225,24 @@ def age(then: datetime.datetime) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A stage against the newest artifact of it: `old` is that artifact's key, `new` the present one (None: not known yet)."""
+    """A stage against the newest artifact of it: `old` is that artifact's key, `new` the present one
+    (None: not known yet).
+    """
 
     stage: Stage
     old: str | None
     changes: tuple[key.Change, ...]
 
     def as_json(self) -> dict[str, Any]:
-        changes = [{"component": c.component, "old": c.old, "new": c.new, "phrase": c.phrase} for c in self.changes]
-        return {**self.stage.as_json(), "old_key": self.old, "changes": changes, "components": self.stage.key.components}
+        changes = [
+            {"component": c.component, "old": c.old, "new": c.new, "phrase": c.phrase} for c in self.changes
+        ]
+        return {
+            **self.stage.as_json(),
+            "old_key": self.old,
+            "changes": changes,
+            "components": self.stage.key.components,
+        }
 
 
 def explain(context: Context, name: str) -> Explanation:
@@ -216,6 +266,13 @@ def artifact(context: Context, name: str) -> Artifact:
     """The artifact of a stage under the present recipe and code. Refused if it is not built."""
     stage = one(context, name)
     if stage.artifact is None:
-        raise Refused(error(name, f"no artifact ({stage.why})", "a stage that is built",
-                            f"python build.py run --recipe {context.recipe.option} --executor {context.executor} --until {name}"))
+        raise Refused(
+            error(
+                name,
+                f"no artifact ({stage.why})",
+                "a stage that is built",
+                f"python build.py run --recipe {context.recipe.option} --executor {context.executor} --until"
+                f" {name}",
+            )
+        )
     return stage.artifact

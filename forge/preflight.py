@@ -14,8 +14,8 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def memory_gb(meminfo: Path = MEMINFO) -> tuple[float, float]:
-    """(available, total) memory in GB. From /proc/meminfo and never from the GPU's driver: on a GB10 the GPU shares
-    the host's memory and NVML has no figure for it."""
+    """(available, total) memory in GB. From /proc/meminfo and never from the GPU's driver: on a GB10 the
+    GPU shares the host's memory and NVML has no figure for it."""
     sizes = {}
     for line in meminfo.read_text().splitlines():
         name, _, rest = line.partition(":")
@@ -36,7 +36,9 @@ def gpu_architecture() -> str | None:
     """`sm_121` for a GB10; None where no driver answers."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.split()
     except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return None
     return f"sm_{answer[0].replace('.', '')}" if answer else None
@@ -47,22 +49,54 @@ def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Fi
     found = []
     free = disk_gb(home)
     if free < plan.disk_gb:
-        found.append(error("disk", f"{free:.1f} GB free at {home}", f"{plan.disk_gb:.1f} GB",
-                           "Free some space, or set ANNIE_HOME to a larger disk."))
+        found.append(
+            error(
+                "disk",
+                f"{free:.1f} GB free at {home}",
+                f"{plan.disk_gb:.1f} GB",
+                "Free some space, or set ANNIE_HOME to a larger disk.",
+            )
+        )
     available, total = memory_gb()
     for stage in plan.pending:
         if stage.estimate.memory_gb > available:
             what = f"{available:.1f} GB of memory available of {total:.1f}"
-            found.append(error(stage.name, what, f"{stage.estimate.memory_gb:g} GB", "Stop what else is running on this machine, or take a smaller recipe."))
+            found.append(
+                error(
+                    stage.name,
+                    what,
+                    f"{stage.estimate.memory_gb:g} GB",
+                    "Stop what else is running on this machine, or take a smaller recipe.",
+                )
+            )
     if gpu is None and any(recipe.on_gpu(s.name) for s in plan.pending):
-        found.append(error("gpu", "no GPU that nvidia-smi can see", "one, since the recipe says gpu: cuda",
-                           "Install the driver, or take a recipe with gpu: none (tiny)."))
+        found.append(
+            error(
+                "gpu",
+                "no GPU that nvidia-smi can see",
+                "one, since the recipe says gpu: cuda",
+                "Install the driver, or take a recipe with gpu: none (tiny).",
+            )
+        )
     wanted = {name for s in plan.pending for name in recipe.stages[s.name].contract.secrets}
     for name in sorted(wanted & set(recipe.secrets)):
         path = recipe.secrets[name]
         if not path.is_file():
-            found.append(error(f"secret {name}", f"no file {path}", "a file with the secret and nothing else", "Write it, or take the secret out of the recipe."))
+            found.append(
+                error(
+                    f"secret {name}",
+                    f"no file {path}",
+                    "a file with the secret and nothing else",
+                    "Write it, or take the secret out of the recipe.",
+                )
+            )
         elif path.stat().st_mode & 0o077:
-            found.append(warning(f"secret {name}", f"{path} can be read by others", "a file for you alone", f"chmod 600 {path}"))
+            found.append(
+                warning(
+                    f"secret {name}",
+                    f"{path} can be read by others",
+                    "a file for you alone",
+                    f"chmod 600 {path}",
+                )
+            )
     return found
-

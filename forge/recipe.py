@@ -19,8 +19,15 @@ from forge.image import Image
 from forge.parameter import Fault, Unfit
 
 _TOP = {
-    "name": "str", "about": "str", "seed": "int", "gpu": "str", "executor": "str", "images": "map", "secrets": "map",
-    "stages": "map", "ways": "map",
+    "name": "str",
+    "about": "str",
+    "seed": "int",
+    "gpu": "str",
+    "executor": "str",
+    "images": "map",
+    "secrets": "map",
+    "stages": "map",
+    "ways": "map",
 }
 _GPU = ("none", "cuda")
 LARGEST_SEED = 2**32 - 1  # numpy's limit
@@ -51,7 +58,8 @@ class Recipe:
     images: dict[str, Image]  # every image of the repository, with this recipe's build arguments
     secrets: dict[str, Path]
     stages: dict[str, Step]  # in an order in which every input comes before its use
-    ways: dict[str, Recipe] = field(default_factory=dict)  # this recipe with some parameters changed, to be compared
+    # this recipe with some parameters changed, to be compared
+    ways: dict[str, Recipe] = field(default_factory=dict)
 
     def on_gpu(self, stage: str) -> bool:
         """Whether `stage` runs on a GPU under this recipe."""
@@ -75,7 +83,14 @@ def find(name: str, repo: Path) -> Path:
     if path.is_file():
         return path
     known = sorted(p.stem for p in (repo / "recipes").glob("*.yaml"))
-    raise Refused(error("recipe", f"no recipe {name}", "a name in recipes/ or the path of a .yaml file", nearest(name, known)))
+    raise Refused(
+        error(
+            "recipe",
+            f"no recipe {name}",
+            "a name in recipes/ or the path of a .yaml file",
+            nearest(name, known),
+        )
+    )
 
 
 def load(path: Path, repo: Path) -> Recipe:
@@ -92,7 +107,7 @@ class _Reading:
         self.lines: dict[tuple[str, ...], int] = {}
         self.raw = self._parse()
 
-    # --- YAML, with the line of every key -------------------------------------------------------------------------
+    # --- YAML, with the line of every key -------------------------------------------------------------------
 
     def _parse(self) -> dict[str, Any]:
         try:
@@ -101,7 +116,14 @@ class _Reading:
         except yaml.YAMLError as fault:
             mark = getattr(fault, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
-            raise Refused(error(f"{self.path.name}{line}", getattr(fault, "problem", str(fault)), "YAML", "Mend that line.")) from fault
+            raise Refused(
+                error(
+                    f"{self.path.name}{line}",
+                    getattr(fault, "problem", str(fault)),
+                    "YAML",
+                    "Mend that line.",
+                )
+            ) from fault
         if not isinstance(root, yaml.MappingNode):
             raise Refused(error(self.path.name, "no mapping", "keys such as name and stages", ""))
         return self._value(loader, root, ())
@@ -113,9 +135,14 @@ class _Reading:
                 key = str(loader.construct_object(key_node, deep=True))
                 if key in values:
                     first = self.lines[(*where, key)]
-                    self.findings.append(error(
-                        f"{self.path.name}:{key_node.start_mark.line + 1}", f"{key} a second time",
-                        f"each key once (the first is in line {first})", "Remove one of the two."))
+                    self.findings.append(
+                        error(
+                            f"{self.path.name}:{key_node.start_mark.line + 1}",
+                            f"{key} a second time",
+                            f"each key once (the first is in line {first})",
+                            "Remove one of the two.",
+                        )
+                    )
                 self.lines[(*where, key)] = key_node.start_mark.line + 1
                 values[key] = self._value(loader, value_node, (*where, key))
             return values
@@ -135,7 +162,7 @@ class _Reading:
             self.fault(where, f"{'.'.join(where)} = {value!r}", kind, "")
             return None
 
-    # --- the whole ------------------------------------------------------------------------------------------------
+    # --- the whole ------------------------------------------------------------------------------------------
 
     def recipe(self) -> Recipe:
         top = {}
@@ -148,7 +175,11 @@ class _Reading:
             if key not in top:
                 self.fault((), f"no {key}", f"{key}: at the top of the recipe", "Add it.")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", top.get("name") or "unnamed"):
-            self.fault(("name",), f"name = {top['name']!r}", "letters, digits, dots and dashes, since it names folders and tags")
+            self.fault(
+                ("name",),
+                f"name = {top['name']!r}",
+                "letters, digits, dots and dashes, since it names folders and tags",
+            )
         gpu, executor = top.get("gpu") or "none", top.get("executor")
         if gpu not in _GPU:
             self.fault(("gpu",), f"gpu = {gpu!r}", "one of " + ", ".join(_GPU))
@@ -165,16 +196,30 @@ class _Reading:
         steps = self.steps(top.get("stages") or {}, images)
         self.check_inputs(steps)
         ordered = self.ordered(steps)
-        ways = {name: self.way(name, values or {}, ordered) for name, values in (top.get("ways") or {}).items()}
+        ways = {
+            name: self.way(name, values or {}, ordered) for name, values in (top.get("ways") or {}).items()
+        }
         if self.findings:
             raise Refused(self.findings)
         home = self.path.absolute().parent == (self.repo / "recipes").absolute()
         option = self.path.stem if home else str(self.path)
         its = Recipe(
-            name=top["name"], option=option, about=top.get("about") or "", seed=top.get("seed", 0) or 0, gpu=gpu,
-            executor=executor, images=images, secrets=secrets, stages=ordered,
+            name=top["name"],
+            option=option,
+            about=top.get("about") or "",
+            seed=top.get("seed", 0) or 0,
+            gpu=gpu,
+            executor=executor,
+            images=images,
+            secrets=secrets,
+            stages=ordered,
         )
-        return replace(its, ways={name: replace(its, name=f"{its.name}.{name}", stages=stages) for name, stages in ways.items()})
+        return replace(
+            its,
+            ways={
+                name: replace(its, name=f"{its.name}.{name}", stages=stages) for name, stages in ways.items()
+            },
+        )
 
     def images(self, raw: dict[str, Any]) -> dict[str, Image]:
         folder = self.repo / "images"
@@ -182,14 +227,16 @@ class _Reading:
         arguments: dict[str, dict[str, str]] = {name: {} for name in known}
         for name, values in raw.items():
             if name not in known:
-                self.fault(("images", name), f"unknown image {name}", "a folder of images/", nearest(name, known))
+                self.fault(
+                    ("images", name), f"unknown image {name}", "a folder of images/", nearest(name, known)
+                )
                 continue
             for key, value in (self.typed(("images", name), values or {}, "map") or {}).items():
                 if self.typed(("images", name, key), value, "str") is not None:
                     arguments[name][key] = value
         return {name: Image(name=name, folder=folder / name, args=args) for name, args in arguments.items()}
 
-    # --- stages ---------------------------------------------------------------------------------------------------
+    # --- stages ---------------------------------------------------------------------------------------------
 
     def steps(self, raw: dict[str, Any], images: dict[str, Image]) -> dict[str, Step]:
         folder = self.repo / "stages"
@@ -198,7 +245,12 @@ class _Reading:
         for name, values in raw.items():
             where = ("stages", name)
             if name not in known:
-                self.fault(where, f"unknown stage {name}", "a folder of stages/ with a stage.toml", nearest(name, known))
+                self.fault(
+                    where,
+                    f"unknown stage {name}",
+                    "a folder of stages/ with a stage.toml",
+                    nearest(name, known),
+                )
                 continue
             try:
                 its = contract.load(folder / name)
@@ -206,7 +258,12 @@ class _Reading:
                 self.findings += refused.findings
                 continue
             if its.image not in images:
-                self.fault(where, f"image {its.image} in the contract of {name}", "a folder of images/", nearest(its.image, images))
+                self.fault(
+                    where,
+                    f"image {its.image} in the contract of {name}",
+                    "a folder of images/",
+                    nearest(its.image, images),
+                )
             values = self.typed(where, values or {}, "map")
             if values is not None:
                 steps[name] = self.step(name, its, values)
@@ -219,10 +276,15 @@ class _Reading:
             self.fault(where, f"the way {name!r}", "letters, digits and dashes, since it names folders")
         changed, said = dict(steps), {(f.found, f.expected) for f in self.findings}
         before = len(self.findings)
-        for stage, values in (self.typed(where, values, "map") or {}).items():
+        for stage, its_values in (self.typed(where, values, "map") or {}).items():
             if stage not in steps:
-                self.fault((*where, stage), f"unknown stage {stage} in the way {name}", "a stage of this recipe", nearest(stage, steps))
-            elif (given := self.typed((*where, stage), values or {}, "map")) is not None:
+                self.fault(
+                    (*where, stage),
+                    f"unknown stage {stage} in the way {name}",
+                    "a stage of this recipe",
+                    nearest(stage, steps),
+                )
+            elif (given := self.typed((*where, stage), its_values or {}, "map")) is not None:
                 kept = _beside(self.raw["stages"][stage] or {}, given, steps[stage].contract)
                 changed[stage] = self.step(stage, steps[stage].contract, {**kept, **given}, (*where, stage))
         # What the way has from the recipe's own stages has been named there, with its line.
@@ -233,7 +295,12 @@ class _Reading:
         where = where or ("stages", name)
         for key in values:
             if key not in its.parameters and key not in _RESERVED:
-                self.fault((*where, key), f"unknown key {name}.{key}", f"a parameter of {name}", nearest(key, [*its.parameters, *_RESERVED]))
+                self.fault(
+                    (*where, key),
+                    f"unknown key {name}.{key}",
+                    f"a parameter of {name}",
+                    nearest(key, [*its.parameters, *_RESERVED]),
+                )
         params = {}
         for key, parameter in its.parameters.items():
             if key in values:
@@ -250,16 +317,30 @@ class _Reading:
             limit = params.get(parameter.at_most)
             if limit and key in params and params[key] > limit:
                 unsaid = "" if key in values else " (the default)"
-                self.fault((*where, key), f"{name}.{key} = {params[key]!r}{unsaid}", f"at most {parameter.at_most}, which is {limit!r}", parameter.doc)
+                self.fault(
+                    (*where, key),
+                    f"{name}.{key} = {params[key]!r}{unsaid}",
+                    f"at most {parameter.at_most}, which is {limit!r}",
+                    parameter.doc,
+                )
             other = parameter.instead_of
             if other in values and key in values and params.get(key, parameter.default) != parameter.default:
                 found = f"{name}.{key} = {params[key]!r} and {name}.{other} = {values[other]!r}"
-                self.fault((*where, key), found, f"one of {key} and {other}",
-                           f"Leave out {other} to use {key}, or {key} to use {other}.")
+                self.fault(
+                    (*where, key),
+                    found,
+                    f"one of {key} and {other}",
+                    f"Leave out {other} to use {key}, or {key} to use {other}.",
+                )
         inputs = {key: key for key in its.consumes}
         for key, value in (self.typed((*where, "inputs"), values.get("inputs") or {}, "map") or {}).items():
             if key not in its.consumes:
-                self.fault((*where, "inputs", key), f"unknown input {key}", f"an input of {name}", nearest(key, its.consumes))
+                self.fault(
+                    (*where, "inputs", key),
+                    f"unknown input {key}",
+                    f"an input of {name}",
+                    nearest(key, its.consumes),
+                )
             elif self.typed((*where, "inputs", key), value, "str") is not None:
                 inputs[key] = value
         return Step(name, its, params, inputs, self.sources(name, its, values), self.needs(name, its, values))
@@ -275,7 +356,9 @@ class _Reading:
         given = self.typed(where, values.get("sources") or {}, "map") or {}
         for key in given:
             if key not in its.sources:
-                self.fault((*where, key), f"unknown source {key}", f"a source of {name}", nearest(key, its.sources))
+                self.fault(
+                    (*where, key), f"unknown source {key}", f"a source of {name}", nearest(key, its.sources)
+                )
         sources = {}
         for key, source in its.sources.items():
             if key not in given or given[key] in (None, []):
@@ -289,9 +372,14 @@ class _Reading:
             if not source.many and len(listed) != 1:
                 self.fault((*where, key), f"{len(listed)} paths in {name}.sources.{key}", "exactly one")
             paths = tuple(self.repo / Path(text).expanduser() for text in listed)
-            for path, text in zip(paths, listed):
+            for path, text in zip(paths, listed, strict=False):
                 if not path.exists():
-                    self.fault((*where, key), f"{text}, which does not exist", f"a file or folder ({source.doc})", "Paths count from the repository's root.")
+                    self.fault(
+                        (*where, key),
+                        f"{text}, which does not exist",
+                        f"a file or folder ({source.doc})",
+                        "Paths count from the repository's root.",
+                    )
             sources[key] = paths
         return sources
 
@@ -300,7 +388,12 @@ class _Reading:
         changed = {}
         for key, value in (self.typed(where, values.get("needs") or {}, "map") or {}).items():
             if key not in contract.NEEDS_TYPES:
-                self.fault((*where, key), f"unknown key {name}.needs.{key}", "a key of needs", nearest(key, contract.NEEDS_TYPES))
+                self.fault(
+                    (*where, key),
+                    f"unknown key {name}.needs.{key}",
+                    "a key of needs",
+                    nearest(key, contract.NEEDS_TYPES),
+                )
             elif (checked := self.typed((*where, key), value, contract.NEEDS_TYPES[key])) is not None:
                 if checked < 0:
                     self.fault((*where, key), f"{name}.needs.{key} = {checked:g}", "0 or more")
@@ -312,12 +405,24 @@ class _Reading:
             for name, supplier in step.inputs.items():
                 where = ("stages", step.name, "inputs", name)
                 if supplier not in steps:
-                    if supplier not in self.raw["stages"]:  # a stage that is there and broken has been named already
-                        self.fault(where, f"input {name} of {step.name} comes from {supplier}, which the recipe does not have",
-                                   "a stage of this recipe", nearest(supplier, steps))
-                elif (found := steps[supplier].contract.produces) != (expected := step.contract.consumes[name]):
-                    self.fault(where, f"input {name} of {step.name} is the {found} of {supplier}", expected,
-                               f"Give it a stage that produces {expected}.")
+                    # a stage that is there and broken has been named already
+                    if supplier not in self.raw["stages"]:
+                        self.fault(
+                            where,
+                            f"input {name} of {step.name} comes from {supplier}, which the recipe does not"
+                            " have",
+                            "a stage of this recipe",
+                            nearest(supplier, steps),
+                        )
+                elif (found := steps[supplier].contract.produces) != (
+                    expected := step.contract.consumes[name]
+                ):
+                    self.fault(
+                        where,
+                        f"input {name} of {step.name} is the {found} of {supplier}",
+                        expected,
+                        f"Give it a stage that produces {expected}.",
+                    )
 
     def ordered(self, steps: dict[str, Step]) -> dict[str, Step]:
         """In the recipe's order, as far as every input comes before its use."""
@@ -327,7 +432,12 @@ class _Reading:
             ready = next((s for s in left.values() if all(i not in left for i in s.inputs.values())), None)
             if ready is None:
                 circle = " -> ".join(left)
-                self.fault(("stages", next(iter(left))), f"stages that wait for each other ({circle})", "no cycle", "Change their inputs.")
+                self.fault(
+                    ("stages", next(iter(left))),
+                    f"stages that wait for each other ({circle})",
+                    "no cycle",
+                    "Change their inputs.",
+                )
                 return done
             done[ready.name] = left.pop(ready.name)
         return done

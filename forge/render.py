@@ -10,7 +10,11 @@ import jinja2
 
 OVERRIDE = "compose.override.yaml"
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+    autoescape=False,
+)
 
 
 def override(image: str, device: str) -> str:
@@ -20,7 +24,9 @@ def override(image: str, device: str) -> str:
 
 def script(stage: str, note: str, commands: list[list[str]]) -> str:
     """A script that does by hand what an executor did for `stage`; `note` is a sentence."""
-    return _TEMPLATES.get_template("run.sh.j2").render(stage=stage, note=note, commands=[shlex.join(command) for command in commands])
+    return _TEMPLATES.get_template("run.sh.j2").render(
+        stage=stage, note=note, commands=[shlex.join(command) for command in commands]
+    )
 
 
 def write_script(path: Path, stage: str, note: str, commands: list[list[str]]) -> None:

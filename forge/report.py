@@ -60,41 +60,76 @@ def of_plan(plan: Plan) -> RenderableType:
         idle = stage.state == "cached"
         about = "" if stage.estimate.measured else "~"
         table.add_row(
-            stage.name, Text(stage.state, style=_STATES[stage.state]),
+            stage.name,
+            Text(stage.state, style=_STATES[stage.state]),
             "" if idle else about + clock(stage.estimate.seconds),
             "" if idle else f"{stage.estimate.memory_gb:g} GB",
-            "" if idle else about + size(stage.estimate.disk_gb * 1e9), Text(stage.why, style="dim" if idle else ""),
+            "" if idle else about + size(stage.estimate.disk_gb * 1e9),
+            Text(stage.why, style="dim" if idle else ""),
         )
     blocked = [stage.name for stage in plan.stages if stage.state == "blocked"]
     if blocked and not plan.pending:
-        return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: cannot run: {', '.join(blocked)}", style="red"))
+        return Group(
+            table, Text(f"\n{plan.recipe} · {plan.executor}: cannot run: {', '.join(blocked)}", style="red")
+        )
     if not plan.pending:
         return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: everything is built", style="green"))
-    total = f"{len(plan.pending)} of {len(plan.stages)} to run: about {clock(plan.seconds)}, {size(plan.disk_gb * 1e9)} of disk, {plan.memory_gb:g} GB of memory"
+    total = (
+        f"{len(plan.pending)} of {len(plan.stages)} to run: about {clock(plan.seconds)},"
+        f" {size(plan.disk_gb * 1e9)} of disk, {plan.memory_gb:g} GB of memory"
+    )
     return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: {total}", style="bold"))
 
 
-def of_status(plan: Plan, newest: dict[str, Artifact | None], holder: str, ending: dict[str, Any] | None) -> RenderableType:
-    """Every stage and its newest artifact; who is running (`holder`), or how the last run ended unless well."""
+def of_status(
+    plan: Plan, newest: dict[str, Artifact | None], holder: str, ending: dict[str, Any] | None
+) -> RenderableType:
+    """Every stage and its newest artifact; who is running (`holder`), or how the last run ended unless
+    well.
+    """
     table = _table("stage", "state", "built", ">took", ">size", "key")
     for stage in plan.stages:
         artifact = stage.artifact or newest[stage.name]
         old = artifact is not None and stage.artifact is None
-        cells = ["never", "", "", ""] if artifact is None else [
-            age(artifact.created) + (" (older)" if old else ""), clock(artifact.manifest["seconds"]), size(artifact.bytes), artifact.key[:12]]
+        cells = (
+            ["never", "", "", ""]
+            if artifact is None
+            else [
+                age(artifact.created) + (" (older)" if old else ""),
+                clock(artifact.manifest["seconds"]),
+                size(artifact.bytes),
+                artifact.key[:12],
+            ]
+        )
         table.add_row(stage.name, Text(stage.state, style=_STATES[stage.state]), *cells)
     if holder:
         return Group(table, Text(f"\na run is under way: {holder}", style="cyan"))
     if ending and ending["event"] == "failed":
-        return Group(table, Text(f"\nthe last run failed in {ending['stage'] or 'preparation'}: {ending['found']}", style="red"))
+        return Group(
+            table,
+            Text(
+                f"\nthe last run failed in {ending['stage'] or 'preparation'}: {ending['found']}", style="red"
+            ),
+        )
     if ending and ending["event"] == "interrupted":
-        return Group(table, Text(f"\nthe last run was stopped in {ending['stage'] or 'preparation'}; to go on: {ending['resume']}", style="yellow"))
+        return Group(
+            table,
+            Text(
+                f"\nthe last run was stopped in {ending['stage'] or 'preparation'}; to go on:"
+                f" {ending['resume']}",
+                style="yellow",
+            ),
+        )
     return table
 
 
 def finding_line(finding: dict[str, Any]) -> Text:
     style = _LEVELS[finding.get("level", "error")]
-    said = finding["found"] if finding.get("level") == "note" else f"found {finding['found']}; expected {finding['expected']}"
+    said = (
+        finding["found"]
+        if finding.get("level") == "note"
+        else f"found {finding['found']}; expected {finding['expected']}"
+    )
     text = Text.assemble((finding["subject"], style), f": {said}", **_WHOLE)
     return text.append(f"\n  {finding['remedy']}", style="dim") if finding["remedy"] else text
 
@@ -104,20 +139,35 @@ def of_findings(findings: list[Finding]) -> RenderableType:
 
 
 def of_audit(audit: dict[str, Any]) -> RenderableType:
-    """What a checkpoint is, the flags its vLLM needs, and its faults; of those that differ in numbers only, the first and how many."""
+    """What a checkpoint is, the flags its vLLM needs, and its faults; of those that differ in numbers
+    only, the first and how many.
+    """
     parts: list[RenderableType] = []
     if its := audit["facts"]:
         table = Table.grid(padding=(0, 2, 0, 0))
         cache = f", {its['kv_cache']} cache" if its["kv_cache"] else ""
-        rows = {"format": its["format"] + cache, "layout": its["layout"], "dtypes": its["dtypes"],
-                "tensors": f"{its['tensors']:,} in {its['files']} file{'s' if its['files'] > 1 else ''}",
-                "quantised": f"{its['quantised']:,} linears, {its['excludes']:,} excludes" if its["layout"] else "", "bytes": f"{its['bytes']:,}"}
+        rows = {
+            "format": its["format"] + cache,
+            "layout": its["layout"],
+            "dtypes": its["dtypes"],
+            "tensors": f"{its['tensors']:,} in {its['files']} file{'s' if its['files'] > 1 else ''}",
+            "quantised": (
+                f"{its['quantised']:,} linears, {its['excludes']:,} excludes" if its["layout"] else ""
+            ),
+            "bytes": f"{its['bytes']:,}",
+        }
         for name, value in rows.items():
             if value:
                 table.add_row(Text(name, style="dim"), Text(value))
         parts = [table, Text()]
     if audit["serve"]:
-        words = [*(f"{name}={value}" for name, value in audit["serve"]["env"].items()), "vllm", "serve", "FOLDER", *audit["serve"]["args"]]
+        words = [
+            *(f"{name}={value}" for name, value in audit["serve"]["env"].items()),
+            "vllm",
+            "serve",
+            "FOLDER",
+            *audit["serve"]["args"],
+        ]
         parts += [Text(shlex.join(words), **_WHOLE), Text()]
     alike: dict[str, list[dict[str, Any]]] = {}
     for finding in audit["findings"]:
@@ -125,14 +175,23 @@ def of_audit(audit: dict[str, Any]) -> RenderableType:
     for first, *more in alike.values():
         parts.append(finding_line(first))
         if more:
-            parts.append(Text(f"  and {len(more):,} more like it, to {more[-1]['subject']}", style="dim", **_WHOLE))
+            parts.append(
+                Text(f"  and {len(more):,} more like it, to {more[-1]['subject']}", style="dim", **_WHOLE)
+            )
     count = len(audit["findings"])
-    parts.append(Text(f"{count:,} faults" if count > 1 else "1 fault" if count else "no faults", style="bold red" if count else "green"))
+    parts.append(
+        Text(
+            f"{count:,} faults" if count > 1 else "1 fault" if count else "no faults",
+            style="bold red" if count else "green",
+        )
+    )
     return Group(*parts)
 
 
 def failure(event: dict[str, Any]) -> RenderableType:
-    """A failed stage: what was found, what was expected, what to do; the last lines of its log and where it lies."""
+    """A failed stage: what was found, what was expected, what to do; the last lines of its log and where
+    it lies.
+    """
     parts: list[RenderableType] = [Text()]
     if event["tail"]:
         parts += [Text(f"  {line}", style="dim") for line in event["tail"]] + [Text()]
@@ -150,7 +209,10 @@ def of_behaviour(report: Path) -> RenderableType:
     its = json.loads((report / "report.json").read_text())
     columns = its["columns"]
     table = _table("behaviour", *(f">{c}" for c in columns))
-    table.add_row(Text("all questions", style="bold"), *(Text(f"{its['pass'][c]:.0%}", style="bold " + _shade(its["pass"][c])) for c in columns))
+    table.add_row(
+        Text("all questions", style="bold"),
+        *(Text(f"{its['pass'][c]:.0%}", style="bold " + _shade(its["pass"][c])) for c in columns),
+    )
     for category in its["by_category"][columns[0]]:
         shares = [its["by_category"][c].get(category, 0.0) for c in columns]
         table.add_row(f"  {category}", *(Text(f"{share:.0%}", style=_shade(share)) for share in shares))
@@ -160,12 +222,22 @@ def of_behaviour(report: Path) -> RenderableType:
         table.add_row(Text("failures", style="bold"))
         for mode in modes:
             table.add_row(f"  {mode}", *(str(its["failures"][c].get(mode) or "·") for c in columns))
-    return Group(table, Text(), Text.assemble(f"{its['questions']} questions, asked through vLLM {its['vllm']}; ", _gate(its["gate"])))
+    return Group(
+        table,
+        Text(),
+        Text.assemble(
+            f"{its['questions']} questions, asked through vLLM {its['vllm']}; ", _gate(its["gate"])
+        ),
+    )
 
 
 def _gate(gate: dict[str, Any]) -> Text:
     if gate["passed"]:
-        return Text("no gate was set, nothing was checked", style="yellow") if gate.get("unchecked") else Text("gate passed", style="green")
+        return (
+            Text("no gate was set, nothing was checked", style="yellow")
+            if gate.get("unchecked")
+            else Text("gate passed", style="green")
+        )
     return Text("gate not passed: " + "; ".join(gate["why"]), style="red")
 
 
@@ -183,30 +255,57 @@ def _shade(share: float) -> str:
 def of_warm(made: dict[str, Any]) -> RenderableType:
     """What `build.py warm` compiled and what is kept."""
     kept = f"{size(made['bytes'])} in {_near(Path(made['folder']))}"
-    return Text(f"{made['compiled']} kernels compiled, {made['tuned']} tuned, {made['loaded']} compiled before; {kept}")
+    return Text(
+        f"{made['compiled']} kernels compiled, {made['tuned']} tuned, {made['loaded']} compiled before;"
+        f" {kept}"
+    )
 
 
 def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
-    """The ways of a recipe, a row each: questions passed at every step, and what four bits cost on held-out tokens; then which ways keep what was tuned."""
+    """The ways of a recipe, a row each: questions passed at every step, and what four bits cost on
+    held-out tokens; then which ways keep what was tuned.
+    """
     columns = ("base", "tuned", "merged", "nvfp4")
     table = _table("way", *(f">{c}" for c in columns), ">loss", ">nvfp4", ">KL", ">error", "")
     table.columns[0].min_width = max(len(row["way"]) for row in rows)  # a name that is cut says nothing
     table.columns[-1].min_width = max(len(row["verdict"]) for row in rows)
     for row in rows:
         shares = [row["pass"].get(c) for c in columns]
-        cells = [Text("·") if share is None else Text(f"{share:.0%}", style=_shade(share)) for share in shares]
+        cells = [
+            Text("·") if share is None else Text(f"{share:.0%}", style=_shade(share)) for share in shares
+        ]
         its = row["fidelity"]
-        figures = [f"{its['loss']['source']:.3f}", f"{its['loss']['quantised']:.3f}", f"{its['kl']:.4f}", f"{its['layers'][-1]:.1%}"] if its else ["·"] * 4
+        figures = (
+            [
+                f"{its['loss']['source']:.3f}",
+                f"{its['loss']['quantised']:.3f}",
+                f"{its['kl']:.4f}",
+                f"{its['layers'][-1]:.1%}",
+            ]
+            if its
+            else ["·"] * 4
+        )
         table.add_row(row["way"], *cells, *figures, Text(row["verdict"], style=_VERDICTS[row["verdict"]]))
-    note = "tuned: the adapter at run time, where vLLM can; else merged stands for it. loss: merged and nvfp4, nats a held-out token. KL: to merged. error: of the last hidden states."
-    return Group(Text(), table, Text(), Text(verdict(rows), style="bold"), Text(f"{note}\npicture, with the error of every layer: {_near(picture)}", style="dim"))
+    note = (
+        "tuned: the adapter at run time, where vLLM can; else merged stands for it. loss: merged and nvfp4,"
+        " nats a held-out token. KL: to merged. error: of the last hidden states."
+    )
+    return Group(
+        Text(),
+        table,
+        Text(),
+        Text(verdict(rows), style="bold"),
+        Text(f"{note}\npicture, with the error of every layer: {_near(picture)}", style="dim"),
+    )
 
 
 def of_exchange(report: Path) -> RenderableType:
     """One exchange with the served model: the question and the answer; the system prompt stays out."""
     its = json.loads((report / "exchange.json").read_text())
     lines: list[RenderableType] = []
-    for message in [m for m in its["messages"] if m["role"] != "system"] + [{"role": "nvfp4", **its["answers"]["nvfp4"]}]:
+    for message in [m for m in its["messages"] if m["role"] != "system"] + [
+        {"role": "nvfp4", **its["answers"]["nvfp4"]}
+    ]:
         who = message["role"]
         said = message.get("content") or ""
         for call in message.get("tool_calls") or []:

@@ -46,7 +46,13 @@ class Outcome:
     folder: Path | None
 
 
-def run(context: Context, executor: Executor, selection: Selection, listener: Callable[[Event], None], wait: bool = True) -> Outcome:
+def run(
+    context: Context,
+    executor: Executor,
+    selection: Selection,
+    listener: Callable[[Event], None],
+    wait: bool = True,
+) -> Outcome:
     """Runs what is not cached. Refused, before anything runs, with whatever this machine lacks for it."""
     wanted = plan.make(context, selection)
     _refuse_blocked(wanted)
@@ -55,7 +61,9 @@ def run(context: Context, executor: Executor, selection: Selection, listener: Ca
         listener({"event": "done", "ran": [], "seconds": 0.0})
         return Outcome(0, (), None)
     its = context.store
-    with lock.held(its.root / "lock", wait, lambda who: listener({"event": "waiting", "holder": lock.describe(who)})):
+    with lock.held(
+        its.root / "lock", wait, lambda who: listener({"event": "waiting", "holder": lock.describe(who)})
+    ):
         its.clean()
         wanted = plan.make(context, selection)  # another run may have built some of it while this one waited
         _refuse_lacking(context, executor, wanted, listener)
@@ -71,10 +79,15 @@ def run(context: Context, executor: Executor, selection: Selection, listener: Ca
 def _refuse_blocked(wanted: Plan) -> None:
     blocked = [s for s in wanted.stages if s.state == "blocked"]
     if blocked:
-        raise Refused(error(s.name, s.why, "its inputs built", "Leave --only and --from out, or build those first.") for s in blocked)
+        raise Refused(
+            error(s.name, s.why, "its inputs built", "Leave --only and --from out, or build those first.")
+            for s in blocked
+        )
 
 
-def _refuse_lacking(context: Context, executor: Executor, wanted: Plan, listener: Callable[[Event], None]) -> None:
+def _refuse_lacking(
+    context: Context, executor: Executor, wanted: Plan, listener: Callable[[Event], None]
+) -> None:
     found = lacking(context, executor, wanted)
     for finding in found:
         if finding.level != "error":
@@ -89,7 +102,9 @@ def lacking(context: Context, executor: Executor, wanted: Plan) -> list[Finding]
     contracts = [recipe.stages[s.name].contract for s in wanted.pending]
     names = dict.fromkeys([c.image for c in contracts] + [c.product.image for c in contracts if c.product])
     gpu = any(recipe.on_gpu(s.name) for s in wanted.pending)
-    found = preflight.findings(recipe, wanted, context.store.home, None if context.gpu == "none" else context.gpu)
+    found = preflight.findings(
+        recipe, wanted, context.store.home, None if context.gpu == "none" else context.gpu
+    )
     found += executor.check([recipe.images[name] for name in names], gpu)
     return found + [finding for finding in check.findings(context, wanted) if finding.level != "note"]
 
@@ -97,6 +112,7 @@ def lacking(context: Context, executor: Executor, wanted: Plan) -> list[Finding]
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM stops a run as Ctrl-C does: the stage is cancelled and the run says how to go on."""
+
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
@@ -155,7 +171,9 @@ class _Run:
         return f"python build.py run --recipe {self.recipe.option} --executor {self.executor.name}"
 
     def prepare(self, wanted: Plan) -> None:
-        """Makes every environment that may be used, so that a broken one is found before hours of training."""
+        """Makes every environment that may be used, so that a broken one is found before hours of
+        training.
+        """
         for name in dict.fromkeys(self.recipe.stages[s.name].contract.image for s in wanted.pending):
             log = self.journal.log(f"00-{name}")
             started = time.monotonic()
@@ -175,9 +193,11 @@ class _Run:
             finally:
                 log.close()
             if lines:
-                self.journal.emit("image", image=name, state="ready", seconds=round(time.monotonic() - started, 1))
+                self.journal.emit(
+                    "image", image=name, state="ready", seconds=round(time.monotonic() - started, 1)
+                )
 
-    # --- one stage ------------------------------------------------------------------------------------------------
+    # --- one stage ------------------------------------------------------------------------------------------
 
     def one(self, stage: Stage) -> Artifact:
         """Runs a stage to an accepted artifact; StageFailed if it has none to give."""
@@ -186,24 +206,35 @@ class _Run:
         step = self.recipe.stages[stage.name]
         number = self.numbers[stage.name]
         prefix = f"{number:02d}-{stage.name}"
-        self.journal.emit("stage", stage=stage.name, why=stage.why, key=key, estimate=round(stage.estimate.seconds, 1))
+        self.journal.emit(
+            "stage", stage=stage.name, why=stage.why, key=key, estimate=round(stage.estimate.seconds, 1)
+        )
         output, scratch = self.store.begin(stage.name, key)
         log = self.journal.log(prefix)
         started = time.monotonic()
         try:
             job = self.job(stage, output, scratch)
             task = Task(
-                stage=stage.name, image=self.recipe.images[step.contract.image], job=job, repo=self.context.repo,
-                folder=self.journal.folder, prefix=prefix, gpu=self.recipe.on_gpu(stage.name), network=step.needs.network,
-                memory_gb=step.needs.memory_gb, secrets={name: Path(path) for name, path in job["secrets"].items()},
+                stage=stage.name,
+                image=self.recipe.images[step.contract.image],
+                job=job,
+                repo=self.context.repo,
+                folder=self.journal.folder,
+                prefix=prefix,
+                gpu=self.recipe.on_gpu(stage.name),
+                network=step.needs.network,
+                memory_gb=step.needs.memory_gb,
+                secrets={name: Path(path) for name, path in job["secrets"].items()},
             )
             self.finish(task, log)
             if step.contract.product:
                 self.build(stage, output, log)
             self.says(stage, "checking and storing what it made")
             facts = {
-                "components": stage.key.components, "seconds": round(time.monotonic() - started, 1),
-                "recipe": self.recipe.name, "executor": self.executor.name,
+                "components": stage.key.components,
+                "seconds": round(time.monotonic() - started, 1),
+                "recipe": self.recipe.name,
+                "executor": self.executor.name,
             }
             artifact = self.store.accept(stage.name, key, output, step.contract.produces, facts)
         except Refused as refused:
@@ -213,7 +244,14 @@ class _Run:
         finally:
             log.close()
             store.remove(output)
-        self.journal.emit("stage_done", stage=stage.name, key=key, digest=artifact.digest, seconds=artifact.manifest["seconds"], bytes=artifact.bytes)
+        self.journal.emit(
+            "stage_done",
+            stage=stage.name,
+            key=key,
+            digest=artifact.digest,
+            seconds=artifact.manifest["seconds"],
+            bytes=artifact.bytes,
+        )
         return artifact
 
     def says(self, stage: Stage, note: str) -> None:
@@ -233,7 +271,9 @@ class _Run:
             "scratch": str(scratch),
             "seed": self.recipe.seed,
             "device": self.recipe.device(stage.name),
-            "provenance": {n: {"stage": a.stage, "key": a.key, "digest": a.digest} for n, a in suppliers.items()},
+            "provenance": {
+                n: {"stage": a.stage, "key": a.key, "digest": a.digest} for n, a in suppliers.items()
+            },
         }
 
     def finish(self, task: Task, log: Log) -> None:
@@ -258,7 +298,8 @@ class _Run:
             raise
         if code == 0 and not last_error:
             return
-        # A stage that says why it failed is shown with that alone; what led to it, tracebacks too, is in the log.
+        # A stage that says why it failed is shown with that alone; what led to it, tracebacks too, is in the
+        # log.
         tail = [] if last_error else log.tail(_TAIL)
         raise StageFailed(self.stage_finding(task, code, last_error, log), log.path, tail)
 
@@ -268,10 +309,17 @@ class _Run:
         if preflight.disk_gb(self.store.home) < 0.05 or "No space left on device" in tail:
             return self.disk_finding(OSError(errno.ENOSPC, "the disk is full", str(self.store.home)))
         if last_error:
-            return error(task.stage, *(mask(str(last_error.get(k, ""))) for k in ("found", "expected", "remedy")))
+            return error(
+                task.stage, *(mask(str(last_error.get(k, ""))) for k in ("found", "expected", "remedy"))
+            )
         if code in (-9, 137):
-            return error(task.stage, "the stage was killed (signal 9)", "the stage to end by itself",
-                         f"Most often memory ran out: it needs about {task.memory_gb:g} GB. Run again to go on where it stopped.")
+            return error(
+                task.stage,
+                "the stage was killed (signal 9)",
+                "the stage to end by itself",
+                f"Most often memory ran out: it needs about {task.memory_gb:g} GB. Run again to go on where"
+                " it stopped.",
+            )
         return error(task.stage, f"exit status {code}", "0", "The last lines of its log say more.")
 
     def disk_finding(self, fault: Exception) -> Finding:
@@ -279,7 +327,12 @@ class _Run:
         remedy = "What was built before is as it was; run again to go on."
         if getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(fault):
             free = preflight.disk_gb(self.store.home)
-            return error(subject, f"the disk is full ({free:.1f} GB free at {self.store.home})", "room for what the stage writes", f"Free some space. {remedy}")
+            return error(
+                subject,
+                f"the disk is full ({free:.1f} GB free at {self.store.home})",
+                "room for what the stage writes",
+                f"Free some space. {remedy}",
+            )
         return error(subject, f"{type(fault).__name__}: {fault}", "to write what the stage made", remedy)
 
     def build(self, stage: Stage, output: Path, log: Log) -> None:
@@ -298,8 +351,12 @@ class _Run:
             self.journal.emit("log", stage=stage.name, line=log.line(line))
 
         self.executor.build_product(
-            self.recipe.images[product.image], product.folders(step.params, lambda name: suppliers[name].folder),
-            output, key[:12], labels, on_line,
+            self.recipe.images[product.image],
+            product.folders(step.params, lambda name: suppliers[name].folder),
+            output,
+            key[:12],
+            labels,
+            on_line,
         )
 
 
@@ -309,13 +366,23 @@ def follow(context: Context, executor: Executor, journal: Journal, task: Task, l
 
 
 def _found(finding: Finding) -> dict[str, str]:
-    return {"subject": finding.subject, "found": finding.found, "expected": finding.expected, "remedy": finding.remedy}
+    return {
+        "subject": finding.subject,
+        "found": finding.found,
+        "expected": finding.expected,
+        "remedy": finding.remedy,
+    }
 
 
 def _one(findings: list[Finding]) -> Finding:
     """Several findings about the same thing as one."""
     first = findings[0]
-    return error(first.subject, "; ".join(f.found for f in findings), "; ".join(dict.fromkeys(f.expected for f in findings)), first.remedy)
+    return error(
+        first.subject,
+        "; ".join(f.found for f in findings),
+        "; ".join(dict.fromkeys(f.expected for f in findings)),
+        first.remedy,
+    )
 
 
 def _event(text: str) -> dict[str, Any] | None:
@@ -338,7 +405,10 @@ def _on_host(event: dict[str, Any], inside: str, scratch: str) -> dict[str, Any]
     if not inside or event["event"] not in ("warning", "error"):
         return event
     path = re.compile(rf"(?<![\w./-]){re.escape(inside)}/")
-    return {key: path.sub(lambda _: f"{scratch}/", value) if isinstance(value, str) else value for key, value in event.items()}
+    return {
+        key: path.sub(lambda _: f"{scratch}/", value) if isinstance(value, str) else value
+        for key, value in event.items()
+    }
 
 
 def _line(event: dict[str, Any]) -> str:

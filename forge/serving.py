@@ -1,4 +1,4 @@
-"""Serving what a recipe made, on this machine's loopback: through compose, or by the local executor's vLLM."""
+"""Serving what a recipe made, on this machine's loopback: through compose, or by a local vLLM."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ READY_SECONDS = 1800  # a 19 GB checkpoint from a cold disk, CUDA graphs include
 _RECORD = "serving.json"
 
 
-def serve(context: Context, executor: Executor, port: int = 8000, detach: bool = False, stop: bool = False) -> int:
-    """Starts (or stops) the server and returns the exit status. Refused if there is nothing to serve or it does not come up."""
+def serve(
+    context: Context, executor: Executor, port: int = 8000, detach: bool = False, stop: bool = False
+) -> int:
+    """Starts (or stops) the server and returns the exit status. Refused if there is nothing to serve or it
+    does not come up.
+    """
     if executor.name == "docker":
         return _compose(context, port, detach, stop)
     return _local(context, executor, port, detach, stop)
@@ -40,15 +44,27 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
     made = folder / "image.json"
     tag = json.loads(made.read_text())["tag"] if made.exists() else ""
     if not tag or subprocess.run(["docker", "image", "inspect", tag], capture_output=True).returncode:
-        raise Refused(error("serve", f"no image {tag or 'for this artifact'}", "the serving image in this engine",
-                            f"Make it: python build.py run --recipe {context.recipe.option} --executor docker --only image --force"))
+        raise Refused(
+            error(
+                "serve",
+                f"no image {tag or 'for this artifact'}",
+                "the serving image in this engine",
+                f"Make it: python build.py run --recipe {context.recipe.option} --executor docker --only"
+                " image --force",
+            )
+        )
     render.write_override(context.repo, tag, json.loads((folder / "serve.json").read_text())["device"])
     if code := subprocess.run([*compose, "up", "--detach", SERVICE], env=environment).returncode:
         return code
 
     def state() -> str | None:
         """Why it cannot come up any more, if so."""
-        running = subprocess.run([*compose, "ps", "--quiet", "--status", "running", SERVICE], env=environment, capture_output=True, text=True).stdout.strip()
+        running = subprocess.run(
+            [*compose, "ps", "--quiet", "--status", "running", SERVICE],
+            env=environment,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
         return None if running else f"its container stopped; see: docker compose logs {SERVICE}"
 
     _record(context, folder, port)
@@ -59,14 +75,22 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
         subprocess.run([*compose, "down"], env=environment)
         raise
     print(f"serving {tag} on http://127.0.0.1:{port}")
-    return 0 if detach else subprocess.run([*compose, "logs", "--follow", "--no-log-prefix", "--tail=0", SERVICE], env=environment).returncode
+    return (
+        0
+        if detach
+        else subprocess.run(
+            [*compose, "logs", "--follow", "--no-log-prefix", "--tail=0", SERVICE], env=environment
+        ).returncode
+    )
 
 
 def _local(context: Context, executor: Any, port: int, detach: bool, stop: bool) -> int:
     if stop:
         return _stop(context.store.home)
     folder, step = plan.artifact(context, "image").folder, context.recipe.stages["image"]
-    parts = step.contract.product.folders(step.params, lambda name: plan.artifact(context, step.inputs[name]).folder)
+    parts = step.contract.product.folders(
+        step.params, lambda name: plan.artifact(context, step.inputs[name]).folder
+    )
     model = parts["checkpoint"]
     image = context.recipe.images["vllm"]
     executor.prepare(image, print)
@@ -75,14 +99,30 @@ def _local(context: Context, executor: Any, port: int, detach: bool, stop: bool)
     command = [str(program), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *its["args"]]
     if parts["adapter"]:
         command += ["--lora-modules", f"{its['served_name']}={parts['adapter']}"]
-    environment = {**os.environ, **its["env"], "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "PATH": os.pathsep.join([str(program.parent), os.environ.get("PATH", "")])}
+    environment = {
+        **os.environ,
+        **its["env"],
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": os.pathsep.join([str(program.parent), os.environ.get("PATH", "")]),
+    }
     log = context.store.home / "serving.log"
     with log.open("w") as opened:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=opened, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=opened,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         _record(context, folder, port, process.pid)
-        _wait(port, lambda: None if process.poll() is None else f"vLLM ended with {process.returncode}; see {log}")
+        _wait(
+            port,
+            lambda: None if process.poll() is None else f"vLLM ended with {process.returncode}; see {log}",
+        )
         _check(port, folder)
         print(f"serving {model} on http://127.0.0.1:{port}" + ("" if detach else "; Ctrl-C stops it"))
         if detach:
@@ -106,24 +146,56 @@ def _wait(port: int, dead: Callable[[], str | None]) -> None:
             return
         except (OSError, urllib.error.URLError):
             time.sleep(1)
-    raise Refused(error("serve", f"no answer after {READY_SECONDS} s", "a server that answers", "Its log says why."))
+    raise Refused(
+        error("serve", f"no answer after {READY_SECONDS} s", "a server that answers", "Its log says why.")
+    )
 
 
 def _check(port: int, folder: Path) -> None:
-    """Asks what the base answers otherwise, so that nobody takes for tuned what is not. Refused if it answers as the base."""
+    """Asks what the base answers otherwise, so that nobody takes for tuned what is not. Refused if it
+    answers as the base.
+    """
     its, serve = (json.loads((folder / name).read_text()) for name in ("check.json", "serve.json"))
-    body = {"model": serve["served_name"], "messages": its["messages"], "temperature": 0, "seed": 0, "max_tokens": its["max_tokens"],
-            "chat_template_kwargs": serve["chat_template_kwargs"], **({"tools": its["tools"]} if its["tools"] else {})}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    body = {
+        "model": serve["served_name"],
+        "messages": its["messages"],
+        "temperature": 0,
+        "seed": 0,
+        "max_tokens": its["max_tokens"],
+        "chat_template_kwargs": serve["chat_template_kwargs"],
+        **({"tools": its["tools"]} if its["tools"] else {}),
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
     try:
         with urllib.request.urlopen(request, timeout=CHECK_SECONDS) as response:
             answer = json.load(response)["choices"][0]["message"]
     except (OSError, ValueError, LookupError) as fault:
-        raise Refused(error("serve", f"a question of the evaluation got no answer: {fault}", "an answer", "The server's log says why.")) from fault
-    calls = [{"function": {key: call["function"][key] for key in ("name", "arguments")}} for call in answer.get("tool_calls") or []]
+        raise Refused(
+            error(
+                "serve",
+                f"a question of the evaluation got no answer: {fault}",
+                "an answer",
+                "The server's log says why.",
+            )
+        ) from fault
+    calls = [
+        {"function": {key: call["function"][key] for key in ("name", "arguments")}}
+        for call in answer.get("tool_calls") or []
+    ]
     if {"content": answer.get("content"), "tool_calls": calls} == its["base"]:
-        raise Refused(error("serve", f"it answers {_said(its['base'])} as the base does", f"the tuned model's answer: {_said(its['expected'])}",
-                            "What is served is not what was evaluated. Build it again: python build.py run --only image --force"))
+        raise Refused(
+            error(
+                "serve",
+                f"it answers {_said(its['base'])} as the base does",
+                f"the tuned model's answer: {_said(its['expected'])}",
+                "What is served is not what was evaluated. Build it again: python build.py run --only image"
+                " --force",
+            )
+        )
     print(f"it answers as the {serve['serves']} model: {_said(answer)} (the base: {_said(its['base'])})")
 
 
@@ -135,7 +207,9 @@ def _said(answer: dict[str, Any]) -> str:
 
 
 def _record(context: Context, folder: Path, port: int, pid: int | None = None) -> None:
-    (context.store.home / _RECORD).write_text(json.dumps({"folder": str(folder), "port": port, "pid": pid}) + "\n")
+    (context.store.home / _RECORD).write_text(
+        json.dumps({"folder": str(folder), "port": port, "pid": pid}) + "\n"
+    )
 
 
 def _stop(home: Path) -> int:
@@ -173,11 +247,17 @@ def _reap(pid: int) -> None:
 
 
 def artifact(home: Path) -> Path:
-    """The serving artifact that a chat belongs to: what `serve` started last, else the newest one. Refused if there is none."""
+    """The serving artifact that a chat belongs to: what `serve` started last, else the newest one. Refused
+    if there is none.
+    """
     record = home / _RECORD
     if record.exists() and (folder := Path(json.loads(record.read_text())["folder"])).is_dir():
         return folder
-    found = sorted((home / "store" / "artifacts" / "image").glob("*/prompt.txt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(
+        (home / "store" / "artifacts" / "image").glob("*/prompt.txt"), key=lambda path: path.stat().st_mtime
+    )
     if not found:
-        raise Refused(error("chat", f"no serving artifact in {home}", "one", "Build it: make model, or make demo."))
+        raise Refused(
+            error("chat", f"no serving artifact in {home}", "one", "Build it: make model, or make demo.")
+        )
     return found[-1].parent

@@ -1,4 +1,6 @@
-"""Artifacts on disk: written beside their place, checked, synced, renamed. A crash leaves the old state or the new one."""
+"""Artifacts on disk: written beside their place, checked, synced, renamed. A crash leaves the old state or
+the new one.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Artifact:
 
 
 class Store:
-    """The store of one home folder. Reading needs no lock; `clean`, `begin` and `accept` are for the lock's holder."""
+    """The store of one home folder. Reading needs no lock; `clean`, `begin` and `accept` are for the
+    lock's holder.
+    """
 
     def __init__(self, home: Path):
         self.home = home
@@ -56,7 +60,7 @@ class Store:
             self._memo = hashing.Memo(self.root / "memo.sqlite")
         return self._memo
 
-    # --- reading --------------------------------------------------------------------------------------------------
+    # --- reading --------------------------------------------------------------------------------------------
 
     def find(self, stage: str, key: str | None) -> Artifact | None:
         """The artifact of a key, or None. One whose files are not those of its manifest does not count."""
@@ -73,7 +77,8 @@ class Store:
     def unfinished(self, stage: str, key: str) -> bool:
         """Whether an earlier attempt at a key left something to go on from."""
         scratch = self.root / "scratch" / stage / key
-        # "home" is the home folder of the stage's process; executors make it, and caches in it are no progress.
+        # "home" is the home folder of the stage's process; executors make it, and caches in it are no
+        # progress.
         return scratch.is_dir() and any(p.name != "home" for p in scratch.iterdir())
 
     def damage(self, artifact: Artifact) -> str:
@@ -88,11 +93,15 @@ class Store:
         return ""
 
     def newest(self, stage: str, recipe: str, executor: str | None = None) -> Artifact | None:
-        """The last accepted artifact of a stage under a recipe, rather one of the same executor than another."""
+        """The last accepted artifact of a stage under a recipe, rather one of the same executor than
+        another.
+        """
         folder = self.root / "artifacts" / stage
         found = [self._read(p) for p in folder.iterdir()] if folder.is_dir() else []
         mine = [a for a in found if a and a.manifest["recipe"] == recipe]
-        return max(mine, key=lambda a: (a.manifest["executor"] == executor, a.manifest["created"]), default=None)
+        return max(
+            mine, key=lambda a: (a.manifest["executor"] == executor, a.manifest["created"]), default=None
+        )
 
     def _read(self, folder: Path) -> Artifact | None:
         try:
@@ -100,11 +109,17 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as fault:
-            raise Refused(error(str(folder / MANIFEST), f"a manifest that is not JSON ({fault})", "the manifest as it was accepted",
-                                "Delete that folder; the stage runs again.")) from fault
+            raise Refused(
+                error(
+                    str(folder / MANIFEST),
+                    f"a manifest that is not JSON ({fault})",
+                    "the manifest as it was accepted",
+                    "Delete that folder; the stage runs again.",
+                )
+            ) from fault
         return Artifact(folder.parent.name, folder.name, folder, manifest)
 
-    # --- writing --------------------------------------------------------------------------------------------------
+    # --- writing --------------------------------------------------------------------------------------------
 
     def clean(self) -> None:
         """Removes what a killed run left in `tmp`."""
@@ -113,7 +128,9 @@ class Store:
                 remove(leftover)
 
     def begin(self, stage: str, key: str) -> tuple[Path, Path]:
-        """An empty output folder, and the key's scratch folder with whatever an earlier attempt left there."""
+        """An empty output folder, and the key's scratch folder with whatever an earlier attempt left
+        there.
+        """
         self.tmp.mkdir(parents=True, exist_ok=True)
         scratch = self.root / "scratch" / stage / key
         scratch.mkdir(parents=True, exist_ok=True)
@@ -131,11 +148,19 @@ class Store:
         files = {}
         for path in sorted(p for p in output.rglob("*") if not p.is_dir()):
             _seal(path)
-            files[str(path.relative_to(output))] = {"size": path.stat().st_size, "sha256": self.memo.file(path)}
+            files[str(path.relative_to(output))] = {
+                "size": path.stat().st_size,
+                "sha256": self.memo.file(path),
+            }
         digest = hashing.of_entries((name, entry["sha256"]) for name, entry in files.items())
         manifest = {
-            "stage": stage, "key": key, "type": kind, "digest": digest, "files": files,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **facts,
+            "stage": stage,
+            "key": key,
+            "type": kind,
+            "digest": digest,
+            "files": files,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **facts,
         }
         target = self.root / "artifacts" / stage / key
         path = output / MANIFEST
@@ -158,11 +183,22 @@ def faults(output: Path, kind: str) -> list[Finding]:
     found = []
     for pattern in TYPES[kind]:
         if not any(p.is_file() for p in output.glob(pattern)):
-            found.append(error(subject, f"no {pattern}", f"a file {pattern}", "The stage exited 0 without writing it: mend the stage."))
+            found.append(
+                error(
+                    subject,
+                    f"no {pattern}",
+                    f"a file {pattern}",
+                    "The stage exited 0 without writing it: mend the stage.",
+                )
+            )
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output)
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            found.append(error(subject, f"{name}, which is no plain file", "files and folders", "Write the file itself."))
+            found.append(
+                error(
+                    subject, f"{name}, which is no plain file", "files and folders", "Write the file itself."
+                )
+            )
     if (output / MANIFEST).exists():
         found.append(error(subject, MANIFEST, "no file of that name", "It is forge's; name yours otherwise."))
     return found
@@ -197,7 +233,9 @@ _AT_FDCWD = -100
 
 
 def _place(output: Path, target: Path) -> None:
-    """Renames `output` to `target`. A folder already there changes places with it in one step, so that there is never none."""
+    """Renames `output` to `target`. A folder already there changes places with it in one step, so that
+    there is never none.
+    """
     if not target.exists():
         os.rename(output, target)
         return
@@ -206,7 +244,8 @@ def _place(output: Path, target: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code), str(target))
-        # A file system without exchange (NFS): two steps, and a crash between them leaves the stage to be run again.
+        # A file system without exchange (NFS): two steps, and a crash between them leaves the stage to be run
+        # again.
         os.rename(target, output.with_name(output.name + "-old"))
         os.rename(output, target)
         remove(output.with_name(output.name + "-old"))

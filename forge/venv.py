@@ -1,9 +1,11 @@
-"""Makes `.venv`, the host side's environment, and makes it anew where it is of another Python, another place or an older host.lock.
+"""Makes `.venv`, the host side's environment, and makes it anew where it is of another Python, another
+place or an older host.lock.
 
     python3 forge/venv.py [--this-python]
 
-make starts this before everything else. It needs no package, and any Python 3 can read it, so that one that is too old is
-told so. A whole `.venv` stays whichever Python starts this; with `--this-python` only one of the same version stays.
+make starts this before everything else. It needs no package, and any Python 3 can read it, so that one
+that is too old is told so. A whole `.venv` stays whichever Python starts this; with `--this-python` only
+one of the same version stays.
 """
 
 import hashlib
@@ -19,26 +21,41 @@ def main(repo, this_python, version=sys.version_info[:2]):
     """Exit status. `version` is (major, minor) of the Python that would make the environment."""
     folder = os.path.join(repo, ".venv")
     said = stamp(folder, os.path.join(repo, "host.lock"))
-    if said and read(os.path.join(folder, ".ready")) == said and not (this_python and "python {}.{}\n".format(*version) not in said):
+    if (
+        said
+        and read(os.path.join(folder, ".ready")) == said
+        and not (this_python and "python {}.{}\n".format(*version) not in said)
+    ):
         return 0
     if not OLDEST <= version <= NEWEST:
-        return refuse("found Python {}.{} ({})".format(version[0], version[1], sys.executable),
-                      "expected Python 3.11 to 3.14", "Name one of these, for example: make demo PYTHON=python3.12")
+        return refuse(
+            f"found Python {version[0]}.{version[1]} ({sys.executable})",
+            "expected Python 3.11 to 3.14",
+            "Name one of these, for example: make demo PYTHON=python3.12",
+        )
     try:
         import ensurepip  # noqa: F401  Debian and Ubuntu leave it out of python3
     except ImportError:
-        return refuse("found {} without ensurepip".format(sys.executable), "expected a Python that can make virtual environments",
-                      "On Debian and Ubuntu: sudo apt install python{}.{}-venv".format(*version))
+        return refuse(
+            f"found {sys.executable} without ensurepip",
+            "expected a Python that can make virtual environments",
+            "On Debian and Ubuntu: sudo apt install python{}.{}-venv".format(*version),
+        )
     # An activated .venv puts its own python3 first: what is about to be deleted cannot make what replaces it.
     base = getattr(sys, "_base_executable", None) or sys.executable
     print("making .venv with Python {}.{}".format(*version), flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     python = os.path.join(folder, "bin", "python")
-    for command in ([base, "-m", "venv", folder],
-                    [python, "-m", "pip", "install", "-qq", "--require-hashes", "-r", os.path.join(repo, "host.lock")]):
+    for command in (
+        [base, "-m", "venv", folder],
+        [python, "-m", "pip", "install", "-qq", "--require-hashes", "-r", os.path.join(repo, "host.lock")],
+    ):
         if subprocess.call(command):
-            return refuse("{} failed".format(" ".join(command[1:4])), "expected exit status 0",
-                          "Its lines above say why. Most often it is the network or the disk; run make again")
+            return refuse(
+                "{} failed".format(" ".join(command[1:4])),
+                "expected exit status 0",
+                "Its lines above say why. Most often it is the network or the disk; run make again",
+            )
     # Last, so that a half-made environment is never taken for whole.
     with open(os.path.join(folder, ".ready"), "w") as ready:
         ready.write(stamp(folder, os.path.join(repo, "host.lock")))
@@ -46,15 +63,19 @@ def main(repo, this_python, version=sys.version_info[:2]):
 
 
 def stamp(folder, lock):
-    """What `.ready` says of a whole environment: its place, its Python and its lock. None where its Python does not start."""
+    """What `.ready` says of a whole environment: its place, its Python and its lock. None where its Python
+    does not start.
+    """
     python = os.path.join(folder, "bin", "python")
     try:
-        version = subprocess.check_output([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], stderr=subprocess.DEVNULL)
+        version = subprocess.check_output(
+            [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], stderr=subprocess.DEVNULL
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     with open(lock, "rb") as content:
         digest = hashlib.sha256(content.read()).hexdigest()
-    return "folder {}\npython {}\nlock {}\n".format(os.path.realpath(folder), version.decode().strip(), digest)
+    return f"folder {os.path.realpath(folder)}\npython {version.decode().strip()}\nlock {digest}\n"
 
 
 def read(path):
@@ -66,9 +87,11 @@ def read(path):
 
 
 def refuse(found, expected, remedy):
-    print("python: {}; {}. {}".format(found, expected, remedy), file=sys.stderr)
+    print(f"python: {found}; {expected}. {remedy}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "--this-python" in sys.argv[1:]))
+    sys.exit(
+        main(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "--this-python" in sys.argv[1:])
+    )

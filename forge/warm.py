@@ -1,4 +1,6 @@
-"""Compiling what stage train will run on this machine's GPU before it runs: stages/warm.py, in the image of that stage."""
+"""Compiling what stage train will run on this machine's GPU before it runs: stages/warm.py, in the image
+of that stage.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,11 @@ from forge.recipe import Step
 STAGE, MODULE = "train", "warm"
 
 
-def warm(context: Context, executor: Executor, listener: Callable[[Event], None], wait: bool = True) -> dict[str, Any] | None:
-    """`compiled`, `loaded`, `tuned` (counts), `bytes` and `folder` of the kernels that are kept; None if it failed, which `listener` was told.
+def warm(
+    context: Context, executor: Executor, listener: Callable[[Event], None], wait: bool = True
+) -> dict[str, Any] | None:
+    """`compiled`, `loaded`, `tuned` (counts), `bytes` and `folder` of the kernels that are kept; None if
+    it failed, which `listener` was told.
 
     Refused, before anything runs, where no GPU would compile them.
     """
@@ -29,10 +34,17 @@ def warm(context: Context, executor: Executor, listener: Callable[[Event], None]
         raise Refused(findings)
     assert step
     its = context.store
-    with lock.held(its.root / "lock", wait, lambda who: listener({"event": "waiting", "holder": lock.describe(who)})):
+    with lock.held(
+        its.root / "lock", wait, lambda who: listener({"event": "waiting", "holder": lock.describe(who)})
+    ):
         its.clean()
         # A name of its own: `status` and `logs` tell of the recipe's runs, which this is none of.
-        journal = Journal(its.home, f"{context.recipe.name}.{MODULE}", Mask.of_files(context.recipe.secrets.values()), listener)
+        journal = Journal(
+            its.home,
+            f"{context.recipe.name}.{MODULE}",
+            Mask.of_files(context.recipe.secrets.values()),
+            listener,
+        )
         output, scratch = its.begin(MODULE, MODULE)
         try:
             return _Warming(context, executor, journal, step).done(output, scratch)
@@ -45,14 +57,33 @@ def warm(context: Context, executor: Executor, listener: Callable[[Event], None]
 def lacking(context: Context, executor: Executor, step: Step | None) -> list[Finding]:
     """Why nothing can be compiled here for this recipe."""
     if step is None:
-        return [error(STAGE, f"recipe {context.recipe.name} has no stage {STAGE}", "a recipe that trains", "Name another recipe with --recipe.")]
+        return [
+            error(
+                STAGE,
+                f"recipe {context.recipe.name} has no stage {STAGE}",
+                "a recipe that trains",
+                "Name another recipe with --recipe.",
+            )
+        ]
     if not context.recipe.on_gpu(STAGE):
-        return [error("gpu", f"recipe {context.recipe.name} trains without a GPU", "one that says gpu: cuda: only what a GPU runs is compiled",
-                      "Nothing needs to be warmed for this recipe; name another with --recipe.")]
+        return [
+            error(
+                "gpu",
+                f"recipe {context.recipe.name} trains without a GPU",
+                "one that says gpu: cuda: only what a GPU runs is compiled",
+                "Nothing needs to be warmed for this recipe; name another with --recipe.",
+            )
+        ]
     found = executor.check([context.recipe.images[step.contract.image]], gpu=True)
     if context.gpu == "none":
-        found.append(error("gpu", "no GPU that nvidia-smi can see", "the GPU that will train, since kernels are compiled for it",
-                           "Install the driver, or run this on the machine that will train."))
+        found.append(
+            error(
+                "gpu",
+                "no GPU that nvidia-smi can see",
+                "the GPU that will train, since kernels are compiled for it",
+                "Install the driver, or run this on the machine that will train.",
+            )
+        )
     return [finding for finding in found if finding.level == "error"]
 
 
@@ -65,14 +96,24 @@ class _Warming:
     def done(self, output: Path, scratch: Path) -> dict[str, Any] | None:
         recipe, began = self.context.recipe, time.monotonic()
         image = recipe.images[self.step.contract.image]
-        about = {"stage": MODULE, "state": "run", "why": "kernels of stage train", "key": None, "seconds": 90.0, "disk_gb": 0.2,
-                 "memory_gb": self.step.needs.memory_gb, "measured": False}
+        about = {
+            "stage": MODULE,
+            "state": "run",
+            "why": "kernels of stage train",
+            "key": None,
+            "seconds": 90.0,
+            "disk_gb": 0.2,
+            "memory_gb": self.step.needs.memory_gb,
+            "measured": False,
+        }
         planned = {"recipe": recipe.name, "executor": self.executor.name, "stages": [about]}
         self.journal.plan(planned)
         self.journal.emit("plan", **planned, folder=str(self.journal.folder))
         log = self.journal.log(f"01-{MODULE}")
         try:
-            self.executor.prepare(image, lambda line: self.journal.emit("log", image=image.name, line=log.line(line)))
+            self.executor.prepare(
+                image, lambda line: self.journal.emit("log", image=image.name, line=log.line(line))
+            )
             self.journal.emit("stage", stage=MODULE, why=about["why"], key=None, estimate=about["seconds"])
             task = self.task(output, scratch)
             run.follow(self.context, self.executor, self.journal, task, log)
@@ -80,12 +121,16 @@ class _Warming:
             self.journal.emit("failed", stage=MODULE, **failed.as_event())
             return None
         except KeyboardInterrupt:
-            self.journal.emit("interrupted", stage=MODULE, resume=f"python build.py warm --recipe {recipe.option}")
+            self.journal.emit(
+                "interrupted", stage=MODULE, resume=f"python build.py warm --recipe {recipe.option}"
+            )
             return None
         finally:
             log.close()
         report = json.loads((output / f"{MODULE}.json").read_text())
-        made = {name: report[name] for name in ("compiled", "loaded", "tuned", "bytes")} | {"folder": str(self.executor.kernels(task))}
+        made = {name: report[name] for name in ("compiled", "loaded", "tuned", "bytes")} | {
+            "folder": str(self.executor.kernels(task))
+        }
         seconds = round(time.monotonic() - began, 1)
         self.journal.emit("stage_done", stage=MODULE, seconds=seconds, bytes=made["bytes"])
         self.journal.emit("done", ran=[MODULE], seconds=seconds)
@@ -95,8 +140,30 @@ class _Warming:
         """stages/warm.py with the parameters of stage train, and those of its inputs that are built."""
         recipe, step = self.context.recipe, self.step
         built = {name: plan.one(self.context, supplier) for name, supplier in step.inputs.items()}
-        inputs = {name: str(stage.artifact.folder) for name, stage in built.items() if stage.artifact and stage.state == "cached"}
-        job = {"stage": MODULE, "params": step.params, "inputs": inputs, "sources": {}, "secrets": {}, "output": str(output), "scratch": str(scratch),
-               "seed": recipe.seed, "device": recipe.device(STAGE), "provenance": {}}
-        return Task(stage=MODULE, image=recipe.images[step.contract.image], job=job, repo=self.context.repo, folder=self.journal.folder,
-                    prefix=f"01-{MODULE}", gpu=True, memory_gb=step.needs.memory_gb)
+        inputs = {
+            name: str(stage.artifact.folder)
+            for name, stage in built.items()
+            if stage.artifact and stage.state == "cached"
+        }
+        job = {
+            "stage": MODULE,
+            "params": step.params,
+            "inputs": inputs,
+            "sources": {},
+            "secrets": {},
+            "output": str(output),
+            "scratch": str(scratch),
+            "seed": recipe.seed,
+            "device": recipe.device(STAGE),
+            "provenance": {},
+        }
+        return Task(
+            stage=MODULE,
+            image=recipe.images[step.contract.image],
+            job=job,
+            repo=self.context.repo,
+            folder=self.journal.folder,
+            prefix=f"01-{MODULE}",
+            gpu=True,
+            memory_gb=step.needs.memory_gb,
+        )

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -70,8 +70,12 @@ class Progress:
             for stage in event["stages"]:
                 cached = stage["state"] == "cached"
                 self.rows[stage["stage"]] = Row(
-                    stage["stage"], 0.0 if cached else stage["seconds"], stage["measured"],
-                    "cached" if cached else "todo", note=stage["why"] if cached else "")
+                    stage["stage"],
+                    0.0 if cached else stage["seconds"],
+                    stage["measured"],
+                    "cached" if cached else "todo",
+                    note=stage["why"] if cached else "",
+                )
             return None
         name = event.get("stage") or (f"image {event['image']}" if event.get("image") else "")
         if kind == "image" and name not in self.rows:
@@ -83,13 +87,20 @@ class Progress:
             row.state, row.started, row.phase, row.why = "running", now, now, event.get("why", "")
         elif kind == "stage_done" or event.get("state") == "ready":
             row.state, row.seconds = "done", event["seconds"]
-            row.note = f"{clock(event['seconds'])}, {size(event['bytes'])}" if kind == "stage_done" else clock(event["seconds"])
+            row.note = (
+                f"{clock(event['seconds'])}, {size(event['bytes'])}"
+                if kind == "stage_done"
+                else clock(event["seconds"])
+            )
         elif kind == "cached":
             row.state, row.note = "cached", event["why"]
         elif kind == "progress":
             if event["done"] < row.done or event["unit"] != row.unit or event["total"] != row.total:
                 row.phase = now
-            row.done, row.total, row.unit, row.note = event["done"], event["total"], event["unit"], event.get("note", "")
+            row.done = event["done"]
+            row.total = event["total"]
+            row.unit = event["unit"]
+            row.note = event.get("note", "")
         elif kind == "metric":
             row.metrics[event["name"]] = event["value"]
         elif kind == "log" and name.startswith("image "):
@@ -154,18 +165,36 @@ class Lines:
         elif kind in ("stage_done", "cached") or event.get("state") == "ready":
             self.say(f"{row.name}: {row.state}, {row.note}")
         elif kind in ("progress", "log", "metric") and row.state == "running" and now - self.last >= _EVERY:
-            parts = [_counted(row), row.note[:70], _metrics(row), f"about {clock(self.progress.left(now))} left"]
+            parts = [
+                _counted(row),
+                row.note[:70],
+                _metrics(row),
+                f"about {clock(self.progress.left(now))} left",
+            ]
             self.say(f"{row.name}: " + "  ".join(p for p in parts if p))
 
     def say(self, text: str) -> None:
         self.last = time.monotonic()
-        self.console.print(f"[{clock(self.last - self.progress.started)}] {text}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(
+            f"[{clock(self.last - self.progress.started)}] {text}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 class Screen:
-    """One row a stage, with a bar, what it counts, its metrics and the time left; log lines stay off the screen."""
+    """One row a stage, with a bar, what it counts, its metrics and the time left; log lines stay off the
+    screen.
+    """
 
-    _MARKS = {"todo": ("·", "dim"), "running": ("▸", "bold cyan"), "cached": ("=", "dim green"), "done": ("✓", "green"), "failed": ("✗", "bold red")}
+    _MARKS: ClassVar = {
+        "todo": ("·", "dim"),
+        "running": ("▸", "bold cyan"),
+        "cached": ("=", "dim green"),
+        "done": ("✓", "green"),
+        "failed": ("✗", "bold red"),
+    }
 
     def __init__(self, console: Console):
         self.console, self.progress = console, Progress()
@@ -212,11 +241,21 @@ def announce(event: Event, console: Console) -> bool:
     elif kind == "finding":
         console.print(finding_line(event), soft_wrap=True)
     elif kind == "warning":
-        console.print(Text(f"{event.get('stage', '')}: {event['message']} {event.get('remedy', '')}".strip(), style="yellow"))
+        console.print(
+            Text(
+                f"{event.get('stage', '')}: {event['message']} {event.get('remedy', '')}".strip(),
+                style="yellow",
+            )
+        )
     elif kind == "failed":
         console.print(failure(event), crop=False)
     elif kind == "interrupted":
-        console.print(Text(f"stopped in {event['stage'] or 'preparation'}; nothing is lost. To go on: {event['resume']}", style="yellow"))
+        console.print(
+            Text(
+                f"stopped in {event['stage'] or 'preparation'}; nothing is lost. To go on: {event['resume']}",
+                style="yellow",
+            )
+        )
     else:
         return kind in ("plan", "done", "error")
     return True

@@ -2,9 +2,10 @@
 
     python apply_patches.py FOLDER [SERIES]
 
-`FOLDER/SERIES` (default: series) lists patch files in order, one a line, `#` for comments; paths in a patch count from
-site-packages. A patch that does not fit exactly, line for line where it says, is an error: a library that has changed under a
-patch must be looked at again. Slim images and NGC's have no `patch` program, and that one also takes what fits elsewhere.
+`FOLDER/SERIES` (default: series) lists patch files in order, one a line, `#` for comments; paths in a
+patch count from site-packages. A patch that does not fit exactly, line for line where it says, is an
+error: a library that has changed under a patch must be looked at again. Slim images and NGC's have no
+`patch` program, and that one also takes what fits elsewhere.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ class Misfit(Exception):
 
 def main(folder: Path, series: str = "series") -> int:
     listed = folder / series
-    names = [line.split("#")[0].strip() for line in listed.read_text().splitlines()] if listed.exists() else []
+    names = (
+        [line.split("#")[0].strip() for line in listed.read_text().splitlines()] if listed.exists() else []
+    )
     root = Path(sysconfig.get_paths()["purelib"])
     for name in filter(None, names):
         try:
             changed = patched((folder / name).read_text().splitlines(keepends=True), root)
         except (Misfit, OSError) as error:
             print(f"found: {name} does not apply to {root}: {error}")
-            print("expected: the library that it was made for; see the patch's entry in README.md, and drop or refresh it")
+            print(
+                "expected: the library that it was made for; see the patch's entry in README.md, and drop or"
+                " refresh it"
+            )
             return 1
         for path, text in changed.items():
             path.write_text(text)
@@ -60,7 +66,9 @@ def patched(patch: list[str], root: Path) -> dict[Path, str]:
 
 
 def hunk(lines: Iterator[str], count: int, made: int) -> tuple[list[str], list[str]]:
-    """The next `count` lines as they were and `made` lines as they become. Raises Misfit if the patch ends before."""
+    """The next `count` lines as they were and `made` lines as they become. Raises Misfit if the patch ends
+    before.
+    """
     before, after = [], []
     while len(before) < count or len(after) < made:
         if (line := next(lines, None)) is None:

@@ -2,8 +2,9 @@
 
     python install_torch.py UV...
 
-`UV...` is the command that starts uv. machines.toml beside this file says which package index torch comes from; a folder of
-wheels in ANNIE_WHEELS or PIP_FIND_LINKS is used instead where it holds a torch for this machine.
+`UV...` is the command that starts uv. machines.toml beside this file says which package index torch comes
+from; a folder of wheels in ANNIE_WHEELS or PIP_FIND_LINKS is used instead where it holds a torch for this
+machine.
 """
 
 from __future__ import annotations

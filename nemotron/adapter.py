@@ -1,7 +1,8 @@
 """LoRA on the Projections of a model, kept on disk in PEFT's own form.
 
-PEFT, vLLM and stage merge read the same folder (nemotron/lora.py says how its tensors lie). A stack of experts is one wrapper
-in PEFT: A (E * rank, in) is expert-major, B (out, rank * E) rank-major, and up_proj lies inside down_proj's wrapper.
+PEFT, vLLM and stage merge read the same folder (nemotron/lora.py says how its tensors lie). A stack of
+experts is one wrapper in PEFT: A (E * rank, in) is expert-major, B (out, rank * E) rank-major, and up_proj
+lies inside down_proj's wrapper.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ def attach(model: nn.Module, preset: str, rank: int, alpha: float, seed: int) ->
 
 def adapted(model: nn.Module) -> dict[str, Projection]:
     """Name -> Projection of all that has a change."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Projection) and module.rank}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Projection) and module.rank
+    }
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -54,7 +59,9 @@ def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Puts what `state` gave back. Raises ValueError where the two are not of the same adapter."""
     wanted = {f"{peft_name(name)}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
     if wanted != tensors.keys():
-        raise ValueError(f"an adapter with other tensors: {sorted(wanted ^ tensors.keys())[0]} is in one of the two only")
+        raise ValueError(
+            f"an adapter with other tensors: {sorted(wanted ^ tensors.keys())[0]} is in one of the two only"
+        )
     for name, module in adapted(model).items():
         a, b = (tensors[f"{peft_name(name)}.lora_{side}.weight"] for side in "AB")
         for factor, value in zip(module.pair, _stacks(a, b, module, module.rank), strict=True):
@@ -62,13 +69,22 @@ def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def save(model: nn.Module, folder: Path, preset: str, rank: int, alpha: float) -> None:
-    """Writes the folder that PEFT reads; byte for byte the same for the same factors, and without a path of this machine."""
+    """Writes the folder that PEFT reads; byte for byte the same for the same factors, and without a path
+    of this machine.
+    """
     import peft
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state(model), folder / WEIGHTS, metadata={"format": "pt"})
     chosen = native.targets(model, preset)
-    peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, task_type="CAUSAL_LM", inference_mode=True, **chosen.arguments()).save_pretrained(folder)
+    peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        **chosen.arguments(),
+    ).save_pretrained(folder)
     config = json.loads((folder / CONFIG).read_text())
     config["target_modules"].sort()  # a set in peft, so in another order in every process
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -79,9 +95,15 @@ def load(model: nn.Module, folder: Path) -> None:
     restore(model, load_file(folder / WEIGHTS))
 
 
-def _stacks(a: torch.Tensor, b: torch.Tensor, module: Projection, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """PEFT's A (experts * rank, in) and B (out, rank * experts) as (experts, rank, in) and (experts, out, rank)."""
-    return a.view(module.experts, rank, -1), b.view(module.out_features, rank, module.experts).permute(2, 0, 1)
+def _stacks(
+    a: torch.Tensor, b: torch.Tensor, module: Projection, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's A (experts * rank, in) and B (out, rank * experts) as (experts, rank, in) and (experts, out,
+    rank).
+    """
+    return a.view(module.experts, rank, -1), b.view(module.out_features, rank, module.experts).permute(
+        2, 0, 1
+    )
 
 
 def peft_name(name: str) -> str:

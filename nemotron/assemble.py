@@ -1,8 +1,10 @@
-"""The native class with our own parts: Projections for every linear and expert stack, our Mamba mixer, attention by document.
+"""The native class with our own parts: Projections for every linear and expert stack, our Mamba mixer,
+attention by document.
 
-It is built on no device at all and filled from the shards a tensor at a time, packed on the device it is for: what is held in
-BF16 while loading is one matrix. `forms` is what a base can be held in; what NVIDIA's export leaves in BF16 stays in BF16 here
-too, so that an adapter on those layers is trained on exactly what will be served.
+It is built on no device at all and filled from the shards a tensor at a time, packed on the device it is
+for: what is held in BF16 while loading is one matrix. `forms` is what a base can be held in; what NVIDIA's
+export leaves in BF16 stays in BF16 here too, so that an adapter on those layers is trained on exactly what
+will be served.
 """
 
 from __future__ import annotations
@@ -25,20 +27,33 @@ from nemotron.projection import Projection
 from nemotron.shards import Shards
 
 LAYOUT = "official"
-TOGETHER = 8  # random experts: thousands of small matrices would wait for the processor, and more at once need memory to pack
+# random experts: thousands of small matrices would wait for the processor, and more at once need memory to
+# pack
+TOGETHER = 8
 
 
-def load(checkpoint: Checkpoint, form: str = "bf16", dtype: torch.dtype = torch.float32, device: str = "cpu",
-         progress: Callable[[int, int], None] | None = None, shards: Shards = Shards()) -> nn.Module:
-    """The model of a checkpoint in hub layout, frozen, in training form. `progress` is told bytes read and bytes in all.
+def load(
+    checkpoint: Checkpoint,
+    form: str = "bf16",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+    shards: Shards = Shards(),
+) -> nn.Module:
+    """The model of a checkpoint in hub layout, frozen, in training form. `progress` is told bytes read and
+    bytes in all.
 
-    With `shards` this process keeps its share of the Projections' weights, and every forward and backward is one of all processes.
+    With `shards` this process keeps its share of the Projections' weights, and every forward and backward
+    is one of all processes.
 
     Raises ValueError if a tensor is missing, left over, or of another shape than config.json says.
     """
     config = checkpoint.config
     if unknown := sorted(set(tensors(config)) ^ set(checkpoint.entries)):
-        raise ValueError(f"{unknown[0]} is in {'the checkpoint' if unknown[0] in checkpoint.entries else 'config.json'} only ({len(unknown)} such tensors)")
+        raise ValueError(
+            f"{unknown[0]} is in {'the checkpoint' if unknown[0] in checkpoint.entries else 'config.json'}"
+            f" only ({len(unknown)} such tensors)"
+        )
     model, done, total = empty(config, form, dtype, device, shards), 0, checkpoint.bytes
     for file in checkpoint.files:
         for name in checkpoint.in_file(file):
@@ -49,11 +64,25 @@ def load(checkpoint: Checkpoint, form: str = "bf16", dtype: torch.dtype = torch.
     return finish(model)
 
 
-def random(config: dict, form: str = "bf16", dtype: torch.dtype = torch.bfloat16, device: str = "cuda", std: float = 0.02, shards: Shards = Shards()) -> nn.Module:
-    """The same with random weights, made on the device, `TOGETHER` experts at a time: for measuring speed and memory at any size."""
+def random(
+    config: dict,
+    form: str = "bf16",
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    std: float = 0.02,
+    shards: Shards = Shards(),
+) -> nn.Module:
+    """The same with random weights, made on the device, `TOGETHER` experts at a time: for measuring speed
+    and memory at any size.
+    """
     model = empty(config, form, dtype, device, shards)
     generator = torch.Generator(device).manual_seed(0)
-    special = {"A_log": lambda s: torch.arange(1, s[0] + 1).float().log(), "D": torch.ones, "dt_bias": lambda s: torch.full(s, -3.0), "e_score_correction_bias": torch.zeros}
+    special = {
+        "A_log": lambda s: torch.arange(1, s[0] + 1).float().log(),
+        "D": torch.ones,
+        "dt_bias": lambda s: torch.full(s, -3.0),
+        "e_score_correction_bias": torch.zeros,
+    }
     for name, spec in tensors(config).items():
         last, shape = name.rsplit(".", 2), spec.shape
         if ".experts." in name:
@@ -72,7 +101,9 @@ def random(config: dict, form: str = "bf16", dtype: torch.dtype = torch.bfloat16
 
 
 def empty(config: dict, form: str, dtype: torch.dtype, device: str, shards: Shards = Shards()) -> nn.Module:
-    """The model without its weights: Projections allocated in their form, everything else still on no device."""
+    """The model without its weights: Projections allocated in their form, everything else still on no
+    device.
+    """
     import transformers
 
     native.check_version(transformers.__version__)
@@ -85,9 +116,15 @@ def empty(config: dict, form: str, dtype: torch.dtype, device: str, shards: Shar
             continue
         path, attribute = native_name(hub).rsplit(".", 1)
         parent, old = model.get_submodule(path), getattr(model.get_submodule(path), attribute)
-        count, (out, inside) = (old.shape[0], old.shape[1:]) if isinstance(old, nn.Parameter) else (1, old.weight.shape)
+        count, (out, inside) = (
+            (old.shape[0], old.shape[1:]) if isinstance(old, nn.Parameter) else (1, old.weight.shape)
+        )
         delattr(parent, attribute)
-        setattr(parent, attribute, Projection(count, out, inside, form if hub in packed else "bf16", dtype, device, shards))
+        setattr(
+            parent,
+            attribute,
+            Projection(count, out, inside, form if hub in packed else "bf16", dtype, device, shards),
+        )
     model.placed, model.hub_config = (dtype, device), config
     return model
 
@@ -104,10 +141,16 @@ def fill(model: nn.Module, name: str, value: torch.Tensor) -> None:
     module = model.get_submodule(path)
     old = getattr(module, attribute)
     if old.shape != value.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)} from config.json")
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)} from config.json"
+        )
     exact = attribute in FLOAT32 or path.endswith(".gate")
     value = value.to(device=device, dtype=torch.float32 if exact else dtype)
-    setattr(module, attribute, nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value)
+    setattr(
+        module,
+        attribute,
+        nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value,
+    )
 
 
 def finish(model: nn.Module) -> nn.Module:
@@ -119,7 +162,9 @@ def finish(model: nn.Module) -> nn.Module:
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """Repairs the model and gives it our mixers, norms, experts and attention; its weights may be filled before or after."""
+    """Repairs the model and gives it our mixers, norms, experts and attention; its weights may be filled
+    before or after.
+    """
     native.repair(model)
     for module in model.modules():
         if type(module).__name__ == "NemotronHRMSNorm":
@@ -143,15 +188,21 @@ def exported(model: nn.Module) -> list[Projection]:
 
 
 def keep_decoded(model: nn.Module, room: float) -> tuple[int, int]:
-    """Holds 4-bit weights decoded in at most `room` bytes, as many Projections as fit. Returns how many, and their bytes.
+    """Holds 4-bit weights decoded in at most `room` bytes, as many Projections as fit. Returns how many,
+    and their bytes.
 
-    The first blocks come first: they are decoded once more in the backward, where the last ones may keep their activations.
+    The first blocks come first: they are decoded once more in the backward, where the last ones may keep
+    their activations.
     """
     dtype, device = model.placed
     multiple = ALIGNMENT if torch.device(device).type == "cuda" and dtype == torch.bfloat16 else 1
     count, taken = 0, 0
     for module in model.modules():
-        if isinstance(module, Projection) and module.form != "bf16" and taken + (size := module.bytes_to_keep(multiple)) <= room:
+        if (
+            isinstance(module, Projection)
+            and module.form != "bf16"
+            and taken + (size := module.bytes_to_keep(multiple)) <= room
+        ):
             module.keep(multiple)
             count, taken = count + 1, taken + size
     return count, taken
@@ -159,7 +210,9 @@ def keep_decoded(model: nn.Module, room: float) -> tuple[int, int]:
 
 def parameters(model: nn.Module) -> int:
     """Weights of the base, however they are packed, and of the adapter."""
-    packed = sum(m.experts * m.out_features * m.in_features for m in model.modules() if isinstance(m, Projection))
+    packed = sum(
+        m.experts * m.out_features * m.in_features for m in model.modules() if isinstance(m, Projection)
+    )
     return packed + sum(p.numel() for p in model.parameters())
 
 
@@ -175,13 +228,19 @@ def hidden_states(model: nn.Module, ids: torch.Tensor, documents: Documents) -> 
 
 def capture(model: nn.Module) -> Graphs:
     """From now on training steps of a model on a GPU replay CUDA graphs (nemotron/graphs.py)."""
-    model.graphs = Graphs(model, lambda ids, documents: _run(model, ids, documents), [p for p in model.parameters() if p.requires_grad])
+    model.graphs = Graphs(
+        model,
+        lambda ids, documents: _run(model, ids, documents),
+        [p for p in model.parameters() if p.requires_grad],
+    )
     return model.graphs
 
 
 def _run(model: nn.Module, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
     # A mapping of masks is taken as it is; attention and Mamba keep documents apart by themselves.
-    return model.model(input_ids=ids[None], attention_mask={}, use_cache=False, documents=documents).last_hidden_state[0]
+    return model.model(
+        input_ids=ids[None], attention_mask={}, use_cache=False, documents=documents
+    ).last_hidden_state[0]
 
 
 def loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: Documents) -> torch.Tensor:
@@ -191,16 +250,36 @@ def loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: D
     return cross_entropy(hidden[positions], model.lm_head.weight, targets)
 
 
-def distillation(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: Documents, index: torch.Tensor, logs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over the trained tokens of one packed sequence: the divergence from a teacher (nemotron/loss.py), and -log p, without a gradient."""
+def distillation(
+    model: nn.Module,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    documents: Documents,
+    index: torch.Tensor,
+    logs: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the trained tokens of one packed sequence: the divergence from a teacher
+    (nemotron/loss.py), and -log p, without a gradient.
+    """
     hidden = hidden_states(model, ids, documents)
     positions, targets = trained(labels)
     return distilled(hidden[positions], model.lm_head.weight, targets, index, logs)
 
 
 @torch.no_grad()
-def largest(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: Documents, count: int, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` likeliest next tokens at every trained position of one packed sequence, as nemotron/loss.py has them."""
+def largest(
+    model: nn.Module,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    documents: Documents,
+    count: int,
+    chunk: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` likeliest next tokens at every trained position of one packed sequence, as
+    nemotron/loss.py has them.
+    """
     hidden = hidden_states(model, ids, documents)[trained(labels)[0]]
-    index, logs = zip(*(likeliest(rows @ model.lm_head.weight.t(), count) for rows in hidden.split(chunk)), strict=True)
+    index, logs = zip(
+        *(likeliest(rows @ model.lm_head.weight.t(), count) for rows in hidden.split(chunk)), strict=True
+    )
     return torch.cat(index), torch.cat(logs)

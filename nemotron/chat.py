@@ -72,9 +72,11 @@ def _text(tokenizer, messages: list[dict], tools: list[dict], generation: bool, 
         )
     last_user = _last_user(messages)
     history = [
-        message
-        if reasoning and number > last_user
-        else {key: value for key, value in message.items() if key != "reasoning_content"}
+        (
+            message
+            if reasoning and number > last_user
+            else {key: value for key, value in message.items() if key != "reasoning_content"}
+        )
         for number, message in enumerate(messages)
     ]
     return tokenizer.apply_chat_template(

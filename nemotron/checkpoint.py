@@ -1,4 +1,6 @@
-"""Safetensors checkpoints read and written one tensor at a time, so that memory never depends on the model's size."""
+"""Safetensors checkpoints read and written one tensor at a time, so that memory never depends on the
+model's size.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,18 @@ THREADS = 4  # that read and compute while another writes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -50,24 +61,45 @@ class Entry:
 
 
 def header(file: Path) -> tuple[dict[str, Entry], dict]:
-    """Name -> Entry of one safetensors file, and its metadata. Raises CheckpointError on a truncated or foreign file."""
+    """Name -> Entry of one safetensors file, and its metadata. Raises CheckpointError on a truncated or
+    foreign file.
+    """
     size = file.stat().st_size
     with file.open("rb") as opened:
         head = opened.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= size - 8:
-            raise CheckpointError(f"{file.name} is not a safetensors file, or was cut off in its header ({size} bytes)")
+            raise CheckpointError(
+                f"{file.name} is not a safetensors file, or was cut off in its header ({size} bytes)"
+            )
         try:
             raw = json.loads(opened.read(length))
             metadata = raw.pop("__metadata__", {})
-            entries = {name: Entry(file, value["dtype"], tuple(value["shape"]), *(8 + length + at for at in value["data_offsets"])) for name, value in raw.items()}
+            entries = {
+                name: Entry(
+                    file,
+                    value["dtype"],
+                    tuple(value["shape"]),
+                    *(8 + length + at for at in value["data_offsets"]),
+                )
+                for name, value in raw.items()
+            }
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{file.name} has a broken header: {type(error).__name__}: {error}") from error
+            raise CheckpointError(
+                f"{file.name} has a broken header: {type(error).__name__}: {error}"
+            ) from error
     for name, entry in entries.items():
         if entry.end > size:
-            raise CheckpointError(f"{file.name} is truncated: {name} ends at byte {entry.end}, the file at {size}")
-        if entry.dtype in DTYPES and entry.bytes != (needed := math.prod(entry.shape) * DTYPES[entry.dtype].itemsize):
-            raise CheckpointError(f"{file.name} has a broken header: {name} takes {needed} bytes as {entry.dtype} {entry.shape}, and has {entry.bytes}")
+            raise CheckpointError(
+                f"{file.name} is truncated: {name} ends at byte {entry.end}, the file at {size}"
+            )
+        if entry.dtype in DTYPES and entry.bytes != (
+            needed := math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        ):
+            raise CheckpointError(
+                f"{file.name} has a broken header: {name} takes {needed} bytes as {entry.dtype}"
+                f" {entry.shape}, and has {entry.bytes}"
+            )
     return entries, metadata
 
 
@@ -106,7 +138,10 @@ class Tensors:
 
     def same(self, name: str, other: Tensors) -> bool:
         """Whether `other`, in which the tensor has the same shape and dtype, holds it with the same bits."""
-        return all(torch.equal(*(piece().reshape(-1).view(torch.uint8) for piece in pieces)) for pieces in zip(self.pieces(name), other.pieces(name), strict=True))
+        return all(
+            torch.equal(*(piece().reshape(-1).view(torch.uint8) for piece in pieces))
+            for pieces in zip(self.pieces(name), other.pieces(name), strict=True)
+        )
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its own dtype and shape."""
@@ -116,10 +151,16 @@ class Tensors:
     def rows(self, name: str, first: int, count: int) -> torch.Tensor:
         """Some rows (of the first dimension) of one tensor, on the CPU."""
         entry = self.entries[name]
-        return self._read(name, entry.start + entry.bytes // entry.shape[0] * first, torch.empty((count, *entry.shape[1:]), dtype=DTYPES[entry.dtype]))
+        return self._read(
+            name,
+            entry.start + entry.bytes // entry.shape[0] * first,
+            torch.empty((count, *entry.shape[1:]), dtype=DTYPES[entry.dtype]),
+        )
 
     def spans(self, name: str) -> list[tuple[int, int]]:
-        """First row and number of rows of pieces of about a megabyte, which stay in the cache between being read and written; a scalar has none."""
+        """First row and number of rows of pieces of about a megabyte, which stay in the cache between
+        being read and written; a scalar has none.
+        """
         shape = self.entries[name].shape
         if not shape:
             return []
@@ -171,7 +212,11 @@ class Checkpoint(Tensors):
     def in_file(self, file: str) -> Iterator[str]:
         """Names of the tensors of one file, in the order of their bytes."""
         path = self.folder / file
-        return iter(sorted((n for n, e in self.entries.items() if e.file == path), key=lambda n: self.entries[n].start))
+        return iter(
+            sorted(
+                (n for n, e in self.entries.items() if e.file == path), key=lambda n: self.entries[n].start
+            )
+        )
 
 
 def data(tensor: torch.Tensor) -> memoryview:
@@ -195,15 +240,25 @@ class Slot:
         return count * DTYPES[self.dtype].itemsize
 
 
-def write(file: Path, slots: list[Slot], produce: Callable[[Slot], torch.Tensor | Iterable[Work]], metadata: dict | None = None) -> None:
-    """Writes one safetensors file, asking for one tensor at a time: the tensor, or work that makes it in pieces along its first dimension.
+def write(
+    file: Path,
+    slots: list[Slot],
+    produce: Callable[[Slot], torch.Tensor | Iterable[Work]],
+    metadata: dict | None = None,
+) -> None:
+    """Writes one safetensors file, asking for one tensor at a time: the tensor, or work that makes it in
+    pieces along its first dimension.
 
-    Work is done by a few threads ahead of the writing, so that reading, computing and writing go on at once. Raises CheckpointError
-    if what comes of it has another shape or dtype than the slot announces.
+    Work is done by a few threads ahead of the writing, so that reading, computing and writing go on at
+    once. Raises CheckpointError if what comes of it has another shape or dtype than the slot announces.
     """
     at, table = 0, {}
     for slot in slots:
-        table[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [at, at + slot.bytes]}
+        table[slot.name] = {
+            "dtype": slot.dtype,
+            "shape": list(slot.shape),
+            "data_offsets": [at, at + slot.bytes],
+        }
         at += slot.bytes
     head = json.dumps({"__metadata__": metadata or {"format": "pt"}, **table}, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # tensor data begins on a multiple of 8 bytes
@@ -218,21 +273,34 @@ def write(file: Path, slots: list[Slot], produce: Callable[[Slot], torch.Tensor 
     with file.open("wb", buffering=0) as opened:
         opened.write(struct.pack("<Q", len(head)) + head)
         for slot, piece in ahead(work()):
-            if (NAMES[piece.dtype], tuple(piece.shape[1:]), piece.ndim) != (slot.dtype, slot.shape[1:], len(slot.shape)):
-                raise CheckpointError(f"{slot.name} came out as {piece.dtype} {tuple(piece.shape)}, announced were {slot.dtype} {slot.shape}")
+            if (NAMES[piece.dtype], tuple(piece.shape[1:]), piece.ndim) != (
+                slot.dtype,
+                slot.shape[1:],
+                len(slot.shape),
+            ):
+                raise CheckpointError(
+                    f"{slot.name} came out as {piece.dtype} {tuple(piece.shape)}, announced were {slot.dtype}"
+                    f" {slot.shape}"
+                )
             left = data(piece)
             written[slot.name] += left.nbytes
             while left:
                 left = left[opened.write(left) :]
     for slot in slots:
         if written[slot.name] != slot.bytes:
-            raise CheckpointError(f"{slot.name} came out with {written[slot.name]} bytes, announced were {slot.dtype} {slot.shape}")
+            raise CheckpointError(
+                f"{slot.name} came out with {written[slot.name]} bytes, announced were {slot.dtype}"
+                f" {slot.shape}"
+            )
 
 
 def ahead(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, torch.Tensor]]:
-    """The results of work in its order, computed by a few threads; at most twice as many are there or under way at once."""
+    """The results of work in its order, computed by a few threads; at most twice as many are there or
+    under way at once.
+    """
     threads, before = min(THREADS, os.cpu_count() or 1), torch.get_num_threads()
-    torch.set_num_threads(1)  # each works on a piece of its own; teams of threads within would wait for one another
+    # each works on a piece of its own; teams of threads within would wait for one another
+    torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             pending: deque = deque()
@@ -262,4 +330,6 @@ def write_index(folder: Path, layout: list[tuple[str, list[Slot]]]) -> None:
     """The index beside the shards: total size in bytes, and the file of every tensor."""
     total = sum(slot.bytes for _, group in layout for slot in group)
     table = {slot.name: name for name, group in layout for slot in group}
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": table}, indent=2) + "\n")
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": table}, indent=2) + "\n"
+    )

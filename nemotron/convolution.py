@@ -1,11 +1,14 @@
-"""The Mamba layers' causal depthwise convolution with SiLU over packed documents, in Triton: one launch forward, one backward.
+"""The Mamba layers' causal depthwise convolution with SiLU over packed documents, in Triton: one launch
+forward, one backward.
 
-    u[t] = bias + sum_k weight[K - 1 - k] x[t - k],  over k up to the tokens before t in its document;   y = u sigmoid(u)
+    u[t] = bias + sum_k weight[K - 1 - k] x[t - k],  over k up to the tokens before t in its document
+    y[t] = u[t] sigmoid(u[t])
 
-The place of every token in its document comes from the device, and the number of tokens is an argument like any other: nothing is
-planned, tuned or compiled for a length. Weight and bias are frozen in every method, so the backward gives the gradient of x alone:
+The place of every token in its document comes from the device, and the number of tokens is an argument
+like any other: nothing is planned, tuned or compiled for a length. Weight and bias are frozen in every
+method, so the backward gives the gradient of x alone:
 
-    dx[t] = sum_k weight[K - 1 - k] g[t + k] s (1 + u (1 - s)),  with s = sigmoid(u), both of token t + k of the same document
+    dx[t] = sum_k weight[K - 1 - k] g[t + k] s (1 + u (1 - s)),  s = sigmoid(u), all of token t + k
 """
 
 from __future__ import annotations
@@ -18,14 +21,19 @@ TOKENS, CHANNELS = 16, 128  # of a program's tile
 WARPS = 4
 
 
-def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, position: torch.Tensor) -> torch.Tensor:
-    """x (tokens, channels), its channels side by side; weight (channels, K); bias (channels,) or None; position int32 (tokens,).
+def conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, position: torch.Tensor
+) -> torch.Tensor:
+    """x (tokens, channels), its channels side by side; weight (channels, K); bias (channels,) or None;
+    position int32 (tokens,).
 
-    Returns (tokens, channels) in x's dtype; sums are float32. CUDA only. Raises ValueError for a weight or bias that is trained,
-    which would get no gradient.
+    Returns (tokens, channels) in x's dtype; sums are float32. CUDA only. Raises ValueError for a weight or
+    bias that is trained, which would get no gradient.
     """
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError("the convolution's weight and bias are frozen in every method, found one that is trained")
+        raise ValueError(
+            "the convolution's weight and bias are frozen in every method, found one that is trained"
+        )
     return _Convolution.apply(x, weight.contiguous(), bias, position)
 
 
@@ -34,8 +42,21 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, bias, position):
         x = x if x.stride(1) == 1 else x.contiguous()
         y = x.new_empty(x.shape)
-        _kernels()[0][_grid(x)](x, weight, weight if bias is None else bias, position, y, len(x), x.shape[1], x.stride(0),
-                                KERNEL=weight.shape[1], BIASED=bias is not None, TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=WARPS)
+        _kernels()[0][_grid(x)](
+            x,
+            weight,
+            weight if bias is None else bias,
+            position,
+            y,
+            len(x),
+            x.shape[1],
+            x.stride(0),
+            KERNEL=weight.shape[1],
+            BIASED=bias is not None,
+            TOKENS=TOKENS,
+            CHANNELS=CHANNELS,
+            num_warps=WARPS,
+        )
         ctx.save_for_backward(x, weight, bias, position)
         return y
 
@@ -45,9 +66,23 @@ class _Convolution(torch.autograd.Function):
         x, weight, bias, position = ctx.saved_tensors
         g = g if g.stride(1) == 1 else g.contiguous()
         dx = x.new_empty(x.shape)
-        _kernels()[1][_grid(x)](g, x, weight, weight if bias is None else bias, position, dx, len(x), x.shape[1], g.stride(0),
-                                x.stride(0), KERNEL=weight.shape[1], BIASED=bias is not None, TOKENS=TOKENS, CHANNELS=CHANNELS,
-                                num_warps=WARPS)
+        _kernels()[1][_grid(x)](
+            g,
+            x,
+            weight,
+            weight if bias is None else bias,
+            position,
+            dx,
+            len(x),
+            x.shape[1],
+            g.stride(0),
+            x.stride(0),
+            KERNEL=weight.shape[1],
+            BIASED=bias is not None,
+            TOKENS=TOKENS,
+            CHANNELS=CHANNELS,
+            num_warps=WARPS,
+        )
         return dx, None, None, None
 
 
@@ -60,10 +95,23 @@ def _kernels():
     import triton
     import triton.language as tl
 
-    # The sizes of a pack are not specialised on (divisible by 16, equal to 1): each kind would be compiled apart.
+    # The sizes of a pack are not specialised on (divisible by 16, equal to 1): each kind would be compiled
+    # apart.
     @triton.jit(do_not_specialize=["tokens"])
-    def ahead(x, weight, bias, position, y, tokens, channels, x_row,
-              KERNEL: tl.constexpr, BIASED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    def ahead(
+        x,
+        weight,
+        bias,
+        position,
+        y,
+        tokens,
+        channels,
+        x_row,
+        KERNEL: tl.constexpr,
+        BIASED: tl.constexpr,
+        TOKENS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+    ):
         t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         inside = (t < tokens)[:, None] & (c < channels)[None, :]
@@ -73,14 +121,30 @@ def _kernels():
             total += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
         for k in tl.static_range(KERNEL):
             tap = tl.load(weight + c * KERNEL + (KERNEL - 1 - k), mask=c < channels, other=0.0).to(tl.float32)
-            value = tl.load(x + (t - k)[:, None] * x_row + c[None, :], mask=inside & (before >= k)[:, None], other=0.0)
+            value = tl.load(
+                x + (t - k)[:, None] * x_row + c[None, :], mask=inside & (before >= k)[:, None], other=0.0
+            )
             total += value.to(tl.float32) * tap[None, :]
         total = total * tl.sigmoid(total)
         tl.store(y + t[:, None] * channels + c[None, :], total.to(y.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["tokens"])
-    def back(g, x, weight, bias, position, dx, tokens, channels, g_row, x_row,
-             KERNEL: tl.constexpr, BIASED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    def back(
+        g,
+        x,
+        weight,
+        bias,
+        position,
+        dx,
+        tokens,
+        channels,
+        g_row,
+        x_row,
+        KERNEL: tl.constexpr,
+        BIASED: tl.constexpr,
+        TOKENS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+    ):
         t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         columns = (c < channels)[None, :]
@@ -93,13 +157,23 @@ def _kernels():
             if BIASED:
                 u += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
             for k in tl.static_range(KERNEL):
-                tap = tl.load(weight + c * KERNEL + (KERNEL - 1 - k), mask=c < channels, other=0.0).to(tl.float32)
-                value = tl.load(x + (later - k)[:, None] * x_row + c[None, :], mask=reached & (before >= k)[:, None], other=0.0)
+                tap = tl.load(weight + c * KERNEL + (KERNEL - 1 - k), mask=c < channels, other=0.0).to(
+                    tl.float32
+                )
+                value = tl.load(
+                    x + (later - k)[:, None] * x_row + c[None, :],
+                    mask=reached & (before >= k)[:, None],
+                    other=0.0,
+                )
                 u += value.to(tl.float32) * tap[None, :]
             s = tl.sigmoid(u)
             given = tl.load(g + later[:, None] * g_row + c[None, :], mask=reached, other=0.0).to(tl.float32)
             tap = tl.load(weight + c * KERNEL + (KERNEL - 1 - j), mask=c < channels, other=0.0).to(tl.float32)
             total += given * s * (1.0 + u * (1.0 - s)) * tap[None, :]
-        tl.store(dx + t[:, None] * channels + c[None, :], total.to(dx.dtype.element_ty), mask=(t < tokens)[:, None] & columns)
+        tl.store(
+            dx + t[:, None] * channels + c[None, :],
+            total.to(dx.dtype.element_ty),
+            mask=(t < tokens)[:, None] & columns,
+        )
 
     return ahead, back

@@ -1,8 +1,10 @@
-"""Packed weights to dense ones on a GPU: one Triton kernel for both 4-bit forms, portable from sm_80 to sm_121.
+"""Packed weights to dense ones on a GPU: one Triton kernel for both 4-bit forms, portable from sm_80 to
+sm_121.
 
-It reads each code and scale once and writes the dense stack, so it runs at the speed of memory: a program has one row, and no
-element divides to find its place (done per element, two integer divisions cost eight times the memory's time). The scales of
-NVFP4 are read as bytes and looked up, since Triton converts E4M3 only from sm_89 on.
+It reads each code and scale once and writes the dense stack, so it runs at the speed of memory: a program
+has one row, and no element divides to find its place (done per element, two integer divisions cost eight
+times the memory's time). The scales of NVFP4 are read as bytes and looked up, since Triton converts E4M3
+only from sm_89 on.
 """
 
 from __future__ import annotations
@@ -17,13 +19,28 @@ TILE = 512  # bytes of codes, so 1,024 columns, that a program decodes at once
 
 
 def stack(packed: nf4.Packed | nvfp4.Packed, out: torch.Tensor) -> torch.Tensor:
-    """Writes packed matrices (experts, out, ...) into `out`, a view (experts, out, in) with contiguous rows. CUDA only."""
+    """Writes packed matrices (experts, out, ...) into `out`, a view (experts, out, in) with contiguous
+    rows. CUDA only.
+    """
     double = isinstance(packed, nvfp4.Packed)
     values, scales = _tables("nvfp4" if double else "nf4", str(out.device))
     experts, height, width = packed.weight.shape
     _kernel()[(experts * height,)](
-        packed.weight, packed.weight_scale.view(torch.uint8) if double else packed.weight_scale, packed.weight_scale_2 if double else values, values, scales, out,
-        width, height, out.stride(0), out.stride(1), GROUP=nvfp4.GROUP if double else nf4.BLOCK, DOUBLE=double, TILE=TILE, num_warps=4)
+        packed.weight,
+        packed.weight_scale.view(torch.uint8) if double else packed.weight_scale,
+        packed.weight_scale_2 if double else values,
+        values,
+        scales,
+        out,
+        width,
+        height,
+        out.stride(0),
+        out.stride(1),
+        GROUP=nvfp4.GROUP if double else nf4.BLOCK,
+        DOUBLE=double,
+        TILE=TILE,
+        num_warps=4,
+    )
     return out
 
 
@@ -41,8 +58,21 @@ def _kernel():
     import triton.language as tl
 
     @triton.jit
-    def kernel(codes, scales, seconds, values, bytes_of_scale, out, width, height, out_matrix, out_row,
-               GROUP: tl.constexpr, DOUBLE: tl.constexpr, TILE: tl.constexpr):
+    def kernel(
+        codes,
+        scales,
+        seconds,
+        values,
+        bytes_of_scale,
+        out,
+        width,
+        height,
+        out_matrix,
+        out_row,
+        GROUP: tl.constexpr,
+        DOUBLE: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
         row = tl.program_id(0)  # of all matrices one under the other
         matrix = row // height
         codes += row.to(tl.int64) * width
@@ -55,11 +85,10 @@ def _kernel():
             code = tl.load(codes + at, mask=at < width, other=0).to(tl.int32)
             # Two columns a byte, and an even number of columns a group: both have one scale.
             scale = tl.load(scales + at // (GROUP // 2), mask=at < width, other=0)
-            if DOUBLE:
-                factor = tl.load(bytes_of_scale + scale.to(tl.int32)) * second
-            else:
-                factor = scale.to(tl.float32)
-            both = tl.interleave(tl.load(values + (code & 15)) * factor, tl.load(values + (code >> 4)) * factor)
+            factor = tl.load(bytes_of_scale + scale.to(tl.int32)) * second if DOUBLE else scale.to(tl.float32)
+            both = tl.interleave(
+                tl.load(values + (code & 15)) * factor, tl.load(values + (code >> 4)) * factor
+            )
             column = 2 * start + tl.arange(0, 2 * TILE)
             tl.store(out + column, both.to(out.dtype.element_ty), mask=column < 2 * width)
 

@@ -1,7 +1,8 @@
 """Where the documents of one packed sequence begin and end.
 
-Several conversations are laid end to end in one sequence, so that no token of a step is padding. Nothing of a document may
-reach the next: not through attention, not through the convolution, not through the Mamba state. Every mixer is told by this.
+Several conversations are laid end to end in one sequence, so that no token of a step is padding. Nothing
+of a document may reach the next: not through attention, not through the convolution, not through the Mamba
+state. Every mixer is told by this.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import torch
 
 @dataclass(frozen=True)
 class Documents:
-    """`lengths`: tokens of each document, in their order; the sequence (batch of 1) is exactly as long as their sum."""
+    """`lengths`: tokens of each document, in their order; the sequence (batch of 1) is exactly as long as
+    their sum.
+    """
 
     lengths: tuple[int, ...]
     _made: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"a packed sequence needs documents of at least one token each, found lengths {self.lengths}")
+            raise ValueError(
+                f"a packed sequence needs documents of at least one token each, found lengths {self.lengths}"
+            )
 
     @property
     def tokens(self) -> int:
@@ -35,21 +40,34 @@ class Documents:
 
     def offsets(self, device: torch.device | str) -> torch.Tensor:
         """Where each document begins, and the end of the last: int32 (documents + 1,)."""
-        return self._keep("offsets", device, lambda: torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32))
+        return self._keep(
+            "offsets", device, lambda: torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        )
 
     def index(self, device: torch.device | str) -> torch.Tensor:
         """The number of each token's document: int32 (tokens,)."""
-        return self._keep("index", device, lambda: torch.repeat_interleave(
-            torch.arange(len(self.lengths), dtype=torch.int32), torch.tensor(self.lengths)))
+        return self._keep(
+            "index",
+            device,
+            lambda: torch.repeat_interleave(
+                torch.arange(len(self.lengths), dtype=torch.int32), torch.tensor(self.lengths)
+            ),
+        )
 
     def position(self, device: torch.device | str) -> torch.Tensor:
         """How many tokens of its document stand before each token: int32 (tokens,)."""
-        return self._keep("position", device, lambda: torch.arange(self.tokens, dtype=torch.int32) - torch.repeat_interleave(
-            self.offsets("cpu")[:-1], torch.tensor(self.lengths)))
+        return self._keep(
+            "position",
+            device,
+            lambda: (
+                torch.arange(self.tokens, dtype=torch.int32)
+                - torch.repeat_interleave(self.offsets("cpu")[:-1], torch.tensor(self.lengths))
+            ),
+        )
 
     def _keep(self, name: str, device: torch.device | str, make) -> torch.Tensor:
-        # Fifty layers ask for the same tensors: one copy to the device, not fifty; through pinned memory, so that
-        # nothing waits for it.
+        # Fifty layers ask for the same tensors: one copy to the device, not fifty; through pinned memory, so
+        # that nothing waits for it.
         key = (name, str(device))
         if key not in self._made:
             made = make()

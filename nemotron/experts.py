@@ -4,10 +4,11 @@ For token t with choices e and shares p (the router's, float32):
 
     y[t] = sum_e p[t, e] * down_e(relu(up_e(x[t]))^2)
 
-with up and down as in nemotron/projection.py: W x + scale * B (A x). Both terms are one product: the rows carry A x behind x, the
-decoded weights carry scale * B behind W. The backward is stated here and not left to autograd: it saves the input and packed
-weights (and what the up projection gave), gives the gradients of x, of the shares and of A and B, and never forms one of W. The
-gradient of a share needs no down projection again: with g what comes back, <g, W_down h> = <g W_down, h>.
+with up and down as in nemotron/projection.py: W x + scale * B (A x). Both terms are one product: the rows
+carry A x behind x, the decoded weights carry scale * B behind W. The backward is stated here and not left
+to autograd: it saves the input and packed weights (and what the up projection gave), gives the gradients
+of x, of the shares and of A and B, and never forms one of W. The gradient of a share needs no down
+projection again: with g what comes back, <g, W_down h> = <g W_down, h>.
 """
 
 from __future__ import annotations
@@ -29,26 +30,47 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
 
 
-def forward(module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """transformers' interface: (tokens, hidden), int64 (tokens, choices), (tokens, choices) -> (tokens, hidden).
+def forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' interface: (tokens, hidden), int64 (tokens, choices), (tokens, choices) -> (tokens,
+    hidden).
 
     `module.up_proj` and `.down_proj` are Projections.
     """
     up, down = module.up_proj, module.down_proj
     if not isinstance(up, Projection):
-        raise TypeError(f"experts implementation {NAME!r} works on Projections, found {type(up).__name__}: load the model with nemotron.assemble")
-    return _Experts.apply(hidden_states, Routing.of(top_k_index, up.experts), top_k_weights, *up.pair, *down.pair, up, down)
+        raise TypeError(
+            f"experts implementation {NAME!r} works on Projections, found {type(up).__name__}: load the model"
+            " with nemotron.assemble"
+        )
+    return _Experts.apply(
+        hidden_states, Routing.of(top_k_index, up.experts), top_k_weights, *up.pair, *down.pair, up, down
+    )
 
 
-def run(x: torch.Tensor, routing: Routing, share: torch.Tensor, up: Projection, down: Projection) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output (tokens, hidden), and what the up projection gave (tokens * choices, intermediate), in sorted rows."""
+def run(
+    x: torch.Tensor, routing: Routing, share: torch.Tensor, up: Projection, down: Projection
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output (tokens, hidden), and what the up projection gave (tokens * choices, intermediate), in
+    sorted rows.
+    """
     u = _multiply(up, rows.gather(x, routing.token, _room(up, x)), routing)
     d = _multiply(down, rows.squared(u, _room(down, x)), routing)
     return rows.combine(d, routing.inverse, share, share.shape[1]), u
 
 
-def gradients(g: torch.Tensor, x: torch.Tensor, routing: Routing, share: torch.Tensor, u: torch.Tensor | None, up: Projection, down: Projection) -> tuple:
-    """The gradients of x, share, and A and B of both projections (None where there are none), given that of the output.
+def gradients(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    share: torch.Tensor,
+    u: torch.Tensor | None,
+    up: Projection,
+    down: Projection,
+) -> tuple:
+    """The gradients of x, share, and A and B of both projections (None where there are none), given that
+    of the output.
 
     `u` is what `run` returned beside the output; None computes it again.
     """
@@ -66,8 +88,14 @@ def gradients(g: torch.Tensor, x: torch.Tensor, routing: Routing, share: torch.T
         h = rows.squared(u, _room(down, x))
         _low(down, h, routing)
         # A share multiplies whole rows: it is put on the narrow side of each product.
-        da_down = _cut(outer((given[:, hidden:] * p[:, None]).to(x.dtype), h[:, :width], routing), down.rank, 1)
-        db_down = _cut(outer(given[:, :hidden], (h[:, width:] * (down.scale * p[:, None])).to(x.dtype), routing), down.rank, 2)
+        da_down = _cut(
+            outer((given[:, hidden:] * p[:, None]).to(x.dtype), h[:, :width], routing), down.rank, 1
+        )
+        db_down = _cut(
+            outer(given[:, :hidden], (h[:, width:] * (down.scale * p[:, None])).to(x.dtype), routing),
+            down.rank,
+            2,
+        )
         del h
     del given
     du, dp = rows.through(dh, u, p, _room(up, x))
@@ -107,7 +135,9 @@ def _low(projection: Projection, source: torch.Tensor, routing: Routing) -> None
     """Puts A x into the last columns of rows (S, in + room) whose first hold x."""
     if projection.rank:
         inside = projection.in_features
-        source[:, inside:] = product(source[:, :inside], projection.factors(source.dtype, _multiple(source))[0], routing)
+        source[:, inside:] = product(
+            source[:, :inside], projection.factors(source.dtype, _multiple(source))[0], routing
+        )
 
 
 def _multiply(projection: Projection, source: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -119,7 +149,9 @@ def _multiply(projection: Projection, source: torch.Tensor, routing: Routing) ->
 
 
 def _back(projection: Projection, given: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """(S, out + room) -> (S, in): the gradient of a projection's input. Fills the last columns of `given` with what B gives back."""
+    """(S, out + room) -> (S, in): the gradient of a projection's input. Fills the last columns of `given`
+    with what B gives back.
+    """
     out = projection.out_features
     if projection.rank:
         given[:, out:] = back(given[:, :out], projection.factors(given.dtype, _multiple(given))[1], routing)

@@ -1,10 +1,12 @@
-"""Forward and backward of a training step as CUDA graphs: short steps are not bound by launching ten thousand kernels.
+"""Forward and backward of a training step as CUDA graphs: short steps are not bound by launching ten
+thousand kernels.
 
-A graph runs the same launches on the same memory, so a pack is padded to one of a few sizes (an eighth of its power of two apart,
-one idle document at its end), and what depends on its documents lies in tensors that are filled before each replay. The loss is
-outside: its size is the number of trained tokens. All graphs share one pool of memory, one set of gradients, and the two tensors
-through which the hidden states and their gradient come and go; nothing stays in the pool between them, so it is as large as the
-largest of them asks for.
+A graph runs the same launches on the same memory, so a pack is padded to one of a few sizes (an eighth of
+its power of two apart, one idle document at its end), and what depends on its documents lies in tensors
+that are filled before each replay. The loss is outside: its size is the number of trained tokens. All
+graphs share one pool of memory, one set of gradients, and the two tensors through which the hidden states
+and their gradient come and go; nothing stays in the pool between them, so it is as large as the largest of
+them asks for.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ FEWEST = 8  # documents that a graph has room for, at least
 
 @dataclass(frozen=True)
 class Key:
-    """What a graph is captured for: tokens, documents, and whether weights go through the export's rounding."""
+    """What a graph is captured for: tokens, documents, and whether weights go through the export's
+    rounding.
+    """
 
     tokens: int
     documents: int
@@ -31,17 +35,31 @@ class Key:
 
 
 def padded(tokens: int) -> int:
-    """The size that a pack of `tokens` is padded to: the next multiple of an eighth of its power of two, of 128 at least."""
+    """The size that a pack of `tokens` is padded to: the next multiple of an eighth of its power of two,
+    of 128 at least.
+    """
     step = max(128, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
 
 
 class Captured:
-    """One pair of graphs and the tensors that they read and write. `run(ids, documents)` is the forward: int64 (tokens,) -> (tokens, hidden)."""
+    """One pair of graphs and the tensors that they read and write. `run(ids, documents)` is the forward:
+    int64 (tokens,) -> (tokens, hidden).
+    """
 
-    def __init__(self, key: Key, run: Callable, parameters: list[nn.Parameter], gradients: list[torch.Tensor], pool: tuple,
-                 hidden: torch.Tensor, given: torch.Tensor):
-        """Adds to `gradients`, writes `hidden` and reads `given`, its gradient: both (tokens, hidden size)."""
+    def __init__(
+        self,
+        key: Key,
+        run: Callable,
+        parameters: list[nn.Parameter],
+        gradients: list[torch.Tensor],
+        pool: tuple,
+        hidden: torch.Tensor,
+        given: torch.Tensor,
+    ):
+        """Adds to `gradients`, writes `hidden` and reads `given`, its gradient: both (tokens, hidden
+        size).
+        """
         device = parameters[0].device
         self.key, self.hidden, self.given = key, hidden, given
         self.ids = torch.zeros(key.tokens, dtype=torch.int64, device=device)
@@ -76,7 +94,9 @@ class Captured:
             backward(found)
 
     def fill(self, ids: torch.Tensor, documents: Documents) -> None:
-        """Puts a pack, and an idle document behind it, where the graphs read them. `ids` int64 (tokens,) on any device."""
+        """Puts a pack, and an idle document behind it, where the graphs read them. `ids` int64 (tokens,)
+        on any device.
+        """
         idle = self.key.tokens - documents.tokens
         whole = Documents((*documents.lengths, idle)) if idle else documents
         if len(whole.lengths) > self.key.documents:
@@ -86,12 +106,18 @@ class Captured:
         # Documents that are not there begin and end where the last one ends.
         offsets = whole.offsets("cpu")
         offsets = torch.cat([offsets, offsets[-1:].expand(self.key.documents - len(whole.lengths))])
-        for name, made in (("offsets", offsets), ("index", whole.index("cpu")), ("position", whole.position("cpu"))):
+        for name, made in (
+            ("offsets", offsets),
+            ("index", whole.index("cpu")),
+            ("position", whole.position("cpu")),
+        ):
             self.parts[name].copy_(made.pin_memory(), non_blocking=True)
 
 
 class Graphs:
-    """The graphs of one model. `hidden(ids, documents)` is `run` with gradients for `parameters`; a size that is new is captured first."""
+    """The graphs of one model. `hidden(ids, documents)` is `run` with gradients for `parameters`; a size
+    that is new is captured first.
+    """
 
     def __init__(self, model: nn.Module, run: Callable, parameters: Iterable[nn.Parameter]):
         self.model, self.run, self.parameters = model, run, list(parameters)
@@ -104,11 +130,20 @@ class Graphs:
     def key(self, documents: Documents) -> Key:
         tokens = padded(documents.tokens)
         count = len(documents.lengths) + (tokens > documents.tokens)
-        return Key(tokens, max(FEWEST, 1 << (count - 1).bit_length()), any(module.rounded for module in self.projections))
+        return Key(
+            tokens,
+            max(FEWEST, 1 << (count - 1).bit_length()),
+            any(module.rounded for module in self.projections),
+        )
 
-    def prepare(self, packs: Iterable[Documents], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def prepare(
+        self, packs: Iterable[Documents], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
         """Captures every size among `packs`, the largest first, whose memory the smaller ones then take."""
-        wanted = sorted({self.key(documents) for documents in packs} - set(self.captured), key=lambda key: (-key.tokens, -key.documents))
+        wanted = sorted(
+            {self.key(documents) for documents in packs} - set(self.captured),
+            key=lambda key: (-key.tokens, -key.documents),
+        )
         for number, key in enumerate(wanted, 1):
             self.capture(key)
             progress(number, len(wanted))
@@ -121,14 +156,18 @@ class Graphs:
             self.rows = torch.zeros(2, key.tokens, table.shape[1], dtype=table.dtype, device=table.device)
         # In the middle of a step they hold what its packs gave so far, and capturing adds to them once.
         kept = [gradient.clone() for gradient in self.gradients] if self.filled else None
-        found = Captured(key, self.run, self.parameters, self.gradients, self.pool, *self.rows[:, : key.tokens])
+        found = Captured(
+            key, self.run, self.parameters, self.gradients, self.pool, *self.rows[:, : key.tokens]
+        )
         self.captured[key] = found
         torch._foreach_copy_(self.gradients, kept) if kept else torch._foreach_zero_(self.gradients)
         return found
 
     @property
     def filled(self) -> bool:
-        """Whether the parameters' gradients are the ones here: a pack of the same step has been here before."""
+        """Whether the parameters' gradients are the ones here: a pack of the same step has been here
+        before.
+        """
         return self.parameters[0].grad is self.gradients[0]
 
     def hidden(self, ids: torch.Tensor, documents: Documents) -> torch.Tensor:

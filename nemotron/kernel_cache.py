@@ -1,9 +1,10 @@
 """Where compiled kernels and tuned configurations stay when a process and its container end.
 
-Whoever starts a stage on a GPU names a folder in ANNIE_KERNELS (docs/formats.md, Kernels). Each combination of GPU, driver, torch and
-Triton has a subfolder in it, and `prepare` points the caches of Triton, inductor, CUDA, vLLM and FlashInfer there. It has to run
-before these are loaded, so this module imports the standard library alone. An image may bring a filled folder along, a seed: an
-empty subfolder begins as a copy of it.
+Whoever starts a stage on a GPU names a folder in ANNIE_KERNELS (docs/formats.md, Kernels). Each
+combination of GPU, driver, torch and Triton has a subfolder in it, and `prepare` points the caches of
+Triton, inductor, CUDA, vLLM and FlashInfer there. It has to run before these are loaded, so this module
+imports the standard library alone. An image may bring a filled folder along, a seed: an empty subfolder
+begins as a copy of it.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ class Unknown(Exception):
 
 
 def prepare(warn: Callable[[str, str], None]) -> Path | None:
-    """Points every cache that has no place yet to this machine's subfolder, and returns it; None where ANNIE_KERNELS is not set.
+    """Points every cache that has no place yet to this machine's subfolder, and returns it; None where
+    ANNIE_KERNELS is not set.
 
-    Where nothing can be kept, `warn(message, remedy)` is called, the caches stay where their libraries put them, and None is returned.
+    Where nothing can be kept, `warn(message, remedy)` is called, the caches stay where their libraries put
+    them, and None is returned.
     """
     global _prepared
     _prepared = None
@@ -54,8 +57,11 @@ def prepare(warn: Callable[[str, str], None]) -> Path | None:
         with tempfile.TemporaryFile(dir=found):  # a folder can be there and not be ours to write to
             pass
     except (OSError, Unknown) as fault:
-        warn(f"kernels that are compiled in this run are not kept: {fault}",
-             f"Give this user a folder in {FOLDER} ({root}) that can be written, and a driver that nvidia-smi can ask; until then every start compiles anew")
+        warn(
+            f"kernels that are compiled in this run are not kept: {fault}",
+            f"Give this user a folder in {FOLDER} ({root}) that can be written, and a driver that nvidia-smi"
+            " can ask; until then every start compiles anew",
+        )
         return None
     for variable, name in CACHES.items():
         os.environ.setdefault(variable, str(found / name))
@@ -69,20 +75,29 @@ def folder() -> Path | None:
 
 
 def identity() -> str:
-    """A folder name for all that decides whether a compiled kernel can be used again: GPU, driver, torch and Triton. Raises Unknown."""
+    """A folder name for all that decides whether a compiled kernel can be used again: GPU, driver, torch
+    and Triton. Raises Unknown.
+    """
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as fault:
         raise Unknown(f"nvidia-smi does not name the GPU ({fault})") from fault
-    gpus = sorted({line.strip() for line in answer.splitlines() if line.strip()})  # several of one kind share their kernels
+    # several of one kind share their kernels
+    gpus = sorted({line.strip() for line in answer.splitlines() if line.strip()})
     if not gpus:
         raise Unknown("nvidia-smi lists no GPU")
-    return re.sub(r"[^A-Za-z0-9.+]+", "-", f"{'+'.join(gpus)} torch {version('torch')} triton {version('triton', 'pytorch-triton')}")
+    return re.sub(
+        r"[^A-Za-z0-9.+]+",
+        "-",
+        f"{'+'.join(gpus)} torch {version('torch')} triton {version('triton', 'pytorch-triton')}",
+    )
 
 
 def version(*distributions: str) -> str:
-    """The installed version of the first distribution that is installed; "none" if none is. Imports nothing."""
+    """The installed version of the first distribution that is installed; "none" if none is. Imports
+    nothing.
+    """
     for name in distributions:
         try:
             return metadata.version(name)
@@ -92,7 +107,9 @@ def version(*distributions: str) -> str:
 
 
 def sow(target: Path, seeds: Path) -> None:
-    """Makes `target` a copy of the folder of its name in `seeds`, if there is one and `target` is empty or not there. Raises OSError."""
+    """Makes `target` a copy of the folder of its name in `seeds`, if there is one and `target` is empty or
+    not there. Raises OSError.
+    """
     seed = seeds / target.name
     if not seed.is_dir() or (target.is_dir() and any(target.iterdir())):
         return
@@ -119,7 +136,9 @@ def sow(target: Path, seeds: Path) -> None:
 
 
 def moved(group: str, place: Path) -> str:
-    """Triton's list of a kernel's files, when these lie in the folder `place`: it takes a kernel as compiled where the listed paths exist."""
+    """Triton's list of a kernel's files, when these lie in the folder `place`: it takes a kernel as
+    compiled where the listed paths exist.
+    """
     listed = json.loads(group)
     listed["child_paths"] = {name: str(place / name) for name in listed["child_paths"]}
     return json.dumps(listed)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 @dataclass
 class Counts:
-    """Kernels compiled, kernels that were compiled before and came from the cache on disk, and searches for a configuration."""
+    """Kernels compiled, kernels that were compiled before and came from the cache on disk, and searches
+    for a configuration.
+    """
 
     compiled: int = 0
     loaded: int = 0
@@ -23,7 +25,9 @@ _tell: Callable[[str], None] | None = None
 
 
 def start(tell: Callable[[str], None]) -> None:
-    """From now on kernels are counted, and `tell(note)` is called before each search and after each compilation. Raises ImportError without Triton."""
+    """From now on kernels are counted, and `tell(note)` is called before each search and after each
+    compilation. Raises ImportError without Triton.
+    """
     global _tell
     import triton
 

@@ -1,7 +1,8 @@
 """Which linears are quantised, and what a quantised checkpoint then holds.
 
-`official` is NVIDIA's published layout for Nemotron 3 Nano: attention stays BF16, and so do both projections of the Mamba
-layer directly before each attention layer, every convolution, the router and lm_head.
+`official` is NVIDIA's published layout for Nemotron 3 Nano: attention stays BF16, and so do both
+projections of the Mamba layer directly before each attention layer, every convolution, the router and
+lm_head.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from nemotron import names
 from nemotron.names import Spec
 
 LAYOUTS = {
-    "official": "experts, shared experts and Mamba projections, but for the Mamba layer before each attention layer",
+    "official": (
+        "experts, shared experts and Mamba projections, but for the Mamba layer before each attention layer"
+    ),
     "conservative": "experts and shared experts; vLLM before the in_proj repair (0.12-0.17.1) can load it",
     "experts": "routed experts only",
 }
@@ -31,32 +34,50 @@ def quantised(config: dict, layout: str) -> list[str]:
             continue
         number = int(module.split(".")[2])
         kept_mamba = letters[number] == "M" and letters[number + 1 : number + 2] == "*"
-        if ".experts." in module or (".shared_experts." in module and layout != "experts"):
-            found.append(module)
-        elif layout == "official" and letters[number] == "M" and not kept_mamba:
+        if (
+            ".experts." in module
+            or (".shared_experts." in module and layout != "experts")
+            or (layout == "official" and letters[number] == "M" and not kept_mamba)
+        ):
             found.append(module)
     return found
 
 
 def recognise(config: dict, packed: set[str]) -> tuple[str, list[str]]:
-    """The layout of a checkpoint in which the linears `packed` are packed (`other` if none of ours), and what is quantised in it.
+    """The layout of a checkpoint in which the linears `packed` are packed (`other` if none of ours), and
+    what is quantised in it.
 
-    What vLLM loads as one, the experts of a layer and its q, k and v, counts as quantised if most of it is: a single odd one is
-    a fault and no layout.
+    What vLLM loads as one, the experts of a layer and its q, k and v, counts as quantised if most of it
+    is: a single odd one is a fault and no layout.
     """
     fused: dict[str, list[str]] = defaultdict(list)
     for name in names.tensors(config):
         if name.endswith("_proj.weight"):
             module = name.removesuffix(".weight")
             parent, _, projection = module.rpartition(".")
-            together = parent.split(".experts.")[0] if ".experts." in parent else parent if projection in ("q_proj", "k_proj", "v_proj") else module
+            together = (
+                parent.split(".experts.")[0]
+                if ".experts." in parent
+                else parent
+                if projection in ("q_proj", "k_proj", "v_proj")
+                else module
+            )
             fused[together].append(module)
-    chosen = [module for group in fused.values() if 2 * len(packed.intersection(group)) > len(group) for module in group]
-    return next((layout for layout in LAYOUTS if set(quantised(config, layout)) == set(chosen)), "other"), chosen
+    chosen = [
+        module
+        for group in fused.values()
+        if 2 * len(packed.intersection(group)) > len(group)
+        for module in group
+    ]
+    return (
+        next((layout for layout in LAYOUTS if set(quantised(config, layout)) == set(chosen)), "other"),
+        chosen,
+    )
 
 
 def excluded(config: dict, layout: str) -> list[str]:
-    """`exclude_modules` of hf_quant_config.json: every linear and convolution that stays as it is, and lm_head.
+    """`exclude_modules` of hf_quant_config.json: every linear and convolution that stays as it is, and
+    lm_head.
 
     The router is left out, as in NVIDIA's file: it is no linear layer for any loader.
     """
@@ -66,7 +87,9 @@ def excluded(config: dict, layout: str) -> list[str]:
     return ["lm_head", *kept]
 
 
-def tensors(config: dict, layout: str, source: dict[str, Spec] | None = None, weight_only: bool = False) -> dict[str, Spec]:
+def tensors(
+    config: dict, layout: str, source: dict[str, Spec] | None = None, weight_only: bool = False
+) -> dict[str, Spec]:
     """Hub name -> shape and dtype of every tensor of the quantised checkpoint.
 
     What is not quantised keeps the shape and dtype of `source` (default: the BF16 checkpoint's).
@@ -75,7 +98,9 @@ def tensors(config: dict, layout: str, source: dict[str, Spec] | None = None, we
 
 
 def packed_tensors(source: dict[str, Spec], modules: list[str], input_scales: bool = True) -> dict[str, Spec]:
-    """`source` with its linears `modules` packed: (out, in) becomes U8 (out, in / 2), F8_E4M3 (out, in / 16) and one or two F32 scalars of shape ()."""
+    """`source` with its linears `modules` packed: (out, in) becomes U8 (out, in / 2), F8_E4M3 (out, in /
+    16) and one or two F32 scalars of shape ().
+    """
     chosen = set(modules)
     found: dict[str, Spec] = {}
     for name, spec in source.items():
@@ -92,8 +117,12 @@ def packed_tensors(source: dict[str, Spec], modules: list[str], input_scales: bo
     return found
 
 
-def hf_quant_config(config: dict, layout: str, kv_cache: str | None, producer: str, weight_only: bool = False) -> dict:
-    """hf_quant_config.json in the form that every vLLM version reads; nemotron/quant_config.py writes it, for weights alone into config.json too."""
+def hf_quant_config(
+    config: dict, layout: str, kv_cache: str | None, producer: str, weight_only: bool = False
+) -> dict:
+    """hf_quant_config.json in the form that every vLLM version reads; nemotron/quant_config.py writes it,
+    for weights alone into config.json too.
+    """
     return {
         "producer": {"name": "modelopt", "version": producer},
         "quantization": {

@@ -24,11 +24,9 @@ from nemotron.names import native
 
 __all__ = ["Adapter", "AdapterError", "Change", "Pair"]
 
-WEIGHTS, PICKLED, INDEX = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapter_model.safetensors.index.json",
-)
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+INDEX = "adapter_model.safetensors.index.json"
 _KEY = re.compile(
     r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>A|B|magnitude_vector)"
     r"(?:\.(?P<adapter>(?!bias$)[^.]+?))??(?:\.weight)?$"
@@ -282,10 +280,8 @@ class Adapter:
             )
         value = self.tensors.tensor(key)
         for name in names:
-            part, before = (
-                value if names == [hub] else value[int(_EXPERT.search(name)[1])],
-                self._base.tensor(name),
-            )
+            part = value if names == [hub] else value[int(_EXPERT.search(name)[1])]
+            before = self._base.tensor(name)
             if not torch.equal(part.to(before.dtype), before):
                 raise AdapterError(
                     f"{key} differs from {name} of the base: it was trained, or is of another base",

@@ -84,12 +84,15 @@ PLAIN = (
     "(source: folder)."
 )
 _WAYS_OUT = {
-    "alora_invocation_tokens": "An activated LoRA works only after its invocation tokens, so no merged "
-    "weight stands for it. Serve it as an adapter, or train a plain LoRA.",
+    "alora_invocation_tokens": (
+        "An activated LoRA works only after its invocation tokens, so no merged "
+        "weight stands for it. Serve it as an adapter, or train a plain LoRA."
+    ),
     "trainable_token_indices": "It changes rows of the embeddings. Train without trainable_token_indices.",
     "layer_replication": "It builds another model, with layers repeated. Train without layer_replication.",
-    "fan_in_fan_out": "It is for Conv1D layers, of which this model has none: if PEFT loads the adapter, set "
-    "it to false.",
+    "fan_in_fan_out": (
+        "It is for Conv1D layers, of which this model has none: if PEFT loads the adapter, set it to false."
+    ),
     "lora_bias": "This model's projections have no bias to merge it into. Train with lora_bias=False.",
     "kasa_config": "It changes the base. " + PLAIN,
 }
@@ -276,7 +279,7 @@ def _check_beginning(value: Any) -> None:
         remedy = PLAIN
     raise AdapterError(
         f"init_lora_weights in {CONFIG} is {_short(value)}: its training began by changing the base's "
-        f"weights, or may have",
+        "weights, or may have",
         "a LoRA on the base as it is (true, false, gaussian, eva, orthogonal, mica)",
         remedy,
     )

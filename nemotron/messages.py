@@ -75,9 +75,9 @@ def normalise(messages: list[dict]) -> list[dict]:
 
 def _refuse_written_call(messages: list[dict]) -> None:
     """Names the cause where a result has no call because the turn before it holds the call as text."""
-    if messages and messages[-1]["role"] == "assistant":
-        if written := markup.written_call(messages[-1]["content"], []):
-            raise ChatError(f"message {len(messages)} holds {written}: {CALL_AS_TEXT}")
+    last = messages[-1] if messages else {}
+    if last.get("role") == "assistant" and (written := markup.written_call(last["content"], [])):
+        raise ChatError(f"message {len(messages)} holds {written}: {CALL_AS_TEXT}")
 
 
 def _message(message: Any, position: int) -> dict:

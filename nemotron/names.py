@@ -1,13 +1,15 @@
 """Every tensor of a NemotronH checkpoint in hub layout, from its config.json alone.
 
-Shapes follow the published checkpoint of Nemotron 3 Nano (6,243 tensors for the real config). `D` below is the hidden size.
+Shapes follow the published checkpoint of Nemotron 3 Nano (6,243 tensors for the real config). `D` below is
+the hidden size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What the published BF16 checkpoint keeps in float32: rounding any of these to BF16 changes the model's function.
+# What the published BF16 checkpoint keeps in float32: rounding any of these to BF16 changes the model's
+# function.
 FLOAT32 = ("A_log", "D", "e_score_correction_bias")
 # What NVIDIA's NVFP4 checkpoint keeps in float32 beside its scales; A_log and D are BF16 there.
 FLOAT32_NVFP4 = ("gate.weight", "e_score_correction_bias")
@@ -23,7 +25,9 @@ class Spec:
 
 
 def pattern(config: dict) -> str:
-    """The layers, a letter each: M Mamba-2, * attention, E experts. Raises ValueError on a config without it."""
+    """The layers, a letter each: M Mamba-2, * attention, E experts. Raises ValueError on a config without
+    it.
+    """
     letters = config.get("hybrid_override_pattern")
     if not letters:
         raise ValueError("config.json has no hybrid_override_pattern: vLLM and the hub's own code need it")
@@ -33,7 +37,9 @@ def pattern(config: dict) -> str:
 
 
 def tensors(config: dict, float32: tuple[str, ...] = FLOAT32) -> dict[str, Spec]:
-    """Hub name -> shape and dtype of every tensor of the unquantised checkpoint that `config` describes: BF16, and F32 where a name ends in one of `float32`."""
+    """Hub name -> shape and dtype of every tensor of the unquantised checkpoint that `config` describes:
+    BF16, and F32 where a name ends in one of `float32`.
+    """
     d, vocabulary = config["hidden_size"], config["vocab_size"]
     found = {"backbone.embeddings.weight": (vocabulary, d)}
     layer = {"M": _mamba, "*": _attention, "E": _experts}
@@ -66,7 +72,12 @@ def _mamba(config: dict) -> dict[str, tuple[int, ...]]:
 def _attention(config: dict) -> dict[str, tuple[int, ...]]:
     d, size = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
-    return {"q_proj.weight": (queries, d), "k_proj.weight": (keys, d), "v_proj.weight": (keys, d), "o_proj.weight": (d, queries)}
+    return {
+        "q_proj.weight": (queries, d),
+        "k_proj.weight": (keys, d),
+        "v_proj.weight": (keys, d),
+        "o_proj.weight": (d, queries),
+    }
 
 
 def _experts(config: dict) -> dict[str, tuple[int, ...]]:
@@ -82,7 +93,9 @@ def _experts(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def native(name: str) -> str:
-    """Hub name -> name in the native transformers class; an expert's matrix maps to the stack that holds it."""
+    """Hub name -> name in the native transformers class; an expert's matrix maps to the stack that holds
+    it.
+    """
     parts = name.replace("backbone.", "model.", 1).split(".")
     if "experts" in parts:
         at = parts.index("experts")

@@ -1,11 +1,13 @@
-"""The native transformers class of NemotronH, loaded with every repair that makes it compute what the checkpoint means.
+"""The native transformers class of NemotronH, loaded with every repair that makes it compute what the
+checkpoint means.
 
 Out of the box the class computes another function than the checkpoint's own code and vLLM, without a word:
 - its mixers clamp dt at `time_step_min` (0.001); the checkpoint's code and vLLM do not clamp at all;
 - loading in BF16 rounds A_log and D, which the checkpoint stores in float32;
-- under autocast the router's logits fall to BF16, whose spacing at the size of a real correction bias (56.7) is 0.25,
-  more than all of that bias's spread;
-- transformers before 5.15.1 sums the inter-chunk states over the wrong axis (exact up to token 127, wrong after).
+- under autocast the router's logits fall to BF16, whose spacing at the size of a real correction bias (56.7)
+  is 0.25, more than all of that bias's spread;
+- transformers before 5.15.1 sums the inter-chunk states over the wrong axis (exact up to token 127, wrong
+  after).
 `load` repairs the first three and refuses the fourth.
 """
 
@@ -27,7 +29,8 @@ OLDEST = (5, 15, 1)  # transformers: the first release whose chunked scan carrie
 ROUTER = "NemotronHTopkRouter"
 _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")},
-    # Not out_proj: peft refuses to load an adapter on it, since the class's own fused kernel reads its weight past the module.
+    # Not out_proj: peft refuses to load an adapter on it, since the class's own fused kernel reads its weight
+    # past the module.
     "mamba": {"target_modules": ("in_proj",)},
     "experts": {
         "target_modules": ("shared_experts.up_proj", "shared_experts.down_proj"),
@@ -35,10 +38,16 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
-    name: {kind: tuple(n for part in parts for n in _PARTS[part].get(kind, ())) for kind in ("target_modules", "target_parameters")}
+    name: {
+        kind: tuple(n for part in parts for n in _PARTS[part].get(kind, ()))
+        for kind in ("target_modules", "target_parameters")
+    }
     for name, parts in {
-        "attention": ("attention",), "mamba": ("mamba",), "attention+mamba": ("attention", "mamba"),
-        "experts": ("experts",), "all": ("attention", "mamba", "experts"),
+        "attention": ("attention",),
+        "mamba": ("mamba",),
+        "attention+mamba": ("attention", "mamba"),
+        "experts": ("experts",),
+        "all": ("attention", "mamba", "experts"),
     }.items()
 }
 
@@ -57,7 +66,9 @@ class Targets:
     def arguments(self) -> dict:
         """Keyword arguments for `peft.LoraConfig`."""
         found: dict = {"target_modules": list(self.target_modules)}
-        return {**found, "target_parameters": list(self.target_parameters)} if self.target_parameters else found
+        return (
+            {**found, "target_parameters": list(self.target_parameters)} if self.target_parameters else found
+        )
 
 
 def check_version(version: str) -> None:
@@ -65,7 +76,10 @@ def check_version(version: str) -> None:
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if numbers < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        raise NativeError(f"transformers {version} loses Mamba state between chunks of a sequence; install {oldest} or newer")
+        raise NativeError(
+            f"transformers {version} loses Mamba state between chunks of a sequence; install {oldest} or"
+            " newer"
+        )
 
 
 def build(config: dict) -> nn.Module:
@@ -77,7 +91,9 @@ def build(config: dict) -> nn.Module:
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
-    """The model of a hub-layout checkpoint, in evaluation mode. For training it is loaded by nemotron/assemble.py."""
+    """The model of a hub-layout checkpoint, in evaluation mode. For training it is loaded by
+    nemotron/assemble.py.
+    """
     import transformers
 
     check_version(transformers.__version__)
@@ -87,12 +103,18 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
 
 
 def repair(model: nn.Module) -> nn.Module:
-    """Repairs a native model in place and returns it; a second call changes nothing. Raises NativeError if there is nothing to repair."""
+    """Repairs a native model in place and returns it; a second call changes nothing. Raises NativeError if
+    there is nothing to repair.
+    """
     mixers = [module for module in model.modules() if hasattr(module, "time_step_limit")]
     if not mixers and "linear_attention" in getattr(model.config, "layers_block_type", []):
-        raise NativeError("no mixer with a time_step_limit: this transformers release has another NemotronH than the repair knows")
+        raise NativeError(
+            "no mixer with a time_step_limit: this transformers release has another NemotronH than the repair"
+            " knows"
+        )
     for mixer in mixers:
-        mixer.time_step_limit = (0.0, float("inf"))  # of the class's own forward, which generation still takes
+        # of the class's own forward, which generation still takes
+        mixer.time_step_limit = (0.0, float("inf"))
         mamba.attach(mixer)
     for module in model.modules():
         if type(module).__name__ == ROUTER:
@@ -103,14 +125,20 @@ def repair(model: nn.Module) -> nn.Module:
 
 
 def restore_float32(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Puts the tensors that the checkpoint holds in float32 back as they are on disk, whatever dtype the model was loaded in."""
+    """Puts the tensors that the checkpoint holds in float32 back as they are on disk, whatever dtype the
+    model was loaded in.
+    """
     for name in checkpoint.entries:
         if name.rsplit(".", 1)[-1] in FLOAT32:
             path, attribute = native(name).rsplit(".", 1)
             module = model.get_submodule(path)
             old = getattr(module, attribute)
             value = checkpoint.tensor(name).to(device=old.device, dtype=torch.float32)
-            setattr(module, attribute, nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value)
+            setattr(
+                module,
+                attribute,
+                nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value,
+            )
 
 
 def targets(model: nn.Module, preset: str) -> Targets:
@@ -121,15 +149,18 @@ def targets(model: nn.Module, preset: str) -> Targets:
     wanted = PRESETS[preset]
     for suffix in (*wanted["target_modules"], *wanted["target_parameters"]):
         if not any(name.endswith("." + suffix) for name in present):
-            raise NativeError(f"preset {preset!r} wants {suffix}, which this model does not have: choose another preset")
+            raise NativeError(
+                f"preset {preset!r} wants {suffix}, which this model does not have: choose another preset"
+            )
     return Targets(wanted["target_modules"], wanted["target_parameters"])
 
 
 def bytes_by_group(model: nn.Module) -> dict[str, dict[str, int]]:
     """Group -> {"bytes": held, "four_bit": of these in 4 bits, "trainable": parameters with a gradient}.
 
-    Groups: embeddings, attention, mamba, experts (the routed stacks), shared, router, adapter, norms. This is what shows
-    whether the experts are packed: bitsandbytes leaves them as they are without a word, since they are no Linears.
+    Groups: embeddings, attention, mamba, experts (the routed stacks), shared, router, adapter, norms. This
+    is what shows whether the experts are packed: bitsandbytes leaves them as they are without a word,
+    since they are no Linears.
     """
     found: dict[str, dict[str, int]] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -147,8 +178,12 @@ def group(name: str) -> str:
     if "lora_" in name:
         return "adapter"
     rules = [
-        ("shared", r"\.shared_experts\."), ("experts", r"\.experts\."), ("router", r"\.gate\."),
-        ("attention", r"\.[qkvo]_proj\."), ("mamba", r"\.mixer\."), ("embeddings", r"embeddings\.|lm_head\."),
+        ("shared", r"\.shared_experts\."),
+        ("experts", r"\.experts\."),
+        ("router", r"\.gate\."),
+        ("attention", r"\.[qkvo]_proj\."),
+        ("mamba", r"\.mixer\."),
+        ("embeddings", r"embeddings\.|lm_head\."),
     ]
     return next((label for label, rule in rules if re.search(rule, name)), "norms")
 
@@ -163,4 +198,16 @@ def _without_autocast(forward):
 
 def plain(config: dict) -> dict:
     """A hub config without the keys that name remote code or repeat what the class knows."""
-    return {key: value for key, value in config.items() if key not in ("auto_map", "architectures", "model_type", "transformers_version", "torch_dtype", "num_hidden_layers")}
+    return {
+        key: value
+        for key, value in config.items()
+        if key
+        not in (
+            "auto_map",
+            "architectures",
+            "model_type",
+            "transformers_version",
+            "torch_dtype",
+            "num_hidden_layers",
+        )
+    }

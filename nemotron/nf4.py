@@ -1,10 +1,12 @@
-"""NF4: 4-bit codes whose 16 values are quantiles of a normal distribution, in blocks of 64 along the input dimension.
+"""NF4: 4-bit codes whose 16 values are quantiles of a normal distribution, in blocks of 64 along the input
+dimension.
 
     w  ~  table[code] * weight_scale
 
-The table follows Dettmers et al., "QLoRA" (2023), appendix E: eight positive and seven negative quantiles and zero, scaled to
-[-1, 1]; it is bitsandbytes' table. `weight_scale` is the block's largest absolute value in BF16 (a quarter of a bit a weight).
-The low nibble of a byte is the even column, as in nemotron/nvfp4.py.
+The table follows Dettmers et al., "QLoRA" (2023), appendix E: eight positive and seven negative quantiles
+and zero, scaled to [-1, 1]; it is bitsandbytes' table. `weight_scale` is the block's largest absolute
+value in BF16 (a quarter of a bit a weight). The low nibble of a byte is the even column, as in
+nemotron/nvfp4.py.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Packed:
 @cache
 def table() -> torch.Tensor:
     """The sixteen values in ascending order, float32; code 7 is zero."""
+
     def quantiles(count: int) -> torch.Tensor:
         return torch.special.ndtri(torch.linspace(OFFSET, 0.5, count, dtype=torch.float64)[:-1])
 
@@ -38,15 +41,20 @@ def table() -> torch.Tensor:
 
 @cache
 def edges(device: torch.device) -> torch.Tensor:
-    """What lies halfway between one value and the next, on `device`, float32 (15,). Copied there once: a copy for every matrix
-    would have the processor wait each time until the GPU has done all that it was given before."""
+    """What lies halfway between one value and the next, on `device`, float32 (15,). Copied there once: a
+    copy for every matrix would have the processor wait each time until the GPU has done all that it was
+    given before."""
     return ((table()[1:] + table()[:-1]) / 2).to(device)
 
 
 def pack(weight: torch.Tensor) -> Packed:
-    """Quantises matrices (..., out, in) to the nearest code. Raises ValueError if `in` is no multiple of 64."""
+    """Quantises matrices (..., out, in) to the nearest code. Raises ValueError if `in` is no multiple of
+    64.
+    """
     if weight.shape[-1] % BLOCK:
-        raise ValueError(f"NF4 needs an input dimension that is a multiple of {BLOCK}, found {weight.shape[-1]}")
+        raise ValueError(
+            f"NF4 needs an input dimension that is a multiple of {BLOCK}, found {weight.shape[-1]}"
+        )
     blocks = weight.float().unflatten(-1, (-1, BLOCK))
     scale = blocks.abs().amax(-1).to(torch.bfloat16)
     scaled = blocks / scale.float().clamp(min=torch.finfo(torch.bfloat16).tiny)[..., None]

@@ -1,4 +1,5 @@
-"""RMS norm of whole rows on a GPU: one kernel forward and one backward, where torch's single operations read and write ten times.
+"""RMS norm of whole rows on a GPU: one kernel forward and one backward, where torch's single operations
+read and write ten times.
 
     y = weight * x / sqrt(mean(x^2) + eps),  in float32, rounded once
 
@@ -31,7 +32,16 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y, inverse = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.float32, device=x.device)
-        _kernels()[0][(len(rows),)](rows, weight, y, inverse, rows.shape[1], rows.stride(0), eps, BLOCK=1 << (rows.shape[1] - 1).bit_length())
+        _kernels()[0][(len(rows),)](
+            rows,
+            weight,
+            y,
+            inverse,
+            rows.shape[1],
+            rows.stride(0),
+            eps,
+            BLOCK=1 << (rows.shape[1] - 1).bit_length(),
+        )
         ctx.save_for_backward(x, weight, inverse)
         return y.view(x.shape)
 
@@ -40,7 +50,17 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         rows, given = x.reshape(-1, x.shape[-1]).contiguous(), g.reshape(-1, x.shape[-1]).contiguous()
         dx = torch.empty_like(rows)
-        _kernels()[1][(len(rows),)](given, rows, weight, inverse, dx, rows.shape[1], given.stride(0), rows.stride(0), BLOCK=1 << (rows.shape[1] - 1).bit_length())
+        _kernels()[1][(len(rows),)](
+            given,
+            rows,
+            weight,
+            inverse,
+            dx,
+            rows.shape[1],
+            given.stride(0),
+            rows.stride(0),
+            BLOCK=1 << (rows.shape[1] - 1).bit_length(),
+        )
         return dx.view(x.shape), None, None
 
 
@@ -69,6 +89,10 @@ def _kernels():
         given *= tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
         factor = tl.load(inverse + row)
         along = tl.sum(given * value) * factor * factor * factor / width
-        tl.store(dx + row * width + column, (given * factor - value * along).to(dx.dtype.element_ty), mask=column < width)
+        tl.store(
+            dx + row * width + column,
+            (given * factor - value * along).to(dx.dtype.element_ty),
+            mask=column < width,
+        )
 
     return ahead, back

@@ -2,11 +2,13 @@
 
     w  ~  grid[code] * weight_scale * weight_scale_2
 
-`weight_scale_2` (float32, one for a matrix) is amax / (6 * 448): 6 is the largest E2M1 value, 448 the largest E4M3 one.
-`weight_scale` (float8 E4M3, one for a group) is the group's amax / (6 * weight_scale_2). Codes are rounded to nearest, ties to
-the even code; the low nibble of a byte is the even column. This is the format of NVIDIA's ModelOpt (NVFP4QTensor), bit for bit.
+`weight_scale_2` (float32, one for a matrix) is amax / (6 * 448): 6 is the largest E2M1 value, 448 the
+largest E4M3 one. `weight_scale` (float8 E4M3, one for a group) is the group's amax / (6 * weight_scale_2).
+Codes are rounded to nearest, ties to the even code; the low nibble of a byte is the even column. This is
+the format of NVIDIA's ModelOpt (NVFP4QTensor), bit for bit.
 
-A search may choose another `weight_scale`, with which the group's squared error is smaller; a reader need not know.
+A search may choose another `weight_scale`, with which the group's squared error is smaller; a reader need
+not know.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SEARCHES = ("nearest", "mse")
 CHUNK = 2**18  # weights that a CPU handles at once: few enough that temporaries stay in its cache
 _BYTES = (0x01, 0x7E)  # of SMALLEST and FP8_MAX: positive E4M3 numbers are in the order of their bytes
-_BETTER = 1 - 2.0**-16  # an error is smaller if it is so by more than the rounding of its float32 sum (about 2^-20)
+# an error is smaller if it is so by more than the rounding of its float32 sum (about 2^-20)
+_BETTER = 1 - 2.0**-16
 
 
 @dataclass(frozen=True)
 class Packed:
-    """`weight` uint8 (..., out, in / 2), `weight_scale` float8_e4m3fn (..., out, in / 16), `weight_scale_2` float32 (...)."""
+    """`weight` uint8 (..., out, in / 2), `weight_scale` float8_e4m3fn (..., out, in / 16),
+    `weight_scale_2` float32 (...).
+    """
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
@@ -37,8 +42,9 @@ class Packed:
 
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
     """weight_scale_2 or input_scale from the largest absolute value; float32."""
-    # By a tensor: a GPU multiplies by the reciprocal of a plain number, which can be a bit off what every other device finds. And by one
-    # that the device fills: copying a number to it is refused while a CUDA graph is captured.
+    # By a tensor: a GPU multiplies by the reciprocal of a plain number, which can be a bit off what every
+    # other device finds. And by one that the device fills: copying a number to it is refused while a CUDA
+    # graph is captured.
     return amax.float() / torch.full_like(amax, FP4_MAX * FP8_MAX, dtype=torch.float32)
 
 
@@ -46,11 +52,13 @@ def global_scale(amax: torch.Tensor) -> torch.Tensor:
 def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
     """Quantises matrices (..., out, in), each with its own weight_scale_2.
 
-    `search` says how the scale of a group is found: "nearest" maps the group's amax to 6, as ModelOpt does; "mse" tries six
-    scales and takes the one with the least squared error (`least_error`). Both have the same weight_scale_2, so "mse" makes no
-    group worse than "nearest", and weights that are on the grid stay as they are. The price is that a group with an amax above
-    2/3 of its matrix's cannot have it mapped to 4: that scale would be beyond 448, and is clamped. Four Over Six makes room with
-    amax / (6 * 256); on normal weights at real widths, where 0.8 % of groups are so large, that gives the same error to 0.1 %.
+    `search` says how the scale of a group is found: "nearest" maps the group's amax to 6, as ModelOpt
+    does; "mse" tries six scales and takes the one with the least squared error (`least_error`). Both have
+    the same weight_scale_2, so "mse" makes no group worse than "nearest", and weights that are on the grid
+    stay as they are. The price is that a group with an amax above 2/3 of its matrix's cannot have it
+    mapped to 4: that scale would be beyond 448, and is clamped. Four Over Six makes room with amax / (6 *
+    256); on normal weights at real widths, where 0.8 % of groups are so large, that gives the same error
+    to 0.1 %.
 
     Raises ValueError if `in` is no multiple of 16, or for a search that does not exist.
     """
@@ -58,9 +66,12 @@ def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
     if width % GROUP:
         raise ValueError(f"NVFP4 needs an input dimension that is a multiple of {GROUP}, found {width}")
     if search not in SEARCHES:
-        raise ValueError(f"NVFP4 scales are found by one of the searches {', '.join(SEARCHES)}; found {search!r}")
+        raise ValueError(
+            f"NVFP4 scales are found by one of the searches {', '.join(SEARCHES)}; found {search!r}"
+        )
     groups = weight.reshape(-1, GROUP)
-    # Floats without a sign are in the order of their bits, and torch takes the maximum of 16 integers in half the time.
+    # Floats without a sign are in the order of their bits, and torch takes the maximum of 16 integers in half
+    # the time.
     amax = _by_chunks(lambda part: part.float().abs().view(torch.int32).amax(-1), groups).view(torch.float32)
     second = global_scale(amax.view(*front[:-1], -1).amax(-1))
     spread = second[..., None, None].expand(*front, width // GROUP).reshape(-1)
@@ -74,18 +85,26 @@ def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
 
 
 def block_scale(amax: torch.Tensor, second: torch.Tensor, target: float) -> torch.Tensor:
-    """The float8_e4m3fn scale that maps the amax of a group to `target` on the E2M1 scale; amax and weight_scale_2 of each group, float32 (groups)."""
+    """The float8_e4m3fn scale that maps the amax of a group to `target` on the E2M1 scale; amax and
+    weight_scale_2 of each group, float32 (groups).
+    """
     scale = amax / (target * second)
     # A group of zeros (0, or 0/0 in a matrix of zeros) gets scale 1: its codes are 0 whatever the scale.
-    return torch.where((scale == 0) | scale.isnan(), 1.0, scale).clamp_(SMALLEST, FP8_MAX).to(torch.float8_e4m3fn)
+    return (
+        torch.where((scale == 0) | scale.isnan(), 1.0, scale)
+        .clamp_(SMALLEST, FP8_MAX)
+        .to(torch.float8_e4m3fn)
+    )
 
 
 def least_error(groups: torch.Tensor, amax: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The float8_e4m3fn scale (groups) with which each of groups (groups, 16) comes out of `unpack` with the least squared error.
+    """The float8_e4m3fn scale (groups) with which each of groups (groups, 16) comes out of `unpack` with
+    the least squared error.
 
-    Six are tried: the one that maps amax to 6, the one that maps it to 4 (Cook et al., "Four Over Six", 2025: the widest step of
-    the grid, 4 to 6, is then not used), and the E4M3 numbers below and above each. All the numbers between and two further
-    gain 0.3 % more. The first stays unless another is better.
+    Six are tried: the one that maps amax to 6, the one that maps it to 4 (Cook et al., "Four Over Six",
+    2025: the widest step of the grid, 4 to 6, is then not used), and the E4M3 numbers below and above
+    each. All the numbers between and two further gain 0.3 % more. The first stays unless another is
+    better.
     """
     size = groups.float().abs()
     six, four = (block_scale(amax, second, target).view(torch.uint8) for target in (6.0, 4.0))
@@ -93,7 +112,8 @@ def least_error(groups: torch.Tensor, amax: torch.Tensor, second: torch.Tensor) 
     for byte in (six - 1, six + 1, four, four - 1, four + 1):
         byte.clamp_(*_BYTES)
         error = _error(size, byte, second)
-        better = error < least * _BETTER  # never where `least` is NaN: zeros in a matrix whose scales are too small for float32
+        # never where `least` is NaN: zeros in a matrix whose scales are too small for float32
+        better = error < least * _BETTER
         best, least = torch.where(better, byte, best), torch.where(better, error, least)
     return best.view(torch.float8_e4m3fn)
 
@@ -107,20 +127,24 @@ def _error(size: torch.Tensor, byte: torch.Tensor, second: torch.Tensor) -> torc
 
 
 def encode(values: torch.Tensor) -> torch.Tensor:
-    """4-bit codes (uint8, one a value) of values on the E2M1 scale; beyond +-6 they saturate, and NaN is taken for 6."""
+    """4-bit codes (uint8, one a value) of values on the E2M1 scale; beyond +-6 they saturate, and NaN is
+    taken for 6.
+    """
     room = values.abs()
     halves, ones, twos = _counts(room)
     code = halves.add_(ones).add_(twos).sub_(4).nan_to_num_(7)
     code.add_(torch.lt(values, 0, out=room), alpha=8)
-    return code.to(torch.int8).view(torch.uint8)  # torch has vector instructions for the way to int8, and none for uint8
+    # torch has vector instructions for the way to int8, and none for uint8
+    return code.to(torch.int8).view(torch.uint8)
 
 
 def _counts(size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Absolute values on the E2M1 scale, counted in the steps of its three pieces; overwrites `size`.
 
-    The grid goes by 0.5 up to 2, by 1 up to 4 and by 2 up to 6. Counted from zero but held within its piece, a value is
-    0 to 4 halves, 2 to 4 ones and 2 to 3 twos. So code = halves + (ones - 2) + (twos - 2), and the value that it stands for is
-    halves / 2 + (ones - 2) + 2 (twos - 2). In every piece a code is even where the count is: half to even is to the even code.
+    The grid goes by 0.5 up to 2, by 1 up to 4 and by 2 up to 6. Counted from zero but held within its
+    piece, a value is 0 to 4 halves, 2 to 4 ones and 2 to 3 twos. So code = halves + (ones - 2) + (twos -
+    2), and the value that it stands for is halves / 2 + (ones - 2) + 2 (twos - 2). In every piece a code
+    is even where the count is: half to even is to the even code.
     """
     halves = (size * 2).round_().clamp_(max=4)
     ones = size.round().clamp_(2, 4)
@@ -129,7 +153,9 @@ def _counts(size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def _bytes(codes: torch.Tensor) -> torch.Tensor:
-    """Codes (..., in), two to a byte (..., in / 2). Read as one 16-bit number, two codes have the even column in the low byte."""
+    """Codes (..., in), two to a byte (..., in / 2). Read as one 16-bit number, two codes have the even
+    column in the low byte.
+    """
     both = codes.view(torch.int16)
     return ((both >> 4) | both).to(torch.uint8)
 
@@ -137,15 +163,20 @@ def _bytes(codes: torch.Tensor) -> torch.Tensor:
 def unpack(packed: Packed) -> torch.Tensor:
     """The matrices that `packed` stands for, float32 (..., out, in)."""
     grid = torch.tensor([*GRID, *(-value for value in GRID)])
-    pairs = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], -1).to(packed.weight.device)  # what each of the 256 bytes stands for
+    # what each of the 256 bytes stands for
+    pairs = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], -1).to(packed.weight.device)
     codes = packed.weight.reshape(-1, GROUP // 2)
     scale = (packed.weight_scale.float() * packed.weight_scale_2[..., None, None]).reshape(-1, 1)
-    values = _by_chunks(lambda part, its: pairs.index_select(0, part.flatten().int()).view(-1, GROUP).mul_(its), codes, scale)
+    values = _by_chunks(
+        lambda part, its: pairs.index_select(0, part.flatten().int()).view(-1, GROUP).mul_(its), codes, scale
+    )
     return values.view(*packed.weight.shape[:-1], -1)
 
 
 def _by_chunks(work: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """What `work` gives for tensors that have a row for each group: `CHUNK` weights at a time on a CPU, all of them on a GPU."""
+    """What `work` gives for tensors that have a row for each group: `CHUNK` weights at a time on a CPU,
+    all of them on a GPU.
+    """
     if tensors[0].device.type != "cpu":
         return work(*tensors)
     out, start = None, 0
@@ -153,6 +184,7 @@ def _by_chunks(work: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> tor
         made = work(*part)
         if out is None:
             out = made.new_empty(len(tensors[0]), *made.shape[1:])
-        out[start : start + len(made)] = made  # and not joined at the end, which with two threads took longer than the rest
+        # and not joined at the end, which with two threads took longer than the rest
+        out[start : start + len(made)] = made
         start += len(made)
     return out

@@ -1,7 +1,9 @@
-"""What a checkpoint says of its own quantisation, for loaders: `quantization_config` in config.json, or hf_quant_config.json beside it.
+"""What a checkpoint says of its own quantisation, for loaders: `quantization_config` in config.json, or
+hf_quant_config.json beside it.
 
-vLLM takes the first where both are there. ModelOpt writes both; NVIDIA's NVFP4 repository has only the second, and so has W4A4 of this project:
-every vLLM reads it the same way, and config.json stays the source's. W4A16_NVFP4 has both here, because vLLM reads it in the first alone.
+vLLM takes the first where both are there. ModelOpt writes both; NVIDIA's NVFP4 repository has only the
+second, and so has W4A4 of this project: every vLLM reads it the same way, and config.json stays the
+source's. W4A16_NVFP4 has both here, because vLLM reads it in the first alone.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from nemotron.checkpoint import CheckpointError, read_json
 FILE, CONFIG, INSIDE = "hf_quant_config.json", "config.json", "quantization_config"
 # quant_algo -> whether the activations are quantised too, which takes an input_scale for each linear.
 ALGORITHMS = {"NVFP4": True, "W4A16_NVFP4": False}
-# Where hf_quant_config.json alone says one of these, vLLM stops at "Unknown ModelOpt quant algo" (0.21, which first knew it, to 0.32).
+# Where hf_quant_config.json alone says one of these, vLLM stops at "Unknown ModelOpt quant algo" (0.21, which
+# first knew it, to 0.32).
 ONLY_INSIDE = ("W4A16_NVFP4",)
 GROUP = 16
 _FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _CACHES = {("float", 8): "FP8", ("float", 4): "NVFP4"}
-_NEEDED = ("quant_algo", "group_size", "kv_cache_quant_algo", "exclude_modules")  # vLLM refuses the file without any of them
+# vLLM refuses the file without any of them
+_NEEDED = ("quant_algo", "group_size", "kv_cache_quant_algo", "exclude_modules")
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,11 @@ class QuantConfig:
 
 
 def write(folder: Path, settings: dict) -> None:
-    """Writes `settings`, as layout.hf_quant_config makes them, to where vLLM reads them: hf_quant_config.json, and config.json where it has to be.
+    """Writes `settings`, as layout.hf_quant_config makes them, to where vLLM reads them:
+    hf_quant_config.json, and config.json where it has to be.
 
-    config.json has to be there already. Raises CheckpointError if it is no object, ValueError for settings that have no form in it.
+    config.json has to be there already. Raises CheckpointError if it is no object, ValueError for settings
+    that have no form in it.
     """
     (folder / FILE).write_text(json.dumps(settings, indent=4) + "\n")
     if settings["quantization"]["quant_algo"] in ONLY_INSIDE:
@@ -48,19 +54,27 @@ def write(folder: Path, settings: dict) -> None:
 
 
 def inside(settings: dict) -> dict:
-    """`settings` of hf_quant_config.json in the form of `quantization_config` in config.json: the names differ, and the KV cache's is a table."""
+    """`settings` of hf_quant_config.json in the form of `quantization_config` in config.json: the names
+    differ, and the KV cache's is a table.
+    """
     its = settings["quantization"]
     kv_cache = its["kv_cache_quant_algo"]
     if kv_cache not in (None, "FP8"):
         raise ValueError(f"kv_cache_quant_algo {kv_cache!r} has no form in {CONFIG}; expected FP8 or null")
     return {
-        "quant_method": "modelopt", "quant_algo": its["quant_algo"], "group_size": its["group_size"], "producer": settings["producer"],
-        **({"kv_cache_scheme": _FP8_CACHE} if kv_cache else {}), "ignore": its["exclude_modules"],
+        "quant_method": "modelopt",
+        "quant_algo": its["quant_algo"],
+        "group_size": its["group_size"],
+        "producer": settings["producer"],
+        **({"kv_cache_scheme": _FP8_CACHE} if kv_cache else {}),
+        "ignore": its["exclude_modules"],
     }
 
 
 def read(folder: Path, config: dict) -> list[QuantConfig]:
-    """Everything that is said, what vLLM takes first. Raises CheckpointError on a file or value that is none of the known forms."""
+    """Everything that is said, what vLLM takes first. Raises CheckpointError on a file or value that is
+    none of the known forms.
+    """
     found = []
     if its := config.get(INSIDE):
         found.append(_of(CONFIG, its, "ignore"))
@@ -76,20 +90,30 @@ def _of(file: str, raw: object, listed: str) -> QuantConfig:
     if not isinstance(excludes, list) or not all(isinstance(name, str) for name in excludes):
         raise CheckpointError(f"{listed} of {file} is not a list of names")
     groups = raw.get("config_groups") or {}
-    inner = [(group.get("weights") or {}).get("group_size") for group in groups.values()] if file == CONFIG else []
+    inner = (
+        [(group.get("weights") or {}).get("group_size") for group in groups.values()]
+        if file == CONFIG
+        else []
+    )
     scheme = raw.get("kv_cache_scheme")
     kv_cache = raw.get("kv_cache_quant_algo")
     if isinstance(scheme, dict):  # as compressed-tensors says it
         kv_cache = _CACHES.get((scheme.get("type"), scheme.get("num_bits")), json.dumps(scheme))
     return QuantConfig(
-        file, str(raw.get("quant_algo")).upper(), raw.get("group_size") or next(filter(None, inner), GROUP), kv_cache, tuple(excludes),
+        file,
+        str(raw.get("quant_algo")).upper(),
+        raw.get("group_size") or next(filter(None, inner), GROUP),
+        kv_cache,
+        tuple(excludes),
         tuple(key for key in _NEEDED if key not in raw) if file == FILE else (),
     )
 
 
 def covers(exclude: str, module: str) -> bool:
-    """Whether vLLM leaves `module` unquantised because of `exclude`: a part of its name, or a pattern of all of it.
+    """Whether vLLM leaves `module` unquantised because of `exclude`: a part of its name, or a pattern of
+    all of it.
 
-    So `backbone.layers.1` also covers layers 10 to 19. A pattern `name*` stands for `name` and all below it.
+    So `backbone.layers.1` also covers layers 10 to 19. A pattern `name*` stands for `name` and all below
+    it.
     """
     return exclude.removesuffix("*") in module or fnmatchcase(module, exclude)

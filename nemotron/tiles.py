@@ -1,8 +1,10 @@
-"""Grouped products in Triton, for GPUs on which torch's own are a loop: everything but Hopper and data-centre Blackwell.
+"""Grouped products in Triton, for GPUs on which torch's own are a loop: everything but Hopper and
+data-centre Blackwell.
 
-torch.nn.functional.grouped_mm has one kernel for sm_90 and one for sm_100; on a GB10 (sm_121), an A100 or a workstation card it
-multiplies expert after expert and waits for the device to learn where each begins. Here a tile is a block of one expert's
-rows; which expert and which rows are found on the device, so nothing waits.
+torch.nn.functional.grouped_mm has one kernel for sm_90 and one for sm_100; on a GB10 (sm_121), an A100 or
+a workstation card it multiplies expert after expert and waits for the device to learn where each begins.
+Here a tile is a block of one expert's rows; which expert and which rows are found on the device, so
+nothing waits.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ NARROW = 16  # the least that a tensor core multiplies: tiles of low-rank produc
 
 
 def tiles(ends: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Expert, first row and end of each tile's rows, int32 (total // ROWS + experts,); tiles beyond the last have no rows.
+    """Expert, first row and end of each tile's rows, int32 (total // ROWS + experts,); tiles beyond the
+    last have no rows.
 
-    `ends` int32 (experts,): the row after each expert's last of `total`. As many tiles as there can be, so that no size is asked of the device.
+    `ends` int32 (experts,): the row after each expert's last of `total`. As many tiles as there can be, so
+    that no size is asked of the device.
     """
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     counts = (ends - starts + ROWS - 1) // ROWS
@@ -29,7 +33,11 @@ def tiles(ends: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor, t
     real = expert < len(ends)
     expert = expert.clamp(max=len(ends) - 1)
     first = starts[expert] + (number - (last - counts)[expert]) * ROWS
-    return expert.to(torch.int32), torch.where(real, first, 0).to(torch.int32), torch.where(real, ends[expert], 0).to(torch.int32)
+    return (
+        expert.to(torch.int32),
+        torch.where(real, first, 0).to(torch.int32),
+        torch.where(real, ends[expert], 0).to(torch.int32),
+    )
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -45,21 +53,57 @@ def back(g: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Ten
 def _multiply(x, weight, ends, columns: int, column_stride: int, depth_stride: int) -> torch.Tensor:
     expert, first, end = tiles(ends, len(x))
     out = x.new_empty(len(x), columns)
-    # Columns run fastest: programs side by side in time share an expert's rows and its whole matrix, both of which stay in the L2 cache.
+    # Columns run fastest: programs side by side in time share an expert's rows and its whole matrix, both of
+    # which stay in the L2 cache.
     wide = COLUMNS if columns > NARROW else NARROW
     _kernels()[0][(-(-columns // wide), len(expert))](
-        x, weight, out, expert, first, end, columns, x.shape[1], x.stride(0), x.stride(1), weight.stride(0), column_stride, depth_stride, out.stride(0),
-        ROWS=ROWS, COLUMNS=wide, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES)
+        x,
+        weight,
+        out,
+        expert,
+        first,
+        end,
+        columns,
+        x.shape[1],
+        x.stride(0),
+        x.stride(1),
+        weight.stride(0),
+        column_stride,
+        depth_stride,
+        out.stride(0),
+        ROWS=ROWS,
+        COLUMNS=wide,
+        DEPTH=DEPTH,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
     return out
 
 
 def outer(g: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """`g[rows of e].T @ x[rows of e]`: (S, out), (S, in) -> (experts, out, in); zeros for idle experts. Any strides."""
+    """`g[rows of e].T @ x[rows of e]`: (S, out), (S, in) -> (experts, out, in); zeros for idle experts.
+    Any strides.
+    """
     height, width = g.shape[1], x.shape[1]
     out = g.new_empty(len(ends), height, width)
     high, wide = (COLUMNS if size > NARROW else NARROW for size in (height, width))
     _kernels()[1][(len(ends), -(-height // high), -(-width // wide))](
-        g, x, out, ends, height, width, g.stride(0), g.stride(1), x.stride(0), x.stride(1), HIGH=high, WIDE=wide, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES)
+        g,
+        x,
+        out,
+        ends,
+        height,
+        width,
+        g.stride(0),
+        g.stride(1),
+        x.stride(0),
+        x.stride(1),
+        HIGH=high,
+        WIDE=wide,
+        DEPTH=DEPTH,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
     return out
 
 
@@ -69,8 +113,25 @@ def _kernels():
     import triton.language as tl
 
     @triton.jit
-    def multiply(x, weight, out, experts, firsts, ends, columns, depth, x_row, x_depth, w_expert, w_column, w_depth, out_row,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    def multiply(
+        x,
+        weight,
+        out,
+        experts,
+        firsts,
+        ends,
+        columns,
+        depth,
+        x_row,
+        x_depth,
+        w_expert,
+        w_column,
+        w_depth,
+        out_row,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        DEPTH: tl.constexpr,
+    ):
         tile = tl.program_id(1)
         first, end = tl.load(firsts + tile), tl.load(ends + tile)
         if first < end:
@@ -80,13 +141,39 @@ def _kernels():
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for start in range(0, depth, DEPTH):
                 at = start + tl.arange(0, DEPTH)
-                a = tl.load(x + row[:, None] * x_row + at[None, :] * x_depth, mask=(row[:, None] < end) & (at[None, :] < depth), other=0.0)
-                b = tl.load(weight + at[:, None] * w_depth + column[None, :] * w_column, mask=(at[:, None] < depth) & (column[None, :] < columns), other=0.0)
+                a = tl.load(
+                    x + row[:, None] * x_row + at[None, :] * x_depth,
+                    mask=(row[:, None] < end) & (at[None, :] < depth),
+                    other=0.0,
+                )
+                b = tl.load(
+                    weight + at[:, None] * w_depth + column[None, :] * w_column,
+                    mask=(at[:, None] < depth) & (column[None, :] < columns),
+                    other=0.0,
+                )
                 total = tl.dot(a, b, total)
-            tl.store(out + row[:, None] * out_row + column[None, :], total.to(out.dtype.element_ty), mask=(row[:, None] < end) & (column[None, :] < columns))
+            tl.store(
+                out + row[:, None] * out_row + column[None, :],
+                total.to(out.dtype.element_ty),
+                mask=(row[:, None] < end) & (column[None, :] < columns),
+            )
 
     @triton.jit
-    def outer(g, x, out, ends, height, width, g_row, g_column, x_row, x_column, HIGH: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr):
+    def outer(
+        g,
+        x,
+        out,
+        ends,
+        height,
+        width,
+        g_row,
+        g_column,
+        x_row,
+        x_column,
+        HIGH: tl.constexpr,
+        WIDE: tl.constexpr,
+        DEPTH: tl.constexpr,
+    ):
         expert = tl.program_id(0)
         end = tl.load(ends + expert)
         first = 0
@@ -97,10 +184,22 @@ def _kernels():
         total = tl.zeros((HIGH, WIDE), tl.float32)
         for start in range(first, end, DEPTH):
             row = (start + tl.arange(0, DEPTH)).to(tl.int64)
-            a = tl.load(g + row[None, :] * g_row + high[:, None] * g_column, mask=(row[None, :] < end) & (high[:, None] < height), other=0.0)
-            b = tl.load(x + row[:, None] * x_row + wide[None, :] * x_column, mask=(row[:, None] < end) & (wide[None, :] < width), other=0.0)
+            a = tl.load(
+                g + row[None, :] * g_row + high[:, None] * g_column,
+                mask=(row[None, :] < end) & (high[:, None] < height),
+                other=0.0,
+            )
+            b = tl.load(
+                x + row[:, None] * x_row + wide[None, :] * x_column,
+                mask=(row[:, None] < end) & (wide[None, :] < width),
+                other=0.0,
+            )
             total = tl.dot(a, b, total)
         place = expert.to(tl.int64) * height * width + high[:, None] * width + wide[None, :]
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=(high[:, None] < height) & (wide[None, :] < width))
+        tl.store(
+            out + place,
+            total.to(out.dtype.element_ty),
+            mask=(high[:, None] < height) & (wide[None, :] < width),
+        )
 
     return multiply, outer

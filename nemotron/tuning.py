@@ -1,12 +1,14 @@
-"""How mamba-ssm's Triton kernels are compiled and tuned here: nothing anew for a length, and no search where the winner is known.
+"""How mamba-ssm's Triton kernels are compiled and tuned here: nothing anew for a length, and no search
+where the winner is known.
 
-Each of its fifteen kernels of Mamba-2's scan is autotuned: seven to nine configurations are compiled and timed in every process.
-`prepare` gives each kernel the configuration of tuning.json for this GPU alone, so that it is compiled once and not timed. On a
-GPU that the table does not have, Triton searches as it would, and what it finds is remembered in the folder of
-nemotron/kernel_cache.py, for the next process; where runs have to be equal (nemotron/determinism.py), the smallest blocks are taken
-instead. Triton's own memory (TRITON_CACHE_AUTOTUNING) passes over kernels whose configurations have a hook, as most of these do.
-And a number of tokens or chunks is compiled as a number like any other: by default Triton compiles a kernel anew when such a number
-becomes a multiple of 16, or is no longer one.
+Each of its fifteen kernels of Mamba-2's scan is autotuned: seven to nine configurations are compiled and
+timed in every process. `prepare` gives each kernel the configuration of tuning.json for this GPU alone, so
+that it is compiled once and not timed. On a GPU that the table does not have, Triton searches as it would,
+and what it finds is remembered in the folder of nemotron/kernel_cache.py, for the next process; where runs
+have to be equal (nemotron/determinism.py), the smallest blocks are taken instead. Triton's own memory
+(TRITON_CACHE_AUTOTUNING) passes over kernels whose configurations have a hook, as most of these do. And a
+number of tokens or chunks is compiled as a number like any other: by default Triton compiles a kernel anew
+when such a number becomes a multiple of 16, or is no longer one.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from pathlib import Path
 from nemotron import determinism, kernel_cache, kernel_watch
 
 TABLE = Path(__file__).with_name("tuning.json")
-LENGTHS = ("seqlen", "nchunks", "stride_seq_idx_batch", "M", "rows_per_program")  # arguments that follow from a pack's tokens
+# arguments that follow from a pack's tokens
+LENGTHS = ("seqlen", "nchunks", "stride_seq_idx_batch", "M", "rows_per_program")
 MODULES = ("ssd_bmm", "ssd_chunk_scan", "ssd_chunk_state", "ssd_combined", "ssd_state_passing")
 
 
 def table(gpu: str) -> dict[str, dict]:
-    """Kernel -> configuration for a GPU by its name as torch gives it; empty for one that is not in tuning.json."""
+    """Kernel -> configuration for a GPU by its name as torch gives it; empty for one that is not in
+    tuning.json.
+    """
     return json.loads(TABLE.read_text())["gpus"].get(gpu, {})
 
 
@@ -38,7 +43,9 @@ def digest() -> str:
 
 
 def tuners() -> Iterator[tuple[str, object]]:
-    """Name and triton.runtime.Autotuner of every tuned kernel of mamba-ssm's scan. Raises ImportError without mamba-ssm or Triton."""
+    """Name and triton.runtime.Autotuner of every tuned kernel of mamba-ssm's scan. Raises ImportError
+    without mamba-ssm or Triton.
+    """
     import importlib
 
     from triton.runtime import Autotuner
@@ -56,7 +63,6 @@ def prepare() -> None:
     """Prepares every kernel for this process's GPU; once, before the first of them runs."""
     import torch
     import triton
-
     from mamba_ssm.ops.triton import layernorm_gated
     from triton.runtime.autotuner import Heuristics
 
@@ -82,7 +88,9 @@ def prepare() -> None:
 
 
 def smallest(configs: list):
-    """The configuration (triton.Config) whose blocks take the least shared memory: it fits on any GPU. Of several, the first."""
+    """The configuration (triton.Config) whose blocks take the least shared memory: it fits on any GPU. Of
+    several, the first.
+    """
     return min(configs, key=lambda config: config.num_stages * math.prod(config.kwargs.values()))
 
 
@@ -93,11 +101,13 @@ def _unspecialised(kernel):
     return triton.jit(kernel.fn, do_not_specialize=[name for name in kernel.arg_names if name in LENGTHS])
 
 
-# --- what searches found, in tuning.json of the folder that stays ------------------------------------------------------------
+# --- what searches found, in tuning.json of the folder that stays -------------------------------------------
 
 
 def remembered() -> dict[str, list[dict]]:
-    """Kernel -> what searches of earlier processes found: `key` (Triton's: sizes and dtypes) and the configuration. Empty where nothing is kept."""
+    """Kernel -> what searches of earlier processes found: `key` (Triton's: sizes and dtypes) and the
+    configuration. Empty where nothing is kept.
+    """
     path = _memory()
     if path is None or not path.exists():
         return {}
@@ -109,7 +119,9 @@ def remembered() -> dict[str, list[dict]]:
 
 
 def recall(tuner, found: list[dict]) -> None:
-    """Lets a tuner know what was found before. What it has no such configuration for any more is left out, and searched for again."""
+    """Lets a tuner know what was found before. What it has no such configuration for any more is left out,
+    and searched for again.
+    """
     for entry in found:
         for config in tuner.configs:
             if described(config) == {name: entry.get(name) for name in described(config)}:
@@ -117,7 +129,9 @@ def recall(tuner, found: list[dict]) -> None:
 
 
 def watch(name: str, tuner) -> None:
-    """From now on a search of this tuner is told before it begins, and what it finds is written down at once."""
+    """From now on a search of this tuner is told before it begins, and what it finds is written down at
+    once.
+    """
     prune, run = tuner.prune_configs, tuner.run
 
     def prune_configs(*arguments, **named):  # Triton calls it once a search
@@ -135,14 +149,19 @@ def watch(name: str, tuner) -> None:
 
 
 def remember(name: str, tuner) -> None:
-    """Writes down what this tuner knows, beside what other processes found. Does nothing where nothing is kept; raises OSError."""
+    """Writes down what this tuner knows, beside what other processes found. Does nothing where nothing is
+    kept; raises OSError.
+    """
     path = _memory()
     if path is None:
         return
     kernels = remembered()
     own = [{"key": list(key), **described(config)} for key, config in tuner.cache.items()]
-    kernels[name] = own + [entry for entry in kernels.get(name, []) if entry["key"] not in [its["key"] for its in own]]
-    # Renamed into place: a process that reads meanwhile, or one that is killed here, has the old file or the new one.
+    kernels[name] = own + [
+        entry for entry in kernels.get(name, []) if entry["key"] not in [its["key"] for its in own]
+    ]
+    # Renamed into place: a process that reads meanwhile, or one that is killed here, has the old file or the
+    # new one.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="tuning-", delete=False) as opened:
         json.dump({"kernels": kernels}, opened, indent=1, sort_keys=True, default=str)
         os.fchmod(opened.fileno(), 0o644)  # not for this user alone: the folder may be baked into an image
@@ -159,16 +178,20 @@ def described(config) -> dict:
     return {"arguments": dict(config.kwargs), "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-# --- what ran ----------------------------------------------------------------------------------------------------------------
+# --- what ran -----------------------------------------------------------------------------------------------
 
 
 def used() -> dict:
-    """For a manifest: the table's digest, and the configurations of this process. Empty where `prepare` has not run: no kernel of the scan ran."""
+    """For a manifest: the table's digest, and the configurations of this process. Empty where `prepare`
+    has not run: no kernel of the scan ran.
+    """
     return {"table": digest(), "chosen": chosen()} if prepare.cache_info().currsize else {}
 
 
 def chosen() -> dict[str, dict]:
-    """Kernel -> the configuration that this process has run it with, as tuning.json has it. Of several, the last."""
+    """Kernel -> the configuration that this process has run it with, as tuning.json has it. Of several,
+    the last.
+    """
     found = {}
     for name, tuner in tuners():
         config = tuner.configs[0] if len(tuner.configs) == 1 else getattr(tuner, "best_config", None)

@@ -1,7 +1,8 @@
-"""A check of a stage's sources and parameters that runs before any stage does, on the host, without the stage's image.
+"""A check of a stage's sources and parameters that runs before any stage does, on the host, without the
+stage's image.
 
-A contract names such a module (`check = "stages.<name>.sources"`). It needs the standard library alone, reads what it is given
-from stdin and writes a finding a line (docs/formats.md, A check).
+A contract names such a module (`check = "stages.<name>.sources"`). It needs the standard library alone,
+reads what it is given from stdin and writes a finding a line (docs/formats.md, A check).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ MOST = 20  # findings of one check that are shown
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong: `subject` is a file and line, or a parameter; `level` is `error`, which stops a run, or `warning`.
+    """What is wrong: `subject` is a file and line, or a parameter; `level` is `error`, which stops a run,
+    or `warning`.
 
     A `note` says what was decided and why: `found` is the sentence, and nothing is expected.
     """
@@ -34,9 +36,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Given:
-    """A stage as the recipe has it, before anything is built: no artifact, only parameters and the user's files.
+    """A stage as the recipe has it, before anything is built: no artifact, only parameters and the user's
+    files.
 
-    `inputs` holds the stages that supply its inputs, by input name; theirs are left out. `device` is `cpu` or `cuda`.
+    `inputs` holds the stages that supply its inputs, by input name; theirs are left out. `device` is `cpu`
+    or `cuda`.
     """
 
     stage: str
@@ -48,11 +52,19 @@ class Given:
 
 def given(raw: dict) -> Given:
     sources = {name: [Path(path) for path in paths] for name, paths in raw["sources"].items()}
-    return Given(raw["stage"], raw["params"], sources, {name: given(below) for name, below in raw.get("inputs", {}).items()}, raw["device"])
+    return Given(
+        raw["stage"],
+        raw["params"],
+        sources,
+        {name: given(below) for name, below in raw.get("inputs", {}).items()},
+        raw["device"],
+    )
 
 
 def main(look: Callable[[Given], Iterable[Finding]]) -> None:
-    """Runs `look` on the stage described on stdin and prints a JSON object for each finding. A StageError is a finding too."""
+    """Runs `look` on the stage described on stdin and prints a JSON object for each finding. A StageError
+    is a finding too.
+    """
     stage = given(json.load(sys.stdin))
     findings: list[Finding] = []
     try:
@@ -61,6 +73,13 @@ def main(look: Callable[[Given], Iterable[Finding]]) -> None:
         findings.append(Finding(stage.stage, error.found, error.expected, error.remedy))
     if len(findings) > MOST:
         rest = len(findings) - MOST
-        findings[MOST:] = [Finding(stage.stage, f"{rest} more findings of this kind", "none", "Mend those above first; the others are shown then.")]
+        findings[MOST:] = [
+            Finding(
+                stage.stage,
+                f"{rest} more findings of this kind",
+                "none",
+                "Mend those above first; the others are shown then.",
+            )
+        ]
     for finding in findings:
         print(json.dumps(asdict(finding)))

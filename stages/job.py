@@ -87,13 +87,23 @@ def main(run: Callable[[Job], None]) -> None:
         sys.exit(1)
     except Exception as error:
         traceback.print_exc()
-        _emit("error", found=f"{type(error).__name__}: {error}{_place(error)}", expected="the stage to finish",
-              remedy="This is a fault of the stage: report it with its log, which has the traceback.")
+        _emit(
+            "error",
+            found=f"{type(error).__name__}: {error}{_place(error)}",
+            expected="the stage to finish",
+            remedy="This is a fault of the stage: report it with its log, which has the traceback.",
+        )
         sys.exit(1)
 
 
 def _place(error: Exception) -> str:
-    """The last line of this repository that an exception came through, such as ` (stages/data/prepare.py:40)`."""
+    """The last line of this repository that an exception came through, such as `
+    (stages/data/prepare.py:40)`.
+    """
     root = Path(__file__).resolve().parents[1]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve().is_relative_to(root)]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve().is_relative_to(root)
+    ]
     return f" ({Path(frames[-1].filename).resolve().relative_to(root)}:{frames[-1].lineno})" if frames else ""

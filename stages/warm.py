@@ -1,10 +1,12 @@
-"""Compiles and tunes what stage train will run under a recipe, so that its first start is as fast as every later one.
+"""Compiles and tunes what stage train will run under a recipe, so that its first start is as fast as every
+later one.
 
     ANNIE_KERNELS=FOLDER python -m stages.warm job.json
 
-No stage: it has no contract, makes no artifact and is in no key; `build.py warm` starts it with the parameters of stage train
-(docs/formats.md, Kernels). It trains two steps of random weights: one packed sequence as long as they get, and one step as the
-recipe has them. Kernels depend on shapes and not on weights or on how many layers there are, so one layer of each kind is enough.
+No stage: it has no contract, makes no artifact and is in no key; `build.py warm` starts it with the
+parameters of stage train (docs/formats.md, Kernels). It trains two steps of random weights: one packed
+sequence as long as they get, and one step as the recipe has them. Kernels depend on shapes and not on
+weights or on how many layers there are, so one layer of each kind is enough.
 """
 
 from __future__ import annotations
@@ -27,15 +29,24 @@ LENGTHS = range(150, 1400, 50)  # tokens of the conversations where stage data i
 
 
 def run(task: job.Job) -> None:
-    """Writes `warm.json`: how many kernels were `compiled`, `loaded` and `tuned`, and the `folder` and `bytes` of what is kept.
+    """Writes `warm.json`: how many kernels were `compiled`, `loaded` and `tuned`, and the `folder` and
+    `bytes` of what is kept.
 
     Raises StageError without a GPU, and where kernels cannot be kept.
     """
     if task.device != "cuda":
-        raise job.StageError(f"device {task.device}", "cuda: only what a GPU runs is compiled", "Run this on the machine that will train, with a recipe that says gpu: cuda")
+        raise job.StageError(
+            f"device {task.device}",
+            "cuda: only what a GPU runs is compiled",
+            "Run this on the machine that will train, with a recipe that says gpu: cuda",
+        )
     if (folder := kernel_cache.folder()) is None:
-        raise job.StageError("no folder in which kernels stay", f"one that can be written, named in {kernel_cache.FOLDER}",
-                             f"build.py warm names one by itself; by hand: {kernel_cache.FOLDER}=FOLDER python -m stages.warm job.json")
+        raise job.StageError(
+            "no folder in which kernels stay",
+            f"one that can be written, named in {kernel_cache.FOLDER}",
+            f"build.py warm names one by itself; by hand: {kernel_cache.FOLDER}=FOLDER python -m stages.warm"
+            " job.json",
+        )
     from nemotron import tuning
     from stages.train import fit
 
@@ -58,8 +69,15 @@ def train(task: job.Job) -> None:
     from stages.train.ranks import Ranks
 
     params = task.params | {
-        "steps": STEPS, "warmup_steps": 0, "eval_every": STEPS, "save_every": STEPS, "patience": 0, "ranks": 1, "sharded": False,
-        "rounded_share": 0.5 if task.params["rounded_share"] else 0.0, "rounded_loss": "labels",
+        "steps": STEPS,
+        "warmup_steps": 0,
+        "eval_every": STEPS,
+        "save_every": STEPS,
+        "patience": 0,
+        "ranks": 1,
+        "sharded": False,
+        "rounded_share": 0.5 if task.params["rounded_share"] else 0.0,
+        "rounded_loss": "labels",
     }
     task, config = replace(task, params=params), shape(task)
     try:
@@ -85,19 +103,24 @@ class Two:
 
 
 def shape(task: job.Job) -> dict:
-    """The config of the recipe's base, cut to one layer of each kind; of Nemotron 3 Nano where the base is not built yet."""
+    """The config of the recipe's base, cut to one layer of each kind; of Nemotron 3 Nano where the base is
+    not built yet.
+    """
     if "base" in task.inputs:
         config = json.loads((task.inputs["base"] / "config.json").read_text())
     else:
-        job.warning("the recipe's base is not built yet: kernels are compiled for the shape of Nemotron 3 Nano 30B-A3B",
-                    "If your base has another shape, build it (build.py run --until base) and run this again")
+        job.warning(
+            "the recipe's base is not built yet: kernels are compiled for the shape of Nemotron 3 Nano"
+            " 30B-A3B",
+            "If your base has another shape, build it (build.py run --until base) and run this again",
+        )
         config = nano.WIDTHS | {"hybrid_override_pattern": nano.PATTERN}
     return config | {"hybrid_override_pattern": kinds(config["hybrid_override_pattern"])}
 
 
 def kinds(pattern: str) -> str:
-    """The shortest pattern with a layer of each kind. A Mamba layer directly before attention is one of its own: the export leaves
-    it in BF16, and so does training (nemotron/layout.py)."""
+    """The shortest pattern with a layer of each kind. A Mamba layer directly before attention is one of
+    its own: the export leaves it in BF16, and so does training (nemotron/layout.py)."""
     chosen = [letter for letter in "*ME" if letter in pattern.replace("M*", "")]
     return "".join(chosen) + ("M*" if "M*" in pattern else "")
 
@@ -111,7 +134,9 @@ def adapted(task: job.Job, config: dict) -> nn.Module:
 
     params = task.params
     memory.check(config, params, task.device)
-    model = assemble.random(config, memory.METHODS[params["method"]], getattr(torch, params["precision"]), task.device)
+    model = assemble.random(
+        config, memory.METHODS[params["method"]], getattr(torch, params["precision"]), task.device
+    )
     adapter.attach(model, params["targets"], params["rank"], params["alpha"], task.seed)
     if params["gradient_checkpointing"]:
         recompute.attach(model, params["sequence_tokens"])
@@ -119,16 +144,22 @@ def adapted(task: job.Job, config: dict) -> nn.Module:
 
 
 def conversations(task: job.Job) -> list[int]:
-    """Tokens of the recipe's conversations; made-up ones where stage data is not built yet. None is longer than a packed sequence."""
+    """Tokens of the recipe's conversations; made-up ones where stage data is not built yet. None is longer
+    than a packed sequence.
+    """
     from stages.train import fit
 
-    lengths = fit.lengths(fit.read(task.inputs["data"] / "train.jsonl")) if "data" in task.inputs else list(LENGTHS)
+    lengths = (
+        fit.lengths(fit.read(task.inputs["data"] / "train.jsonl")) if "data" in task.inputs else list(LENGTHS)
+    )
     most = task.params["sequence_tokens"]
     return [min(length, most) for length in lengths]
 
 
 def fill(lengths: list[int], capacity: int) -> list[int]:
-    """Conversations of these lengths, over and over, that fill a packed sequence of `capacity` tokens to the last one."""
+    """Conversations of these lengths, over and over, that fill a packed sequence of `capacity` tokens to
+    the last one.
+    """
     chosen, room = [], capacity
     while room:
         chosen.append(min(lengths[len(chosen) % len(lengths)], room))
@@ -141,7 +172,9 @@ def usual_step(task: job.Job, lengths: list[int]) -> list[int]:
     from stages.train.pack import Order
 
     params = task.params
-    return [lengths[row] for row in Order(lengths, task.seed, params["batch"], params["batch_tokens"]).step(0)]
+    return [
+        lengths[row] for row in Order(lengths, task.seed, params["batch"], params["batch_tokens"]).step(0)
+    ]
 
 
 def synthetic(lengths: list[int], vocabulary: int) -> list[dict]:

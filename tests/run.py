@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/run.py [FOLDER or FILE ...] [-- pytest arguments]
 
-Host tests run in `.venv`; the tests of a stage or of the model run in that stage's own environment (made from its
-locked requirements if it is not there yet); whole-line tests drive `build.py` from the host.
+Host tests run in `.venv`; the tests of a stage or of the model run in that stage's own environment (made
+from its locked requirements if it is not there yet); whole-line tests drive `build.py` from the host.
 """
 
 from __future__ import annotations
@@ -50,8 +50,21 @@ def pytest_folder(python: Path) -> Path:
     folder = Path(os.environ.get("ANNIE_HOME", REPO / ".annie")) / "envs" / f"pytest-{version}"
     if not (folder / "ready").exists():
         subprocess.run(
-            [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python), "--target", str(folder),
-             "--require-hashes", "-r", str(REPO / "tests" / "requirements.lock")],
+            [
+                sys.executable,
+                "-m",
+                "uv",
+                "pip",
+                "install",
+                "--quiet",
+                "--python",
+                str(python),
+                "--target",
+                str(folder),
+                "--require-hashes",
+                "-r",
+                str(REPO / "tests" / "requirements.lock"),
+            ],
             check=True,
         )
         (folder / "ready").touch()
@@ -62,7 +75,9 @@ def chosen(paths: list[str], wanted: list[str]) -> list[str]:
     """The part of a room's `paths` that was asked for; all of it when nothing was."""
     if not wanted:
         return paths
-    return [w for w in wanted if any(Path(w.split("::")[0]).resolve().is_relative_to(REPO / p) for p in paths)]
+    return [
+        w for w in wanted if any(Path(w.split("::")[0]).resolve().is_relative_to(REPO / p) for p in paths)
+    ]
 
 
 def main() -> int:
@@ -80,8 +95,20 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             code = subprocess.run(
-                [*command, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", f"--junitxml={report}", *paths, *extra],
-                cwd=REPO, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **variables},
+                [
+                    *command,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "-rs",
+                    "-p",
+                    "no:cacheprovider",
+                    f"--junitxml={report}",
+                    *paths,
+                    *extra,
+                ],
+                cwd=REPO,
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **variables},
             ).returncode
             suites = ElementTree.parse(report).getroot().iter("testsuite") if report.exists() else []
             for suite in suites:

@@ -1,6 +1,7 @@
 """Where stages run. Five calls: prepare an image, submit a task, poll it, read its logs, cancel it.
 
-A sixth, `command`, is for what only reads and answers on stdout: it takes no lock, leaves nothing, and no run notices it.
+A sixth, `command`, is for what only reads and answers on stdout: it takes no lock, leaves nothing, and no
+run notices it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from forge.image import Image
 
 @dataclass(frozen=True)
 class Task:
-    """One run of one stage. `job` holds the host's paths; the files `<folder>/<prefix>.{json,sh}` are written by `submit`."""
+    """One run of one stage. `job` holds the host's paths; the files `<folder>/<prefix>.{json,sh}` are
+    written by `submit`.
+    """
 
     stage: str
     image: Image
@@ -37,7 +40,9 @@ KERNELS = "ANNIE_KERNELS"  # tells a stage where compiled kernels stay (nemotron
 
 
 def kernel_folder(home: Path, image: Image, fingerprint: str) -> Path:
-    """Where kernels stay that the stages of an image compile. In no key: with other kernels, or none, a stage makes the same artifact."""
+    """Where kernels stay that the stages of an image compile. In no key: with other kernels, or none, a
+    stage makes the same artifact.
+    """
     return home / "kernels" / f"{image.name}-{fingerprint}"
 
 
@@ -69,10 +74,14 @@ class Executor(Protocol):
         """Ends the task and everything it started."""
 
     def kernels(self, task: Task) -> Path | None:
-        """The folder, on this machine, where kernels stay that `task` compiles; None for a task without a GPU, which compiles none."""
+        """The folder, on this machine, where kernels stay that `task` compiles; None for a task without a
+        GPU, which compiles none.
+        """
 
     def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
-        """A command that runs a module of this repository in `image`, which is prepared. A Path among `arguments` is a folder that it may read."""
+        """A command that runs a module of this repository in `image`, which is prepared. A Path among
+        `arguments` is a folder that it may read.
+        """
 
 
 def make(name: str | None, repo: Path, home: Path) -> Executor:
@@ -87,20 +96,41 @@ def make(name: str | None, repo: Path, home: Path) -> Executor:
         return Docker(repo, home)
     if name is None:
         return make("docker" if answers() else "local", repo, home)
-    raise Refused(error("executor", f"no executor {name}", "docker or local", "Name one of the two with --executor."))
+    raise Refused(
+        error("executor", f"no executor {name}", "docker or local", "Name one of the two with --executor.")
+    )
 
 
-def run_logged(command: list[str], on_line: Callable[[str], None], subject: str, remedy: str, **options: Any) -> None:
-    """Runs a command to its end, each line of its output to `on_line`. Refused, with its last words, if it fails."""
+def run_logged(
+    command: list[str], on_line: Callable[[str], None], subject: str, remedy: str, **options: Any
+) -> None:
+    """Runs a command to its end, each line of its output to `on_line`. Refused, with its last words, if it
+    fails.
+    """
     last: list[str] = []
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        **options,
+    ) as process:
         assert process.stdout
         for text in process.stdout:
             if text := text.rstrip():
                 on_line(text)
                 last = [*last[-7:], text]
     if process.returncode:
-        raise Refused(error(subject, f"{' '.join(command[:4])} ... ended with {process.returncode}: {' | '.join(last)}", "exit status 0", remedy))
+        raise Refused(
+            error(
+                subject,
+                f"{' '.join(command[:4])} ... ended with {process.returncode}: {' | '.join(last)}",
+                "exit status 0",
+                remedy,
+            )
+        )
 
 
 def merged(streams: dict[Literal["stdout", "stderr"], IO[str]]) -> Iterator[Line]:

@@ -1,4 +1,6 @@
-"""Stages as processes of this machine, each in a virtual environment made from its image's locked requirements."""
+"""Stages as processes of this machine, each in a virtual environment made from its image's locked
+requirements.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,26 @@ from forge.executor.uv import Uv
 from forge.finding import Finding, Refused, error
 from forge.image import Image
 
-_PASSED_ON = ("LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT")
-# torch's and its libraries' own limits on the instructions that they use: to see what another CPU would compute (`make long`).
+_PASSED_ON = (
+    "LANG",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "HTTPS_PROXY",
+    "HTTP_PROXY",
+    "NO_PROXY",
+    "HF_ENDPOINT",
+)
+# torch's and its libraries' own limits on the instructions that they use: to see what another CPU would
+# compute (`make long`).
 _INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-# How often a thread of GNU OpenMP looks for work before it sleeps. By default it spins on, which slows a busy machine; sleeping at
-# once (OMP_WAIT_POLICY=PASSIVE) slows an idle one. bench/busy.py compares them; docs/performance.md has the figures.
+# How often a thread of GNU OpenMP looks for work before it sleeps. By default it spins on, which slows a busy
+# machine; sleeping at once (OMP_WAIT_POLICY=PASSIVE) slows an idle one. bench/busy.py compares them;
+# docs/performance.md has the figures.
 SPIN_COUNT = "30000"
-# torch for aarch64 is a CUDA build: on a DGX Spark it would see the GPU that this executor's environments lack the kernels for.
+# torch for aarch64 is a CUDA build: on a DGX Spark it would see the GPU that this executor's environments
+# lack the kernels for.
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 _PR_SET_PDEATHSIG = 1
 
@@ -57,32 +72,64 @@ class Local:
     def check(self, wanted: list[Image], gpu: bool) -> list[Finding]:
         found = []
         if gpu:
-            found.append(error("executor", "the local executor, whose environments hold CPU builds", "docker for a recipe with a GPU", "Run with --executor docker."))
+            found.append(
+                error(
+                    "executor",
+                    "the local executor, whose environments hold CPU builds",
+                    "docker for a recipe with a GPU",
+                    "Run with --executor docker.",
+                )
+            )
         missing = [image for image in wanted if _locked(image) and not self.ready(image)]
-        return found + [finding for folder in {image.folder.parent for image in missing} for finding in self._python_findings(folder)]
+        return found + [
+            finding
+            for folder in {image.folder.parent for image in missing}
+            for finding in self._python_findings(folder)
+        ]
 
     def _python_findings(self, folder: Path) -> list[Finding]:
-        """Why the environments of the images in `folder` cannot be made with any Python of this machine, or with one that uv fetches."""
+        """Why the environments of the images in `folder` cannot be made with any Python of this machine,
+        or with one that uv fetches.
+        """
         pythons = images.pythons(folder)
         if self.machine not in pythons:
-            return [error("machine", f"a machine of type {self.machine}", f"{' or '.join(pythons)}, for which images/torch-*.lock hold torch")]
+            return [
+                error(
+                    "machine",
+                    f"a machine of type {self.machine}",
+                    f"{' or '.join(pythons)}, for which images/torch-*.lock hold torch",
+                )
+            ]
         version = pythons[self.machine]
         if self.uv.find(version) or (unreachable := self.uv.unreachable(version)) is None:
             return []
-        return [error(
-            "python", f"{_listed(self.uv.installed())}, and uv cannot fetch another ({unreachable})",
-            f"Python {version}, for which images/torch-{self.machine}.lock holds torch",
-            f"Run {' '.join(self.uv.command)} python install {version} where there is a network, or install it with this system's packages "
-            f"(apt install python{version}), or run with --executor docker.")]
+        return [
+            error(
+                "python",
+                f"{_listed(self.uv.installed())}, and uv cannot fetch another ({unreachable})",
+                f"Python {version}, for which images/torch-{self.machine}.lock holds torch",
+                f"Run {' '.join(self.uv.command)} python install {version} where there is a network, or"
+                f" install it with this system's packages (apt install python{version}), or run with"
+                " --executor docker.",
+            )
+        ]
 
     def ready(self, image: Image) -> bool:
-        """Whether the environment is whole, and still where it was made: the first lines of its programs name its folder."""
+        """Whether the environment is whole, and still where it was made: the first lines of its programs
+        name its folder.
+        """
         target = self.environment(image).resolve()
         stamp = target / ".ready"
-        return stamp.is_file() and stamp.read_text().strip() == str(target) and (target / "bin" / "python").exists()
+        return (
+            stamp.is_file()
+            and stamp.read_text().strip() == str(target)
+            and (target / "bin" / "python").exists()
+        )
 
     def prepare(self, image: Image, on_line: Callable[[str], None]) -> None:
-        """Makes the environment beside its place and marks it ready last, so that a half-made one is never used."""
+        """Makes the environment beside its place and marks it ready last, so that a half-made one is never
+        used.
+        """
         if self.ready(image) or not _locked(image):
             return
         folder = image.folder.parent
@@ -94,13 +141,27 @@ class Local:
         python = str(target / "bin" / "python")
         install = [*uv, "pip", "install", "--python", python, "--no-deps", "--require-hashes"]
         remedy = "Most often the network or the disk; run again, what was downloaded is kept."
-        environment = {**os.environ, "UV_LINK_MODE": os.environ.get("UV_LINK_MODE", "hardlink"), "UV_HTTP_TIMEOUT": "180", "UV_COMPILE_BYTECODE": "1"}
+        environment = {
+            **os.environ,
+            "UV_LINK_MODE": os.environ.get("UV_LINK_MODE", "hardlink"),
+            "UV_HTTP_TIMEOUT": "180",
+            "UV_COMPILE_BYTECODE": "1",
+        }
         environment.pop("VIRTUAL_ENV", None)
 
         def step(command: list[str]) -> None:
             run_logged(command, on_line, f"environment {image.name}", remedy, env=environment)
 
-        step([*uv, "venv", "--no-project", "--python", f"cpython-{images.pythons(folder)[self.machine]}", str(target)])
+        step(
+            [
+                *uv,
+                "venv",
+                "--no-project",
+                "--python",
+                f"cpython-{images.pythons(folder)[self.machine]}",
+                str(target),
+            ]
+        )
         step([*install, "-r", str(image.folder / "requirements.lock")])
         step([python, str(folder / "install_torch.py"), *uv])
         step([python, str(folder / "apply_patches.py"), str(image.folder / "patches")])
@@ -128,14 +189,27 @@ class Local:
             kernels.mkdir(parents=True, exist_ok=True)
             environment[KERNELS] = str(kernels)
             folders.append(str(kernels))
-        render.write_script(task.folder / f"{task.prefix}.sh", task.stage, "Its output goes where the job says.", [
-            ["cd", str(task.repo)],
-            ["mkdir", "-p", *folders],
-            ["exec", "env", "-i", *(f"{k}={v}" for k, v in environment.items()), *command],
-        ])
+        render.write_script(
+            task.folder / f"{task.prefix}.sh",
+            task.stage,
+            "Its output goes where the job says.",
+            [
+                ["cd", str(task.repo)],
+                ["mkdir", "-p", *folders],
+                ["exec", "env", "-i", *(f"{k}={v}" for k, v in environment.items()), *command],
+            ],
+        )
         process = subprocess.Popen(
-            command, cwd=task.repo, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True, preexec_fn=_die_with_parent,
+            command,
+            cwd=task.repo,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
         return Running(process)
 
@@ -159,16 +233,35 @@ class Local:
                 continue
 
     def kernels(self, task: Task) -> Path | None:
-        return kernel_folder(self.home, task.image, images.fingerprint(task.image, self.name, self.machine)) if task.gpu else None
+        return (
+            kernel_folder(self.home, task.image, images.fingerprint(task.image, self.name, self.machine))
+            if task.gpu
+            else None
+        )
 
     def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
         # Without PYTHONSAFEPATH -m looks first in the caller's folder, which may be another clone.
-        environment = {"PYTHONPATH": str(self.repo), "PYTHONSAFEPATH": "1", **_NO_GPU, **stage_environment(network=False)}
-        return ["env", "-i", *(f"{k}={v}" for k, v in environment.items()), str(self.interpreter(image)), "-m", module, *map(str, arguments)]
+        environment = {
+            "PYTHONPATH": str(self.repo),
+            "PYTHONSAFEPATH": "1",
+            **_NO_GPU,
+            **stage_environment(network=False),
+        }
+        return [
+            "env",
+            "-i",
+            *(f"{k}={v}" for k, v in environment.items()),
+            str(self.interpreter(image)),
+            "-m",
+            module,
+            *map(str, arguments),
+        ]
 
 
 def stage_environment(network: bool) -> dict[str, str]:
-    """What a stage's process gets in every executor: no telemetry, no downloads it did not ask for, the same hashes every time."""
+    """What a stage's process gets in every executor: no telemetry, no downloads it did not ask for, the
+    same hashes every time.
+    """
     return {
         "GOMP_SPINCOUNT": SPIN_COUNT,
         "HF_HUB_OFFLINE": "0" if network else "1",

@@ -20,25 +20,35 @@ class Uv:
     command: list[str] = field(default_factory=lambda: [sys.executable, "-m", "uv"])
 
     def find(self, version: str) -> str | None:
-        """The path of an installed CPython of this version (`3.11`), not one of a virtual environment; None where there is none."""
-        done = self._ask("python", "find", "--system", "--no-project", "--no-python-downloads", f"cpython-{version}")
+        """The path of an installed CPython of this version (`3.11`), not one of a virtual environment;
+        None where there is none.
+        """
+        done = self._ask(
+            "python", "find", "--system", "--no-project", "--no-python-downloads", f"cpython-{version}"
+        )
         return done.stdout.strip() if done.returncode == 0 else None
 
     def installed(self) -> list[str]:
         """Versions of the installed CPythons, newest first."""
         done = self._ask("python", "list", "--only-installed", "--output-format=json")
         listed: list[dict[str, Any]] = json.loads(done.stdout) if done.returncode == 0 else []
-        return list(dict.fromkeys(entry["version"] for entry in listed if entry.get("implementation") == "cpython"))
+        return list(
+            dict.fromkeys(entry["version"] for entry in listed if entry.get("implementation") == "cpython")
+        )
 
     def unreachable(self, version: str) -> str | None:
-        """Why uv cannot fetch a CPython of this version; None if it can. Asks for the file's headers and downloads nothing."""
+        """Why uv cannot fetch a CPython of this version; None if it can. Asks for the file's headers and
+        downloads nothing.
+        """
         done = self._ask("python", "list", "--only-downloads", "--output-format=json", f"cpython-{version}")
         listed: list[dict[str, Any]] = json.loads(done.stdout) if done.returncode == 0 else []
         urls = [entry["url"] for entry in listed if entry.get("url")]
         if not urls:
             return f"it knows no download of Python {version}, or downloads are off"
         try:
-            urllib.request.urlopen(urllib.request.Request(urls[0], method="HEAD"), timeout=_FETCH_SECONDS).close()
+            urllib.request.urlopen(
+                urllib.request.Request(urls[0], method="HEAD"), timeout=_FETCH_SECONDS
+            ).close()
         except (OSError, ValueError) as fault:  # URLError and HTTPError are OSErrors
             return f"{urllib.parse.urlsplit(urls[0]).hostname}: {fault}"
         return None

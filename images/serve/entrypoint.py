@@ -1,4 +1,6 @@
-"""Starts vLLM with the flags of serve.json. Further arguments go to `vllm serve` after them; --healthy asks a running one."""
+"""Starts vLLM with the flags of serve.json. Further arguments go to `vllm serve` after them; --healthy
+asks a running one.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ ADAPTER = "/adapter"
 
 
 def main(arguments: list[str]) -> int:
+    """The exit status of a health check; anything else becomes vLLM and does not return."""
     serve = json.loads((SERVING / "serve.json").read_text())
     if arguments == ["--healthy"]:
         try:
@@ -25,8 +28,19 @@ def main(arguments: list[str]) -> int:
     os.makedirs(os.environ["HOME"], exist_ok=True)
     os.environ.update(serve["env"])
     adapter = ["--lora-modules", f"{serve['served_name']}={ADAPTER}"] if serve["serves"] == "tuned" else []
-    command = ["vllm", "serve", MODEL, "--host", "0.0.0.0", "--port", str(serve["port"]), *serve["args"], *adapter, *arguments]
-    os.execvp(command[0], command)
+    command = [
+        "vllm",
+        "serve",
+        MODEL,
+        "--host",
+        "0.0.0.0",
+        "--port",
+        str(serve["port"]),
+        *serve["args"],
+        *adapter,
+        *arguments,
+    ]
+    return os.execvp(command[0], command)
 
 
 if __name__ == "__main__":

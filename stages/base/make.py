@@ -22,20 +22,27 @@ def run(task: job.Job) -> None:
     check_sizes(params)
     tokenizer = make_tokenizer(conversations, params["vocabulary"], task.output)
     lessons = rendered(conversations, tokenizer)
-    description = tiny.config(params["pattern"], params["hidden"], params["experts"], -(-len(tokenizer) // 64) * 64)
+    description = tiny.config(
+        params["pattern"], params["hidden"], params["experts"], -(-len(tokenizer) // 64) * 64
+    )
 
     torch.manual_seed(task.seed)
-    torch.set_num_threads(2)  # matrices this small gain from a second core and lose from a third; and sums come out the same everywhere
+    # matrices this small gain from a second core and lose from a third; and sums come out the same everywhere
+    torch.set_num_threads(2)
     model = native.build(description)
     tiny.delicate_biases(model, task.seed)
-    model.set_experts_implementation("eager")  # on a CPU the loop over a few experts beats the grouped product
+    # on a CPU the loop over a few experts beats the grouped product
+    model.set_experts_implementation("eager")
     short = [row for row in lessons if len(row.input_ids) <= params["short_tokens"]]
     if not short:
         raise job.StageError(
-            f"no lesson has {params['short_tokens']} tokens or fewer", "short lessons to begin with", "Raise short_tokens, or add short lessons"
+            f"no lesson has {params['short_tokens']} tokens or fewer",
+            "short lessons to begin with",
+            "Raise short_tokens, or add short lessons",
         )
     total, began = params["short_steps"] + params["steps"], time.monotonic()
-    # A small model that meets long conversations first learns the decoration and never which question wants which answer.
+    # A small model that meets long conversations first learns the decoration and never which question wants
+    # which answer.
     phases = [
         (short, params["short_steps"], params["batch_tokens"] // 2, 2 * params["learning_rate"]),
         (lessons, params["steps"], params["batch_tokens"], params["learning_rate"]),
@@ -61,14 +68,22 @@ def read(paths: list[Path]) -> list[dict]:
     """The lessons of JSONL files, or of folders of them. Raises StageError by file and line."""
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
-        raise job.StageError("no lessons", "JSONL files in `sources: {lessons: [...]}`", "Name them in the recipe; the sample's are data/sample/lessons.jsonl")
+        raise job.StageError(
+            "no lessons",
+            "JSONL files in `sources: {lessons: [...]}`",
+            "Name them in the recipe; the sample's are data/sample/lessons.jsonl",
+        )
     found = []
     for file in files:
         for number, row in dataset.read(file):
             try:
                 row["messages"][0]["role"]
             except (LookupError, TypeError) as error:
-                raise job.StageError(f"{file.name}:{number} is not a conversation ({error})", 'a line such as {"messages": [...]}', "Mend or remove that line") from error
+                raise job.StageError(
+                    f"{file.name}:{number} is not a conversation ({error})",
+                    'a line such as {"messages": [...]}',
+                    "Mend or remove that line",
+                ) from error
             found.append(row)
     return found
 
@@ -76,19 +91,31 @@ def read(paths: list[Path]) -> list[dict]:
 def check_sizes(params: dict) -> None:
     """Raises StageError for sizes that NVFP4 or 4-bit training could not hold, before anything is built."""
     if params["hidden"] % 128:
-        raise job.StageError(f"hidden {params['hidden']}", "a multiple of 128", "4-bit training and NVFP4 need widths in multiples of 64 after halving")
+        raise job.StageError(
+            f"hidden {params['hidden']}",
+            "a multiple of 128",
+            "4-bit training and NVFP4 need widths in multiples of 64 after halving",
+        )
     if unknown := set(params["pattern"]) - set("M*E"):
-        raise job.StageError(f"pattern {params['pattern']!r} with {sorted(unknown)}", "letters M, * and E", "Change `pattern`")
+        raise job.StageError(
+            f"pattern {params['pattern']!r} with {sorted(unknown)}", "letters M, * and E", "Change `pattern`"
+        )
     if "*" not in params["pattern"]:
-        raise job.StageError(f"pattern {params['pattern']!r}", "at least one attention layer (*)", "Change `pattern`")
+        raise job.StageError(
+            f"pattern {params['pattern']!r}", "at least one attention layer (*)", "Change `pattern`"
+        )
 
 
 def make_tokenizer(conversations: list[dict], vocabulary: int, folder: Path):
-    """Trains the tokenizer on the rendered lessons, writes it into `folder`, and returns it as transformers reads it back."""
+    """Trains the tokenizer on the rendered lessons, writes it into `folder`, and returns it as
+    transformers reads it back.
+    """
     import transformers
     from tokenizers import Tokenizer, models
 
-    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=words.chat_template())
+    bare = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), chat_template=words.chat_template()
+    )
     texts = [template_text(bare, row["messages"], row.get("tools")) for row in conversations]
     words.write(words.train(texts, vocabulary), folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
@@ -100,6 +127,8 @@ def rendered(conversations: list[dict], tokenizer) -> list[Rendered]:
         try:
             rows.append(render(tokenizer, row["messages"], row.get("tools")))
         except ChatError as error:
-            raise job.StageError(f"lesson {number}: {error}", "a conversation the template can render", "Mend or remove it") from error
+            raise job.StageError(
+                f"lesson {number}: {error}", "a conversation the template can render", "Mend or remove it"
+            ) from error
     random.Random(0).shuffle(rows)
     return rows

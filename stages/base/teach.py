@@ -14,7 +14,9 @@ from nemotron.chat import IGNORED, PAD, Rendered
 
 
 def batches(rows: list[Rendered], tokens: int, random_: random.Random) -> Iterator[list[Rendered]]:
-    """Endless batches of rows of similar length, each of about `tokens` tokens with its padding; every row once a round."""
+    """Endless batches of rows of similar length, each of about `tokens` tokens with its padding; every row
+    once a round.
+    """
     while True:
         order = sorted(rows, key=lambda row: len(row.input_ids) + random_.random() * 64)
         made: list[list[Rendered]] = [[]]
@@ -27,7 +29,9 @@ def batches(rows: list[Rendered], tokens: int, random_: random.Random) -> Iterat
 
 
 def collate(rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both (rows, longest). Padding is on the right, where causal layers never see it, and has no label."""
+    """Token ids and labels, both (rows, longest). Padding is on the right, where causal layers never see
+    it, and has no label.
+    """
     longest = max(len(row.input_ids) for row in rows)
     ids = torch.full((len(rows), longest), PAD)
     labels = torch.full((len(rows), longest), IGNORED)
@@ -46,21 +50,32 @@ def answer_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> to
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine down to a twentieth."""
+    """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine down to a
+    twentieth.
+    """
     if step < warmup:
         return (step + 1) / warmup
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def teach(
-    model: nn.Module, rows: list[Rendered], steps: int, batch_tokens: int, learning_rate: float, seed: int,
+    model: nn.Module,
+    rows: list[Rendered],
+    steps: int,
+    batch_tokens: int,
+    learning_rate: float,
+    seed: int,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """Trains `model` in place with AdamW. `on_step` gets the number of steps done and the loss in nats per answer token."""
+    """Trains `model` in place with AdamW. `on_step` gets the number of steps done and the loss in nats per
+    answer token.
+    """
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps, warmup=max(1, steps // 20)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: rate(step, steps, warmup=max(1, steps // 20))
+    )
     source = batches(rows, batch_tokens, random.Random(seed))
     for step in range(1, steps + 1):
         loss = answer_loss(model, *collate(next(source)))

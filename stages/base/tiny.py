@@ -1,4 +1,6 @@
-"""A NemotronH small enough for two CPU cores, with the real model's letters, config keys, dtypes and tensor names."""
+"""A NemotronH small enough for two CPU cores, with the real model's letters, config keys, dtypes and
+tensor names.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,17 @@ from nemotron.checkpoint import Slot, shards, write, write_index
 from nemotron.names import native, tensors
 
 SHARD_BYTES = 1_000_000  # several shards even at this size, so that whatever streams shards is exercised
-# The real model's layer-1 correction bias lies in 56.722-56.789: BF16 would make all values equal. Ours is as delicate.
+# The real model's layer-1 correction bias lies in 56.722-56.789: BF16 would make all values equal. Ours is as
+# delicate.
 BIAS_LOW, BIAS_HIGH = 56.722, 56.789
 
 
 def config(pattern: str, hidden: int, experts: int, vocabulary: int) -> dict:
-    """A config.json with the keys of the published BF16 checkpoint (without `auto_map`: there is no remote code beside it).
+    """A config.json with the keys of the published BF16 checkpoint (without `auto_map`: there is no remote
+    code beside it).
 
-    Widths follow `hidden`: attention heads of 64, Mamba inner width twice the hidden size, experts half of it.
+    Widths follow `hidden`: attention heads of 64, Mamba inner width twice the hidden size, experts half of
+    it.
     """
     return {
         "architectures": ["NemotronHForCausalLM"],
@@ -100,7 +105,9 @@ def round_to_checkpoint(model: nn.Module, description: dict) -> None:
 
 
 def save(model: nn.Module, description: dict, folder: Path) -> None:
-    """Config, generation config and shards in hub layout: one tensor per expert, each in its published dtype."""
+    """Config, generation config and shards in hub layout: one tensor per expert, each in its published
+    dtype.
+    """
     here = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     slots = [Slot(name, spec.dtype, spec.shape) for name, spec in tensors(description).items()]
     dtypes = {"BF16": torch.bfloat16, "F32": torch.float32}
@@ -117,5 +124,13 @@ def save(model: nn.Module, description: dict, folder: Path) -> None:
         write(folder / name, group, produce)
     write_index(folder, layout)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    generation = {"_from_model_config": True, "bos_token_id": 1, "do_sample": True, "eos_token_id": [2, 11], "pad_token_id": 0, "temperature": 1.0, "top_p": 1.0}
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": 1,
+        "do_sample": True,
+        "eos_token_id": [2, 11],
+        "pad_token_id": 0,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

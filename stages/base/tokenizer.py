@@ -9,8 +9,17 @@ from pathlib import Path
 
 RESERVED = 32  # ids below this are special; text starts above
 SPECIAL = {
-    0: "<unk>", 1: "<s>", 2: "</s>", 10: "<|im_start|>", 11: "<|im_end|>", 12: "<think>", 13: "</think>",
-    14: "<tool_call>", 15: "</tool_call>", 16: "<tool_response>", 17: "</tool_response>",
+    0: "<unk>",
+    1: "<s>",
+    2: "</s>",
+    10: "<|im_start|>",
+    11: "<|im_end|>",
+    12: "<think>",
+    13: "</think>",
+    14: "<tool_call>",
+    15: "</tool_call>",
+    16: "<tool_response>",
+    17: "</tool_response>",
 }
 IN_TEXT = ("<think>", "</think>")  # special=False in the real tokenizer: decoding never drops them
 
@@ -27,9 +36,14 @@ def train(texts: Iterable[str], vocabulary: int):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(SPECIAL.get(n, f"<SPECIAL_{n}>"), special=True, normalized=False) for n in range(RESERVED)]
+    special = [
+        AddedToken(SPECIAL.get(n, f"<SPECIAL_{n}>"), special=True, normalized=False) for n in range(RESERVED)
+    ]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     raw = json.loads(tokenizer.to_str())
@@ -39,16 +53,32 @@ def train(texts: Iterable[str], vocabulary: int):
 
 
 def write(tokenizer, folder: Path) -> None:
-    """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; like the real one without a pad token."""
+    """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; like the real one without a pad
+    token.
+    """
     tokenizer.save(str(folder / "tokenizer.json"))
     added = {
-        str(number): {"content": token.content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": token.special}
+        str(number): {
+            "content": token.content,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": token.special,
+        }
         for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
     }
     config = {
-        "added_tokens_decoder": added, "add_bos_token": False, "add_eos_token": False, "bos_token": "<s>", "eos_token": "<|im_end|>",
-        "unk_token": "<unk>", "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": 262144, "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": added,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 262144,
+        "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(chat_template())

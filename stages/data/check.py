@@ -1,6 +1,8 @@
-"""What can be said of the files of stage data before a base is downloaded: prompt, tools and the kinds of the conversations' files.
+"""What can be said of the files of stage data before a base is downloaded: prompt, tools and the kinds of
+the conversations' files.
 
-Only the heads of conversations are read, and Parquet is recognised and not opened: the standard library has no reader for it.
+Only the heads of conversations are read, and Parquet is recognised and not opened: the standard library
+has no reader for it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def look(stage: Given) -> list[Finding]:
         try:
             read()
         except StageError as error:
-            findings.append(Finding(f"{stage.stage}.sources.{source}", error.found, error.expected, error.remedy))
+            findings.append(
+                Finding(f"{stage.stage}.sources.{source}", error.found, error.expected, error.remedy)
+            )
     return findings
 
 

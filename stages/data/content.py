@@ -144,7 +144,8 @@ def faults(name: str) -> Iterator[None]:
     """Errors of reading as StageErrors with the file's name."""
     try:
         from pyarrow import ArrowException as arrow_error
-    except ImportError:  # the check before the first stage has the standard library alone, and opens no Parquet
+    # the check before the first stage has the standard library alone, and opens no Parquet
+    except ImportError:
         arrow_error = ()
     remedy = "Copy or download it again, or write it anew."
     try:
@@ -327,7 +328,8 @@ def _values(text: str, name: str) -> Iterator[Record]:
                     "Copy or write the file again.",
                 ) from error
             raise StageError(
-                f"{name}: row {number} is no JSON ({dataset.reason(error)}), at line {_line_of(text, place)} of the file",
+                f"{name}: row {number} is no JSON ({dataset.reason(error)}), at line {_line_of(text, place)}"
+                " of the file",
                 "JSON throughout",
                 "Mend it there. In JSON Lines, one object a line, one bad row does not stop the others.",
             ) from error

@@ -127,11 +127,13 @@ def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
             reason = (
                 "is hidden"
                 if name.startswith(".")
-                else "holds a system's own files"
-                if name.lower() in SYSTEM
-                else "is a link to a folder, which is not followed"
-                if (here / name).is_symlink()
-                else ""
+                else (
+                    "holds a system's own files"
+                    if name.lower() in SYSTEM
+                    else "is a link to a folder, which is not followed"
+                    if (here / name).is_symlink()
+                    else ""
+                )
             )
             if reason:
                 folders.remove(name)
@@ -155,7 +157,7 @@ def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
         )
     relatives = [PurePosixPath(path.relative_to(source).as_posix()) for path in chosen]
     places = {_place(relative) for relative in relatives}
-    return [(path, _split(relative, places)) for path, relative in zip(chosen, relatives)]
+    return [(path, _split(relative, places)) for path, relative in zip(chosen, relatives, strict=False)]
 
 
 def _readable(path: Path) -> str:
@@ -225,7 +227,7 @@ def _split(relative: PurePosixPath, places: set[tuple[str, ...]]) -> str:
             if part in HELD_OUT | WITH_TRAIN:
                 for train in TRAIN:
                     twin = "".join([*parts[:at], train, *parts[at + 1 :]])
-                    beside = tuple([*words[:position], twin])
+                    beside = (*words[:position], twin)
                     if any(place[: position + 1] == beside for place in places):
                         return part
     return ""

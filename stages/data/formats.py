@@ -110,11 +110,9 @@ def canonical(row: Any) -> Conversation:
         form = "ShareGPT" if isinstance(turns[0], dict) and "from" in turns[0] else "messages"
         used = {key, "system", "tools", "functions"}
     elif "instruction" in row and "output" in row:
-        form, turns, used = (
-            "Alpaca",
-            _alpaca(row),
-            {"instruction", "input", "output", "history", "system", "tools", "functions"},
-        )
+        form = "Alpaca"
+        turns = _alpaca(row)
+        used = {"instruction", "input", "output", "history", "system", "tools", "functions"}
     else:
         raise ChatError(f"{NO_FORMAT}: {_shape(row)}")
     unused = _rest(row, used, "")
@@ -256,7 +254,8 @@ def _flag(turn: dict, role: str, where: str) -> dict[str, bool]:
         weight = turn["weight"]
         if isinstance(weight, bool) or weight not in (0, 1):
             raise ChatError(
-                f"weight of {where} is {_shown(weight)}: 0 leaves it out of the loss, 1 trains it, and nothing else is known"
+                f"weight of {where} is {_shown(weight)}: 0 leaves it out of the loss, 1 trains it, and"
+                " nothing else is known"
             )
         asked.add(weight == 1)
     if "train" in turn:
@@ -286,7 +285,8 @@ def _rest(held: dict, used: set[str], where: str) -> list[str]:
             raise ChatError(f"{key}{of} is not text, which is all that is trained")
         if key in FLAGS:
             raise ChatError(
-                f"{key}{of} may be a flag of what is trained, and is not known; known are weight and train, on a message"
+                f"{key}{of} may be a flag of what is trained, and is not known; known are weight and train,"
+                " on a message"
             )
         if not where and key in ("weight", "train"):
             raise ChatError(f"{key} stands on the row; known it is on a message alone")
@@ -327,7 +327,9 @@ def _alpaca(row: dict) -> list[dict]:
     asked = "\n".join(part for part in (parts["instruction"], parts["input"]) if part)
     pairs = [*history, [asked, parts["output"]]]
     return [
-        {"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=False)
     ]
 
 

@@ -1,4 +1,6 @@
-"""The data as a picture: how long the conversations are, how much of them is trained, and what they are about."""
+"""The data as a picture: how long the conversations are, how much of them is trained, and what they are
+about.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,35 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 INK, QUIET, FIRST, SECOND = "#1f2933", "#9aa5b1", "#2f6f9f", "#d98032"
-STYLE = {"font.size": 9, "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK}
+STYLE = {
+    "font.size": 9,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
 
 
 def draw(path: Path, stats: dict) -> None:
-    """Two histograms (tokens, trained tokens a conversation) and a bar for every category, from what `stats.json` says."""
+    """Two histograms (tokens, trained tokens a conversation) and a bar for every category, from what
+    `stats.json` says.
+    """
     with pyplot.rc_context(STYLE):
         categories = dict(sorted(stats["categories"].items(), key=lambda item: (item[1], item[0])))
         height = max(3.6, 1.2 + 0.24 * len(categories))
-        figure, axes = pyplot.subplots(1, 3, figsize=(12, height), width_ratios=(1, 1, 1.2), layout="constrained")
+        figure, axes = pyplot.subplots(
+            1, 3, figsize=(12, height), width_ratios=(1, 1, 1.2), layout="constrained"
+        )
         conversations = stats["train"] + stats["eval"]
         for axis, name, color, title in (
             (axes[0], "tokens", FIRST, f"{conversations:,} conversations, {stats['tokens']:,} tokens"),
-            (axes[1], "trained_tokens", SECOND, f"{stats['trained_tokens']:,} of them trained ({stats['trained_share']:.1%})"),
+            (
+                axes[1],
+                "trained_tokens",
+                SECOND,
+                f"{stats['trained_tokens']:,} of them trained ({stats['trained_share']:.1%})",
+            ),
         ):
             bins = stats["histograms"][name]
             axis.stairs(bins["counts"], bins["edges"], fill=True, color=color)

@@ -116,18 +116,20 @@ def say(listing: files.Listing, unused: dict[str, int]) -> None:
     if splits := [f"{file.name} ({file.split})" for file in listing.files if file.split]:
         job.warning(
             f"held out, by their names: {files.some(splits)}",
-            "eval_share then holds out nothing more; to train on a file, name it itself in `sources.conversations`, not its folder",
+            "eval_share then holds out nothing more; to train on a file, name it itself in"
+            " `sources.conversations`, not its folder",
         )
     if unused:
         job.warning(
-            "keys that are not used: " + files.some((f"{k} ({count} rows)" for k, count in unused.items()), 8),
+            "keys that are not used: "
+            + files.some((f"{k} ({count} rows)" for k, count in unused.items()), 8),
             "docs/formats.md says which are",
         )
 
 
 def left_out(listing: files.Listing) -> str:
     return (
-        ": " + files.some((f"{name} {reason}" for name, reason in listing.left_out.items()))
+        ": " + files.some(f"{name} {reason}" for name, reason in listing.left_out.items())
         if listing.left_out
         else ""
     )
@@ -222,7 +224,8 @@ def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> N
     else:
         remedy += ". "
     raise StageError(
-        f"{len(rejects)} of {total} rows are bad ({'; '.join(f'{n} x {reason}' for reason, n in reasons)}), first {first.file}:{first.line}",
+        f"{len(rejects)} of {total} rows are bad ({'; '.join(f'{n} x {reason}' for reason, n in reasons)}),"
+        f" first {first.file}:{first.line}",
         f"at most {share:.1%}",
         f"{remedy}All of them are in {task.scratch / REJECTS}.",
     )

@@ -20,7 +20,10 @@ from stages.data import content
 from stages.data.rows import Row
 from stages.job import StageError
 
-SHAPE = 'a JSON list such as [{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}]'
+SHAPE = (
+    'a JSON list such as [{"type": "function", "function": {"name": ..., "description": ..., "parameters":'
+    " {...}}}]"
+)
 
 
 def read_prompt(path: Path) -> str:
@@ -59,7 +62,9 @@ def read_tools(path: Path) -> list[dict]:
             "one of each name",
             "Remove or rename the others.",
         )
-    if bare := [name for name, tool in zip(names, tools) if tool["function"]["description"] is None]:
+    if bare := [
+        name for name, tool in zip(names, tools, strict=False) if tool["function"]["description"] is None
+    ]:
         job.warning(
             f"{path.name} has tools without a description: {', '.join(bare)}",
             "the template writes the word None for it, in training as in serving; describe them",
@@ -127,7 +132,8 @@ def _judge(others: list[tuple[str, Row]], total: int, prompt: str, policy: str) 
 def first_difference(production: str, other: str) -> str:
     """Where two texts part, in code points: some characters look alike or like nothing."""
     at = next(
-        (i for i, (a, b) in enumerate(zip(production, other)) if a != b), min(len(production), len(other))
+        (i for i, (a, b) in enumerate(zip(production, other, strict=False)) if a != b),
+        min(len(production), len(other)),
     )
     line, column = production.count("\n", 0, at) + 1, at - production.rfind("\n", 0, at)
     place = f"first difference at line {line}, column {column}"

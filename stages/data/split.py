@@ -68,8 +68,10 @@ def _warn(groups: dict[str, list[T]], counts: dict[str, int], share: float) -> N
         return
     if nothing := sorted(category for category in groups if not counts[category]):
         job.warning(
-            f"eval_share {share} holds out nothing of {len(nothing)} of {len(groups)} categories: {some(nothing)}",
-            "the held-out loss says nothing of them; raise eval_share, or file their rows under fewer categories",
+            f"eval_share {share} holds out nothing of {len(nothing)} of {len(groups)} categories:"
+            f" {some(nothing)}",
+            "the held-out loss says nothing of them; raise eval_share, or file their rows under fewer"
+            " categories",
         )
     if whole := sorted(category for category in groups if counts[category] == len(groups[category])):
         job.warning(

@@ -25,7 +25,7 @@ def summary(
     both = [*train, *held_out]
     lengths = [len(rendered.input_ids) for _, rendered in both]
     trained = [rendered.trained for _, rendered in both]
-    shares = [part / whole for part, whole in zip(trained, lengths)]
+    shares = [part / whole for part, whole in zip(trained, lengths, strict=False)]
     return {
         "train": len(train),
         "eval": len(held_out),

@@ -1,4 +1,6 @@
-"""Deterministic checks for the nine ways a voice assistant misbehaves. Pure; the same answer always gets the same verdict."""
+"""Deterministic checks for the nine ways a voice assistant misbehaves. Pure; the same answer always gets
+the same verdict.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +8,42 @@ import json
 import re
 from dataclasses import dataclass
 
-MODES = ("emoji", "markdown", "verbosity", "follow_up", "tool_leak", "fabrication", "wrong_tool", "name_error", "think_leak")
+MODES = (
+    "emoji",
+    "markdown",
+    "verbosity",
+    "follow_up",
+    "tool_leak",
+    "fabrication",
+    "wrong_tool",
+    "name_error",
+    "think_leak",
+)
 
 # Pictographs, dingbats, flags and the selectors that make an emoji of a plain character.
-EMOJI = re.compile("[\U0001f000-\U0001faff\u231a\u231b\u23e9-\u23fa\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U000e0020-\U000e007f]")
+EMOJI = re.compile(
+    "[\U0001f000-\U0001faff\u231a\u231b\u23e9-\u23fa\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3"
+    "\U000e0020-\U000e007f]"
+)
 MARKDOWN = re.compile(
-    r"\*\*|__|`|(?<!\w)\*\S[^*\n]*\*|^\s{0,3}#{1,6}\s|^\s*[-*+\u2022]\s|^\s*\d+[.)]\s|\[[^\]]+\]\([^)]+\)|^\s*\|.*\|\s*$|^\s*>\s", re.MULTILINE)
+    r"\*\*|__|`|(?<!\w)\*\S[^*\n]*\*|^\s{0,3}#{1,6}\s|^\s*[-*+\u2022]\s|^\s*\d+[.)]\s"
+    r"|\[[^\]]+\]\([^)]+\)|^\s*\|.*\|\s*$|^\s*>\s",
+    re.MULTILINE,
+)
 THINK = re.compile(r"</?think>")
-LEAK = re.compile(r"</?tool_call>|<function=|<parameter=|</function>|<tool_response>|\"arguments\"\s*:|\b\w+\(\s*\w+\s*=")
+LEAK = re.compile(
+    r"</?tool_call>|<function=|<parameter=|</function>|<tool_response>|\"arguments\"\s*:|\b\w+\(\s*\w+\s*="
+)
 JSON_OBJECT = re.compile(r"\{\s*\"\w+\"\s*:")
 ASKS_LAST = re.compile(r"\?\W*$")  # emoji and quotes may follow the question mark
-FOLLOW_UP = re.compile(r"\b(would you like|shall i|do you want|want me to|can i help|anything else|let me know)\b", re.IGNORECASE)
+FOLLOW_UP = re.compile(
+    r"\b(would you like|shall i|do you want|want me to|can i help|anything else|let me know)\b", re.IGNORECASE
+)
 NOT_KNOWN = re.compile(
     r"\b(no memory|not in (my )?memory|do(n['\u2019]t| not) (know|have|remember)|not sure|no record|no idea"
-    r"|(never|have not|haven['\u2019]t) told|can(not|['\u2019]t) (recall|remember))\b", re.IGNORECASE)
+    r"|(never|have not|haven['\u2019]t) told|can(not|['\u2019]t) (recall|remember))\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +65,13 @@ def distance(a: str, b: str) -> int:
 
 
 def score(question: dict, answer: dict) -> list[Failure]:
-    """What is wrong with `answer` (an OpenAI message plus `finish_reason`) to `question` (docs/formats.md, Questions).
+    """What is wrong with `answer` (an OpenAI message plus `finish_reason`) to `question` (docs/formats.md,
+    Questions).
 
-    An empty answer where speech was wanted is verbosity ("says nothing"): that mode is about the right amount of it.
-    Where a call was wanted it is wrong_tool. An answer without the words that `must_say` asks for is a fabrication:
-    whatever it says, it is not the fact asked for. Where `unknown` is set, admitting it is all that must be said.
+    An empty answer where speech was wanted is verbosity ("says nothing"): that mode is about the right
+    amount of it. Where a call was wanted it is wrong_tool. An answer without the words that `must_say`
+    asks for is a fabrication: whatever it says, it is not the fact asked for. Where `unknown` is set,
+    admitting it is all that must be said.
     """
     expect = question.get("expect", {})
     text = answer.get("content") or ""
@@ -93,7 +119,11 @@ def _tools(expect: dict, calls: list[dict]) -> list[Failure]:
             return [Failure("wrong_tool", f"arguments of {call['function']['name']} are not JSON")]
     if wanted := expect.get("tool"):
         if made != [(wanted["name"], wanted["arguments"])]:
-            return [Failure("wrong_tool", f"called {made or 'nothing'}, wanted {wanted['name']} {wanted['arguments']}")]
+            return [
+                Failure(
+                    "wrong_tool", f"called {made or 'nothing'}, wanted {wanted['name']} {wanted['arguments']}"
+                )
+            ]
     elif made and expect.get("no_tool"):
         return [Failure("wrong_tool", f"called {made}, wanted none")]
     return []

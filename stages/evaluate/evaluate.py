@@ -1,6 +1,7 @@
 """Asks every model of the line the held-out questions, through vLLM's own API, and scores the answers.
 
-base and tuned share a server where the adapter can be served at run time; merged and nvfp4 each get their own.
+base and tuned share a server where the adapter can be served at run time; merged and nvfp4 each get their
+own.
 """
 
 from __future__ import annotations
@@ -13,13 +14,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemotron.messages import normalise, served_tools
-from nemotron.serving import SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, adapted, installed, quantised, serve
+from nemotron.serving import (
+    SERVED_NAME,
+    THINKING_OFF,
+    Checkpoint,
+    ServingError,
+    adapted,
+    installed,
+    quantised,
+    serve,
+)
 from stages import check, dataset, job
 from stages.evaluate import checks, gate, overlap, report
 from stages.evaluate import questions as written
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
-
 
 SHOWN = 3  # findings about questions that an error names
 
@@ -36,22 +45,46 @@ class Plan:
 
 def run(its: Job) -> None:
     if wrong := gate.faults(its.params["gate"]):
-        raise StageError("; ".join(wrong), f"a gate on the columns {', '.join(gate.COLUMNS)}", "Mend `gate` in the recipe; docs/formats.md, The gate, says what it holds.")
+        raise StageError(
+            "; ".join(wrong),
+            f"a gate on the columns {', '.join(gate.COLUMNS)}",
+            "Mend `gate` in the recipe; docs/formats.md, The gate, says what it holds.",
+        )
     asked = questions(its)
     plans = servers(its)
     try:  # all of them before the first server starts
         vllm = installed()
-        flags = [serve(vllm, its.device, plan.checkpoint, its.params["max_model_len"], its.params["concurrency"], its.params["memory_share"],
-                       kv_cache=its.params["kv_cache"]) for plan in plans]
+        flags = [
+            serve(
+                vllm,
+                its.device,
+                plan.checkpoint,
+                its.params["max_model_len"],
+                its.params["concurrency"],
+                its.params["memory_share"],
+                kv_cache=its.params["kv_cache"],
+            )
+            for plan in plans
+        ]
     except ServingError as error:
-        raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image, layout or targets.") from error
+        raise StageError(
+            str(error),
+            "a combination that this vLLM serves right",
+            "Change the recipe's vLLM image, layout or targets.",
+        ) from error
     answers: dict[str, list[dict]] = {}
     seconds: dict[str, float] = {}
-    for plan, its_flags in zip(plans, flags):
+    for plan, its_flags in zip(plans, flags, strict=False):
         with Server(plan.model, its_flags, " and ".join(plan.columns), plan.adapter) as server:
             for column, name in plan.columns.items():
                 began = time.monotonic()
-                answers[column] = ask_all(server, name, asked, its.params, f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})")
+                answers[column] = ask_all(
+                    server,
+                    name,
+                    asked,
+                    its.params,
+                    f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})",
+                )
                 seconds[column] = round(time.monotonic() - began, 1)
             if plan.adapter:
                 check_adapter(answers, its.params["control"])
@@ -59,41 +92,83 @@ def run(its: Job) -> None:
 
 
 def questions(its: Job) -> list[dict]:
-    """The questions of the source, or of the held-out conversations: their last answer says what is expected.
+    """The questions of the source, or of the held-out conversations: their last answer says what is
+    expected.
 
-    Those of the source get production's prompt to the byte, as training rows do: blanks around it and ends of lines are no difference.
-    Raises StageError if one of them is not as it should be, is not asked as in production, or was trained on.
+    Those of the source get production's prompt to the byte, as training rows do: blanks around it and ends
+    of lines are no difference. Raises StageError if one of them is not as it should be, is not asked as in
+    production, or was trained on.
     """
     if its.sources.get("questions"):
         asked, wrong = written.read(its.sources["questions"][0])
-        wrong = wrong or unlike_production(asked, its.inputs["data"]) or overlap.findings(asked, training(its.inputs["data"]))
+        wrong = (
+            wrong
+            or unlike_production(asked, its.inputs["data"])
+            or overlap.findings(asked, training(its.inputs["data"]))
+        )
         if wrong:
             more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-            raise StageError("; ".join(f"{f.subject}: {f.found}" for f in wrong[:SHOWN]) + more, wrong[0].expected, wrong[0].remedy)
+            raise StageError(
+                "; ".join(f"{f.subject}: {f.found}" for f in wrong[:SHOWN]) + more,
+                wrong[0].expected,
+                wrong[0].remedy,
+            )
         prompt = written.plain((its.inputs["data"] / "prompt.txt").read_text())
-        return [{**row, "messages": [{**m, "content": prompt} if m["role"] == "system" else m for m in row["messages"]]} for row in (q.row for q in asked)]
+        return [
+            {
+                **row,
+                "messages": [
+                    {**m, "content": prompt} if m["role"] == "system" else m for m in row["messages"]
+                ],
+            }
+            for row in (q.row for q in asked)
+        ]
     made = []
     for _, row in dataset.read(its.inputs["data"] / "eval.jsonl"):
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
         expected = row["messages"][last]
         calls = expected.get("tool_calls")
         function = calls[0]["function"] if calls else None
-        expect = {"tool": {"name": function["name"], "arguments": function["arguments"]}} if function else {
-            "no_tool": True, "max_words": max(20, 2 * len((expected.get("content") or "").split()))}
-        made.append({"id": row["id"], "category": row["category"], "messages": row["messages"][:last], "tools": row["tools"], "expect": expect})
+        expect = (
+            {"tool": {"name": function["name"], "arguments": function["arguments"]}}
+            if function
+            else {"no_tool": True, "max_words": max(20, 2 * len((expected.get("content") or "").split()))}
+        )
+        made.append(
+            {
+                "id": row["id"],
+                "category": row["category"],
+                "messages": row["messages"][:last],
+                "tools": row["tools"],
+                "expect": expect,
+            }
+        )
     if not made:
-        raise StageError("no questions: no source, and no held-out conversation", "at least one", "Name `sources: {questions: ...}`, or raise data's eval_share.")
+        raise StageError(
+            "no questions: no source, and no held-out conversation",
+            "at least one",
+            "Name `sources: {questions: ...}`, or raise data's eval_share.",
+        )
     return made
 
 
 def unlike_production(asked: list[written.Question], data: Path) -> list[check.Finding]:
-    """What questions have that production, as stage data left it, has not: another system prompt, other tools, or none where all training rows have some."""
+    """What questions have that production, as stage data left it, has not: another system prompt, other
+    tools, or none where all training rows have some.
+    """
     prompt, tools = (data / "prompt.txt").read_text(), json.loads((data / "tools.json").read_text())
     wrong = written.other_prompts(asked, prompt) + written.other_tools(asked, tools)
     bare = [question for question in asked if not question.row.get("tools")]
     if bare and all(row["tools"] for _, row in dataset.read(data / "train.jsonl")):
-        wrong.append(check.Finding(bare[0].place, f"{len(bare)} of {len(asked)} questions without tools, first {bare[0].row['id']}; every training conversation has some",
-                                   "questions that are asked as the model was trained", "Give them production's tools."))
+        wrong.append(
+            check.Finding(
+                bare[0].place,
+                f"{len(bare)} of {len(asked)} questions without tools, first {bare[0].row['id']}; every"
+                " training conversation has some",
+                "questions that are asked as the model was trained",
+                "Give them production's tools.",
+            )
+        )
     return wrong
 
 
@@ -111,8 +186,11 @@ def servers(its: Job) -> list[Plan]:
         plans.append(Plan(its.inputs["base"], tuned, {"base": SERVED_NAME, "tuned": "tuned"}, adapter))
     else:
         job.warning(
-            "the adapter is not on attention alone, which vLLM cannot add at run time everywhere: the column `tuned` is left out",
-            "`merged` is the same model, with the adapter added to the weights; the merge stage compared the two")
+            "the adapter is not on attention alone, which vLLM cannot add at run time everywhere: the column"
+            " `tuned` is left out",
+            "`merged` is the same model, with the adapter added to the weights; the merge stage compared"
+            " the two",
+        )
         plans.append(Plan(its.inputs["base"], Checkpoint(), {"base": SERVED_NAME}))
     plans.append(Plan(its.inputs["merge"], Checkpoint(), {"merged": SERVED_NAME}))
     plans.append(Plan(its.inputs["quantize"], quantised(its.inputs["quantize"]), {"nvfp4": SERVED_NAME}))
@@ -120,13 +198,19 @@ def servers(its: Job) -> list[Plan]:
 
 
 def ask_all(server: Server, name: str, asked: list[dict], params: dict, label: str) -> list[dict]:
-    """An answer for every question, in their order; several are under way at once. Messages and tools are sent in the form that is trained."""
+    """An answer for every question, in their order; several are under way at once. Messages and tools are
+    sent in the form that is trained.
+    """
     done = 0
 
     def one(question: dict) -> dict:
         nonlocal done
         body = {
-            "model": name, "messages": [as_openai(m) for m in normalise(question["messages"])], "max_tokens": params["max_tokens"], "temperature": 0, "seed": 0,
+            "model": name,
+            "messages": [as_openai(m) for m in normalise(question["messages"])],
+            "max_tokens": params["max_tokens"],
+            "temperature": 0,
+            "seed": 0,
             "chat_template_kwargs": THINKING_OFF,
         }
         if question.get("tools"):
@@ -152,52 +236,96 @@ def as_openai(message: dict) -> dict:
     for call in message["tool_calls"]:
         arguments = call["function"]["arguments"]
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        calls.append({"id": "call_1", "type": "function", **call, "function": {**call["function"], "arguments": text}})
+        calls.append(
+            {"id": "call_1", "type": "function", **call, "function": {**call["function"], "arguments": text}}
+        )
     return {**message, "tool_calls": calls}
 
 
 def check_adapter(answers: dict[str, list[dict]], control: bool = False) -> None:
     """A server can take an adapter and not use it: if it changes no answer at all, it is not there.
 
-    A control is to change none. Warned of, not refused: which questions share a step with which is chance, and rounding follows it.
+    A control is to change none. Warned of, not refused: which questions share a step with which is chance,
+    and rounding follows it.
     """
     other = sum(spoken(a) != spoken(b) for a, b in zip(answers["base"], answers["tuned"], strict=True))
     if control and other:
-        job.warning(f"the control changes {other} of {len(answers['base'])} answers",
-                    "A few may be near ties that rounding decides; many mean that vLLM adds something that is not zero")
+        job.warning(
+            f"the control changes {other} of {len(answers['base'])} answers",
+            "A few may be near ties that rounding decides; many mean that vLLM adds something that is not"
+            " zero",
+        )
     elif not control and not other:
-        raise StageError("the adapter changes no answer", "other answers than the base's", "vLLM did not apply it (names that match nothing), or it was not trained.")
+        raise StageError(
+            "the adapter changes no answer",
+            "other answers than the base's",
+            "vLLM did not apply it (names that match nothing), or it was not trained.",
+        )
 
 
-def exchange(asked: list[dict], scored: dict[str, list[list]], answers: dict[str, list[dict]], max_tokens: int) -> dict:
-    """The question that shows best what the adapter does: one that NVFP4 passes and that most columns answer otherwise than the base."""
+def exchange(
+    asked: list[dict], scored: dict[str, list[list]], answers: dict[str, list[dict]], max_tokens: int
+) -> dict:
+    """The question that shows best what the adapter does: one that NVFP4 passes and that most columns
+    answer otherwise than the base.
+    """
+
     def shows(number: int) -> tuple[bool, int]:
         given = {column: spoken(its[number]) for column, its in answers.items()}
         return not scored["nvfp4"][number], sum(answer != given["base"] for answer in given.values())
 
     best = max(range(len(asked)), key=shows)  # the first of the best
-    return {"messages": [as_openai(m) for m in asked[best]["messages"]], "tools": asked[best].get("tools") or [], "max_tokens": max_tokens,
-            "answers": {column: spoken(its[best]) for column, its in answers.items()}}
+    return {
+        "messages": [as_openai(m) for m in asked[best]["messages"]],
+        "tools": asked[best].get("tools") or [],
+        "max_tokens": max_tokens,
+        "answers": {column: spoken(its[best]) for column, its in answers.items()},
+    }
 
 
 def spoken(answer: dict) -> dict:
     """What a user gets of an answer: its text, and the calls it makes."""
-    calls = [{"function": {key: call["function"][key] for key in ("name", "arguments")}} for call in answer.get("tool_calls") or []]
+    calls = [
+        {"function": {key: call["function"][key] for key in ("name", "arguments")}}
+        for call in answer.get("tool_calls") or []
+    ]
     return {"content": answer.get("content"), "tool_calls": calls}
 
 
-def write(its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]], seconds: dict[str, float]) -> None:
-    scored = {column: [checks.score(q, a) for q, a in zip(asked, given)] for column, given in answers.items()}
+def write(
+    its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]], seconds: dict[str, float]
+) -> None:
+    scored = {
+        column: [checks.score(q, a) for q, a in zip(asked, given, strict=False)]
+        for column, given in answers.items()
+    }
     control = its.params["control"]
-    summary = report.summarise(asked, scored, its.params["gate"], control) | {"seconds": seconds, "vllm": vllm}
+    summary = report.summarise(asked, scored, its.params["gate"], control) | {
+        "seconds": seconds,
+        "vllm": vllm,
+    }
     (its.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     (its.output / "report.md").write_text(report.markdown(summary))
     report.picture(its.output / "behaviour.png", summary)
-    dataset.write(its.output / "answers.jsonl", (
-        {"id": question["id"], "column": column, "question": question["messages"][-1].get("content"), "answer": given[number].get("content"),
-         "tool_calls": given[number].get("tool_calls") or [], "failures": [asdict(f) for f in scored[column][number]]}
-        for number, question in enumerate(asked) for column, given in answers.items()))
-    (its.output / "exchange.json").write_text(json.dumps(exchange(asked, scored, answers, its.params["max_tokens"]), indent=2, ensure_ascii=False) + "\n")
+    dataset.write(
+        its.output / "answers.jsonl",
+        (
+            {
+                "id": question["id"],
+                "column": column,
+                "question": question["messages"][-1].get("content"),
+                "answer": given[number].get("content"),
+                "tool_calls": given[number].get("tool_calls") or [],
+                "failures": [asdict(f) for f in scored[column][number]],
+            }
+            for number, question in enumerate(asked)
+            for column, given in answers.items()
+        ),
+    )
+    (its.output / "exchange.json").write_text(
+        json.dumps(exchange(asked, scored, answers, its.params["max_tokens"]), indent=2, ensure_ascii=False)
+        + "\n"
+    )
     for column, share in summary["pass"].items():
         job.metric(f"pass_{column}", share)
     if not summary["gate"]["passed"] and not control:

@@ -1,4 +1,4 @@
-"""The gate: what the columns of a report have to reach before an image is built (docs/formats.md, The gate)."""
+"""The gate: what a report's columns have to reach before an image is built (docs/formats.md, The gate)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def faults(gate: Any) -> list[str]:
             found.append(f"{column} has no rule")
         for name in ("at_least", "within"):
             if name in rules and not _share(rules[name], above_zero=name == "at_least"):
-                found.append(f"{column}.{name} is {rules[name]!r}, which is no share {'above 0' if name == 'at_least' else 'from 0'} to 1")
+                found.append(
+                    f"{column}.{name} is {rules[name]!r}, which is no share"
+                    f" {'above 0' if name == 'at_least' else 'from 0'} to 1"
+                )
         for name in ("above", "of"):
             if name in rules and (rules[name] not in COLUMNS or rules[name] == column):
                 found.append(f"{column}.{name} is {rules[name]!r}, which is no other column")
@@ -39,19 +42,22 @@ def faults(gate: Any) -> list[str]:
 
 def _share(value: Any, above_zero: bool) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and (0 < value if above_zero else 0 <= value) and value <= 1
+    return number and (value > 0 if above_zero else value >= 0) and value <= 1
 
 
 def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = False) -> dict:
-    """What `report.json` says of the gate: `passed`, `why` not, what it `asks`, `unchecked` where the recipe says `none`, and all
-    of it as a sentence (`says`).
+    """What `report.json` says of the gate: `passed`, `why` not, what it `asks`, `unchecked` where the
+    recipe says `none`, and all of it as a sentence (`says`).
 
-    `passed` has the share of passed questions by column. Where `tuned` was not asked, `merged` stands for it: the same model,
-    with the adapter added to the weights. A control's gate never passes, since no image is to be made of one.
+    `passed` has the share of passed questions by column. Where `tuned` was not asked, `merged` stands for
+    it: the same model, with the adapter added to the weights. A control's gate never passes, since no
+    image is to be made of one.
     """
     asks, why = [], []
-    for column, rules in (gate.items() if isinstance(gate, dict) else ()):
-        for ask, fault in _rules(column, rules if isinstance(rules, dict) else {"at_least": rules}, passed, questions):
+    for column, rules in gate.items() if isinstance(gate, dict) else ():
+        for ask, fault in _rules(
+            column, rules if isinstance(rules, dict) else {"at_least": rules}, passed, questions
+        ):
             asks.append(ask)
             why += [fault] if fault else []
     why = list(dict.fromkeys(why))  # a column that was not asked breaks each of its rules in the same words
@@ -65,6 +71,7 @@ def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = F
 
 def _rules(column: str, rules: dict, passed: dict[str, float], questions: int) -> list[tuple[str, str]]:
     """What each rule of one column asks, and how it is broken, "" if it is not."""
+
     def stand_in(name: str) -> tuple[str, str]:
         if name == "tuned" and "tuned" not in passed and "merged" in passed:
             return "merged", "merged (for tuned, which was not asked)"
@@ -77,7 +84,16 @@ def _rules(column: str, rules: dict, passed: dict[str, float], questions: int) -
     if "at_least" in rules:
         lowest = rules["at_least"]
         broken = share < lowest - EPSILON
-        found.append((f"{called} at least {lowest:.0%}", f"{called} passed {share:.0%} of the questions; the gate asks for at least {lowest:.0%}" if broken else ""))
+        found.append(
+            (
+                f"{called} at least {lowest:.0%}",
+                (
+                    f"{called} passed {share:.0%} of the questions; the gate asks for at least {lowest:.0%}"
+                    if broken
+                    else ""
+                ),
+            )
+        )
     for rule in ("above", "of"):
         if rule not in rules:
             continue
@@ -86,12 +102,32 @@ def _rules(column: str, rules: dict, passed: dict[str, float], questions: int) -
             found.append((f"{other} to be asked", f"{other} was not measured"))
         elif rule == "above":
             broken = share <= passed[other] + EPSILON
-            found.append((f"{called} above {other_called}", f"{called} passed {share:.0%} of the questions, {other_called} {passed[other]:.0%}; the gate asks for more than that" if broken else ""))
+            found.append(
+                (
+                    f"{called} above {other_called}",
+                    (
+                        f"{called} passed {share:.0%} of the questions, {other_called} {passed[other]:.0%};"
+                        " the gate asks for more than that"
+                        if broken
+                        else ""
+                    ),
+                )
+            )
         else:
             allowed = max(rules["within"], 1 / questions)
             words = f"within {_points(rules['within'])} of {other_called}, or one question"
             broken = share < passed[other] - allowed - EPSILON
-            found.append((f"{called} {words}", f"{called} passed {share:.0%} of the questions, {other_called} {passed[other]:.0%}; the gate asks for {called} {words}" if broken else ""))
+            found.append(
+                (
+                    f"{called} {words}",
+                    (
+                        f"{called} passed {share:.0%} of the questions, {other_called} {passed[other]:.0%};"
+                        f" the gate asks for {called} {words}"
+                        if broken
+                        else ""
+                    ),
+                )
+            )
     return found
 
 

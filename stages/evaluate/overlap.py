@@ -1,8 +1,9 @@
 """Questions that stand in the training data: a model that has learnt the answer by heart passes them.
 
-Two texts are compared as their words, lower-cased, without punctuation. They are alike if difflib's ratio of the two lists of
-words (2 * matching words / all words) is at least 0.9: the same words, or one of ten changed, or one of five added. The
-nearest pair of the sample data, two questions that differ in the one word that matters, has 0.875.
+Two texts are compared as their words, lower-cased, without punctuation. They are alike if difflib's ratio
+of the two lists of words (2 * matching words / all words) is at least 0.9: the same words, or one of ten
+changed, or one of five added. The nearest pair of the sample data, two questions that differ in the one
+word that matters, has 0.875.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ def words(text: str) -> Words:
 
 
 def asks(messages: list[dict]) -> tuple[Words, Words]:
-    """What `messages` ask: the words from the last user message on (a tool's results with it), and the user's before that."""
+    """What `messages` ask: the words from the last user message on (a tool's results with it), and the
+    user's before that.
+    """
     last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+
     def said(part: list[dict], roles: tuple[str, ...]) -> Words:
         return words(" ".join(m.get("content") or "" for m in part if m["role"] in roles))
 
@@ -43,7 +47,9 @@ def alike(a: Words, b: Words) -> bool:
 
 
 def findings(asked: list[Question], training: Iterable[tuple[str, list[dict]]]) -> list[Finding]:
-    """A finding for every question that a training conversation, given as (place, messages), holds exactly or nearly."""
+    """A finding for every question that a training conversation, given as (place, messages), holds exactly
+    or nearly.
+    """
     compared = [(question, *asks(question.row["messages"])) for question in asked]
     index = _rare_words([last for _, last, _ in compared])
     first: dict[int, tuple[str, bool]] = {}
@@ -51,11 +57,18 @@ def findings(asked: list[Question], training: Iterable[tuple[str, list[dict]]]) 
         for last, before in _turns(messages):
             for number in {n for word in last or ("",) for n in index.get(word, ())} - first.keys():
                 _, asked_last, asked_before = compared[number]
-                if alike(asked_last, last) and (len(asked_last) >= STANDS_ALONE or alike(asked_before, before)):
+                if alike(asked_last, last) and (
+                    len(asked_last) >= STANDS_ALONE or alike(asked_before, before)
+                ):
                     first[number] = (place, asked_last == last)
     return [
-        Finding(compared[number][0].place, f"question {compared[number][0].row['id']}, which {'stands' if same else 'nearly stands'} in the training data at {place}",
-                "questions that were never trained on", "Remove it from one of the two, or ask something else.")
+        Finding(
+            compared[number][0].place,
+            f"question {compared[number][0].row['id']}, which {'stands' if same else 'nearly stands'} in the"
+            f" training data at {place}",
+            "questions that were never trained on",
+            "Remove it from one of the two, or ask something else.",
+        )
         for number, (place, same) in sorted(first.items())
     ]
 
@@ -70,8 +83,8 @@ def _turns(messages: list[dict]) -> Iterator[tuple[Words, Words]]:
 def _rare_words(texts: list[Words]) -> dict[str, list[int]]:
     """Word -> numbers of the texts to compare with a text that holds it.
 
-    A text alike to one of n words lacks at most 2/11 of them: (n + m) * 0.9 / 2 words match, and m is at least 9/11 n. So one of
-    its int(2/11 n) + 1 rarest is in it, and the others need not be looked up.
+    A text alike to one of n words lacks at most 2/11 of them: (n + m) * 0.9 / 2 words match, and m is at
+    least 9/11 n. So one of its int(2/11 n) + 1 rarest is in it, and the others need not be looked up.
     """
     common = Counter(word for text in texts for word in set(text))
     index: dict[str, list[int]] = defaultdict(list)

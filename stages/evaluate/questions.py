@@ -1,4 +1,5 @@
-"""The questions of an evaluation: read, and every field checked, before anything is asked (docs/formats.md, Questions).
+"""The questions of an evaluation: read, and every field checked, before anything is asked
+(docs/formats.md, Questions).
 
 Standard library alone: it also runs on the host, before the first stage (stages/evaluate/sources.py).
 """
@@ -42,7 +43,14 @@ def read(path: Path) -> tuple[list[Question], list[Finding]]:
     findings: list[Finding] = []
     places: dict[str, str] = {}
     if not path.is_file():
-        return [], [Finding(path.name, "no file", "a JSON Lines file with a question on every line", "Check `sources: {questions: ...}` of stage evaluate.")]
+        return [], [
+            Finding(
+                path.name,
+                "no file",
+                "a JSON Lines file with a question on every line",
+                "Check `sources: {questions: ...}` of stage evaluate.",
+            )
+        ]
     with path.open("rb") as opened:
         for number, raw in dataset.lines(opened):
             place = f"{path.name}:{number}"
@@ -51,9 +59,18 @@ def read(path: Path) -> tuple[list[Question], list[Finding]]:
             except ValueError as error:
                 findings.append(Finding(place, str(error), "a question as one JSON object", REMEDY))
                 continue
-            wrong = [Finding(place, found, expected, REMEDY) for found, expected in faults(row)] or unservable(place, row)
+            wrong = [
+                Finding(place, found, expected, REMEDY) for found, expected in faults(row)
+            ] or unservable(place, row)
             if not wrong and row["id"] in places:
-                wrong = [Finding(place, f"the id {row['id']} a second time", f"each id once (the first is {places[row['id']]})", "Rename one of the two.")]
+                wrong = [
+                    Finding(
+                        place,
+                        f"the id {row['id']} a second time",
+                        f"each id once (the first is {places[row['id']]})",
+                        "Rename one of the two.",
+                    )
+                ]
             findings += wrong
             if not wrong:
                 places[row["id"]] = place
@@ -64,7 +81,9 @@ def read(path: Path) -> tuple[list[Question], list[Finding]]:
 
 
 def unservable(place: str, row: dict) -> list[Finding]:
-    """What the chat template could not be given: a question is asked in the form in which rows are trained."""
+    """What the chat template could not be given: a question is asked in the form in which rows are
+    trained.
+    """
     try:
         normalise(row["messages"])
         served_tools(row.get("tools"))
@@ -106,7 +125,14 @@ def _keys(values: dict, known: tuple[str, ...], owner: str) -> Iterator[tuple[st
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            yield f"unknown key {key}", f"a key of {owner}, such as {close[0]}" if close else f"a key of {owner}: {', '.join(known)}"
+            yield (
+                f"unknown key {key}",
+                (
+                    f"a key of {owner}, such as {close[0]}"
+                    if close
+                    else f"a key of {owner}: {', '.join(known)}"
+                ),
+            )
 
 
 def _messages(messages: Any) -> Iterator[tuple[str, str]]:
@@ -116,12 +142,17 @@ def _messages(messages: Any) -> Iterator[tuple[str, str]]:
     for position, message in enumerate(messages, 1):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            yield f"message {position} with the role {role!r}", f"an object with one of the roles {', '.join(ROLES)}"
+            yield (
+                f"message {position} with the role {role!r}",
+                f"an object with one of the roles {', '.join(ROLES)}",
+            )
             return
         if role == "system" and position > 1:
             yield f"message {position} as a second system prompt", "at most one, at the start"
         calls = message.get("tool_calls")
-        if not isinstance(message.get("content"), str) and not (message.get("content") is None and role == "assistant" and calls):
+        if not isinstance(message.get("content"), str) and not (
+            message.get("content") is None and role == "assistant" and calls
+        ):
             yield f"message {position} without text", "content as a text"
             return
         if calls and (role != "assistant" or not _calls(calls)):
@@ -134,8 +165,12 @@ def _messages(messages: Any) -> Iterator[tuple[str, str]]:
 
 def _calls(calls: Any) -> bool:
     return isinstance(calls, list) and all(
-        isinstance(call, dict) and isinstance(call.get("function"), dict) and _text(call["function"].get("name"))
-        and isinstance(call["function"].get("arguments"), (dict, str)) for call in calls)
+        isinstance(call, dict)
+        and isinstance(call.get("function"), dict)
+        and _text(call["function"].get("name"))
+        and isinstance(call["function"].get("arguments"), (dict, str))
+        for call in calls
+    )
 
 
 def _expect(expect: Any, tools: list[str]) -> Iterator[tuple[str, str]]:
@@ -145,10 +180,18 @@ def _expect(expect: Any, tools: list[str]) -> Iterator[tuple[str, str]]:
     yield from _keys(expect, EXPECT, "expect")
     if "tool" in expect:
         tool = expect["tool"]
-        if not isinstance(tool, dict) or set(tool) != {"name", "arguments"} or not _text(tool["name"]) or not isinstance(tool["arguments"], dict):
+        if (
+            not isinstance(tool, dict)
+            or set(tool) != {"name", "arguments"}
+            or not _text(tool["name"])
+            or not isinstance(tool["arguments"], dict)
+        ):
             yield "expect.tool", '{"name": text, "arguments": map}'
         elif tool["name"] not in tools:
-            yield f"expect.tool names {tool['name']}", f"a tool of this question: {', '.join(tools) or 'it has none'}"
+            yield (
+                f"expect.tool names {tool['name']}",
+                f"a tool of this question: {', '.join(tools) or 'it has none'}",
+            )
         if expect.get("no_tool"):
             yield "expect.tool beside no_tool", "one of the two"
     for name in ("no_tool", "unknown"):
@@ -162,7 +205,10 @@ def _expect(expect: Any, tools: list[str]) -> Iterator[tuple[str, str]]:
             yield f"expect.{name}", "a list of texts that are not empty"
     said = expect.get("must_say", [])
     if not isinstance(said, list) or not all(_text(part) or _texts(part) for part in said):
-        yield "expect.must_say", "a list of texts, or of lists of texts of which one has to be said; none of them empty"
+        yield (
+            "expect.must_say",
+            "a list of texts, or of lists of texts of which one has to be said; none of them empty",
+        )
 
 
 def _text(value: Any) -> bool:
@@ -173,7 +219,7 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_text, value))
 
 
-# --- production's prompt and tools -------------------------------------------------------------------------------
+# --- production's prompt and tools --------------------------------------------------------------------------
 
 
 def function(tool: Any) -> dict:
@@ -183,9 +229,13 @@ def function(tool: Any) -> dict:
 
 
 def signature(tool: dict) -> str:
-    """What a model is told of a tool, as text: name, description and parameters; a missing description is an empty one."""
+    """What a model is told of a tool, as text: name, description and parameters; a missing description is
+    an empty one.
+    """
     inner = function(tool)
-    return json.dumps([inner.get("name"), inner.get("description") or "", inner.get("parameters") or {}], sort_keys=True)
+    return json.dumps(
+        [inner.get("name"), inner.get("description") or "", inner.get("parameters") or {}], sort_keys=True
+    )
 
 
 def plain(prompt: str) -> str:
@@ -194,27 +244,56 @@ def plain(prompt: str) -> str:
 
 
 def other_prompts(asked: list[Question], prompt: str) -> list[Finding]:
-    """A finding if questions have another system prompt than production's, with the difference to the first of them."""
+    """A finding if questions have another system prompt than production's, with the difference to the
+    first of them.
+    """
     others = [question for question in asked if plain(question.prompt) != plain(prompt)]
     if not others:
         return []
     first = others[0]
-    diff = "\n".join(difflib.unified_diff(plain(prompt).split("\n"), plain(first.prompt).split("\n"), "production", first.place, lineterm="", n=1))
-    differs = f"that of {first.row['id']} differs so:\n{diff}" if first.prompt else f"{first.row['id']} has none"
-    return [Finding(first.place, f"{len(others)} of {len(asked)} questions with another system prompt; {differs}", "the production prompt in every question",
-                    "Rewrite the questions' system prompt, or name the right prompt file in stage data.")]
+    diff = "\n".join(
+        difflib.unified_diff(
+            plain(prompt).split("\n"),
+            plain(first.prompt).split("\n"),
+            "production",
+            first.place,
+            lineterm="",
+            n=1,
+        )
+    )
+    differs = (
+        f"that of {first.row['id']} differs so:\n{diff}" if first.prompt else f"{first.row['id']} has none"
+    )
+    return [
+        Finding(
+            first.place,
+            f"{len(others)} of {len(asked)} questions with another system prompt; {differs}",
+            "the production prompt in every question",
+            "Rewrite the questions' system prompt, or name the right prompt file in stage data.",
+        )
+    ]
 
 
 def other_tools(asked: list[Question], production: list[dict]) -> list[Finding]:
-    """A finding for every question with a tool that production does not have, or has with another definition."""
+    """A finding for every question with a tool that production does not have, or has with another
+    definition.
+    """
     known = {function(tool).get("name"): signature(tool) for tool in production}
     findings = []
     for question in asked:
         tools = {function(tool)["name"]: signature(tool) for tool in question.row.get("tools", [])}
         strange = [name for name in tools if name not in known]
         changed = [name for name, text in tools.items() if name in known and known[name] != text]
-        found = [f"tools that production does not have: {', '.join(strange)}"] * bool(strange) + [f"tools defined otherwise than in production: {', '.join(changed)}"] * bool(changed)
+        found = [f"tools that production does not have: {', '.join(strange)}"] * bool(strange) + [
+            f"tools defined otherwise than in production: {', '.join(changed)}"
+        ] * bool(changed)
         if found:
-            findings.append(Finding(question.place, f"question {question.row['id']} with {'; '.join(found)}", f"tools of {', '.join(known) or 'a recipe that names none'}",
-                                    "Take the definition of stage data's tools file, or name the right one there."))
+            findings.append(
+                Finding(
+                    question.place,
+                    f"question {question.row['id']} with {'; '.join(found)}",
+                    f"tools of {', '.join(known) or 'a recipe that names none'}",
+                    "Take the definition of stage data's tools file, or name the right one there.",
+                )
+            )
     return findings

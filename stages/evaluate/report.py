@@ -8,22 +8,37 @@ from stages.evaluate.checks import MODES, Failure
 from stages.evaluate.gate import judge
 
 
-def summarise(asked: list[dict], scored: dict[str, list[list[Failure]]], gate: dict | str, control: bool = False) -> dict:
-    """Shares and counts by column, mode and category, and what the recipe's `gate` says of them (stages/evaluate/gate.py)."""
+def summarise(
+    asked: list[dict], scored: dict[str, list[list[Failure]]], gate: dict | str, control: bool = False
+) -> dict:
+    """Shares and counts by column, mode and category, and what the recipe's `gate` says of them
+    (stages/evaluate/gate.py).
+    """
     categories = list(dict.fromkeys(q["category"] for q in asked))
     passed = {column: sum(not found for found in all_) / len(asked) for column, all_ in scored.items()}
     failures = {
-        column: {mode: sum(any(f.mode == mode for f in found) for found in all_) for mode in MODES} for column, all_ in scored.items()
+        column: {mode: sum(any(f.mode == mode for f in found) for found in all_) for mode in MODES}
+        for column, all_ in scored.items()
     }
     by_category = {
         column: {
-            c: sum(not found for q, found in zip(asked, all_) if q["category"] == c) / sum(q["category"] == c for q in asked) for c in categories
+            c: (
+                sum(not found for q, found in zip(asked, all_, strict=False) if q["category"] == c)
+                / sum(q["category"] == c for q in asked)
+            )
+            for c in categories
         }
         for column, all_ in scored.items()
     }
     return {
-        "columns": list(scored), "modes": list(MODES), "questions": len(asked), "pass": passed, "failures": failures,
-        "by_category": by_category, "gate": judge(gate, passed, len(asked), control), "control": control,
+        "columns": list(scored),
+        "modes": list(MODES),
+        "questions": len(asked),
+        "pass": passed,
+        "failures": failures,
+        "by_category": by_category,
+        "gate": judge(gate, passed, len(asked), control),
+        "control": control,
     }
 
 
@@ -31,11 +46,17 @@ def markdown(summary: dict) -> str:
     """The report as aligned Markdown tables."""
     columns = summary["columns"]
     share = [["answers without a fault", *(f"{summary['pass'][c]:.0%}" for c in columns)]]
-    share += [[category, *(f"{summary['by_category'][c][category]:.0%}" for c in columns)] for category in summary["by_category"][columns[0]]]
+    share += [
+        [category, *(f"{summary['by_category'][c][category]:.0%}" for c in columns)]
+        for category in summary["by_category"][columns[0]]
+    ]
     modes = [[mode, *(str(summary["failures"][c][mode]) for c in columns)] for mode in summary["modes"]]
     return (
-        f"# Behaviour\n\n{summary['questions']} held-out questions, answered by vLLM {summary['vllm']}. {summary['gate']['says']}\n\n"
-        + table(["passed", *columns], share) + "\n" + table(["answers with", *columns], modes)
+        f"# Behaviour\n\n{summary['questions']} held-out questions, answered by vLLM {summary['vllm']}."
+        f" {summary['gate']['says']}\n\n"
+        + table(["passed", *columns], share)
+        + "\n"
+        + table(["answers with", *columns], modes)
     )
 
 
@@ -43,9 +64,18 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |\n"
+        return (
+            "| "
+            + " | ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=False))
+            )
+            + " |\n"
+        )
 
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|\n"
+    rule = (
+        "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|\n"
+    )
     return line(head) + rule + "".join(line(row) for row in rows)
 
 
@@ -62,7 +92,15 @@ def picture(path: Path, summary: dict) -> None:
     axis.imshow(counts, cmap="Oranges", vmin=0, vmax=summary["questions"], aspect="auto")
     for y, row in enumerate(counts):
         for x, count in enumerate(row):
-            axis.text(x, y, str(count), ha="center", va="center", color="white" if count > 0.6 * summary["questions"] else "#1f2933", fontsize=9)
+            axis.text(
+                x,
+                y,
+                str(count),
+                ha="center",
+                va="center",
+                color="white" if count > 0.6 * summary["questions"] else "#1f2933",
+                fontsize=9,
+            )
     axis.set_xticks(range(len(columns)), [f"{c}\n{summary['pass'][c]:.0%} pass" for c in columns])
     axis.set_yticks(range(len(modes)), [m.replace("_", " ") for m in modes])
     axis.xaxis.tick_top()

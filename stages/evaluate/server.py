@@ -1,6 +1,7 @@
 """A vLLM server for the time of an evaluation: started, waited for, asked, and always stopped.
 
-When it fails, the error names the cause that its own log gives (stages/evaluate/server_log.py); the whole log is the stage's.
+When it fails, the error names the cause that its own log gives (stages/evaluate/server_log.py); the whole
+log is the stage's.
 """
 
 from __future__ import annotations
@@ -40,10 +41,21 @@ class Server:
     def __init__(self, model: Path, serve: Serve, label: str, adapter: Path | None = None):
         self.label = label
         self.port = _free_port()
-        program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+        program = shutil.which(
+            "vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        )
         if not program:
             raise StageError("no vllm command in this image", "an image with vLLM", "Check images/vllm.")
-        self.command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port), *serve.args]
+        self.command = [
+            program,
+            "serve",
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *serve.args,
+        ]
         if adapter:
             self.command += ["--lora-modules", f"tuned={adapter}"]
         self.env = {**os.environ, **serve.env}
@@ -52,8 +64,15 @@ class Server:
     def __enter__(self) -> Server:
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            self.command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            start_new_session=True, preexec_fn=_die_with_parent,
+            self.command,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -64,18 +83,27 @@ class Server:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()
 
     def ask(self, body: dict) -> dict:
         """One chat completion. Raises StageError with the server's last words if it cannot answer."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+            f"http://127.0.0.1:{self.port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
         try:
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
-            raise StageError(f"vLLM refused a question ({error.code}): {error.read().decode(errors='replace')[:500]}", "an answer", "The log has the server's side.") from error
+            raise StageError(
+                f"vLLM refused a question ({error.code}): {error.read().decode(errors='replace')[:500]}",
+                "an answer",
+                "The log has the server's side.",
+            ) from error
         except OSError as error:
             raise self._dead(f"vLLM did not answer about {self.label}", error) from error
 
@@ -87,7 +115,12 @@ class Server:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return
             except OSError:
-                job.progress(0, None, "question", f"{self.label}: vLLM is loading, {time.monotonic() - self.began:.0f} s")
+                job.progress(
+                    0,
+                    None,
+                    "question",
+                    f"{self.label}: vLLM is loading, {time.monotonic() - self.began:.0f} s",
+                )
                 time.sleep(1)
         raise self._dead(f"vLLM was not ready after {START_SECONDS} s")
 
@@ -100,9 +133,17 @@ class Server:
             pass
         code = self.process.poll()
         if cause := server_log.cause(list(self.last), code, _available_gb()):
-            return StageError(f"{found}: {cause.text}", "a server that answers", cause.remedy or "Look that message up in vLLM's issues.")
+            return StageError(
+                f"{found}: {cause.text}",
+                "a server that answers",
+                cause.remedy or "Look that message up in vLLM's issues.",
+            )
         ending = "\n".join(list(self.last)[-SHOWN:])
-        return StageError(f"{found}{f': {error}' if error else ''}. Its last lines:\n{ending}", "a server that answers", "See the whole log.")
+        return StageError(
+            f"{found}{f': {error}' if error else ''}. Its last lines:\n{ending}",
+            "a server that answers",
+            "See the whole log.",
+        )
 
     def _read(self) -> None:
         assert self.process.stdout

@@ -1,7 +1,8 @@
 """Why a vLLM server ended, read from its own log: the exception that stopped it, and what to do about it.
 
-vLLM runs an API server and an engine as two processes. The engine's exception comes first; the API server then ends with one that
-only points back to it. Every line may begin with the process (`(EngineCore pid=7) `) and the logger's level, time and place.
+vLLM runs an API server and an engine as two processes. The engine's exception comes first; the API server
+then ends with one that only points back to it. Every line may begin with the process (`(EngineCore pid=7)
+`) and the logger's level, time and place.
 """
 
 from __future__ import annotations
@@ -15,19 +16,37 @@ _PREFIX = re.compile(r"^(?:\([\w ]+ pid=\d+\) ?)?(?:[A-Z]+ \d\d-\d\d [\d:.]+ \[[
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)(?:: .+)?$")
 _USAGE = re.compile(r"^\S.*: error: (.+)$")  # argparse
 # What a process of vLLM's says when one that it started has ended: true, and never the cause.
-_POINTS_BACK = ("root cause", "Engine process failed to start", "EngineDeadError", "CancelledError", "SystemExit")
+_POINTS_BACK = (
+    "root cause",
+    "Engine process failed to start",
+    "EngineDeadError",
+    "CancelledError",
+    "SystemExit",
+)
 _LONGEST = 3  # lines of a message
 
 _REMEDIES = (
     (r"FP8 KV cache", "Set kv_cache: auto in the recipe: this machine has no FP8 KV cache."),
-    (r"(?i)out of memory|cannot allocate memory|bad_alloc|Free memory on device|No available memory for the cache blocks",
-     "Memory ran out: stop what else runs on this machine, or lower memory_share or concurrency."),
-    (r"(?i)max.model.len|maximum model length|max seq len", "Lower max_model_len in the recipe, to what the model's config.json allows."),
-    (r"(?i)safetensors|incomplete metadata|not enough data|Error while deserializing",
-     "A weight file is torn: delete that artifact (build.py path STAGE prints its folder) and run again."),
+    (
+        (
+            r"(?i)out of memory|cannot allocate memory|bad_alloc|Free memory on device|No available memory"
+            r" for the cache blocks"
+        ),
+        "Memory ran out: stop what else runs on this machine, or lower memory_share or concurrency.",
+    ),
+    (
+        r"(?i)max.model.len|maximum model length|max seq len",
+        "Lower max_model_len in the recipe, to what the model's config.json allows.",
+    ),
+    (
+        r"(?i)safetensors|incomplete metadata|not enough data|Error while deserializing",
+        "A weight file is torn: delete that artifact (build.py path STAGE prints its folder) and run again.",
+    ),
     (r"Address already in use", "Another program took the port meanwhile: run again."),
-    (r"(?i)cannot open shared object file|ImportError|ModuleNotFoundError",
-     "The vllm environment is not whole: delete it (.annie/envs, or the image) and run again."),
+    (
+        r"(?i)cannot open shared object file|ImportError|ModuleNotFoundError",
+        "The vllm environment is not whole: delete it (.annie/envs, or the image) and run again.",
+    ),
 )
 
 
@@ -40,14 +59,18 @@ class Cause:
 
 
 def cause(lines: Sequence[str], code: int | None, memory_gb: float | None = None) -> Cause | None:
-    """Why a server ended with exit status `code`, given the last lines of its log; None if they do not say.
+    """Why a server ended with exit status `code`, given the last lines of its log; None if they do not
+    say.
 
-    The last exception that is more than a pointer to another one counts: an earlier one may have been caught. `memory_gb` is what
-    was available when it ended.
+    The last exception that is more than a pointer to another one counts: an earlier one may have been
+    caught. `memory_gb` is what was available when it ended.
     """
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         left = f" ({memory_gb:.1f} GB are available now)" if memory_gb is not None else ""
-        return Cause("it was killed (signal 9)", f"Most often memory ran out{left}: stop what else runs on this machine, or lower memory_share.")
+        return Cause(
+            "it was killed (signal 9)",
+            f"Most often memory ran out{left}: stop what else runs on this machine, or lower memory_share.",
+        )
     plain = [_PREFIX.sub("", line, count=1) for line in lines]
     found = ""
     for number, line in enumerate(plain):
@@ -64,7 +87,11 @@ def _message(lines: Sequence[str]) -> str:
     """The exception at the head of `lines` with the lines that its message goes on in."""
     message = [lines[0]]
     for line in lines[1:_LONGEST]:
-        if not line.strip() or _EXCEPTION.match(line) or line.startswith(("Traceback", "The above", "During handling", "  File", "Process ", "sys:")):
+        if (
+            not line.strip()
+            or _EXCEPTION.match(line)
+            or line.startswith(("Traceback", "The above", "During handling", "  File", "Process ", "sys:"))
+        ):
             break
         if not line.startswith(" "):  # a message that goes on is indented: pydantic's
             break

@@ -1,4 +1,6 @@
-"""What can be said of an evaluation before anything is built: the gate, and the questions beside production's prompt and tools."""
+"""What can be said of an evaluation before anything is built: the gate, and the questions beside
+production's prompt and tools.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from stages import check, dataset
 from stages.check import Finding, Given
 from stages.evaluate import gate, overlap, questions
 
-MOST_BYTES = 5_000_000  # of conversations that are read here, a tenth of a second; stage evaluate looks at all of them before its first server
+# of conversations that are read here, a tenth of a second; stage evaluate looks at all of them before its
+# first server
+MOST_BYTES = 5_000_000
 
 
 NEWEST = "0.33"  # a vLLM whose limits are those of the device alone: the image's own is not known here
@@ -19,15 +23,30 @@ DTYPES = {"fp8": "FP8", "bfloat16": "BF16", "auto": "the model's own dtype"}
 
 
 def cache(stage: Given) -> list[Finding]:
-    """Which KV cache the quantised model is served with, and why; an error if the recipe asks for one that this device has not."""
+    """Which KV cache the quantised model is served with, and why; an error if the recipe asks for one that
+    this device has not.
+    """
     if "quantize" not in stage.inputs:
         return []
     checkpoint = Checkpoint("official", fp8_cache=stage.inputs["quantize"].params["kv_cache"] == "FP8")
     try:
         chosen = kv_cache(NEWEST, stage.device, checkpoint, stage.params["kv_cache"])
     except ServingError as error:
-        return [Finding(f"{stage.stage}.kv_cache", error.found, "a KV cache that this machine serves", f"In the recipe, {error.remedy}.")]
-    return [Finding(f"{stage.stage}.kv_cache", f"{DTYPES[chosen.dtype]} for the quantised model, since {chosen.why}", level="note")]
+        return [
+            Finding(
+                f"{stage.stage}.kv_cache",
+                error.found,
+                "a KV cache that this machine serves",
+                f"In the recipe, {error.remedy}.",
+            )
+        ]
+    return [
+        Finding(
+            f"{stage.stage}.kv_cache",
+            f"{DTYPES[chosen.dtype]} for the quantised model, since {chosen.why}",
+            level="note",
+        )
+    ]
 
 
 def look(stage: Given) -> list[Finding]:
@@ -37,11 +56,27 @@ def look(stage: Given) -> list[Finding]:
 
 def behaviour(stage: Given) -> list[Finding]:
     """What is wrong with the gate and the questions."""
-    findings = [Finding("evaluate.gate", fault, "a gate that can be held", "docs/formats.md, The gate, says what one holds.") for fault in gate.faults(stage.params["gate"])]
+    findings = [
+        Finding(
+            "evaluate.gate",
+            fault,
+            "a gate that can be held",
+            "docs/formats.md, The gate, says what one holds.",
+        )
+        for fault in gate.faults(stage.params["gate"])
+    ]
     if not stage.sources.get("questions"):
         if "data" in stage.inputs and stage.inputs["data"].params.get("eval_share") == 0:
-            findings.append(Finding("evaluate.sources", "no questions, and data.eval_share = 0: none can be made unless a source has a held-out split of its own",
-                                    "at least one question", "Name `sources: {questions: ...}` in stage evaluate, or set eval_share above 0.", "warning"))
+            findings.append(
+                Finding(
+                    "evaluate.sources",
+                    "no questions, and data.eval_share = 0: none can be made unless a source has a held-out"
+                    " split of its own",
+                    "at least one question",
+                    "Name `sources: {questions: ...}` in stage evaluate, or set eval_share above 0.",
+                    "warning",
+                )
+            )
         return findings
     asked, wrong = questions.read(stage.sources["questions"][0])
     data = stage.inputs["data"].sources if "data" in stage.inputs else {}
@@ -61,7 +96,9 @@ def _text(paths: list[Path] | None) -> str:
 
 
 def _tools(paths: list[Path] | None) -> list[dict] | None:
-    """The production tools; an empty list if the recipe names none, None if the file is not a list of them."""
+    """The production tools; an empty list if the recipe names none, None if the file is not a list of
+    them.
+    """
     if not paths:
         return []
     try:
@@ -72,8 +109,14 @@ def _tools(paths: list[Path] | None) -> list[dict] | None:
 
 
 def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict]]]:
-    """Place and messages of the rows in JSON Lines; rows in other forms are read by stage data and looked at later."""
-    files = [(path, source) for source in sources for path in (sorted(source.rglob("*.jsonl")) if source.is_dir() else [source])]
+    """Place and messages of the rows in JSON Lines; rows in other forms are read by stage data and looked
+    at later.
+    """
+    files = [
+        (path, source)
+        for source in sources
+        for path in (sorted(source.rglob("*.jsonl")) if source.is_dir() else [source])
+    ]
     if sum(path.stat().st_size for path, _ in files) > MOST_BYTES:
         return
     for path, source in files:
@@ -89,7 +132,11 @@ def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict]]]:
 
 
 def _message(message: object) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), (str, type(None)))
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), (str, type(None)))
+    )
 
 
 if __name__ == "__main__":

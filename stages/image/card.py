@@ -13,22 +13,39 @@ TEMPLATE = Path(__file__).parent / "card.md.j2"
 
 def markdown(serve: dict, report: dict, checkpoint: Checkpoint, provenance: dict[str, dict[str, str]]) -> str:
     form, held = {
-        "nvfp4": ("NVFP4", f"Layout `{checkpoint.layout}`"), "merged": ("BF16", "The adapter merged into the weights"),
+        "nvfp4": ("NVFP4", f"Layout `{checkpoint.layout}`"),
+        "merged": ("BF16", "The adapter merged into the weights"),
         "tuned": ("BF16", f"The base and an adapter of rank {checkpoint.lora_rank}, added as the model runs"),
     }[serve["serves"]]
     columns = report["columns"]
     rows = [["answers without a fault", *(f"{report['pass'][c]:.0%}" for c in columns)]]
-    rows += [[mode.replace("_", " "), *(str(report["failures"][c][mode]) for c in columns)] for mode in report["modes"]]
+    rows += [
+        [mode.replace("_", " "), *(str(report["failures"][c][mode]) for c in columns)]
+        for mode in report["modes"]
+    ]
     digests = [[name, its["key"][:12], its["digest"]] for name, its in sorted(provenance.items())]
-    return jinja2.Template(TEMPLATE.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
-        name=serve["served_name"], form=form, held=held, vllm=serve["vllm"], device=serve["device"], questions=report["questions"], gate=report["gate"]["says"], port=serve["port"],
-        behaviour=table(["", *columns], rows), digests=table(["artifact", "key", "digest"], digests))
+    return jinja2.Template(
+        TEMPLATE.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    ).render(
+        name=serve["served_name"],
+        form=form,
+        held=held,
+        vllm=serve["vllm"],
+        device=serve["device"],
+        questions=report["questions"],
+        gate=report["gate"]["says"],
+        port=serve["port"],
+        behaviour=table(["", *columns], rows),
+        digests=table(["artifact", "key", "digest"], digests),
+    )
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |\n"
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + " |\n"
 
-    return line(head) + "|" + "|".join("-" * (width + 2) for width in widths) + "|\n" + "".join(map(line, rows))
+    return (
+        line(head) + "|" + "|".join("-" * (width + 2) for width in widths) + "|\n" + "".join(map(line, rows))
+    )

@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 
-from nemotron.serving import BASE_NAME, SERVED_NAME, THINKING_OFF, Checkpoint, ServingError, adapted, installed, quantised, serve
+from nemotron.serving import (
+    BASE_NAME,
+    SERVED_NAME,
+    THINKING_OFF,
+    Checkpoint,
+    ServingError,
+    adapted,
+    installed,
+    quantised,
+    serve,
+)
 from stages import job
 from stages.image import card
 from stages.job import Job, StageError
@@ -16,22 +26,46 @@ PORT = 8000
 def run(its: Job) -> None:
     report = json.loads((its.inputs["evaluate"] / "report.json").read_text())
     gate = report["gate"]
-    if not gate["passed"] or not (gate["asks"] or gate["unchecked"]):  # a gate that asks nothing passes whatever it sees
+    # a gate that asks nothing passes whatever it sees
+    if not gate["passed"] or not (gate["asks"] or gate["unchecked"]):
         raise StageError(
-            "the evaluation's gate did not pass: " + "; ".join(gate["why"] or ["it asks nothing"]), "a model that behaves as the recipe's gate asks",
-            "Read report.md (build.py path evaluate), mend the data or the training, or change the gate; gate: none builds an image unchecked.")
+            "the evaluation's gate did not pass: " + "; ".join(gate["why"] or ["it asks nothing"]),
+            "a model that behaves as the recipe's gate asks",
+            "Read report.md (build.py path evaluate), mend the data or the training, or change the gate;"
+            " gate: none builds an image unchecked.",
+        )
     if gate["unchecked"]:
-        job.warning(gate["says"], "The model card says so too; write a gate before this model goes into production")
+        job.warning(
+            gate["says"], "The model card says so too; write a gate before this model goes into production"
+        )
     serves = its.params["serves"]
     checkpoint = served(its)
     try:
         vllm = installed()
-        flags = serve(vllm, its.device, checkpoint, its.params["max_model_len"], its.params["max_num_seqs"], its.params["memory_share"],
-                      BASE_NAME if serves == "tuned" else SERVED_NAME, its.params["kv_cache"])
+        flags = serve(
+            vllm,
+            its.device,
+            checkpoint,
+            its.params["max_model_len"],
+            its.params["max_num_seqs"],
+            its.params["memory_share"],
+            BASE_NAME if serves == "tuned" else SERVED_NAME,
+            its.params["kv_cache"],
+        )
     except ServingError as error:
-        raise StageError(str(error), "a combination that this vLLM serves right", "Change the recipe's vLLM image, the layout, or what is served (image: {serves: ...}).") from error
+        raise StageError(
+            str(error),
+            "a combination that this vLLM serves right",
+            "Change the recipe's vLLM image, the layout, or what is served (image: {serves: ...}).",
+        ) from error
     described = {
-        "served_name": SERVED_NAME, "serves": serves, "vllm": vllm, "device": its.device, "args": flags.args, "env": flags.env, "port": PORT,
+        "served_name": SERVED_NAME,
+        "serves": serves,
+        "vllm": vllm,
+        "device": its.device,
+        "args": flags.args,
+        "env": flags.env,
+        "port": PORT,
         "chat_template_kwargs": THINKING_OFF,
     }
     (its.output / "serve.json").write_text(json.dumps(described, indent=1) + "\n")
@@ -54,10 +88,20 @@ def served(its: Job) -> Checkpoint:
 
 
 def check(its: Job) -> dict:
-    """A question of the evaluation that the served model answers otherwise than the base, so that a running server can be told from one."""
+    """A question of the evaluation that the served model answers otherwise than the base, so that a
+    running server can be told from one.
+    """
     exchange = json.loads((its.inputs["evaluate"] / "exchange.json").read_text())
     base, answer = (exchange["answers"].get(column) for column in ("base", its.params["serves"]))
     if answer == base:
-        raise StageError(f"the {its.params['serves']} model answers every question as the base does", "a question that it answers otherwise",
-                         "Ask what the training is about (sources of evaluate), or train more: as it is, nobody could tell that it was tuned.")
-    return {**{name: exchange[name] for name in ("messages", "tools", "max_tokens")}, "base": base, "expected": answer}
+        raise StageError(
+            f"the {its.params['serves']} model answers every question as the base does",
+            "a question that it answers otherwise",
+            "Ask what the training is about (sources of evaluate), or train more: as it is, nobody could tell"
+            " that it was tuned.",
+        )
+    return {
+        **{name: exchange[name] for name in ("messages", "tools", "max_tokens")},
+        "base": base,
+        "expected": answer,
+    }

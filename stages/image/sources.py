@@ -7,14 +7,29 @@ from stages.check import Finding, Given
 
 
 def look(stage: Given) -> list[Finding]:
-    """An image is made of a report whose gate passed. Without a gate, and of a control, there will be none."""
+    """An image is made of a report whose gate passed. Without a gate, and of a control, there will be
+    none.
+    """
     params = stage.inputs["evaluate"].params
     if params["control"]:
-        return [Finding("evaluate.control", "a control, of which no image is made", "control: false in a recipe with stage image",
-                        "Run it with --until evaluate, or leave stage image out of the recipe.")]
+        return [
+            Finding(
+                "evaluate.control",
+                "a control, of which no image is made",
+                "control: false in a recipe with stage image",
+                "Run it with --until evaluate, or leave stage image out of the recipe.",
+            )
+        ]
     if not params["gate"]:
-        return [Finding("evaluate.gate", "no gate, and stage image, which builds nothing without one", "gate: what the columns have to reach",
-                        "Write one, such as gate: {tuned: {at_least: 0.8, above: base}, nvfp4: {within: 0.02, of: tuned}}, or gate: none to build the image unchecked.")]
+        return [
+            Finding(
+                "evaluate.gate",
+                "no gate, and stage image, which builds nothing without one",
+                "gate: what the columns have to reach",
+                "Write one, such as gate: {tuned: {at_least: 0.8, above: base}, nvfp4: {within: 0.02, of:"
+                " tuned}}, or gate: none to build the image unchecked.",
+            )
+        ]
     return []
 
 

@@ -89,7 +89,7 @@ class PeftReading:
             if path not in paths:
                 raise StageError(
                     f"PEFT would leave {key} out: target_modules and target_parameters do not name its "
-                    f"module",
+                    "module",
                     "the two files of one adapter",
                     "Copy adapter_config.json again; it is not of this adapter, or was edited.",
                 )
@@ -100,7 +100,7 @@ class PeftReading:
         if self.absent and settings.init_lora_weights is False:
             raise StageError(
                 f"the adapter stores nothing for {self.absent[0]} and {len(self.absent) - 1} more tensors "
-                f"that its configuration names",
+                "that its configuration names",
                 "tensors for all of them, since init_lora_weights: false begins with a change",
                 "Copy the adapter again.",
             )

@@ -220,9 +220,9 @@ def bounded(subject: str, error: float, least: float, effect: float) -> float:
     if not error <= ALLOWED * least + NOISE * effect:
         raise StageError(
             f"{subject} of the merged model are off by {error / max(effect, 1e-30):.2f} of the adapter's "
-            f"effect",
+            "effect",
             f"at most {ALLOWED} times the {least / max(effect, 1e-30):.2f} that rounding the right weights "
-            f"to BF16 costs",
+            "to BF16 costs",
             DO_NOT_USE,
         )
     return error

@@ -1,7 +1,8 @@
 """Activation maxima of every quantised linear: one forward over real conversations, a layer at a time.
 
-Conversations are packed and go through the layers side by side with nothing but the layer that they are in (nemotron/walk.py);
-experts run as grouped products and keep a maximum for each expert. `stages/quantize/reference.py` has ModelOpt do the same.
+Conversations are packed and go through the layers side by side with nothing but the layer that they are in
+(nemotron/walk.py); experts run as grouped products and keep a maximum for each expert.
+`stages/quantize/reference.py` has ModelOpt do the same.
 """
 
 from __future__ import annotations
@@ -22,20 +23,28 @@ from stages.job import StageError
 
 
 def conversations(rows: Path, count: int, tokens: int) -> list[torch.Tensor]:
-    """Up to `count` training conversations of at most `tokens` tokens, spread evenly over the file, int64 (length,) each."""
+    """Up to `count` training conversations of at most `tokens` tokens, spread evenly over the file, int64
+    (length,) each.
+    """
     chosen = itertools.islice(dataset.read(rows, step=max(1, dataset.count(rows) // count)), count)
     return [torch.tensor(row["input_ids"][:tokens]) for _, row in chosen]
 
 
 class Maxima:
-    """The largest absolute input of each projection of a block: float32 (experts,), zero where an expert got no token."""
+    """The largest absolute input of each projection of a block: float32 (experts,), zero where an expert
+    got no token.
+    """
 
     def __init__(self, block: nn.Module):
         self.found: dict[str, torch.Tensor] = {}
         self._handles, self._stacks = [], []
         for name, module in block.named_modules():
             if isinstance(module, Projection) and module.experts == 1:
-                self._handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: self._keep(name, inputs[0].abs().amax().view(1))))
+                self._handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _, inputs, name=name: self._keep(name, inputs[0].abs().amax().view(1))
+                    )
+                )
             elif isinstance(getattr(module, "up_proj", None), Projection) and module.up_proj.experts > 1:
                 module.forward = types.MethodType(self._routed(name), module)
                 self._stacks.append(module)
@@ -45,13 +54,21 @@ class Maxima:
         self.found[name] = torch.maximum(self.found[name], values) if name in self.found else values
 
     def _routed(self, name: str):
-        def forward(module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        def forward(
+            module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, share: torch.Tensor
+        ) -> torch.Tensor:
             routing = Routing.of(index, module.up_proj.experts)
             y, u = experts.run(hidden, routing, share, module.up_proj, module.down_proj)
             expert = index.flatten()[routing.order]
             # The largest square of what is positive is the square of the largest.
-            for part, rows in (("up_proj", hidden.abs().amax(-1)[routing.token]), ("down_proj", u.relu().amax(-1).square())):
-                self._keep(f"{name}.{part}", rows.new_zeros(module.up_proj.experts).scatter_reduce_(0, expert, rows, "amax"))
+            for part, rows in (
+                ("up_proj", hidden.abs().amax(-1)[routing.token]),
+                ("down_proj", u.relu().amax(-1).square()),
+            ):
+                self._keep(
+                    f"{name}.{part}",
+                    rows.new_zeros(module.up_proj.experts).scatter_reduce_(0, expert, rows, "amax"),
+                )
             return y
 
         return forward
@@ -65,12 +82,17 @@ class Maxima:
 
 
 @torch.no_grad()
-def maxima(source: Checkpoint, chosen: str, rows: list[torch.Tensor], device: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Hub name of each linear quantised in layout `chosen` -> largest absolute input it saw, float32 scalar; and the idle experts' names.
+def maxima(
+    source: Checkpoint, chosen: str, rows: list[torch.Tensor], device: str
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Hub name of each linear quantised in layout `chosen` -> largest absolute input it saw, float32
+    scalar; and the idle experts' names.
 
-    An expert that no token was routed to has the largest of its layer. Raises StageError on a maximum that is no positive number.
+    An expert that no token was routed to has the largest of its layer. Raises StageError on a maximum that
+    is no positive number.
     """
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # BF16 products are emulated on a CPU, and several times slower
+    # BF16 products are emulated on a CPU, and several times slower
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     wanted, found, idle = layout.quantised(source.config, chosen), {}, []
     layers = walk.Layers(source.config, dtype, device)
     its = walk.Walk(walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, device)
@@ -88,7 +110,11 @@ def maxima(source: Checkpoint, chosen: str, rows: list[torch.Tensor], device: st
                 idle.append(name)
                 found[name] = values.max()
             if not (torch.isfinite(found[name]) and found[name] > 0):
-                raise StageError(f"the activations of {name} have the maximum {found[name].item()}", "a positive number",
-                                 "The calibration conversations never reach that layer, or the model overflows: check the data and the merged model.")
+                raise StageError(
+                    f"the activations of {name} have the maximum {found[name].item()}",
+                    "a positive number",
+                    "The calibration conversations never reach that layer, or the model overflows: check the"
+                    " data and the merged model.",
+                )
         job.progress(number + 1, len(layers), "layers", f"calibrating on {sum(map(len, rows)):,} tokens")
     return found, idle

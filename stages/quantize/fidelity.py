@@ -1,7 +1,9 @@
-"""What four bits cost: the quantised model beside the one it was made from, on held-out conversations, before anything is served.
+"""What four bits cost: the quantised model beside the one it was made from, on held-out conversations,
+before anything is served.
 
-Both go through the layers side by side (nemotron/walk.py), the quantised one with what its codes and scales stand for. Activations are
-not rounded here, as Marlin does not round them either; what W4A4 units add to it shows when the model is asked (stage evaluate).
+Both go through the layers side by side (nemotron/walk.py), the quantised one with what its codes and
+scales stand for. Activations are not rounded here, as Marlin does not round them either; what W4A4 units
+add to it shows when the model is asked (stage evaluate).
 """
 
 from __future__ import annotations
@@ -20,53 +22,80 @@ from stages.job import StageError
 
 
 def rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The first held-out conversations, `tokens` tokens at most: ids, and the label of the next token, both int64 (length,).
+    """The first held-out conversations, `tokens` tokens at most: ids, and the label of the next token,
+    both int64 (length,).
 
     Raises StageError if no token of them is trained.
     """
     taken, left = [], tokens
     for _, row in dataset.read(path):
-        ids, following = torch.tensor(row["input_ids"])[:left], torch.tensor([*row["labels"][1:], IGNORED])[:left]
+        ids = torch.tensor(row["input_ids"])[:left]
+        following = torch.tensor([*row["labels"][1:], IGNORED])[:left]
         taken.append((ids, following))
         left -= len(ids)
         if left < 1:
             break
     if not any((following != IGNORED).any() for _, following in taken):
-        raise StageError(f"{path.name} has no trained token in its first {tokens}", "the assistant's tokens", "Raise fidelity_tokens, or hold out more conversations in stage data")
+        raise StageError(
+            f"{path.name} has no trained token in its first {tokens}",
+            "the assistant's tokens",
+            "Raise fidelity_tokens, or hold out more conversations in stage data",
+        )
     return taken
 
 
 def dequantised(made: Checkpoint) -> walk.Read:
     """Reads a quantised checkpoint as the weights that it stands for, float32."""
+
     def read(name: str) -> torch.Tensor:
         stem = name.removesuffix(".weight")
         if f"{stem}.weight_scale" not in made.entries:
             return made.tensor(name)
-        return nvfp4.unpack(nvfp4.Packed(*(made.tensor(f"{stem}.{part}") for part in ("weight", "weight_scale", "weight_scale_2"))))
+        return nvfp4.unpack(
+            nvfp4.Packed(
+                *(made.tensor(f"{stem}.{part}") for part in ("weight", "weight_scale", "weight_scale_2"))
+            )
+        )
 
     return read
 
 
 @torch.no_grad()
-def measure(source: Checkpoint, made: Checkpoint, held_out: list[tuple[torch.Tensor, torch.Tensor]], device: str) -> dict:
-    """Loss of both (nats a trained token), KL(source || quantised) in nats, share of equal greedy tokens, and the relative error after each layer."""
+def measure(
+    source: Checkpoint, made: Checkpoint, held_out: list[tuple[torch.Tensor, torch.Tensor]], device: str
+) -> dict:
+    """Loss of both (nats a trained token), KL(source || quantised) in nats, share of equal greedy tokens,
+    and the relative error after each layer.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sequences = walk.packed([ids for ids, _ in held_out])
-    layers, embeddings, read = walk.Layers(source.config, dtype, device), source.tensor("backbone.embeddings.weight"), dequantised(made)
+    layers = walk.Layers(source.config, dtype, device)
+    embeddings = source.tensor("backbone.embeddings.weight")
+    read = dequantised(made)
     before, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(2))
     errors = []
     for number in range(len(layers)):
         before.through(layers.fill(number, source.tensor))
-        after.through(layers.fill(number, read, [name for name in layers.names(number) if f"{name}_scale" in made.entries]))
+        after.through(
+            layers.fill(
+                number, read, [name for name in layers.names(number) if f"{name}_scale" in made.entries]
+            )
+        )
         errors.append(after.distance(before) / before.distance())
         job.progress(number + 1, len(layers), "layers", "comparing with the source")
-    norm, head, eps = source.tensor("backbone.norm_f.weight"), source.tensor("lm_head.weight"), source.config["layer_norm_epsilon"]
+    norm = source.tensor("backbone.norm_f.weight")
+    head = source.tensor("lm_head.weight")
+    eps = source.config["layer_norm_epsilon"]
     following = torch.cat([labels for _, labels in held_out]).to(device)
-    return compared(before.logits(norm, head, eps), after.logits(norm, head, eps), following) | {"layers": [round(error, 5) for error in errors]}
+    return compared(before.logits(norm, head, eps), after.logits(norm, head, eps), following) | {
+        "layers": [round(error, 5) for error in errors]
+    }
 
 
 def compared(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], following: torch.Tensor) -> dict:
-    """The figures of two runs of logits (n, vocabulary) on the tokens that follow, where these are trained."""
+    """The figures of two runs of logits (n, vocabulary) on the tokens that follow, where these are
+    trained.
+    """
     count = agree = at = 0
     sums = {"source": 0.0, "quantised": 0.0, "kl": 0.0}
     for wanted, found in zip(before, after, strict=True):
@@ -80,4 +109,9 @@ def compared(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], foll
         agree += int((p.argmax(-1) == q.argmax(-1)).sum())
         count += len(p)
     means = {name: value / count for name, value in sums.items()}
-    return {"tokens": count, "loss": {name: means[name] for name in ("source", "quantised")}, "kl": means["kl"], "greedy_agreement": agree / count}
+    return {
+        "tokens": count,
+        "loss": {name: means[name] for name in ("source", "quantised")},
+        "kl": means["kl"],
+        "greedy_agreement": agree / count,
+    }

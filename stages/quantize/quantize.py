@@ -1,8 +1,9 @@
-"""Quantise: BF16 shards to NVFP4 shards, one tensor at a time, then an audit of every tensor that was written.
+"""Quantise: BF16 shards to NVFP4 shards, one tensor at a time, then an audit of every tensor that was
+written.
 
-Calibrating, packing and writing are ours, the last two bit-exact with ModelOpt's own packing (nemotron/nvfp4.py); with `engine:
-modelopt` ModelOpt calibrates. Its exporter is left out on purpose: at 0.47 it writes control characters into this architecture's
-names and goes through save_pretrained.
+Calibrating, packing and writing are ours, the last two bit-exact with ModelOpt's own packing
+(nemotron/nvfp4.py); with `engine: modelopt` ModelOpt calibrates. Its exporter is left out on purpose: at
+0.47 it writes control characters into this architecture's names and goes through save_pretrained.
 """
 
 from __future__ import annotations
@@ -31,35 +32,65 @@ def run(its: Job) -> None:
     maxima: dict[str, torch.Tensor] = {}
     calibration: dict = {}
     if not weight_only:
-        rows = calibrate.conversations(its.inputs["data"] / "train.jsonl", params["calibration_rows"], params["calibration_tokens"])
+        rows = calibrate.conversations(
+            its.inputs["data"] / "train.jsonl", params["calibration_rows"], params["calibration_tokens"]
+        )
         maxima, idle = calibrated(source, chosen, rows, params["engine"], its.device)
-        calibration = {"engine": params["engine"], "conversations": len(rows), "tokens": sum(map(len, rows)), "idle": idle}
+        calibration = {
+            "engine": params["engine"],
+            "conversations": len(rows),
+            "tokens": sum(map(len, rows)),
+            "idle": idle,
+        }
         if idle:
-            job.warning(f"no calibration token reached {len(idle)} projections of experts, first {idle[0]}: they take their layer's largest scale",
-                        "Raise calibration_rows, or give conversations that look like those it will serve")
+            job.warning(
+                f"no calibration token reached {len(idle)} projections of experts, first {idle[0]}: they take"
+                " their layer's largest scale",
+                "Raise calibration_rows, or give conversations that look like those it will serve",
+            )
     stream(source, modules, maxima, its)
     kv_cache = None if params["kv_cache"] == "none" else params["kv_cache"]
-    quant_config.write(its.output, layout.hf_quant_config(source.config, chosen, kv_cache, importlib.metadata.version("nvidia-modelopt"), weight_only))
+    quant_config.write(
+        its.output,
+        layout.hf_quant_config(
+            source.config, chosen, kv_cache, importlib.metadata.version("nvidia-modelopt"), weight_only
+        ),
+    )
     findings = audit.nvfp4(its.output, chosen, source.folder, weight_only)
     made = Checkpoint(its.output)
     report = {
-        "layout": chosen, "format": params["format"], "scales": params["scales"], "quantised": len(modules), "tensors": len(made.entries),
-        "bytes": made.bytes, "source_bytes": source.bytes, "calibration": calibration, "findings": [f.as_json() for f in findings],
+        "layout": chosen,
+        "format": params["format"],
+        "scales": params["scales"],
+        "quantised": len(modules),
+        "tensors": len(made.entries),
+        "bytes": made.bytes,
+        "source_bytes": source.bytes,
+        "calibration": calibration,
+        "findings": [f.as_json() for f in findings],
     }
     if not findings and params["fidelity_tokens"]:
         report |= compared(source, made, its)
     (its.output / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
     if findings:
         listed = "; ".join(str(f) for f in findings[:5])
-        raise StageError(f"{len(findings)} faults in the quantised checkpoint: {listed}", "none", "Nothing was handed on. Report it with this log.")
+        raise StageError(
+            f"{len(findings)} faults in the quantised checkpoint: {listed}",
+            "none",
+            "Nothing was handed on. Report it with this log.",
+        )
 
 
 def compared(source: Checkpoint, made: Checkpoint, its: Job) -> dict:
-    """`{"fidelity": figures}` of the quantised model on held-out conversations; empty, with a warning, where stage data held none out."""
+    """`{"fidelity": figures}` of the quantised model on held-out conversations; empty, with a warning,
+    where stage data held none out.
+    """
     path = its.inputs["data"] / "eval.jsonl"
     if not dataset.count(path):
-        job.warning("no held-out conversation: the quantised model's loss, KL and error by layer were not measured",
-                    "Set eval_share above 0 in stage data, or fidelity_tokens: 0 to leave the comparison out")
+        job.warning(
+            "no held-out conversation: the quantised model's loss, KL and error by layer were not measured",
+            "Set eval_share above 0 in stage data, or fidelity_tokens: 0 to leave the comparison out",
+        )
         return {}
     figures = fidelity.measure(source, made, fidelity.rows(path, its.params["fidelity_tokens"]), its.device)
     job.metric("held-out loss before", figures["loss"]["source"])
@@ -68,8 +99,12 @@ def compared(source: Checkpoint, made: Checkpoint, its: Job) -> dict:
     return {"fidelity": figures}
 
 
-def calibrated(source: Checkpoint, chosen: str, rows: list[torch.Tensor], engine: str, device: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Hub name -> largest absolute input, float32 scalar, of every quantised linear; and the names of idle experts."""
+def calibrated(
+    source: Checkpoint, chosen: str, rows: list[torch.Tensor], engine: str, device: str
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Hub name -> largest absolute input, float32 scalar, of every quantised linear; and the names of idle
+    experts.
+    """
     if engine == "own":
         return calibrate.maxima(source, chosen, rows, device)
     from stages.quantize import reference  # ModelOpt takes seconds to import
@@ -78,10 +113,18 @@ def calibrated(source: Checkpoint, chosen: str, rows: list[torch.Tensor], engine
 
 
 class Packing:
-    """One matrix on its way to NVFP4: packed by whichever of its parts is asked for first, dropped after the last."""
+    """One matrix on its way to NVFP4: packed by whichever of its parts is asked for first, dropped after
+    the last.
+    """
 
-    def __init__(self, source: Checkpoint, module: str, input_scale: torch.Tensor | None, search: str, device: str):
-        self.source, self.module, self.input_scale, self.search, self.device = source, module, input_scale, search, device
+    def __init__(
+        self, source: Checkpoint, module: str, input_scale: torch.Tensor | None, search: str, device: str
+    ):
+        self.source = source
+        self.module = module
+        self.input_scale = input_scale
+        self.search = search
+        self.device = device
         self._lock, self._parts = Lock(), None
 
     def part(self, name: str) -> torch.Tensor:
@@ -93,12 +136,18 @@ class Packing:
 
 
 def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tensor], its: Job) -> None:
-    """Writes the shards with the linears `modules` quantised, a file for each of the source's, and everything beside them.
+    """Writes the shards with the linears `modules` quantised, a file for each of the source's, and
+    everything beside them.
 
     Without `maxima` weights alone are quantised, and no input has a scale.
     """
     output, packed = its.output, set(modules)
-    specs = layout.tensors(source.config, its.params["layout"], {n: Spec(e.shape, e.dtype) for n, e in source.entries.items()}, not maxima)
+    specs = layout.tensors(
+        source.config,
+        its.params["layout"],
+        {n: Spec(e.shape, e.dtype) for n, e in source.entries.items()},
+        not maxima,
+    )
     done, written, current = 0, [], None
 
     def produce(slot: Slot) -> Iterable[Work]:
@@ -110,7 +159,13 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
         if module not in packed:
             return source.pieces(slot.name)
         if part == "weight":
-            current = Packing(source, module, nvfp4.global_scale(maxima[module]) if maxima else None, its.params["scales"], its.device)
+            current = Packing(
+                source,
+                module,
+                nvfp4.global_scale(maxima[module]) if maxima else None,
+                its.params["scales"],
+                its.device,
+            )
         return [partial(current.part, part)]
 
     for file in source.files:
@@ -118,11 +173,19 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
         for name in source.in_file(file):
             module = name.removesuffix(".weight")
             parts = layout.PARTS if module in packed and name.endswith(".weight") else ()
-            slots += [Slot(n, specs[n].dtype, specs[n].shape) for n in (name, *(f"{module}.{part}" for part in parts)) if n in specs]
+            slots += [
+                Slot(n, specs[n].dtype, specs[n].shape)
+                for n in (name, *(f"{module}.{part}" for part in parts))
+                if n in specs
+            ]
         write(output / file, slots, produce, source.metadata[file])
         written.append((file, slots))
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in ("manifest.json", "merge.json", INDEX):
+        if (
+            path.is_file()
+            and path.suffix != ".safetensors"
+            and path.name not in ("manifest.json", "merge.json", INDEX)
+        ):
             shutil.copyfile(path, output / path.name)
     # A single shard can have an index too (model-00001-of-00001), and is found by nothing else.
     if (source.folder / INDEX).exists():

@@ -1,4 +1,6 @@
-"""Activation maxima as ModelOpt finds them: the second opinion on stages/quantize/calibrate.py, with the whole model in memory."""
+"""Activation maxima as ModelOpt finds them: the second opinion on stages/quantize/calibrate.py, with the
+whole model in memory.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,20 @@ def settings(config: dict, chosen: str) -> dict:
     """ModelOpt's preset for this architecture, with all that `chosen` leaves in BF16 switched off by name."""
     made = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)
     for module in layout.excluded(config, chosen):
-        made["quant_cfg"].append({"quantizer_name": f"*{names.native(module).removeprefix('model.')}.*", "enable": False})
+        made["quant_cfg"].append(
+            {"quantizer_name": f"*{names.native(module).removeprefix('model.')}.*", "enable": False}
+        )
     return made
 
 
 @torch.no_grad()
-def maxima(folder: Path, config: dict, chosen: str, rows: list[torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+def maxima(
+    folder: Path, config: dict, chosen: str, rows: list[torch.Tensor], device: str
+) -> dict[str, torch.Tensor]:
     """Hub name of each quantised linear -> largest absolute input it saw, float32 scalar.
 
-    The experts of a layer share one maximum per projection, so that an expert no token was routed to has a scale too.
+    The experts of a layer share one maximum per projection, so that an expert no token was routed to has a
+    scale too.
     """
     # float32 on CPU: BF16 products there are emulated and several times slower.
     model = native.load(folder, torch.bfloat16 if device == "cuda" else torch.float32).to(device).eval()
@@ -46,7 +53,11 @@ def maxima(folder: Path, config: dict, chosen: str, rows: list[torch.Tensor], de
             quantizer = modules[names.native(name)].input_quantizer
         amax = quantizer.amax
         if amax is None or not torch.isfinite(amax).all() or not (amax > 0).all():
-            raise StageError(f"the activations of {name} have the maximum {amax}", "a positive number",
-                             "The calibration conversations never reach that layer, or the model overflows: check the data and the merged model.")
+            raise StageError(
+                f"the activations of {name} have the maximum {amax}",
+                "a positive number",
+                "The calibration conversations never reach that layer, or the model overflows: check the data"
+                " and the merged model.",
+            )
         found[name] = amax.float().max().cpu()
     return found

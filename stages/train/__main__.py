@@ -12,12 +12,13 @@ if __name__ == "__main__":
     if params["ranks"] > 1 and not ranks.started():
         ranks.launch(params["ranks"], sys.argv[1])
 
-    # All before torch is loaded. Graphs of a dozen sizes share one pool of memory; in segments of fixed sizes each leaves pieces that
-    # the next cannot use, a gigabyte a graph on an H100.
+    # All before torch is loaded. Graphs of a dozen sizes share one pool of memory; in segments of fixed sizes
+    # each leaves pieces that the next cannot use, a gigabyte a graph on an H100.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if params["deterministic"]:
         determinism.before_torch()
-    kernel_cache.prepare(job.warning if os.environ.get("RANK", "0") == "0" else lambda message, remedy: None)  # ranks share their folder
+    # ranks share their folder
+    kernel_cache.prepare(job.warning if os.environ.get("RANK", "0") == "0" else lambda message, remedy: None)
     from stages.train import fit
 
     job.main(fit.run)

@@ -1,7 +1,8 @@
 """The run as a TensorBoard event file: `tensorboard --logdir $(python build.py path train)`.
 
-Written record by record, so that it can be watched while the run goes on, and without the host name, process number and clock
-that TensorBoard's own writer puts into file name and events: one run is one file, byte for byte.
+Written record by record, so that it can be watched while the run goes on, and without the host name,
+process number and clock that TensorBoard's own writer puts into file name and events: one run is one file,
+byte for byte.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ class Board:
 
     def step(self, history: History, step: int) -> None:
         """Everything that was measured at `step`. The clock is the step's number."""
-        self._write(step, {"loss/training": history.train[step], "gradient norm": history.norm[step], "learning rate": history.rate[step]})
+        self._write(
+            step,
+            {
+                "loss/training": history.train[step],
+                "gradient norm": history.norm[step],
+                "learning rate": history.rate[step],
+            },
+        )
         if step in history.held_out:
             self.held_out(history.held_out[step], step)
 

@@ -1,4 +1,6 @@
-"""Training checkpoints that say whether they are whole: a kill in the middle of a save must not be resumed from."""
+"""Training checkpoints that say whether they are whole: a kill in the middle of a save must not be resumed
+from.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def whole(folder: Path) -> bool:
     """True if the folder has its seal and every file is what the seal says."""
     try:
         table = json.loads((folder / SEAL).read_text())
-        return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in table.items())
+        return all(
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+            for name, digest in table.items()
+        )
     except (OSError, ValueError):
         return False
 

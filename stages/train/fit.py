@@ -1,7 +1,8 @@
 """One fine-tuning run: base and tokens in, adapter and loss curve out.
 
-The base is loaded into our own parts of the native class (nemotron/assemble.py), rows come tokenised and masked from `data`, so
-training and serving cannot disagree about the template, and the loop is stages/train/loop.py. The router is frozen.
+The base is loaded into our own parts of the native class (nemotron/assemble.py), rows come tokenised and
+masked from `data`, so training and serving cannot disagree about the template, and the loop is
+stages/train/loop.py. The router is frozen.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ def run(task: job.Job) -> None:
         torch.set_num_threads(max(1, 2 // its.world))
     if task.params["deterministic"]:
         determinism.on()
-    rows, held_out = read(task.inputs["data"] / "train.jsonl"), read(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
+    rows = read(task.inputs["data"] / "train.jsonl")
+    held_out = read(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
     if not held_out and its.first:
-        job.warning("no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
-                    "Nothing shows when training begins to learn by heart; with eval_share above 0 the best step is kept"
-                    + (", and patience has an effect" if task.params["patience"] else ""))
+        job.warning(
+            "no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
+            "Nothing shows when training begins to learn by heart; with eval_share above 0 the best step is"
+            " kept" + (", and patience has an effect" if task.params["patience"] else ""),
+        )
     if task.device == "cuda":
         kernel_watch.start(compiling if its.first else lambda note: None)
     params = task.params
@@ -51,7 +55,9 @@ def run(task: job.Job) -> None:
     watch = None
     if its.first:
         sizes.advise(loop.order, params["steps"], its.world, task.device)
-        loop.watch = watch = Watch(task.params["steps"], task.device, Board(task.output / "tensorboard", loop.history))
+        loop.watch = watch = Watch(
+            task.params["steps"], task.device, Board(task.output / "tensorboard", loop.history)
+        )
     history = loop.run()
     if watch:
         watch.board.close()
@@ -59,10 +65,19 @@ def run(task: job.Job) -> None:
 
 
 def read(path: Path, may_be_empty: bool = False) -> list[dict]:
-    """`input_ids` and `labels` of every row, lists of equal length, and its `number`. Raises StageError on an empty file, unless it `may_be_empty`."""
-    rows = [{"input_ids": row["input_ids"], "labels": row["labels"], "number": n} for n, (_, row) in enumerate(dataset.read(path))]
+    """`input_ids` and `labels` of every row, lists of equal length, and its `number`. Raises StageError on
+    an empty file, unless it `may_be_empty`.
+    """
+    rows = [
+        {"input_ids": row["input_ids"], "labels": row["labels"], "number": n}
+        for n, (_, row) in enumerate(dataset.read(path))
+    ]
     if not rows and not may_be_empty:
-        raise job.StageError(f"{path.name} has no rows", "at least one conversation", "Look at stats.json and rejects.jsonl of stage data")
+        raise job.StageError(
+            f"{path.name} has no rows",
+            "at least one conversation",
+            "Look at stats.json and rejects.jsonl of stage data",
+        )
     return rows
 
 
@@ -75,25 +90,48 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
     """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
     params, form = task.params, memory.METHODS[task.params["method"]]
     if params["sharded"] and its.world == 1:
-        raise job.StageError("sharded with one process", "several that hold the base between them", "Set ranks to the number of GPUs, or leave sharded out")
+        raise job.StageError(
+            "sharded with one process",
+            "several that hold the base between them",
+            "Set ranks to the number of GPUs, or leave sharded out",
+        )
     if params["decoded_gb"] and form == "bf16":
-        raise job.StageError("decoded_gb with method lora", "method qlora or nvfp4", "Method lora holds the weights in BF16 already: leave decoded_gb out")
+        raise job.StageError(
+            "decoded_gb with method lora",
+            "method qlora or nvfp4",
+            "Method lora holds the weights in BF16 already: leave decoded_gb out",
+        )
     shards = Shards(its.rank, its.world) if params["sharded"] else Shards()
     try:
         checkpoint = Checkpoint(task.inputs["base"])
         if packed := [name for name in checkpoint.entries if name.endswith("weight_scale_2")]:
-            raise job.StageError(f"a base whose weights are in NVFP4 already ({packed[0]})", "the BF16 checkpoint",
-                                 "Give stage base the BF16 checkpoint, and train with method nvfp4: it holds the weights on that very grid")
+            raise job.StageError(
+                f"a base whose weights are in NVFP4 already ({packed[0]})",
+                "the BF16 checkpoint",
+                "Give stage base the BF16 checkpoint, and train with method nvfp4: it holds the weights on"
+                " that very grid",
+            )
         memory.check_rank(checkpoint.config, params)
         memory.check(checkpoint.config, params, task.device, shards.count)
-        model = assemble.load(checkpoint, form, getattr(torch, params["precision"]), task.device, loading(form) if its.first else None, shards)
+        model = assemble.load(
+            checkpoint,
+            form,
+            getattr(torch, params["precision"]),
+            task.device,
+            loading(form) if its.first else None,
+            shards,
+        )
         adapter.attach(model, params["targets"], params["rank"], params["alpha"], task.seed)
     except (native.NativeError, ValueError) as error:
         raise job.StageError(str(error), "libraries and a model that fit", "See the message") from error
     if params["decoded_gb"]:
         count, size = assemble.keep_decoded(model, 1e9 * params["decoded_gb"])
         if not count:
-            raise job.StageError(f"decoded_gb {params['decoded_gb']:g}, in which no weights fit decoded", "room for a stack of experts at least", "Raise decoded_gb, or leave it out")
+            raise job.StageError(
+                f"decoded_gb {params['decoded_gb']:g}, in which no weights fit decoded",
+                "room for a stack of experts at least",
+                "Raise decoded_gb, or leave it out",
+            )
         job.progress(size / 1e9, size / 1e9, "GB", f"{count} stacks and linears are held decoded")
     if params["gradient_checkpointing"]:
         recompute.attach(model, params["sequence_tokens"])
@@ -119,19 +157,28 @@ def loading(form: str):
 
 
 def rounding(task: job.Job, model: torch.nn.Module, rows: list[dict], teacher: Teacher | None):
-    """What Loop calls before each step: from `rounded_share` of the end on, adapted weights that the export will quantise go through its rounding.
+    """What Loop calls before each step: from `rounded_share` of the end on, adapted weights that the
+    export will quantise go through its rounding.
 
-    A teacher is asked just before that. Raises StageError if the base is not held as it is (what is exported is the rounding of the
-    BF16 weights), and for a teacher where no step is rounded or no adapted weight is.
+    A teacher is asked just before that. Raises StageError if the base is not held as it is (what is
+    exported is the rounding of the BF16 weights), and for a teacher where no step is rounded or no adapted
+    weight is.
     """
     params = task.params
     first = params["steps"] - round(params["rounded_share"] * params["steps"])
     if params["rounded_share"] and params["method"] != "lora":
-        raise job.StageError(f"rounded_share with method {params['method']}", "method lora", "The export rounds BF16 weights: hold the base in BF16, or leave rounded_share 0")
+        raise job.StageError(
+            f"rounded_share with method {params['method']}",
+            "method lora",
+            "The export rounds BF16 weights: hold the base in BF16, or leave rounded_share 0",
+        )
     exported = assemble.exported(model)
     if teacher and not (params["rounded_share"] and exported):
-        raise job.StageError("rounded_loss teacher with nothing to learn from it", "a rounded_share above 0, and targets that the export quantises",
-                             "Set rounded_share (0.3, say) and targets experts or all, or leave rounded_loss at labels")
+        raise job.StageError(
+            "rounded_loss teacher with nothing to learn from it",
+            "a rounded_share above 0, and targets that the export quantises",
+            "Set rounded_share (0.3, say) and targets experts or all, or leave rounded_loss at labels",
+        )
 
     def change(step: int) -> bool:
         if teacher and step >= first and not teacher.kept:
@@ -149,33 +196,66 @@ def resume_from(scratch: Path) -> Path | None:
     """The checkpoint to go on from; torn ones are named and passed over."""
     found, torn = checkpoints.newest(scratch)
     for folder in torn:
-        job.warning(f"{folder.name} was torn by a kill in the middle of its save", f"Going on from {found.name if found else 'the start'}")
+        job.warning(
+            f"{folder.name} was torn by a kill in the middle of its save",
+            f"Going on from {found.name if found else 'the start'}",
+        )
     return found
 
 
-def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[dict], order: Order,
-           watch: Watch, seconds: float) -> None:
+def finish(
+    task: job.Job,
+    model: torch.nn.Module,
+    history: History,
+    rows: list[dict],
+    order: Order,
+    watch: Watch,
+    seconds: float,
+) -> None:
     """Writes the artifact from the trained model and what was measured, and judges how far the loss fell."""
     params = task.params
     adapter.save(model, task.output / "adapter", params["targets"], params["rank"], params["alpha"])
     with (task.output / "loss.jsonl").open("w") as opened:
-        for step in sorted({*history.train, *history.held_out}):  # a held-out loss alone at step 0 of a run of none
-            line = {"step": step, "train": history.train.get(step), "held_out": history.held_out.get(step), "norm": history.norm.get(step), "learning_rate": history.rate.get(step)}
+        # a held-out loss alone at step 0 of a run of none
+        for step in sorted({*history.train, *history.held_out}):
+            line = {
+                "step": step,
+                "train": history.train.get(step),
+                "held_out": history.held_out.get(step),
+                "norm": history.norm.get(step),
+                "learning_rate": history.rate.get(step),
+            }
             opened.write(json.dumps({key: value for key, value in line.items() if value is not None}) + "\n")
     steps = max(history.train, default=0)
     first, last, best = ends(list(history.train.values())) if steps else (None, None, None)
     drop = 1 - last / first if steps else None
     picture.draw(history.train, history.held_out, drop, task.output / "loss.png")
     report = {
-        "method": params["method"], "targets": params["targets"], "rank": params["rank"], "alpha": params["alpha"], "steps": steps,
-        "stopped_early": history.stopped is not None, "kept_step": history.best[1] if history.best else steps,
+        "method": params["method"],
+        "targets": params["targets"],
+        "rank": params["rank"],
+        "alpha": params["alpha"],
+        "steps": steps,
+        "stopped_early": history.stopped is not None,
+        "kept_step": history.best[1] if history.best else steps,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "parameters": assemble.parameters(model), "groups": native.bytes_by_group(model), "conversations": len(rows),
+        "parameters": assemble.parameters(model),
+        "groups": native.bytes_by_group(model),
+        "conversations": len(rows),
         "trained_tokens": trained_tokens(rows),
-        **sizes.described(order, steps), "unfilled": unfilled(order, params["sequence_tokens"], steps),
-        "loss": {"first": first, "last": last, "best": best, "drop": drop, "held_out": history.held_out[max(history.held_out)] if history.held_out else None},
+        **sizes.described(order, steps),
+        "unfilled": unfilled(order, params["sequence_tokens"], steps),
+        "loss": {
+            "first": first,
+            "last": last,
+            "best": best,
+            "drop": drop,
+            "held_out": history.held_out[max(history.held_out)] if history.held_out else None,
+        },
         "deterministic": task.device == "cpu" or params["deterministic"],
-        "tokens_per_second": round(watch.speed), "peak_bytes": watch.memory(), "seconds": round(seconds, 1),
+        "tokens_per_second": round(watch.speed),
+        "peak_bytes": watch.memory(),
+        "seconds": round(seconds, 1),
     }
     if kernels := tuning.used():  # which kernels ran decides in which order numbers were summed
         report["kernels"] = kernels
@@ -184,13 +264,21 @@ def finish(task: job.Job, model: torch.nn.Module, history: History, rows: list[d
         return
     job.metric("loss drop", drop)
     if drop < params["min_loss_drop"]:
-        found, wanted = f"the loss fell by {drop:.0%}, from {first:.3f} to {last:.3f}", f"at least {params['min_loss_drop']:.0%}"
+        found = f"the loss fell by {drop:.0%}, from {first:.3f} to {last:.3f}"
+        wanted = f"at least {params['min_loss_drop']:.0%}"
         if params["require_loss_drop"]:
-            raise job.StageError(found, wanted, "Train for more steps, raise rank or learning_rate, or choose targets: all")
-        job.warning(f"{found}; wanted {wanted}", "Train for more steps, raise rank or learning_rate, or choose targets: all")
+            raise job.StageError(
+                found, wanted, "Train for more steps, raise rank or learning_rate, or choose targets: all"
+            )
+        job.warning(
+            f"{found}; wanted {wanted}",
+            "Train for more steps, raise rank or learning_rate, or choose targets: all",
+        )
 
 
 def ends(losses: list[float]) -> tuple[float, float, float]:
-    """First, last and best loss. First is the very first step's, before anything was learnt; the others are means of ten steps."""
+    """First, last and best loss. First is the very first step's, before anything was learnt; the others
+    are means of ten steps.
+    """
     windows = [sum(losses[at : at + 10]) / len(losses[at : at + 10]) for at in range(max(1, len(losses) - 9))]
     return losses[0], windows[-1], min(windows)

@@ -1,4 +1,6 @@
-"""What stops a run that would go on without learning: adapters without a gradient, adapters that do not move, numbers that are none."""
+"""What stops a run that would go on without learning: adapters without a gradient, adapters that do not
+move, numbers that are none.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +11,27 @@ from torch import nn
 
 from stages import job
 
-LOOKED_AT = 3  # steps: B begins at zero and blocks A's gradient on the first, and the warm-up may begin at a rate of zero
+# steps: B begins at zero and blocks A's gradient on the first, and the warm-up may begin at a rate of zero
+LOOKED_AT = 3
 
 
 def enough(steps: int) -> None:
-    """Raises StageError if a run of `steps` steps would end before the guard has looked; a run of none trains nothing, and says so."""
+    """Raises StageError if a run of `steps` steps would end before the guard has looked; a run of none
+    trains nothing, and says so.
+    """
     if 0 < steps < LOOKED_AT:
-        raise job.StageError(f"steps = {steps}", f"{LOOKED_AT} or more, after which every adapter tensor has to have moved",
-                             "Set steps to 3 or more, or to 0 for an adapter that is left as it begins")
+        raise job.StageError(
+            f"steps = {steps}",
+            f"{LOOKED_AT} or more, after which every adapter tensor has to have moved",
+            "Set steps to 3 or more, or to 0 for an adapter that is left as it begins",
+        )
 
 
 class Guard:
     """Refuses adapters that do not learn: after three steps every tensor has had a gradient and has moved.
 
-    Libraries do not raise here: a kernel that reads a weight past its module leaves the adapter on it without a gradient, and
-    the loss still falls.
+    Libraries do not raise here: a kernel that reads a weight past its module leaves the adapter on it
+    without a gradient, and the loss still falls.
     """
 
     def __init__(self, tensors: dict[str, nn.Parameter]):
@@ -31,34 +39,51 @@ class Guard:
         self.start: dict[str, torch.Tensor] = {}
 
     def gradients(self, step: int) -> torch.Tensor:
-        """Before the optimiser's step: the norm of all gradients. Raises StageError on one that is not finite, with the tensor's name."""
+        """Before the optimiser's step: the norm of all gradients. Raises StageError on one that is not
+        finite, with the tensor's name.
+        """
         if self.steps == 0:
-            self.start = {name: p.detach().to("cpu", copy=True) for name, p in self.tensors.items()}  # not on the GPU, whose memory is counted
+            # not on the GPU, whose memory is counted
+            self.start = {name: p.detach().to("cpu", copy=True) for name, p in self.tensors.items()}
         norm = nn.utils.get_total_norm(p.grad for p in self.tensors.values())
         if not torch.isfinite(norm):
             name = next(name for name, p in self.tensors.items() if not torch.isfinite(p.grad.norm()))
-            raise job.StageError(f"the gradient of {name} is not finite at step {step + 1}", "finite gradients", "Lower learning_rate or max_grad_norm")
+            raise job.StageError(
+                f"the gradient of {name} is not finite at step {step + 1}",
+                "finite gradients",
+                "Lower learning_rate or max_grad_norm",
+            )
         if self.steps < LOOKED_AT:
             self.touched |= {name for name, p in self.tensors.items() if p.grad.any()}
         return norm
 
     def moved(self) -> None:
-        """After the optimiser's step. Raises StageError, at the third, if a tensor has had no gradient or has not changed."""
+        """After the optimiser's step. Raises StageError, at the third, if a tensor has had no gradient or
+        has not changed.
+        """
         self.steps += 1
         if self.steps != LOOKED_AT:
             return
         idle = sorted(self.tensors.keys() - self.touched)
-        still = sorted(name for name, p in self.tensors.items() if torch.equal(p.detach().cpu(), self.start[name]))
+        still = sorted(
+            name for name, p in self.tensors.items() if torch.equal(p.detach().cpu(), self.start[name])
+        )
         self.start.clear()
         if names := idle or still:
             raise job.StageError(
-                f"{len(names)} of {len(self.tensors)} adapter tensors {'have no gradient' if idle else 'have not changed'} after {LOOKED_AT} steps, first {names[0]}",
-                "every adapter tensor to learn", "Something reads that weight past its adapter: choose other targets, and report it")
+                f"{len(names)} of {len(self.tensors)} adapter tensors"
+                f" {'have no gradient' if idle else 'have not changed'} after {LOOKED_AT} steps, first"
+                f" {names[0]}",
+                "every adapter tensor to learn",
+                "Something reads that weight past its adapter: choose other targets, and report it",
+            )
 
 
 @torch.no_grad()
 def finite(model: nn.Module, forward: Callable[[], object]) -> str:
-    """The name of the first module, in the order of the forward, whose output is not finite; "the loss" if none is."""
+    """The name of the first module, in the order of the forward, whose output is not finite; "the loss" if
+    none is.
+    """
     found: list[str] = []
 
     def look(name: str):
@@ -69,7 +94,11 @@ def finite(model: nn.Module, forward: Callable[[], object]) -> str:
 
         return hook
 
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if not any(module.children())]
+    handles = [
+        module.register_forward_hook(look(name))
+        for name, module in model.named_modules()
+        if not any(module.children())
+    ]
     try:
         forward()
     finally:

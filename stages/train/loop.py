@@ -1,8 +1,9 @@
-"""The training loop: packed steps, the exact mean over a step's trained tokens, a schedule, held-out losses, checkpoints.
+"""The training loop: packed steps, the exact mean over a step's trained tokens, a schedule, held-out
+losses, checkpoints.
 
-Everything that a step depends on is a function of the seed and its number (stages/train/pack.py), the adapter and the
-optimiser's state, all float32. So a run that was killed and resumed logs the losses of one that was not, and so does one that
-is resumed with another number of ranks.
+Everything that a step depends on is a function of the seed and its number (stages/train/pack.py), the
+adapter and the optimiser's state, all float32. So a run that was killed and resumed logs the losses of one
+that was not, and so does one that is resumed with another number of ranks.
 """
 
 from __future__ import annotations
@@ -45,12 +46,17 @@ class History:
 
     @staticmethod
     def of(raw: dict) -> History:
-        numbered = {name: {int(step): value for step, value in raw[name].items()} for name in ("train", "held_out", "norm", "rate")}
+        numbered = {
+            name: {int(step): value for step, value in raw[name].items()}
+            for name in ("train", "held_out", "norm", "rate")
+        }
         return History(**numbered, best=tuple(raw["best"]) if raw["best"] else None, stopped=raw["stopped"])
 
 
 def rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """The learning rate of step `step` (from 0): a straight rise over `warmup` steps, then half a cosine down to zero at `steps`."""
+    """The learning rate of step `step` (from 0): a straight rise over `warmup` steps, then half a cosine
+    down to zero at `steps`.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -59,26 +65,46 @@ def rate(step: int, steps: int, warmup: int, peak: float) -> float:
 class Loop:
     """One run over `rows`.
 
-    `change(step)` is called before each step; it may alter the model (rounding from some step on), and is true where it has. From the
-    time that `teacher` has been asked, steps learn what it said; the losses that are told and kept are those of the labels always.
-    `watch` is told of every step and held-out loss (stages/train/watch.py); None watches nothing.
+    `change(step)` is called before each step; it may alter the model (rounding from some step on), and is
+    true where it has. From the time that `teacher` has been asked, steps learn what it said; the losses
+    that are told and kept are those of the labels always. `watch` is told of every step and held-out loss
+    (stages/train/watch.py); None watches nothing.
     """
 
-    def __init__(self, task: job.Job, model: nn.Module, rows: list[dict], held_out: list[dict], ranks: Ranks,
-                 change: Callable[[int], bool] = lambda step: False, teacher: Teacher | None = None):
-        self.task, self.model, self.rows, self.ranks, self.change, self.teacher, self.watch = task, model, rows, ranks, change, teacher, None
+    def __init__(
+        self,
+        task: job.Job,
+        model: nn.Module,
+        rows: list[dict],
+        held_out: list[dict],
+        ranks: Ranks,
+        change: Callable[[int], bool] = lambda step: False,
+        teacher: Teacher | None = None,
+    ):
+        self.task = task
+        self.model = model
+        self.rows = rows
+        self.ranks = ranks
+        self.change = change
+        self.teacher = teacher
+        self.watch = None
         lengths = [len(row["input_ids"]) for row in rows]
         self.order = Order(lengths, task.seed, task.params["batch"], task.params["batch_tokens"])
         self.work = operations.count(model.hub_config, task.params["gradient_checkpointing"])
-        self.held_out, self.held_out_tokens = self.packs(held_out) if held_out else [], trained_tokens(held_out)
+        self.held_out, self.held_out_tokens = (
+            self.packs(held_out) if held_out else [],
+            trained_tokens(held_out),
+        )
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, weight_decay=task.params["weight_decay"], fused=True)
+            self.parameters.values(), lr=0.0, weight_decay=task.params["weight_decay"], fused=True
+        )
         self.history, self.start = History(), 0
         self.guard = Guard(self.parameters)
 
     def run(self) -> History:
-        """Trains from `start` to the last step, or until held-out losses stop falling; leaves the kept adapter in the model.
+        """Trains from `start` to the last step, or until held-out losses stop falling; leaves the kept
+        adapter in the model.
 
         Of a run of no steps only the held-out loss is measured, as of step 0: the base's own.
         """
@@ -97,7 +123,8 @@ class Loop:
                 self.history.best = None  # a loss of the unrounded model says nothing of the rounded one
                 if self.teacher:
                     for state in self.optimizer.state.values():
-                        state["exp_avg"].zero_()  # the way to the labels; how far a step may go (exp_avg_sq) stays
+                        # the way to the labels; how far a step may go (exp_avg_sq) stays
+                        state["exp_avg"].zero_()
             self.step(step)
             done = step + 1
             if self.held_out_tokens and (done % params["eval_every"] == 0 or done == params["steps"]):
@@ -109,13 +136,19 @@ class Loop:
         return self.history
 
     def capture(self, start: int) -> None:
-        """Captures the CUDA graphs of every size among the steps from `start` on: which rows a step has is known."""
+        """Captures the CUDA graphs of every size among the steps from `start` on: which rows a step has is
+        known.
+        """
         params, packs = self.task.params, set()
         for number in range(start, params["steps"]):
             rows = [self.rows[row] for row in self.order.step(number)]
-            packs |= set(layouts(rows, self.ranks.rank, self.ranks.world, params["sequence_tokens"], self.work))
+            packs |= set(
+                layouts(rows, self.ranks.rank, self.ranks.world, params["sequence_tokens"], self.work)
+            )
         graphs = getattr(self.model, "graphs", None) or assemble.capture(self.model)
-        graphs.prepare(packs, lambda done, total: job.progress(done, total, "graphs", "capturing CUDA graphs"))
+        graphs.prepare(
+            packs, lambda done, total: job.progress(done, total, "graphs", "capturing CUDA graphs")
+        )
 
     def step(self, number: int) -> None:
         """One optimiser step; `number` from 0."""
@@ -134,8 +167,12 @@ class Loop:
         self.ranks.sum([total, *(p.grad for p in self.parameters.values())])
         value = total.item()
         if not math.isfinite(value):
-            raise job.StageError(f"loss is {value} at step {number + 1}, first in {finite(self.model, lambda: [self.loss(pack) for pack in made])}", "a finite loss",
-                                 "Lower learning_rate or max_grad_norm")
+            raise job.StageError(
+                f"loss is {value} at step {number + 1}, first in"
+                f" {finite(self.model, lambda: [self.loss(pack) for pack in made])}",
+                "a finite loss",
+                "Lower learning_rate or max_grad_norm",
+            )
         norm = self.guard.gradients(number)
         nn.utils.clip_grads_with_norm_(self.parameters.values(), params["max_grad_norm"], norm)
         for group in self.optimizer.param_groups:
@@ -144,9 +181,13 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.moved()
         done = number + 1
-        self.history.train[done], self.history.norm[done], self.history.rate[done] = value, norm.item(), self.optimizer.param_groups[0]["lr"]
+        self.history.train[done] = value
+        self.history.norm[done] = norm.item()
+        self.history.rate[done] = self.optimizer.param_groups[0]["lr"]
         if self.watch:
-            self.watch.step(self.history, done, sum(len(row["input_ids"]) for row in rows), time.monotonic() - began)
+            self.watch.step(
+                self.history, done, sum(len(row["input_ids"]) for row in rows), time.monotonic() - began
+            )
 
     def packs(self, rows: list[dict]) -> list[Pack]:
         """This rank's share of rows, packed."""
@@ -158,7 +199,9 @@ class Loop:
         if not (self.teacher and self.teacher.kept and pack.rows):
             return (self.loss(pack),) * 2
         device = self.task.device
-        return assemble.distillation(self.model, pack.ids.to(device), pack.labels.to(device), pack.documents, *self.teacher.of(pack))
+        return assemble.distillation(
+            self.model, pack.ids.to(device), pack.labels.to(device), pack.documents, *self.teacher.of(pack)
+        )
 
     def loss(self, pack: Pack) -> torch.Tensor:
         device = self.task.device
@@ -166,7 +209,9 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self, done: int) -> None:
-        """The held-out loss after step `done`, and what follows from it: a new best adapter, or an early stop."""
+        """The held-out loss after step `done`, and what follows from it: a new best adapter, or an early
+        stop.
+        """
         self.model.eval()
         total = torch.zeros((), device=self.task.device)
         for pack in self.held_out:
@@ -175,14 +220,21 @@ class Loop:
         self.model.train()
         value = total.item() / self.held_out_tokens
         if not math.isfinite(value):
-            raise job.StageError(f"held-out loss is {value} at step {done}", "a finite loss", "Lower learning_rate or max_grad_norm")
+            raise job.StageError(
+                f"held-out loss is {value} at step {done}",
+                "a finite loss",
+                "Lower learning_rate or max_grad_norm",
+            )
         history = self.history
         history.held_out[done] = value
         if history.best is None or value < history.best[0]:
             history.best = (value, done)
             if self.ranks.first:
                 save_file(adapter.state(self.model), self.best)
-        elif self.task.params["patience"] and done - history.best[1] >= self.task.params["patience"] * self.task.params["eval_every"]:
+        elif (
+            self.task.params["patience"]
+            and done - history.best[1] >= self.task.params["patience"] * self.task.params["eval_every"]
+        ):
             history.stopped = done
         if self.watch:
             self.watch.held_out(value, done)
@@ -208,7 +260,9 @@ class Loop:
     def resume(self, folder: Path) -> None:
         """Goes on from a whole checkpoint."""
         adapter.load(self.model, folder)
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=self.task.device, weights_only=True))
+        self.optimizer.load_state_dict(
+            torch.load(folder / "optimizer.pt", map_location=self.task.device, weights_only=True)
+        )
         self.history = History.of(json.loads((folder / "history.json").read_text()))
         if self.history.best and self.ranks.first:
             self.best.write_bytes((folder / "best.safetensors").read_bytes())

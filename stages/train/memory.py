@@ -12,70 +12,127 @@ from nemotron.names import pattern, tensors
 from nemotron.projection import FORMS
 from stages import job
 
-METHODS = {"lora": "bf16", "nvfp4": "nvfp4", "qlora": "nf4"}  # method -> in which form the base is held; the most exact first
+# method -> in which form the base is held; the most exact first
+METHODS = {"lora": "bf16", "nvfp4": "nvfp4", "qlora": "nf4"}
 CACHED = 1.15  # what the allocator holds beside what is asked of it
 
 
 def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]:
-    """Bytes by part: the base in its form, what of it is held decoded, the adapter with its gradient and both Adam moments (float32), and activations.
+    """Bytes by part: the base in its form, what of it is held decoded, the adapter with its gradient and
+    both Adam moments (float32), and activations.
 
     `count` processes hold the base's linears and experts between them.
 
-    Activations are of one packed sequence: what every layer hands on, and the layer that takes most while its backward runs
-    (a dense stack of experts, and the rows of every choice three times). Without checkpointing every layer keeps its own.
+    Activations are of one packed sequence: what every layer hands on, and the layer that takes most while
+    its backward runs (a dense stack of experts, and the rows of every choice three times). Without
+    checkpointing every layer keeps its own.
     """
-    specs, form, number = tensors(config), METHODS[params["method"]], 2 if params["precision"] == "bfloat16" else 4
+    specs = tensors(config)
+    form = METHODS[params["method"]]
+    number = 2 if params["precision"] == "bfloat16" else 4
     packed = {f"{name}.weight" for name in layout.quantised(config, assemble.LAYOUT)}
     base = 0.0
     for name, spec in specs.items():
-        size = torch.Size(spec.shape).numel() * (FORMS[form] / 8 if name in packed and form != "bf16" else number)
+        size = torch.Size(spec.shape).numel() * (
+            FORMS[form] / 8 if name in packed and form != "bf16" else number
+        )
         base += size / count if name.endswith("_proj.weight") else size
-    factors = sum(params["rank"] * (out + inside) for out, inside in adapted(config, params["targets"]).values())
+    factors = sum(
+        params["rank"] * (out + inside) for out, inside in adapted(config, params["targets"]).values()
+    )
     tokens, hidden, choices = params["sequence_tokens"], config["hidden_size"], config["num_experts_per_tok"]
     width = max(config["moe_intermediate_size"], hidden)
-    stack = 2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number if form != "bf16" or count > 1 else 0
-    layer = stack + 6 * tokens * choices * width * number + 4 * tokens * config["moe_shared_expert_intermediate_size"] * number
+    stack = (
+        2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number
+        if form != "bf16" or count > 1
+        else 0
+    )
+    layer = (
+        stack
+        + 6 * tokens * choices * width * number
+        + 4 * tokens * config["moe_shared_expert_intermediate_size"] * number
+    )
     layers, decoded = len(pattern(config)), 0.0
     if form != "bf16":
-        decoded = min(1e9 * params["decoded_gb"], sum(number * torch.Size(spec.shape).numel() for name, spec in specs.items() if name in packed))
+        decoded = min(
+            1e9 * params["decoded_gb"],
+            sum(number * torch.Size(spec.shape).numel() for name, spec in specs.items() if name in packed),
+        )
     kept = layers * tokens * hidden * number
-    return {"base": base, **({"decoded": decoded} if decoded else {}), "adapter": 16.0 * factors, "activations": kept + layer if params["gradient_checkpointing"] else kept + layers * layer / 2}
+    return {
+        "base": base,
+        **({"decoded": decoded} if decoded else {}),
+        "adapter": 16.0 * factors,
+        "activations": kept + layer if params["gradient_checkpointing"] else kept + layers * layer / 2,
+    }
 
 
 def adapted(config: dict, targets: str) -> dict[str, tuple[int, ...]]:
     """Hub name -> shape (out, in) of every matrix that the preset `targets` puts LoRA on."""
-    suffixes = tuple(f".{part.rsplit('.', 1)[-1]}.weight" for kind in native.PRESETS[targets].values() for part in kind)
+    suffixes = tuple(
+        f".{part.rsplit('.', 1)[-1]}.weight" for kind in native.PRESETS[targets].values() for part in kind
+    )
     return {name: spec.shape for name, spec in tensors(config).items() if name.endswith(suffixes)}
 
 
 def check_rank(config: dict, params: dict) -> None:
-    """Raises StageError if the rank is above the width of a layer it is put on: no matrix has a rank above its smaller side."""
+    """Raises StageError if the rank is above the width of a layer it is put on: no matrix has a rank above
+    its smaller side.
+    """
     shapes = adapted(config, params["targets"])
     name = min(shapes, key=lambda name: min(shapes[name]), default="")
     if name and params["rank"] > min(shapes[name]):
         out, inside = shapes[name]
-        raise job.StageError(f"rank {params['rank']}, and {name} is {out} x {inside}", f"a rank of at most {min(shapes[name])}",
-                             "Lower rank; 8 to 64 is usual, and memory and time grow with it")
+        raise job.StageError(
+            f"rank {params['rank']}, and {name} is {out} x {inside}",
+            f"a rank of at most {min(shapes[name])}",
+            "Lower rank; 8 to 64 is usual, and memory and time grow with it",
+        )
 
 
 def available(device: str) -> int:
-    """Bytes that a process on `device` can take. A GB10 shares its memory with the CPU and reports none of its own: /proc/meminfo."""
+    """Bytes that a process on `device` can take. A GB10 shares its memory with the CPU and reports none of
+    its own: /proc/meminfo.
+    """
     if device == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
         return torch.cuda.mem_get_info()[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes here share it
+            # torchrun's processes here share it
+            return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     raise job.StageError("no MemAvailable in /proc/meminfo", "a Linux machine", "Run this stage on Linux")
 
 
 def check(config: dict, params: dict, device: str, count: int = 1) -> None:
-    """Raises StageError if a process needs more than there is, naming what would fit. `count` processes hold the base between them."""
+    """Raises StageError if a process needs more than there is, naming what would fit. `count` processes
+    hold the base between them.
+    """
     parts, room = bytes_needed(config, params, count), available(device)
     needed = sum(parts.values()) * CACHED
     if needed <= room:
         return
-    fitting = (its for its in METHODS if sum(bytes_needed(config, {**params, "method": its, "gradient_checkpointing": True, "decoded_gb": 0.0}, count).values()) * CACHED <= room)
+    fitting = (
+        its
+        for its in METHODS
+        if sum(
+            bytes_needed(
+                config, {**params, "method": its, "gradient_checkpointing": True, "decoded_gb": 0.0}, count
+            ).values()
+        )
+        * CACHED
+        <= room
+    )
     method = next(fitting, None)
     said = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
-    raise job.StageError(f"this run needs about {needed / 1e9:.0f} GB ({said}), and {room / 1e9:.0f} GB are free", "enough memory for the method",
-                         f"What fits: method {method} with gradient_checkpointing" if method else "Lower sequence_tokens or rank, choose targets: attention, or let several GPUs hold the base (ranks, and sharded: true)")
+    raise job.StageError(
+        f"this run needs about {needed / 1e9:.0f} GB ({said}), and {room / 1e9:.0f} GB are free",
+        "enough memory for the method",
+        (
+            f"What fits: method {method} with gradient_checkpointing"
+            if method
+            else (
+                "Lower sequence_tokens or rank, choose targets: attention, or let several GPUs hold the base"
+                " (ranks, and sharded: true)"
+            )
+        ),
+    )

@@ -20,7 +20,9 @@ from stages.train.balance import spread
 
 @dataclass(frozen=True)
 class Pack:
-    """One packed sequence: `ids` and `labels` int64 (tokens,), where its documents lie, and which rows of the data set they are."""
+    """One packed sequence: `ids` and `labels` int64 (tokens,), where its documents lie, and which rows of
+    the data set they are.
+    """
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -28,7 +30,8 @@ class Pack:
     rows: tuple[int, ...] = ()
 
 
-IDLE = Pack(torch.zeros(1, dtype=torch.int64), torch.tensor([IGNORED]), Documents((1,)))  # has no loss, and passes through every layer
+# has no loss, and passes through every layer
+IDLE = Pack(torch.zeros(1, dtype=torch.int64), torch.tensor([IGNORED]), Documents((1,)))
 
 
 class Order:
@@ -67,7 +70,8 @@ class Order:
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Groups of indices whose lengths sum to at most `capacity`, each length put where least room would be left, longest first.
+    """Groups of indices whose lengths sum to at most `capacity`, each length put where least room would be
+    left, longest first.
 
     Raises ValueError if one length alone is over it.
     """
@@ -88,13 +92,22 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def packs(rows: list[dict], capacity: int) -> list[Pack]:
-    """The rows (`input_ids`, `labels`, `number`) end to end in as few sequences of at most `capacity` tokens as best fit finds."""
+    """The rows (`input_ids`, `labels`, `number`) end to end in as few sequences of at most `capacity`
+    tokens as best fit finds.
+    """
     made = []
     for group in best_fit([len(row["input_ids"]) for row in rows], capacity):
         ids = [i for g in group for i in rows[g]["input_ids"]]
         # Nothing stands before a document's first token: whatever is packed before it must not predict it.
         labels = [i for g in group for i in (IGNORED, *rows[g]["labels"][1:])]
-        made.append(Pack(torch.tensor(ids), torch.tensor(labels), Documents(tuple(len(rows[g]["input_ids"]) for g in group)), tuple(rows[g]["number"] for g in group)))
+        made.append(
+            Pack(
+                torch.tensor(ids),
+                torch.tensor(labels),
+                Documents(tuple(len(rows[g]["input_ids"]) for g in group)),
+                tuple(rows[g]["number"] for g in group),
+            )
+        )
     return made
 
 
@@ -104,15 +117,20 @@ def shares(rows: list[dict], count: int, work: Operations) -> list[list[dict]]:
     return [[rows[index] for index in indices] for indices in spread(costs, count)]
 
 
-def share(rows: list[dict], rank: int, count: int, capacity: int, level: bool,
-          work: Operations) -> list[Pack]:
+def share(
+    rows: list[dict], rank: int, count: int, capacity: int, level: bool, work: Operations
+) -> list[Pack]:
     """The packed share of rank `rank` of `count`, about as much `work` as every other rank's.
 
     `level`: every rank has as many sequences, the last of some idle, since each is one of all ranks.
     """
     every = shares(rows, count, work)
     own = packs(every[rank], capacity)
-    most = max(len(best_fit([len(row["input_ids"]) for row in its], capacity)) for its in every) if level else len(own)
+    most = (
+        max(len(best_fit([len(row["input_ids"]) for row in its], capacity)) for its in every)
+        if level
+        else len(own)
+    )
     return own + [IDLE] * (most - len(own))
 
 

@@ -17,7 +17,9 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def draw(train: dict[int, float], held_out: dict[int, float], drop: float | None, path: Path) -> None:
-    """Training and held-out loss (nats per assistant token) over steps, on a logarithmic axis. `drop` is None where nothing was trained."""
+    """Training and held-out loss (nats per assistant token) over steps, on a logarithmic axis. `drop` is
+    None where nothing was trained.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,13 +31,26 @@ def draw(train: dict[int, float], held_out: dict[int, float], drop: float | None
         axes.plot(steps, losses, color=PALE, linewidth=0.8)
         axes.plot(steps, smooth(losses), color=INK, linewidth=2, label="training")
     if held_out:
-        axes.plot(list(held_out), list(held_out.values()), color=ACCENT, linewidth=1.5, marker="o", markersize=4, label="held out")
+        axes.plot(
+            list(held_out),
+            list(held_out.values()),
+            color=ACCENT,
+            linewidth=1.5,
+            marker="o",
+            markersize=4,
+            label="held out",
+        )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per assistant token")
-    axes.set_title("Not trained" if drop is None else f"Loss fell by {drop:.0%}", loc="left", color=INK, fontweight="bold")
+    axes.set_title(
+        "Not trained" if drop is None else f"Loss fell by {drop:.0%}",
+        loc="left",
+        color=INK,
+        fontweight="bold",
+    )
     axes.grid(axis="y", which="both", color="#e6ebf0", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if train or held_out:

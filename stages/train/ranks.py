@@ -1,7 +1,8 @@
-"""Several processes that train one model: each packs its share of a step's conversations, and gradients are summed.
+"""Several processes that train one model: each packs its share of a step's conversations, and gradients
+are summed.
 
-A sum and not a mean: every process has divided by the trained tokens of the whole step already, so the gradient is that of one
-process with all the conversations, however they are shared out.
+A sum and not a mean: every process has divided by the trained tokens of the whole step already, so the
+gradient is that of one process with all the conversations, however they are shared out.
 """
 
 from __future__ import annotations
@@ -67,5 +68,15 @@ def join(device: str) -> Ranks:
 
 def launch(count: int, job: str) -> None:
     """Replaces this process by torchrun with `count` processes of the same stage on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "stages.train", job]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "-m",
+        "stages.train",
+        job,
+    ]
     os.execv(sys.executable, command)

@@ -7,9 +7,9 @@ from statistics import median
 from stages import job
 from stages.train.pack import Order
 
-# Tokens of a step on one GPU. Every step decodes all 4-bit weights, whatever its size: on an H100 a step of about 2,200
-# tokens trains 8,492 a second, one of 16,384 trains 17,046 (docs/performance.md). FEW is a quarter of ENOUGH, which is one
-# packed sequence of the default length.
+# Tokens of a step on one GPU. Every step decodes all 4-bit weights, whatever its size: on an H100 a step of
+# about 2,200 tokens trains 8,492 a second, one of 16,384 trains 17,046 (docs/performance.md). FEW is a
+# quarter of ENOUGH, which is one packed sequence of the default length.
 FEW, ENOUGH = 4096, 16384
 
 
@@ -26,7 +26,8 @@ def fitting(lengths: list[int], held_out: list[int], sequence_tokens: int, batch
             raise job.StageError(
                 f"{len(long)} conversations are longer than {whole}, the longest {max(long):,} tokens",
                 f"at most {limit:,} ({name})",
-                f"Set {name} to {max(long)} or more, or max_tokens of stage data to {limit} or less")
+                f"Set {name} to {max(long)} or more, or max_tokens of stage data to {limit} or less",
+            )
 
 
 def described(order: Order, steps: int) -> dict[str, float | None]:
@@ -46,7 +47,8 @@ def advise(order: Order, steps: int, world: int, device: str) -> None:
         job.warning(
             f"batch_tokens is {order.batch_tokens:,}, and all {len(order.lengths)} conversations together "
             f"have {whole:,} tokens: every step trains some of them more than once",
-            f"Set batch_tokens to {whole} or less")
+            f"Set batch_tokens to {whole} or less",
+        )
     if device != "cuda" or not steps or run["step_tokens"] >= FEW * world:
         return
     wanted = max(min(ENOUGH * world, whole), *order.lengths)
@@ -59,4 +61,5 @@ def advise(order: Order, steps: int, world: int, device: str) -> None:
         f"a step has {run['step_conversations']:.0f} conversations with {run['step_tokens']:,.0f} tokens "
         f"(medians){gpus}: too few to keep a GPU busy",
         f"Set batch_tokens: {wanted} instead of batch. A step then trains {times:.1f} times as many "
-        f"conversations, so about {fewer} steps train as many as these {steps}, in less time")
+        f"conversations, so about {fewer} steps train as many as these {steps}, in less time",
+    )

@@ -1,7 +1,8 @@
-"""Distillation through the rounding (QAD): what the model says before rounding sets in is what the rounded one learns.
+"""Distillation through the rounding (QAD): what the model says before rounding sets in is what the rounded
+one learns.
 
-The teacher is the adapter as trained so far on the unrounded base. Its likeliest tokens on every trained token are written once, so
-that from then on a step costs what any other does, and no second model is held.
+The teacher is the adapter as trained so far on the unrounded base. Its likeliest tokens on every trained
+token are written once, so that from then on a step costs what any other does, and no second model is held.
 """
 
 from __future__ import annotations
@@ -20,21 +21,32 @@ TOP = 64  # tokens of the vocabulary that are kept of each distribution: 0.5 KB 
 
 
 class Teacher:
-    """`of(pack)` once it was kept; every rank writes its share of the rows into scratch, and reads all shares."""
+    """`of(pack)` once it was kept; every rank writes its share of the rows into scratch, and reads all
+    shares.
+    """
 
     def __init__(self, task: job.Job, ranks: Ranks):
         self.task, self.ranks, self.kept = task, ranks, {}
 
     def keep(self, model: nn.Module, rows: list[dict], begins: bool) -> None:
-        """Asks the model, unrounded as it has to be now, about all rows; a run that goes on reads what was written when rounding set in.
+        """Asks the model, unrounded as it has to be now, about all rows; a run that goes on reads what was
+        written when rounding set in.
 
         Raises StageError if that is gone, since the adapter has moved on.
         """
         files = sorted(self.task.scratch.glob("teacher-*-of-*.safetensors"))
-        whole = {f"teacher-{rank}-of-{int(file.stem.rsplit('-', 1)[1])}.safetensors" for file in files for rank in range(int(file.stem.rsplit("-", 1)[1]))}
+        whole = {
+            f"teacher-{rank}-of-{int(file.stem.rsplit('-', 1)[1])}.safetensors"
+            for file in files
+            for rank in range(int(file.stem.rsplit("-", 1)[1]))
+        }
         if not files or whole != {file.name for file in files}:
             if not begins:
-                raise job.StageError("no teacher in scratch", "what was written when rounding set in", "Delete this stage's scratch folder and train anew")
+                raise job.StageError(
+                    "no teacher in scratch",
+                    "what was written when rounding set in",
+                    "Delete this stage's scratch folder and train anew",
+                )
             self._write(model, rows)
             self.ranks.wait()
         for file in self.task.scratch.glob("teacher-*-of-*.safetensors"):
@@ -50,9 +62,18 @@ class Teacher:
         work = operations.count(model.hub_config, params["gradient_checkpointing"])
         packs = share(rows, ranks.rank, ranks.world, params["sequence_tokens"], params["sharded"], work)
         for number, pack in enumerate(packs, 1):
-            index, logs = assemble.largest(model, pack.ids.to(device), pack.labels.to(device), pack.documents, min(TOP, model.lm_head.weight.shape[0] - 1))
-            sizes = [int((labels[1:] != IGNORED).sum()) for labels in pack.labels.split(pack.documents.lengths)]
-            for row, i, p in zip(pack.rows, index.split(sizes), logs.split(sizes), strict=False):  # an idle pack has no row
+            index, logs = assemble.largest(
+                model,
+                pack.ids.to(device),
+                pack.labels.to(device),
+                pack.documents,
+                min(TOP, model.lm_head.weight.shape[0] - 1),
+            )
+            sizes = [
+                int((labels[1:] != IGNORED).sum()) for labels in pack.labels.split(pack.documents.lengths)
+            ]
+            # an idle pack has no row
+            for row, i, p in zip(pack.rows, index.split(sizes), logs.split(sizes), strict=False):
                 found |= {f"{row}.index": i.to("cpu", torch.int32), f"{row}.logs": p.cpu()}
             job.progress(number, len(packs), "sequences", "asking the teacher")
         file = self.task.scratch / f"teacher-{self.ranks.rank}-of-{self.ranks.world}.safetensors"
@@ -61,6 +82,10 @@ class Teacher:
         model.train()
 
     def of(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index int64 (n, k) and log-probabilities float32 (n, k + 1) for the trained tokens of a packed sequence in their order."""
+        """Index int64 (n, k) and log-probabilities float32 (n, k + 1) for the trained tokens of a packed
+        sequence in their order.
+        """
         rows = [self.kept[row] for row in pack.rows]
-        return tuple(torch.cat([row[part] for row in rows]).to(self.task.device) for part in ("index", "logs"))
+        return tuple(
+            torch.cat([row[part] for row in rows]).to(self.task.device) for part in ("index", "logs")
+        )

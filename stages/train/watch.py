@@ -13,10 +13,17 @@ from stages.train.loop import History
 
 
 class Watch:
-    """Progress, metrics and TensorBoard events of one run of `steps` steps. Speed is that of this attempt, whatever an earlier one did."""
+    """Progress, metrics and TensorBoard events of one run of `steps` steps. Speed is that of this attempt,
+    whatever an earlier one did.
+    """
 
     def __init__(self, steps: int, device: str, board: Board):
-        self.steps, self.device, self.board, self.tokens, self.seconds, self.taken = steps, device, board, 0, 0.0, 0
+        self.steps = steps
+        self.device = device
+        self.board = board
+        self.tokens = 0
+        self.seconds = 0.0
+        self.taken = 0
         self.began = time.monotonic()
 
     def step(self, history: History, done: int, tokens: int, seconds: float) -> None:
@@ -24,7 +31,13 @@ class Watch:
         left = (time.monotonic() - self.began) / self.taken * (self.steps - done)
         self.board.step(history, done)
         job.metric("loss", history.train[done], done)
-        job.progress(done, self.steps, "steps", f"loss {history.train[done]:.3f}, {self.speed:,.0f} tokens/s, {self.memory() / 1e9:.1f} GB, {left:.0f} s left")
+        job.progress(
+            done,
+            self.steps,
+            "steps",
+            f"loss {history.train[done]:.3f}, {self.speed:,.0f} tokens/s, {self.memory() / 1e9:.1f} GB,"
+            f" {left:.0f} s left",
+        )
 
     def held_out(self, value: float, done: int) -> None:
         self.board.held_out(value, done)
@@ -36,7 +49,9 @@ class Watch:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def memory(self) -> int:
-        """The most that was held so far, in bytes: of GPU memory, the pool of CUDA graphs with it, or of this process without one."""
+        """The most that was held so far, in bytes: of GPU memory, the pool of CUDA graphs with it, or of
+        this process without one.
+        """
         if self.device == "cuda":
             return torch.cuda.max_memory_reserved()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,16 +2,10 @@
 
 import json
 import sys
-from pathlib import Path
 
-import pytest
-
-pytest.importorskip("modelopt", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
-
-from bench import calibrate, export, operations  # noqa: E402
-from nemotron import audit  # noqa: E402
-from stages.base import tiny  # noqa: E402
+from bench import calibrate, export, operations
+from nemotron import audit
+from stages.base import tiny
 
 CONFIG = tiny.config("ME*", 128, 4, 512) | {"time_step_min": 0.001, "time_step_max": 0.1}
 
@@ -33,6 +27,20 @@ def test_every_row_makes_a_checkpoint(tmp_path, monkeypatch, capsys):
 
 def test_the_bench_of_calibration_counts_its_parts(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    monkeypatch.setattr(sys, "argv", ["calibrate", "--device", "cpu", "--config", str(tmp_path / "config.json"), "--conversations", "2", "--tokens", "70"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "calibrate",
+            "--device",
+            "cpu",
+            "--config",
+            str(tmp_path / "config.json"),
+            "--conversations",
+            "2",
+            "--tokens",
+            "70",
+        ],
+    )
     calibrate.main()
     assert "3 layers, 2 x 70 tokens" in (printed := capsys.readouterr().out) and "computing" in printed

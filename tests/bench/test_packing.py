@@ -1,11 +1,12 @@
-"""The bench of packing: chunks and in-place operations give the bits of the format's plain definition, whatever the weights."""
+"""The bench of packing: chunks and in-place operations give the bits of the format's plain definition,
+whatever the weights.
+"""
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-
-from bench import pack  # noqa: E402
-from nemotron import nvfp4  # noqa: E402
+from bench import pack
+from nemotron import nvfp4
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -18,10 +19,15 @@ def inputs() -> dict[str, torch.Tensor]:
     broken = normal.clone()
     broken[0, 0, 0], broken[1, 2, 3] = torch.nan, -torch.inf
     return {
-        "normal": normal * 0.02, "ties": eighths, "ties under the largest scale": eighths * 448, "zeros and negative zeros": zeros,
+        "normal": normal * 0.02,
+        "ties": eighths,
+        "ties under the largest scale": eighths * 448,
+        "zeros and negative zeros": zeros,
         "scales from the smallest to the largest": normal * torch.logspace(-8, 3, 256, dtype=torch.float64),
-        "second scales that float32 can hold, barely": normal * 1e-38, "and cannot": normal * 1e-43,
-        "negative weights that vanish": normal * torch.logspace(-46, 20, 256, dtype=torch.float64), "NaN and infinity": broken,
+        "second scales that float32 can hold, barely": normal * 1e-38,
+        "and cannot": normal * 1e-43,
+        "negative weights that vanish": normal * torch.logspace(-46, 20, 256, dtype=torch.float64),
+        "NaN and infinity": broken,
     }
 
 
@@ -31,7 +37,13 @@ def inputs() -> dict[str, torch.Tensor]:
 def test_chunks_have_the_bits_of_whole_tensors(kind, dtype, chunk, monkeypatch):
     monkeypatch.setattr(nvfp4, "CHUNK", chunk)
     stack = inputs()[kind].to(dtype)
-    for weight in (stack, stack[0], stack.unflatten(1, (2, 20)), stack.transpose(1, 2)[:, :, :32], stack[:, ::2, 16:240]):
+    for weight in (
+        stack,
+        stack[0],
+        stack.unflatten(1, (2, 20)),
+        stack.transpose(1, 2)[:, :, :32],
+        stack[:, ::2, 16:240],
+    ):
         before = weight.clone()
         packed, plain = nvfp4.pack(weight), pack.plain_pack(weight)
         for part in ("weight", "weight_scale", "weight_scale_2"):
@@ -42,7 +54,11 @@ def test_chunks_have_the_bits_of_whole_tensors(kind, dtype, chunk, monkeypatch):
 
 def test_every_byte_under_every_scale_unpacks_as_the_definition_says():
     scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    packed = nvfp4.Packed(torch.arange(256, dtype=torch.uint8).view(32, 8).repeat(1, 127), scales.repeat(32, 1), torch.tensor(3e-5))
+    packed = nvfp4.Packed(
+        torch.arange(256, dtype=torch.uint8).view(32, 8).repeat(1, 127),
+        scales.repeat(32, 1),
+        torch.tensor(3e-5),
+    )
     assert pack.same(nvfp4.unpack(packed), pack.plain_unpack(packed))
 
 

@@ -6,18 +6,32 @@ import sys
 
 import pytest
 
-pytest.importorskip("trl", reason="needs the train environment")
-
-from bench import figures, lengths, tiny_train  # noqa: E402
+from bench import figures, lengths, tiny_train
 
 
 def test_both_rows_take_their_steps_on_the_samples_lengths(capfd):
     tiny_train.main(["--lengths", "sample", "--steps", "2", "--block", "1"])
     head, columns, theirs, ours = capfd.readouterr().out.splitlines()
     assert head.startswith("sample lengths, 2 steps of 8 conversations, 2 threads on ")
-    assert columns.split() == "row lengths first s timed median ms p95 ms tokens/s padded peak GB".split()
+    assert columns.split() == [
+        "row",
+        "lengths",
+        "first",
+        "s",
+        "timed",
+        "median",
+        "ms",
+        "p95",
+        "ms",
+        "tokens/s",
+        "padded",
+        "peak",
+        "GB",
+    ]
     assert theirs.startswith("TRL and PEFT  sample") and ours.startswith("stage train   sample")
-    assert "0.0%" in ours.split() and "0.0%" not in theirs.split(), "a packed step pads nothing, a batch of uneven conversations does"
+    assert "0.0%" in ours.split() and "0.0%" not in theirs.split(), (
+        "a packed step pads nothing, a batch of uneven conversations does"
+    )
 
 
 def test_a_row_that_dies_ends_the_bench_and_leaves_no_process(monkeypatch):
@@ -33,8 +47,12 @@ def test_steps_that_are_no_whole_blocks_are_refused():
 
 def test_the_rows_are_the_conversations_of_the_steps_that_were_drawn():
     rows = tiny_train.rows("sample", 3)
-    assert [len(row["input_ids"]) for row in rows] == [length for step in lengths.plan("sample", 3) for length in step]
-    assert [row["number"] for row in rows] == list(range(24)) and all(len(row["labels"]) == len(row["input_ids"]) for row in rows)
+    assert [len(row["input_ids"]) for row in rows] == [
+        length for step in lengths.plan("sample", 3) for length in step
+    ]
+    assert [row["number"] for row in rows] == list(range(24)) and all(
+        len(row["labels"]) == len(row["input_ids"]) for row in rows
+    )
 
 
 def test_waiting_for_the_other_row_is_not_timed(monkeypatch):
@@ -47,11 +65,14 @@ def test_waiting_for_the_other_row_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(sys, "stdin", type("Other", (), {"readline": staticmethod(wait)}))
     turns = tiny_train.Turns(2, write)
-    turns.tokens, turns.computed = [10, 10, 10, 10, 99], [20, 10, 10, 10, 99]  # a batch is collated before its step
+    # a batch is collated before its step
+    turns.tokens, turns.computed = [10, 10, 10, 10, 99], [20, 10, 10, 10, 99]
     for _ in range(4):
         clock[0] += 1
         turns.step()
     assert turns.times == [1, 1, 1, 1]
     first, second = (json.loads(line) for line in os.read(read, 4096).splitlines())
-    assert (first["timed"], second["timed"]) == (1, 1) and second["tokens_per_s"] == 10 and second["padded"] == 0
+    assert (
+        (first["timed"], second["timed"]) == (1, 1) and second["tokens_per_s"] == 10 and second["padded"] == 0
+    )
     assert figures.WARM == 3

@@ -14,9 +14,11 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 DELTAS = [
-    {"role": "assistant", "content": ""}, {"content": "Timer [is] "}, {"content": "set."},
-    {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "set_timer", "arguments": "{\"min"}}]},
-    {"tool_calls": [{"index": 0, "function": {"arguments": "utes\": 5}"}}]},
+    {"role": "assistant", "content": ""},
+    {"content": "Timer [is] "},
+    {"content": "set."},
+    {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "set_timer", "arguments": '{"min'}}]},
+    {"tool_calls": [{"index": 0, "function": {"arguments": 'utes": 5}'}}]},
 ]
 
 
@@ -48,10 +50,16 @@ def test_a_piped_chat_streams_shows_tool_calls_and_keeps_the_history(server, tmp
     folder.mkdir(parents=True)
     (folder / "prompt.txt").write_text("You are Annie.\n")
     (folder / "tools.json").write_text('[{"type": "function", "function": {"name": "set_timer"}}]')
-    (folder / "serve.json").write_text('{"served_name": "nemotron-nano", "chat_template_kwargs": {"enable_thinking": false}}')
+    (folder / "serve.json").write_text(
+        '{"served_name": "nemotron-nano", "chat_template_kwargs": {"enable_thinking": false}}'
+    )
     said = subprocess.run(
-        [sys.executable, str(REPO / "build.py"), "chat", "--url", url], input="five minutes\nthanks\n/reset\nagain\n", text=True, capture_output=True,
-        env={**os.environ, "ANNIE_HOME": str(tmp_path)})
+        [sys.executable, str(REPO / "build.py"), "chat", "--url", url],
+        input="five minutes\nthanks\n/reset\nagain\n",
+        text=True,
+        capture_output=True,
+        env={**os.environ, "ANNIE_HOME": str(tmp_path)},
+    )
     assert said.returncode == 0, said.stderr
     assert "Timer [is] set." in said.stdout and "-> set_timer(minutes=5)" in said.stdout
     assert [len(body["messages"]) for body in asked] == [2, 5, 2]

@@ -14,7 +14,7 @@ from forge import check, run
 from forge.finding import Refused
 from forge.parameter import MISSING
 
-CHECK = '''\
+CHECK = """\
 from stages import check
 from stages.check import Finding
 
@@ -27,14 +27,18 @@ def look(its):
 
 if __name__ == "__main__":
     check.main(look)
-'''
+"""
 
 
 @pytest.fixture
 def checked(its):
     shutil.copy(toy.REPO / "stages" / "check.py", its.repo / "stages" / "check.py")
     (its.repo / "stages/words/sources.py").write_text(CHECK)
-    toy.edit(its.repo / "stages/words/stage.toml", 'produces = "text"', 'produces = "text"\ncheck = "stages.words.sources"')
+    toy.edit(
+        its.repo / "stages/words/stage.toml",
+        'produces = "text"',
+        'produces = "text"\ncheck = "stages.words.sources"',
+    )
     return its
 
 
@@ -64,19 +68,43 @@ def test_what_is_built_or_not_selected_is_not_checked_again(checked, monkeypatch
 def test_a_check_gets_the_recipes_files_and_parameters_and_those_of_its_inputs(checked):
     recipe = checked.context().recipe
     given = check.described(recipe, recipe.stages["count"])
-    words = {"stage": "words", "device": "cpu", "params": {"upper": False, "times": 1}, "sources": {"files": [str(checked.repo / "data/a.txt"), str(checked.repo / "data/b")]}}
-    assert given == {"stage": "count", "device": "cpu", "params": {}, "sources": {}, "inputs": {"words": words}}
+    words = {
+        "stage": "words",
+        "device": "cpu",
+        "params": {"upper": False, "times": 1},
+        "sources": {"files": [str(checked.repo / "data/a.txt"), str(checked.repo / "data/b")]},
+    }
+    assert given == {
+        "stage": "count",
+        "device": "cpu",
+        "params": {},
+        "sources": {},
+        "inputs": {"words": words},
+    }
 
 
-@pytest.mark.parametrize(("code", "said"), [
-    ("raise RuntimeError('oh')", "exit status 1: RuntimeError: oh"), ("print('hello')", "an answer that is no finding"),
-    ("print('{\"level\": \"error\"}')", "an answer that is no finding"), ("print('{}')", "an answer that is no finding"), ("import json; print(json.dumps(dict(level='fatal', subject='', found='', expected='', remedy='')))", "the level 'fatal'"), ("import yaml", "No module named 'yaml'"),
-    ("import time; time.sleep(9)", "no end after 1 s"),
-])
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise RuntimeError('oh')", "exit status 1: RuntimeError: oh"),
+        ("print('hello')", "an answer that is no finding"),
+        ('print(\'{"level": "error"}\')', "an answer that is no finding"),
+        ("print('{}')", "an answer that is no finding"),
+        (
+            (
+                "import json; print(json.dumps(dict(level='fatal', subject='', found='', expected='',"
+                " remedy='')))"
+            ),
+            "the level 'fatal'",
+        ),
+        ("import yaml", "No module named 'yaml'"),
+        ("import time; time.sleep(9)", "no end after 1 s"),
+    ],
+)
 def test_a_check_that_fails_is_itself_a_finding(checked, monkeypatch, code, said):
     monkeypatch.setattr(check, "SECONDS", 1)
     (checked.repo / "stages/words/sources.py").write_text(code + "\n")
-    found, = check.findings(checked.context(), checked.plan())
+    (found,) = check.findings(checked.context(), checked.plan())
     assert found.level == "error" and said in found.found and "stages.words.sources" in found.found
 
 
@@ -92,13 +120,21 @@ def test_the_recipes_of_this_repository_pass_their_checks_quickly(recipe, tmp_pa
     from forge import recipe as recipes
     from forge.store import Store
 
-    context = plan.Context(recipes.load(recipes.find(recipe, toy.REPO), toy.REPO), Store(tmp_path), toy.REPO, "local")
+    context = plan.Context(
+        recipes.load(recipes.find(recipe, toy.REPO), toy.REPO), Store(tmp_path), toy.REPO, "local"
+    )
     began = time.process_time()
-    note, = check.findings(context, plan.make(context))
-    assert (note.level, str(note.subject)) == ("note", "evaluate.kv_cache") and note.found.startswith("BF16 for the quantised model, since ")
+    (note,) = check.findings(context, plan.make(context))
+    assert (note.level, str(note.subject)) == ("note", "evaluate.kv_cache") and note.found.startswith(
+        "BF16 for the quantised model, since "
+    )
     assert time.process_time() - began < 1, "the checks' own time is their children's; forge's share is small"
     gates = context.recipe.stages["evaluate"].params["gate"]
-    assert gates["tuned"]["above"] == "base" and gates["tuned"]["at_least"] >= 0.8 and gates["nvfp4"] == {"within": 0.02, "of": "tuned"}
+    assert (
+        gates["tuned"]["above"] == "base"
+        and gates["tuned"]["at_least"] >= 0.8
+        and gates["nvfp4"] == {"within": 0.02, "of": "tuned"}
+    )
 
 
 def test_every_image_stage_is_checked_for_a_gate(tmp_path):
@@ -110,6 +146,13 @@ def test_every_image_stage_is_checked_for_a_gate(tmp_path):
 
     path = written(tmp_path, lambda stages: stages["evaluate"].pop("gate"))
     context = plan.Context(recipes.load(path, toy.REPO), Store(tmp_path), toy.REPO, "local")
-    assert [str(f.subject) for f in check.findings(context, plan.make(context)) if f.level == "error"] == ["evaluate.gate"]
-    assert [f.level for f in check.findings(context, plan.make(context, plan.Selection(last="evaluate")))] == ["note"]
-    assert context.recipe.stages["evaluate"].contract.parameters["gate"].default is not MISSING and run.check is check
+    assert [str(f.subject) for f in check.findings(context, plan.make(context)) if f.level == "error"] == [
+        "evaluate.gate"
+    ]
+    assert [
+        f.level for f in check.findings(context, plan.make(context, plan.Selection(last="evaluate")))
+    ] == ["note"]
+    assert (
+        context.recipe.stages["evaluate"].contract.parameters["gate"].default is not MISSING
+        and run.check is check
+    )

@@ -38,12 +38,18 @@ def test_plan_then_run_then_nothing_to_do(its, command):
 def test_run_as_json_lines(its, command):
     events = [json.loads(line) for line in command("run", "--json").splitlines()]
     kinds = [e["event"] for e in events]
-    assert kinds[0] == "plan" and kinds[-1] == "done" and kinds.count("stage_done") == 3 and "progress" in kinds
-    assert {"event": "metric", "name": "count", "value": 3, "step": None}.items() <= next(e for e in events if e["event"] == "metric").items()
+    assert (
+        kinds[0] == "plan" and kinds[-1] == "done" and kinds.count("stage_done") == 3 and "progress" in kinds
+    )
+    assert {"event": "metric", "name": "count", "value": 3, "step": None}.items() <= next(
+        e for e in events if e["event"] == "metric"
+    ).items()
 
 
 def test_path_prints_a_folder_and_nothing_else(its, command):
-    assert "python build.py run --recipe toy --executor local --until count" in command("path", "count", code=1).replace("\n", "")
+    assert "python build.py run --recipe toy --executor local --until count" in command(
+        "path", "count", code=1
+    ).replace("\n", "")
     command("run")
     assert command("path", "count") == f"{its.plan().stages[1].artifact.folder}\n"
 
@@ -53,7 +59,14 @@ def test_explain_in_words_and_as_json(its, command):
     toy.edit(its.recipe, "upper: false", "upper: true")
     assert "the parameter upper changed: false -> true" in command("explain", "words")
     change = json.loads(command("explain", "words", "--json"))["changes"]
-    assert change == [{"component": "param/upper", "old": "false", "new": "true", "phrase": "the parameter upper changed: false -> true"}]
+    assert change == [
+        {
+            "component": "param/upper",
+            "old": "false",
+            "new": "true",
+            "phrase": "the parameter upper changed: false -> true",
+        }
+    ]
     assert "slow: cached" not in command("explain", "slow")
 
 
@@ -72,7 +85,13 @@ def test_status_and_logs(its, command):
 def test_a_failed_run_ends_with_1_and_says_why(its, command):
     toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: badly")
     text = command("run", code=1)
-    for word in ("slow failed", "found    a bad thing", "expected a good thing", "remedy   Make it good.", "03-slow.log"):
+    for word in (
+        "slow failed",
+        "found    a bad thing",
+        "expected a good thing",
+        "remedy   Make it good.",
+        "03-slow.log",
+    ):
         assert word in text
     assert "the last run failed in slow: a bad thing" in command("status")
 
@@ -98,8 +117,8 @@ AUDIT = """\
         sys.exit("it broke")
     scale = {"found": "NaN or infinity", "expected": "finite scales", "remedy": "Quantise again."}
     faults = [{"subject": f"layers.{n}.input_scale", **scale} for n in range(3)] if "bad" in folder else []
-    facts = {"format": "NVFP4", "layout": "official", "dtypes": "router in BF16", "kv_cache": "FP8", "tensors": 24147, "files": 5, "bytes": 19339781632,
-             "quantised": 5968, "excludes": 60}
+    facts = {"format": "NVFP4", "layout": "official", "dtypes": "router in BF16", "kv_cache": "FP8",
+             "tensors": 24147, "files": 5, "bytes": 19339781632, "quantised": 5968, "excludes": 60}
     serve = {"args": more, "env": {"A_VARIABLE": "1"}}
     print(json.dumps({"facts": facts, "serve": serve if more else None, "findings": faults}))
     sys.exit(bool(faults))
@@ -123,7 +142,15 @@ def checkpoints(its):
 def test_audit_describes_a_checkpoint_and_the_flags_it_needs(checkpoints, command):
     good = str(checkpoints / "good")
     lines = command("audit", good).splitlines()
-    assert [line.split("  ")[0] for line in lines if line] == ["format", "layout", "dtypes", "tensors", "quantised", "bytes", "no faults"]
+    assert [line.split("  ")[0] for line in lines if line] == [
+        "format",
+        "layout",
+        "dtypes",
+        "tensors",
+        "quantised",
+        "bytes",
+        "no faults",
+    ]
     for words in ("NVFP4, FP8 cache", "24,147 in 5 files", "5,968 linears, 60 excludes", "19,339,781,632"):
         assert any(words in line for line in lines)
     text = command("audit", good, "--vllm", "0.31.0", "--base", good)
@@ -133,38 +160,77 @@ def test_audit_describes_a_checkpoint_and_the_flags_it_needs(checkpoints, comman
 
 def test_audit_ends_with_1_and_says_what_is_alike_once(checkpoints, command):
     text = command("audit", str(checkpoints / "bad"), code=1)
-    assert "layers.0.input_scale: found NaN or infinity; expected finite scales\n  Quantise again.\n  and 2 more like it, to layers.2.input_scale" in text
-    assert text.endswith("3 faults\n") and len(json.loads(command("audit", str(checkpoints / "bad"), "--json", code=1))["findings"]) == 3
+    assert (
+        "layers.0.input_scale: found NaN or infinity; expected finite scales\n  Quantise again.\n  and 2 more"
+        " like it, to layers.2.input_scale" in text
+    )
+    assert (
+        text.endswith("3 faults\n")
+        and len(json.loads(command("audit", str(checkpoints / "bad"), "--json", code=1))["findings"]) == 3
+    )
 
 
 def test_audit_of_no_checkpoint_and_one_that_breaks_the_audit(checkpoints, command):
     assert f"found no folder {checkpoints}/none" in command("audit", str(checkpoints / "none"), code=1)
     text = command("audit", str(checkpoints), "--base", str(checkpoints / "good/config.json"), code=1)
-    assert f"FOLDER: found no config.json and no *.safetensors in {checkpoints}" in text and "--base: found no folder" in text
-    assert "audit: found exit status 1 and no audit; it said: it broke" in command("audit", str(checkpoints / "crash"), code=1)
+    assert (
+        f"FOLDER: found no config.json and no *.safetensors in {checkpoints}" in text
+        and "--base: found no folder" in text
+    )
+    assert "audit: found exit status 1 and no audit; it said: it broke" in command(
+        "audit", str(checkpoints / "crash"), code=1
+    )
 
 
 def test_demo_ends_with_a_table_and_an_exchange(its, command):
     """The report that the whole line ends with, from an artifact as docs/formats.md has it."""
-    from forge import report
     from rich.console import Console
+
+    from forge import report
 
     columns = ["base", "tuned", "merged", "nvfp4"]
     folder = its.home / "report"
     folder.mkdir(parents=True)
-    shares = dict(zip(columns, (0.1, 0.95, 0.95, 0.9)))
-    (folder / "report.json").write_text(json.dumps({
-        "columns": columns, "modes": ["emoji", "markdown"], "questions": 20, "pass": shares, "vllm": "0.32.0",
-        "failures": {c: {"emoji": 9 if c == "base" else 0} for c in columns},
-        "by_category": {c: {"concise_voice": shares[c]} for c in columns}, "gate": {"passed": True, "why": []}, "seconds": dict.fromkeys(columns, 1.0)}))
-    (folder / "exchange.json").write_text(json.dumps({
-        "tools": [], "messages": [{"role": "system", "content": "rules"}, {"role": "user", "content": "How long is a kilometre?"}],
-        "answers": {"nvfp4": {"content": "A thousand metres.", "tool_calls": []}}}))
+    shares = dict(zip(columns, (0.1, 0.95, 0.95, 0.9), strict=False))
+    (folder / "report.json").write_text(
+        json.dumps(
+            {
+                "columns": columns,
+                "modes": ["emoji", "markdown"],
+                "questions": 20,
+                "pass": shares,
+                "vllm": "0.32.0",
+                "failures": {c: {"emoji": 9 if c == "base" else 0} for c in columns},
+                "by_category": {c: {"concise_voice": shares[c]} for c in columns},
+                "gate": {"passed": True, "why": []},
+                "seconds": dict.fromkeys(columns, 1.0),
+            }
+        )
+    )
+    (folder / "exchange.json").write_text(
+        json.dumps(
+            {
+                "tools": [],
+                "messages": [
+                    {"role": "system", "content": "rules"},
+                    {"role": "user", "content": "How long is a kilometre?"},
+                ],
+                "answers": {"nvfp4": {"content": "A thousand metres.", "tool_calls": []}},
+            }
+        )
+    )
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(report.of_demo(folder))
     text = console.export_text()
     assert ["all", "questions", "10%", "95%", "95%", "90%"] in [line.split() for line in text.splitlines()]
-    for word in ("concise_voice", "emoji", "20 questions", "gate passed", "How long is a kilometre?", "A thousand metres."):
+    for word in (
+        "concise_voice",
+        "emoji",
+        "20 questions",
+        "gate passed",
+        "How long is a kilometre?",
+        "A thousand metres.",
+    ):
         assert word in text
     assert "rules" not in text and "markdown" not in text
 
@@ -176,7 +242,8 @@ from stages import job
 def run(its):
     for name in ("report.md", "behaviour.png", "answers.jsonl", "exchange.json"):
         (its.output / name).write_text("x")
-    said = {"columns": ["base", "nvfp4"], "questions": 50, "pass": {"base": 0.0, "nvfp4": 0.98}, "gate": {"passed": True, "why": [], "unchecked": False}}
+    said = {"columns": ["base", "nvfp4"], "questions": 50, "pass": {"base": 0.0, "nvfp4": 0.98},
+            "gate": {"passed": True, "why": [], "unchecked": False}}
     (its.output / "report.json").write_text(json.dumps(said))
 
 if __name__ == "__main__":
@@ -198,4 +265,6 @@ def test_a_run_that_made_a_report_ends_with_its_shares(its, command):
 def test_a_plan_that_cannot_run_does_not_say_that_everything_is_built(command):
     text = command("plan", "--only", "slow")
     assert "cannot run: slow" in text and "everything is built" not in text
-    assert "no stage in --from slow --until words" in command("plan", "--from", "slow", "--until", "words", code=1)
+    assert "no stage in --from slow --until words" in command(
+        "plan", "--from", "slow", "--until", "words", code=1
+    )

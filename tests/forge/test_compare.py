@@ -15,7 +15,7 @@ from test_commands import command  # noqa: F401
 from forge import compare, picture, recipe, report
 from forge.finding import Refused
 
-STAGE = '''\
+STAGE = """\
 summary = "{name}"
 image = "plain"
 produces = "text"
@@ -25,8 +25,8 @@ produces = "text"
 minutes = 0.1
 disk_gb = 0.001
 memory_gb = 0.1
-'''
-MAIN = '''\
+"""
+MAIN = """\
 import json
 from stages import job
 
@@ -38,8 +38,11 @@ def run(its):
 
 if __name__ == "__main__":
     job.main(run)
-'''
-FIDELITY = '{"fidelity": {"tokens": 9, "loss": {"source": 1.0, "quantised": 2 - share}, "kl": 0.25, "greedy_agreement": 1.0, "layers": [0.1, 0.125]}}'
+"""
+FIDELITY = (
+    '{"fidelity": {"tokens": 9, "loss": {"source": 1.0, "quantised": 2 - share}, "kl": 0.25,'
+    ' "greedy_agreement": 1.0, "layers": [0.1, 0.125]}}'
+)
 PASS = '{"pass": {"base": 0.0, "merged": 1.0, "nvfp4": share}, "control": False}'
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -47,7 +50,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.fixture
 def compared(its):
     """The miniature repository with stages that leave what `compare` reads, and two ways."""
-    for name, source, file, made in (("quantize", "words", "audit.json", FIDELITY), ("evaluate", "quantize", "report.json", PASS)):
+    for name, source, file, made in (
+        ("quantize", "words", "audit.json", FIDELITY),
+        ("evaluate", "quantize", "report.json", PASS),
+    ):
         folder = its.repo / "stages" / name
         folder.mkdir()
         (folder / "stage.toml").write_text(STAGE.format(name=name, input=source))
@@ -69,25 +75,40 @@ def test_every_way_is_run_and_shown_in_a_row(compared, command):  # noqa: F811
     drawn = ElementTree.fromstring((compared.home / "compare-toy.svg").read_text())
     texts = [element.text for element in drawn.iter(f"{SVG}text")]
     assert {"as-it-is", "loud", "0.2500", "kept", "lost", said, "toy: what survives four bits"} <= set(texts)
-    _, *nvfp4 = [float(mark.get("cx")) for mark in drawn.iter(f"{SVG}circle") if mark.get("r") == "5"]  # the first is the legend's
-    assert nvfp4 == [picture.LEFT + picture.WIDTH / 2, picture.LEFT + picture.WIDTH], "half of the questions, and all"
-    last = next(line for line in command("compare", "--json").splitlines() if line.startswith('{"event": "compared"'))
-    assert [(row["way"], row["against"], row["verdict"]) for row in json.loads(last)["ways"]] == [("as-it-is", "merged", "lost"), ("loud", "merged", "kept")]
+    # the first is the legend's
+    _, *nvfp4 = [float(mark.get("cx")) for mark in drawn.iter(f"{SVG}circle") if mark.get("r") == "5"]
+    assert nvfp4 == [
+        picture.LEFT + picture.WIDTH / 2,
+        picture.LEFT + picture.WIDTH,
+    ], "half of the questions, and all"
+    last = next(
+        line for line in command("compare", "--json").splitlines() if line.startswith('{"event": "compared"')
+    )
+    assert [(row["way"], row["against"], row["verdict"]) for row in json.loads(last)["ways"]] == [
+        ("as-it-is", "merged", "lost"),
+        ("loud", "merged", "kept"),
+    ]
 
 
-@pytest.mark.parametrize(("passed", "against", "verdict"), [
-    ({"tuned": 1.0, "merged": 0.96, "nvfp4": 0.98}, "tuned", "kept"),  # 2 points: just kept
-    ({"tuned": 1.0, "merged": 0.96, "nvfp4": 0.96}, "tuned", "lost"),
-    ({"merged": 0.96, "nvfp4": 0.94}, "merged", "kept"),
-    ({"merged": 0.96, "nvfp4": 0.92}, "merged", "lost"),
-])
+@pytest.mark.parametrize(
+    ("passed", "against", "verdict"),
+    [
+        ({"tuned": 1.0, "merged": 0.96, "nvfp4": 0.98}, "tuned", "kept"),  # 2 points: just kept
+        ({"tuned": 1.0, "merged": 0.96, "nvfp4": 0.96}, "tuned", "lost"),
+        ({"merged": 0.96, "nvfp4": 0.94}, "merged", "kept"),
+        ({"merged": 0.96, "nvfp4": 0.92}, "merged", "lost"),
+    ],
+)
 def test_a_way_keeps_what_was_tuned_if_nvfp4_is_within_two_points_of_it(passed, against, verdict):
     assert compare.judged(passed, False) == {"against": against, "verdict": verdict}
     assert compare.judged(passed, True)["verdict"] == "control", "nothing was taught that could be kept"
 
 
 def test_the_verdict_names_the_ways_that_keep_and_those_that_do_not():
-    rows = [{"way": name, "verdict": verdict} for name, verdict in (("zero", "control"), ("ptq", "lost"), ("qat", "kept"), ("qad", "kept"))]
+    rows = [
+        {"way": name, "verdict": verdict}
+        for name, verdict in (("zero", "control"), ("ptq", "lost"), ("qat", "kept"), ("qad", "kept"))
+    ]
     assert compare.verdict(rows) == "NVFP4 within 2 points of tuned: qat, qad; not: ptq"
     assert compare.verdict(rows[:2]) == "NVFP4 within 2 points of tuned: no way; not: ptq"
 
@@ -102,12 +123,26 @@ def test_a_narrow_terminal_cuts_no_way_and_no_verdict():
 
 
 def rows(count, layers):
-    """Rows as `collect` makes them; of the ways every second has a tuned column, and the last one's errors are all zero."""
+    """Rows as `collect` makes them; of the ways every second has a tuned column, and the last one's errors
+    are all zero.
+    """
     made = []
     for number in range(count):
-        passed = {"base": 0.0, "merged": 1 - 0.02 * number, "nvfp4": max(0.0, 1 - 0.15 * number)} | ({"tuned": 1 - 0.02 * number} if number % 2 == 0 else {})
-        errors = [0.0 if number == count - 1 else (0.1 + 0.03 * number) * (layer / layers) ** 2 for layer in range(layers)]
-        made.append({"way": f"a-way-{10 ** number}", "pass": passed, "fidelity": {"kl": 0.1, "layers": errors}, **compare.judged(passed, False)})
+        passed = {"base": 0.0, "merged": 1 - 0.02 * number, "nvfp4": max(0.0, 1 - 0.15 * number)} | (
+            {"tuned": 1 - 0.02 * number} if number % 2 == 0 else {}
+        )
+        errors = [
+            0.0 if number == count - 1 else (0.1 + 0.03 * number) * (layer / layers) ** 2
+            for layer in range(layers)
+        ]
+        made.append(
+            {
+                "way": f"a-way-{10**number}",
+                "pass": passed,
+                "fidelity": {"kl": 0.1, "layers": errors},
+                **compare.judged(passed, False),
+            }
+        )
     return made
 
 
@@ -132,7 +167,13 @@ def boxes(svg):
 def test_no_word_of_the_picture_lies_on_another_or_outside(count, layers):
     svg = drawn(rows(count, layers))
     found = list(boxes(svg))
-    assert all(0 <= box[0] and 0 <= box[1] and box[2] <= float(svg.get("width")) and box[3] <= float(svg.get("height")) for _, box in found)
+    assert all(
+        box[0] >= 0
+        and box[1] >= 0
+        and box[2] <= float(svg.get("width"))
+        and box[3] <= float(svg.get("height"))
+        for _, box in found
+    )
     for (one, a), (other, b) in combinations(found, 2):
         if one or other:  # marks may lie on marks
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (one, other)
@@ -142,21 +183,32 @@ def test_no_word_of_the_picture_lies_on_another_or_outside(count, layers):
 def test_every_way_has_a_curve_over_the_layers_and_its_end_in_the_legend(layers):
     its = rows(6, layers)
     svg = drawn(its)
-    curves = {line.get("stroke"): [tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in svg.iter(f"{SVG}polyline")}
+    curves = {
+        line.get("stroke"): [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        for line in svg.iter(f"{SVG}polyline")
+    }
     assert [len(curve) for curve in curves.values()] == [layers] * 6, "six colours"
     texts = [text.text for text in svg.iter(f"{SVG}text")]
-    assert {f"{row['way']}, {row['fidelity']['layers'][-1]:.1%}" for row in its} <= set(texts) and {"layer", "1"} <= set(texts)
+    assert {f"{row['way']}, {row['fidelity']['layers'][-1]:.1%}" for row in its} <= set(texts) and {
+        "layer",
+        "1",
+    } <= set(texts)
     bottom = max(y for curve in curves.values() for _, y in curve)
     ends = sorted(round(bottom - curve[-1][1], 1) for curve in curves.values())
     errors = sorted(row["fidelity"]["layers"][-1] for row in its)
     if layers > 1:
-        assert [end / ends[-1] for end in ends] == pytest.approx([error / errors[-1] for error in errors], abs=0.01), "heights are errors, from zero"
+        assert [end / ends[-1] for end in ends] == pytest.approx(
+            [error / errors[-1] for error in errors], abs=0.01
+        ), "heights are errors, from zero"
 
 
 def test_ways_whose_four_bits_were_not_measured_have_no_curves():
     its = [{**row, "fidelity": None} for row in rows(2, 7)]
     svg = drawn(its)
-    assert not list(svg.iter(f"{SVG}polyline")) and [text.text for text in svg.iter(f"{SVG}text")].count("not measured") == 2
+    assert (
+        not list(svg.iter(f"{SVG}polyline"))
+        and [text.text for text in svg.iter(f"{SVG}text")].count("not measured") == 2
+    )
 
 
 def test_a_recipe_without_ways_is_refused(its, command):  # noqa: F811
@@ -166,8 +218,14 @@ def test_a_recipe_without_ways_is_refused(its, command):  # noqa: F811
 @pytest.mark.parametrize(
     ("way", "said"),
     [
-        ("loud: {words: {uper: true}}", "found unknown key words.uper; expected a parameter of words. Did you mean upper?"),
-        ("loud: {wrds: {upper: true}}", "found unknown stage wrds in the way loud; expected a stage of this recipe. Did you mean words?"),
+        (
+            "loud: {words: {uper: true}}",
+            "found unknown key words.uper; expected a parameter of words. Did you mean upper?",
+        ),
+        (
+            "loud: {wrds: {upper: true}}",
+            "found unknown stage wrds in the way loud; expected a stage of this recipe. Did you mean words?",
+        ),
         ("loud: {words: {upper: 3}}", "found words.upper = 3; expected bool"),
         ("'a/b': {}", "found the way 'a/b'; expected letters, digits and dashes"),
     ],
@@ -177,12 +235,19 @@ def test_a_fault_in_a_way_is_named_with_its_line(its, way, said):
         opened.write(f"ways:\n  {way}\n")
     with pytest.raises(Refused) as refused:
         its.plan()
-    assert any(said in str(fault) and "toy.yaml:14" in str(fault) for fault in refused.value.findings), refused.value.findings
+    assert any(said in str(fault) and "toy.yaml:14" in str(fault) for fault in refused.value.findings), (
+        refused.value.findings
+    )
 
 
 def test_the_ways_of_the_small_recipe_read():
     ways = recipe.load(toy.REPO / "recipes" / "tiny.yaml", toy.REPO).ways
-    assert ways["all-qad"].stages["train"].params["rounded_loss"] == "teacher" and ways["all-qad"].name == "tiny.all-qad"
-    assert ways["zero"].stages["train"].params["steps"] == 0 and all(ways["zero"].stages[name].params["control"] for name in ("merge", "evaluate"))
+    assert (
+        ways["all-qad"].stages["train"].params["rounded_loss"] == "teacher"
+        and ways["all-qad"].name == "tiny.all-qad"
+    )
+    assert ways["zero"].stages["train"].params["steps"] == 0 and all(
+        ways["zero"].stages[name].params["control"] for name in ("merge", "evaluate")
+    )
     assert not any(ways["attention"].stages[name].params["control"] for name in ("merge", "evaluate"))
     assert ways["attention"].stages == recipe.load(toy.REPO / "recipes" / "tiny.yaml", toy.REPO).stages

@@ -10,18 +10,32 @@ from forge.finding import Refused
 REPO = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("serves", "wanted"), [
-    ("nvfp4", {"checkpoint": Path("/quantize"), "adapter": None}), ("merged", {"checkpoint": Path("/merge"), "adapter": None}), ("tuned", {"checkpoint": Path("/base"), "adapter": Path("/train/adapter")})])
+@pytest.mark.parametrize(
+    ("serves", "wanted"),
+    [
+        ("nvfp4", {"checkpoint": Path("/quantize"), "adapter": None}),
+        ("merged", {"checkpoint": Path("/merge"), "adapter": None}),
+        ("tuned", {"checkpoint": Path("/base"), "adapter": Path("/train/adapter")}),
+    ],
+)
 def test_every_way_to_serve_has_its_contexts(serves, wanted):
-    assert contract.load(REPO / "stages/image").product.folders({"serves": serves}, lambda name: Path("/") / name) == wanted
+    assert (
+        contract.load(REPO / "stages/image").product.folders(
+            {"serves": serves}, lambda name: Path("/") / name
+        )
+        == wanted
+    )
 
 
-@pytest.mark.parametrize(("before", "after", "found"), [
-    ('checkpoint = "merge"', 'checkpoint = "marge"', "build.contexts names marge"),
-    ("merged = {", "mergd = {", "build.contexts for nvfp4, mergd, tuned"),
-    ('by = "serves"', 'by = "max_model_len"', "build.contexts for"),
-    ('by = "serves"\n', "", r"\[build\] with image, contexts"),
-])
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        ('checkpoint = "merge"', 'checkpoint = "marge"', "build.contexts names marge"),
+        ("merged = {", "mergd = {", "build.contexts for nvfp4, mergd, tuned"),
+        ('by = "serves"', 'by = "max_model_len"', "build.contexts for"),
+        ('by = "serves"\n', "", r"\[build\] with image, contexts"),
+    ],
+)
 def test_a_build_that_fits_no_parameter_or_input_is_refused(before, after, found, tmp_path):
     text = (REPO / "stages/image/stage.toml").read_text()
     assert before in text

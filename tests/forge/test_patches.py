@@ -12,7 +12,11 @@ TWENTY, FAST = LIBRARY.replace("10", "20"), LIBRARY.replace("10", "20").replace(
 
 
 def patch(before, after):
-    return "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), "a/library/core.py", "b/library/core.py"))
+    return "".join(
+        difflib.unified_diff(
+            before.splitlines(True), after.splitlines(True), "a/library/core.py", "b/library/core.py"
+        )
+    )
 
 
 @pytest.fixture
@@ -50,19 +54,25 @@ def test_another_order_does_not_fit(its, capsys):
     assert its.core.read_text() == LIBRARY and "applied" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changed", [
-    LIBRARY.replace("return 10", "return 15"),  # the line itself
-    LIBRARY.replace("# seconds", "# minutes"),
-    LIBRARY.replace("def limit()", "def limit(unit)"),  # GNU patch would take this and the next with its usual fuzz of 2
-    LIBRARY.replace("\n\ndef name()", "\n\ndef name(unit)"),
-    "import sys\n" + LIBRARY,  # fits as it is, a line further on
-])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        LIBRARY.replace("return 10", "return 15"),  # the line itself
+        LIBRARY.replace("# seconds", "# minutes"),
+        # GNU patch would take this and the next with its usual fuzz of 2
+        LIBRARY.replace("def limit()", "def limit(unit)"),
+        LIBRARY.replace("\n\ndef name()", "\n\ndef name(unit)"),
+        "import sys\n" + LIBRARY,  # fits as it is, a line further on
+    ],
+)
 def test_a_library_that_changed_under_its_patch_is_refused_with_what_to_do(its, capsys, changed):
     its.core.write_text(changed)
     assert its.apply() == 1
     assert its.core.read_text() == changed
     said = capsys.readouterr().out
-    assert "found: limit.patch does not apply" in said and "drop or refresh it" in said and "applied" not in said
+    assert (
+        "found: limit.patch does not apply" in said and "drop or refresh it" in said and "applied" not in said
+    )
 
 
 def test_a_patch_is_neither_applied_twice_nor_taken_back(its):
@@ -88,7 +98,11 @@ def test_no_series_and_an_empty_one_change_nothing(its):
 @pytest.mark.parametrize("image", ["train", "vllm"])
 def test_every_patch_of_an_image_is_in_its_series_and_in_its_readme(image):
     folder = IMAGES / image / "patches"
-    listed = [line.split("#")[0].strip() for series in folder.glob("series*") for line in series.read_text().splitlines()]
+    listed = [
+        line.split("#")[0].strip()
+        for series in folder.glob("series*")
+        for line in series.read_text().splitlines()
+    ]
     readme = (folder / "README.md").read_text()
     assert {name for name in listed if name} == {path.name for path in folder.glob("*.patch")}
     assert all(f"## {path.name}" in readme for path in folder.glob("*.patch"))

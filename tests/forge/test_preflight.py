@@ -16,7 +16,9 @@ MemAvailable:    97656250 kB
 
 
 def test_trap_32_memory_comes_from_proc_meminfo(tmp_path):
-    """A GB10's NVML has no memory figure; MemAvailable counts what caches would give back, MemFree does not."""
+    """A GB10's NVML has no memory figure; MemAvailable counts what caches would give back, MemFree does
+    not.
+    """
     (tmp_path / "meminfo").write_text(GB10)
     available, total = preflight.memory_gb(tmp_path / "meminfo")
     assert (round(available), round(total, 1)) == (100, 130.6)
@@ -35,7 +37,9 @@ def test_too_little_of_something_is_named_with_its_remedy(its, need, subject):
 def test_a_missing_gpu_is_named_where_the_recipe_wants_one(its):
     toy.edit(its.recipe, "seed: 3", "seed: 3\ngpu: cuda")
     toy.edit(its.recipe, "minutes: 0.5", "gpu: true")
-    with pytest.raises(Refused, match="no GPU that nvidia-smi can see; expected one, since the recipe says gpu: cuda"):
+    with pytest.raises(
+        Refused, match="no GPU that nvidia-smi can see; expected one, since the recipe says gpu: cuda"
+    ):
         its.run()
 
 

@@ -17,21 +17,82 @@ def faults(its):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("upper: false", "uper: false", "toy.yaml:7: found unknown key words.uper; expected a parameter of words. Did you mean upper?"),
+        (
+            "upper: false",
+            "uper: false",
+            "toy.yaml:7: found unknown key words.uper; expected a parameter of words. Did you mean upper?",
+        ),
         ("upper: false", "upper: 3", "toy.yaml:7: found words.upper = 3; expected bool. shout"),
-        ("upper: false", "upper: false\n    times: 12", "toy.yaml:8: found words.times = 12; expected int at least 1 and at most 9."),
-        ("upper: false", "upper: false\n    times: true", "toy.yaml:8: found words.times = True; expected int at least 1"),
+        (
+            "upper: false",
+            "upper: false\n    times: 12",
+            "toy.yaml:8: found words.times = 12; expected int at least 1 and at most 9.",
+        ),
+        (
+            "upper: false",
+            "upper: false\n    times: true",
+            "toy.yaml:8: found words.times = True; expected int at least 1",
+        ),
         ("    upper: false\n", "", "toy.yaml:6: found no upper in words; expected upper: bool. shout"),
-        ("steps: 3", "steps: 3\n    how: wel", "toy.yaml:12: found slow.how = 'wel'; expected one of well, badly"),
-        ("seed: 3", "seeed: 3", "toy.yaml:3: found unknown key seeed; expected a key of a recipe. Did you mean seed?"),
-        ("seed: 3", "seed: 3\nseed: 4", "toy.yaml:4: found seed a second time; expected each key once (the first is in line 3)"),
-        ("  slow:", "  slwo:", "toy.yaml:10: found unknown stage slwo; expected a folder of stages/ with a stage.toml. Did you mean slow?"),
-        ("data/a.txt", "data/z.txt", "toy.yaml:8: found data/z.txt, which does not exist; expected a file or folder (text files)"),
-        ("files:", "file:", "toy.yaml:8: found unknown source file; expected a source of words. Did you mean files?"),
-        ("{minutes: 0.5}", "{minute: 0.5}", "toy.yaml:12: found unknown key slow.needs.minute; expected a key of needs. Did you mean minutes?"),
-        ("  count: {}", "  count: {inputs: {words: wrds}}", "comes from wrds, which the recipe does not have; expected a stage of this recipe. Did you mean words?"),
-        ("  count: {}", "  count: {inputs: {words: slow}}", "found stages that wait for each other (count -> slow); expected no cycle"),
-        ("plain: {base", "plane: {base", "toy.yaml:4: found unknown image plane; expected a folder of images/. Did you mean plain?"),
+        (
+            "steps: 3",
+            "steps: 3\n    how: wel",
+            "toy.yaml:12: found slow.how = 'wel'; expected one of well, badly",
+        ),
+        (
+            "seed: 3",
+            "seeed: 3",
+            "toy.yaml:3: found unknown key seeed; expected a key of a recipe. Did you mean seed?",
+        ),
+        (
+            "seed: 3",
+            "seed: 3\nseed: 4",
+            "toy.yaml:4: found seed a second time; expected each key once (the first is in line 3)",
+        ),
+        (
+            "  slow:",
+            "  slwo:",
+            (
+                "toy.yaml:10: found unknown stage slwo; expected a folder of stages/ with a stage.toml. Did"
+                " you mean slow?"
+            ),
+        ),
+        (
+            "data/a.txt",
+            "data/z.txt",
+            "toy.yaml:8: found data/z.txt, which does not exist; expected a file or folder (text files)",
+        ),
+        (
+            "files:",
+            "file:",
+            "toy.yaml:8: found unknown source file; expected a source of words. Did you mean files?",
+        ),
+        (
+            "{minutes: 0.5}",
+            "{minute: 0.5}",
+            (
+                "toy.yaml:12: found unknown key slow.needs.minute; expected a key of needs. Did you mean"
+                " minutes?"
+            ),
+        ),
+        (
+            "  count: {}",
+            "  count: {inputs: {words: wrds}}",
+            (
+                "comes from wrds, which the recipe does not have; expected a stage of this recipe. Did you"
+                " mean words?"
+            ),
+        ),
+        (
+            "  count: {}",
+            "  count: {inputs: {words: slow}}",
+            "found stages that wait for each other (count -> slow); expected no cycle",
+        ),
+        (
+            "plain: {base",
+            "plane: {base",
+            "toy.yaml:4: found unknown image plane; expected a folder of images/. Did you mean plain?",
+        ),
         ("steps: 3", "steps: 3\n    seconds: .nan", "toy.yaml:12: found slow.seconds = nan; expected float"),
         ("name: toy", "name: to/y", "toy.yaml:1: found name = 'to/y'; expected letters"),
         ("name: toy", "name: to\0y", "toy.yaml: found"),
@@ -59,7 +120,10 @@ def test_a_faulty_contract_is_named_by_its_file(its):
     toy.edit(its.repo / "stages/slow/stage.toml", "choices", "choises")
     toy.edit(its.repo / "stages/count/stage.toml", 'produces = "text"', 'produces = "txet"')
     said = "\n".join(faults(its))
-    assert "stages/slow/stage.toml: found unknown key parameters.how.choises" in said and "Did you mean choices?" in said
+    assert (
+        "stages/slow/stage.toml: found unknown key parameters.how.choises" in said
+        and "Did you mean choices?" in said
+    )
     assert "stages/count/stage.toml: found produces = 'txet'" in said and "Did you mean text?" in said
 
 
@@ -83,7 +147,15 @@ def test_the_recipes_of_this_repository_read(its):
         assert recipe.load(path, toy.REPO).name == path.stem
 
 
-@pytest.mark.parametrize("selected", [{"first": "slow", "last": "words"}, {"first": "count", "only": ("words",)}])
+@pytest.mark.parametrize(
+    "selected", [{"first": "slow", "last": "words"}, {"first": "count", "only": ("words",)}]
+)
 def test_a_selection_of_no_stage_is_refused(its, selected):
-    with pytest.raises(Refused, match="found no stage in --from .*; expected at least one stage. The stages in their order: words, count, slow."):
+    with pytest.raises(
+        Refused,
+        match=(
+            "found no stage in --from .*; expected at least one stage. The stages in their order: words,"
+            " count, slow."
+        ),
+    ):
         its.plan(**selected)

@@ -14,8 +14,15 @@ def test_the_compose_override_is_its_golden_copy(device):
 
 
 def test_a_run_script_is_its_golden_copy(tmp_path):
-    render.write_script(tmp_path / "03-train.sh", "train", "Its output goes where the job says.", [
-        ["cd", "/home/annie/a clone"], ["exec", "env", "-i", "HOME=/tmp/home", "python", "-m", "stages.train", "03-train.json"]])
+    render.write_script(
+        tmp_path / "03-train.sh",
+        "train",
+        "Its output goes where the job says.",
+        [
+            ["cd", "/home/annie/a clone"],
+            ["exec", "env", "-i", "HOME=/tmp/home", "python", "-m", "stages.train", "03-train.json"],
+        ],
+    )
     assert (tmp_path / "03-train.sh").read_text() == (GOLDEN / "run.sh").read_text()
     assert (tmp_path / "03-train.sh").stat().st_mode & 0o111
 
@@ -23,6 +30,8 @@ def test_a_run_script_is_its_golden_copy(tmp_path):
 def test_the_service_listens_on_loopback_only_and_without_privileges():
     import yaml
 
-    service = yaml.safe_load((GOLDEN.parents[1] / "compose.yaml").read_text())["services"]["vllm-nemotron-annie"]
+    service = yaml.safe_load((GOLDEN.parents[1] / "compose.yaml").read_text())["services"][
+        "vllm-nemotron-annie"
+    ]
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     assert service["cap_drop"] == ["ALL"] and service["read_only"] and "privileged" not in service

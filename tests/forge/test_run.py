@@ -27,15 +27,36 @@ def wait_for(condition, seconds=20.0):
 def test_a_run_makes_every_stage_once(its):
     outcome = its.run()
     assert (outcome.code, outcome.ran) == (0, ("words", "count", "slow"))
-    assert (its.text("words"), its.text("count"), its.text("slow")) == ("alpha beta gamma", "3", "went on from 0")
-    assert {p.name for p in outcome.folder.iterdir()} >= {"plan.json", "events.jsonl", "01-words.json", "01-words.log", "03-slow.log"}
+    assert (its.text("words"), its.text("count"), its.text("slow")) == (
+        "alpha beta gamma",
+        "3",
+        "went on from 0",
+    )
+    assert {p.name for p in outcome.folder.iterdir()} >= {
+        "plan.json",
+        "events.jsonl",
+        "01-words.json",
+        "01-words.log",
+        "03-slow.log",
+    }
     assert its.run().ran == () and its.event("done")["seconds"] == 0
 
 
 def test_a_job_is_as_the_formats_say(its):
     folder = its.run().folder
     job = json.loads((folder / "02-count.json").read_text())
-    assert set(job) == {"stage", "params", "inputs", "sources", "secrets", "output", "scratch", "seed", "device", "provenance"}
+    assert set(job) == {
+        "stage",
+        "params",
+        "inputs",
+        "sources",
+        "secrets",
+        "output",
+        "scratch",
+        "seed",
+        "device",
+        "provenance",
+    }
     words = its.plan().stages[0].artifact
     assert job["provenance"] == {"words": {"stage": "words", "key": words.key, "digest": words.digest}}
     assert json.loads((folder / "01-words.json").read_text())["params"] == {"upper": False, "times": 1}
@@ -61,14 +82,22 @@ def test_a_forced_stage_keeps_an_artifact_in_place_all_the_time(its):
     before = its.plan().stages[0].artifact
     assert its.run(only=("words",), force=True).ran == ("words",)
     after = its.plan().stages[0].artifact
-    assert before.folder == after.folder and before.digest == after.digest and not list((its.home / "store/tmp").iterdir())
+    assert (
+        before.folder == after.folder
+        and before.digest == after.digest
+        and not list((its.home / "store/tmp").iterdir())
+    )
 
 
 def test_a_failure_says_found_expected_remedy_and_where_the_log_is(its):
     toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: badly")
     assert its.run().code == 1
     failed = its.event("failed")
-    assert (failed["found"], failed["expected"], failed["remedy"]) == ("a bad thing", "a good thing", "Make it good.")
+    assert (failed["found"], failed["expected"], failed["remedy"]) == (
+        "a bad thing",
+        "a good thing",
+        "Make it good.",
+    )
     assert "a bad thing" in open(failed["log"]).read()
     assert its.states() == {"words": "cached", "count": "cached", "slow": "run"}
 
@@ -101,7 +130,11 @@ def test_kill_9_in_the_middle_and_the_next_run_goes_on(its):
 
 @pytest.mark.parametrize("moment", ["_seal", "_sync", "_place"])
 def test_kill_9_while_an_artifact_is_taken(its, moment):
-    process = its.start("from forge import store", "import os, signal", f"store.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)")
+    process = its.start(
+        "from forge import store",
+        "import os, signal",
+        f"store.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)",
+    )
     assert process.wait() == -signal.SIGKILL
     assert set(its.states().values()) == {"run", "waits"}
     assert its.run().code == 0
@@ -109,11 +142,16 @@ def test_kill_9_while_an_artifact_is_taken(its, moment):
 
 
 def test_a_full_disk_leaves_what_was_there_and_is_named(its):
-    """RLIMIT_FSIZE stops the stage's writes as a full disk does; the message for ENOSPC comes from a real small disk."""
+    """RLIMIT_FSIZE stops the stage's writes as a full disk does; the message for ENOSPC comes from a real
+    small disk.
+    """
     its.run()
     toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: large")
-    process = its.start("import resource, signal", "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)",
-                        "resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))")
+    process = its.start(
+        "import resource, signal",
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)",
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))",
+    )
     assert process.wait() == 1, process.stdout.read()
     assert its.states() == {"words": "cached", "count": "cached", "slow": "run"}
     assert its.run().ran == ("slow",)
@@ -122,12 +160,17 @@ def test_a_full_disk_leaves_what_was_there_and_is_named(its):
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
 def test_no_space_left_is_named_with_its_remedy(its):
     its.home.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(its.home)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(its.home)], capture_output=True
+    ).returncode:
         pytest.skip("this machine mounts no tmpfs")
     try:
         toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: large")
         assert its.run().code == 1
-        assert "the disk is full" in its.event("failed")["found"] and "Free some space" in its.event("failed")["remedy"]
+        assert (
+            "the disk is full" in its.event("failed")["found"]
+            and "Free some space" in its.event("failed")["remedy"]
+        )
         assert its.states() == {"words": "cached", "count": "cached", "slow": "run"}
     finally:
         subprocess.run(["umount", "-l", str(its.home)], check=True)
@@ -179,7 +222,9 @@ def test_a_log_can_be_followed_while_it_grows(its):
     process = its.start()
     wait_for(lambda: list(its.home.glob("runs/*/03-slow.log")))
     text = []
-    reader = threading.Thread(target=lambda: text.extend(journal.read_log(its.home, "toy", "slow", ["slow"], follow=True)))
+    reader = threading.Thread(
+        target=lambda: text.extend(journal.read_log(its.home, "toy", "slow", ["slow"], follow=True))
+    )
     reader.start()
     reader.join(10)
     assert not reader.is_alive() and "a bad thing" in "".join(text)
@@ -189,6 +234,17 @@ def test_a_log_can_be_followed_while_it_grows(its):
 def test_a_message_of_a_container_names_scratch_files_as_the_host_does():
     from forge.run import _on_host
 
-    event = {"event": "error", "found": "3 rows in /home/me/scratch/rows", "expected": "none", "remedy": "See /scratch/rejects.jsonl."}
-    assert _on_host(event, "/scratch", "/store/scratch/data/1") == {**event, "remedy": "See /store/scratch/data/1/rejects.jsonl."}
-    assert _on_host(event, "", "/store") == event and _on_host({"event": "log", "x": "/scratch/a"}, "/scratch", "/s")["x"] == "/scratch/a"
+    event = {
+        "event": "error",
+        "found": "3 rows in /home/me/scratch/rows",
+        "expected": "none",
+        "remedy": "See /scratch/rejects.jsonl.",
+    }
+    assert _on_host(event, "/scratch", "/store/scratch/data/1") == {
+        **event,
+        "remedy": "See /store/scratch/data/1/rejects.jsonl.",
+    }
+    assert (
+        _on_host(event, "", "/store") == event
+        and _on_host({"event": "log", "x": "/scratch/a"}, "/scratch", "/s")["x"] == "/scratch/a"
+    )

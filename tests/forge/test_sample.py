@@ -1,4 +1,6 @@
-"""The sample data set: made by its script, wide enough to learn from, and without a word of what it will be asked."""
+"""The sample data set: made by its script, wide enough to learn from, and without a word of what it will
+be asked.
+"""
 
 import json
 import subprocess
@@ -9,8 +11,16 @@ import pytest
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"
 CATEGORIES = [
-    "topic_switch", "direct_action", "concise_voice", "honest_memory", "rajesh_context", "kannada_culture", "mixed_multiturn",
-    "no_emoji_no_markdown", "tool_result_responses", "no_followup_questions",
+    "topic_switch",
+    "direct_action",
+    "concise_voice",
+    "honest_memory",
+    "rajesh_context",
+    "kannada_culture",
+    "mixed_multiturn",
+    "no_emoji_no_markdown",
+    "tool_result_responses",
+    "no_followup_questions",
 ]
 
 
@@ -41,7 +51,12 @@ def test_every_category_is_asked_about():
 
 
 def test_no_held_out_question_was_ever_heard():
-    heard = {text for path in [*SAMPLE.glob("conversations/*.jsonl"), SAMPLE / "lessons.jsonl"] for row in rows(path) for text in asked(row)}
+    heard = {
+        text
+        for path in [*SAMPLE.glob("conversations/*.jsonl"), SAMPLE / "lessons.jsonl"]
+        for row in rows(path)
+        for text in asked(row)
+    }
     last = {question["id"]: asked(question)[-1] for question in rows(SAMPLE / "questions.jsonl")}
     assert {id_: text for id_, text in last.items() if any(text in other for other in heard)} == {}
 

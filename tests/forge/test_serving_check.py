@@ -10,8 +10,11 @@ from forge import serving
 from forge.finding import Refused
 
 CHECK = {
-    "messages": [{"role": "user", "content": "Name the capital of France."}], "tools": [{"type": "function"}], "max_tokens": 48,
-    "base": {"content": "Sure! **Paris**", "tool_calls": []}, "expected": {"content": "Paris.", "tool_calls": []},
+    "messages": [{"role": "user", "content": "Name the capital of France."}],
+    "tools": [{"type": "function"}],
+    "max_tokens": 48,
+    "base": {"content": "Sure! **Paris**", "tool_calls": []},
+    "expected": {"content": "Paris.", "tool_calls": []},
 }
 
 
@@ -19,7 +22,15 @@ CHECK = {
 def its(tmp_path):
     """`its(answer)` checks a server that gives that answer; what it was asked is in `its.asked`."""
     (tmp_path / "check.json").write_text(json.dumps(CHECK))
-    (tmp_path / "serve.json").write_text(json.dumps({"served_name": "nemotron-nano", "serves": "tuned", "chat_template_kwargs": {"enable_thinking": False}}))
+    (tmp_path / "serve.json").write_text(
+        json.dumps(
+            {
+                "served_name": "nemotron-nano",
+                "serves": "tuned",
+                "chat_template_kwargs": {"enable_thinking": False},
+            }
+        )
+    )
 
     def check(answer):
         class Handler(BaseHTTPRequestHandler):
@@ -47,8 +58,20 @@ def its(tmp_path):
 
 def test_the_tuned_answer_is_shown_beside_the_base_one(its, capsys):
     its({"content": "Paris is it.", "tool_calls": None})
-    assert capsys.readouterr().out == 'it answers as the tuned model: "Paris is it." (the base: "Sure! **Paris**")\n'
-    assert its.asked.items() >= {"model": "nemotron-nano", "temperature": 0, "max_tokens": 48, "messages": CHECK["messages"], "tools": CHECK["tools"]}.items()
+    assert (
+        capsys.readouterr().out
+        == 'it answers as the tuned model: "Paris is it." (the base: "Sure! **Paris**")\n'
+    )
+    assert (
+        its.asked.items()
+        >= {
+            "model": "nemotron-nano",
+            "temperature": 0,
+            "max_tokens": 48,
+            "messages": CHECK["messages"],
+            "tools": CHECK["tools"],
+        }.items()
+    )
 
 
 def test_trap_29_a_server_that_answers_as_the_base_is_refused(its):

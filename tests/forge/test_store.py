@@ -33,13 +33,19 @@ def test_an_artifact_is_sealed_and_its_scratch_removed(store):
     assert (artifact.folder / "text.txt").stat().st_mode & 0o222 == 0
     assert not store.unfinished("words", KEY) and not list(store.tmp.iterdir())
     assert store.find("words", KEY) == artifact and artifact.bytes == 3
-    assert {"key", "components", "files", "digest", "type", "seconds", "recipe", "executor"} <= set(artifact.manifest)
+    assert {"key", "components", "files", "digest", "type", "seconds", "recipe", "executor"} <= set(
+        artifact.manifest
+    )
 
 
 def test_a_new_artifact_of_the_same_key_takes_the_place_of_the_old(store):
     old = store.accept("words", KEY, written(store, "one"), "text", FACTS)
     new = store.accept("words", KEY, written(store, "two"), "text", FACTS)
-    assert old.folder == new.folder and (new.folder / "text.txt").read_text() == "two" and not list(store.tmp.iterdir())
+    assert (
+        old.folder == new.folder
+        and (new.folder / "text.txt").read_text() == "two"
+        and not list(store.tmp.iterdir())
+    )
 
 
 def test_a_refused_output_leaves_the_old_artifact_and_the_scratch(store):

@@ -43,7 +43,8 @@ WARM = """\
             raise job.StageError("a bad rank", "a good one", "Take 16.")
         print("inputs", sorted(its.inputs), its.device, its.params, flush=True)
         (its.scratch / "checkpoint").mkdir()
-        report = {"compiled": 1 - there, "loaded": there, "tuned": 0, "folder": "gpu", "bytes": 1000, "kernels": {}}
+        report = {"compiled": 1 - there, "loaded": there, "tuned": 0, "folder": "gpu", "bytes": 1000}
+        report["kernels"] = {}
         (its.output / "warm.json").write_text(json.dumps(report))
 
     if __name__ == "__main__":
@@ -82,12 +83,22 @@ def test_what_is_compiled_once_is_there_the_second_time(trained):
     assert (made["compiled"], made["tuned"], made["bytes"]) == (1, 0, 1000)
     again = warmed(trained)
     assert (again["compiled"], again["loaded"], again["folder"]) == (0, 1, made["folder"])
-    assert [e["event"] for e in trained.events if e["event"] not in ("log", "metric")] == ["plan", "stage", "progress", "stage_done", "done"]
+    assert [e["event"] for e in trained.events if e["event"] not in ("log", "metric")] == [
+        "plan",
+        "stage",
+        "progress",
+        "stage_done",
+        "done",
+    ]
     assert made["folder"].startswith(str(trained.home / "kernels/plain-"))
 
 
 def test_it_takes_the_recipes_parameters_and_what_is_built(trained):
-    said = lambda: next(e["line"] for e in trained.events if e.get("line", "").startswith("inputs"))  # noqa: E731
+
+    def said():
+        lines = (event.get("line", "") for event in trained.events)
+        return next(line for line in lines if line.startswith("inputs"))
+
     warmed(trained)
     assert said() == "inputs [] cuda {'rank': 16}"
     trained.run(last="count")
@@ -99,7 +110,12 @@ def test_it_leaves_no_artifact_no_scratch_and_no_run_of_the_recipe(trained):
     before = trained.states()
     warmed(trained)
     store = trained.home / "store"
-    assert trained.states() == before and not list(store.glob("tmp/*")) and not list(store.glob("scratch/*/*")) and not (store / "artifacts").exists()
+    assert (
+        trained.states() == before
+        and not list(store.glob("tmp/*"))
+        and not list(store.glob("scratch/*/*"))
+        and not (store / "artifacts").exists()
+    )
     assert journal.runs(trained.home, "toy") == [] and len(journal.runs(trained.home, "toy.warm")) == 1
 
 
@@ -115,7 +131,9 @@ def test_a_failure_is_told_with_its_remedy(trained):
     toy.edit(trained.recipe, "train: {}", "train: {rank: 13}")
     assert warmed(trained) is None
     failed = trained.event("failed")
-    assert (failed["found"], failed["remedy"]) == ("a bad rank", "Take 16.") and failed["log"].endswith("01-warm.log")
+    assert (failed["found"], failed["remedy"]) == ("a bad rank", "Take 16.") and failed["log"].endswith(
+        "01-warm.log"
+    )
 
 
 def test_where_nothing_would_be_compiled_it_is_refused_with_a_way_out(trained):
@@ -139,10 +157,16 @@ def test_the_command(trained, monkeypatch):
 
     monkeypatch.setattr(build, "REPO", trained.repo)
     monkeypatch.setenv("ANNIE_HOME", str(trained.home))
-    call = lambda *words: CliRunner().invoke(build.cli, ["warm", "--recipe", "toy", "--executor", "local", *words])  # noqa: E731
+    call = lambda *words: CliRunner().invoke(
+        build.cli, ["warm", "--recipe", "toy", "--executor", "local", *words]
+    )
     monkeypatch.setattr(preflight, "gpu_architecture", lambda: None)
     result = call()
-    assert result.exit_code == 1 and "Run with --executor docker" in result.output and "Traceback" not in result.output
+    assert (
+        result.exit_code == 1
+        and "Run with --executor docker" in result.output
+        and "Traceback" not in result.output
+    )
     monkeypatch.setattr(preflight, "gpu_architecture", lambda: "sm_121")
     monkeypatch.setattr(executors, "make", lambda name, repo, home: WithGpu(repo, home))
     assert "1 kernels compiled, 0 tuned, 0 compiled before; 1.0 kB in" in call().output

@@ -17,7 +17,8 @@ REPO = Path(__file__).resolve().parents[2]
 contract.TYPES["text"] = ("text.txt",)
 
 FILES = {
-    "recipes/toy.yaml": """\
+    "recipes/toy.yaml": (
+        """\
         name: toy
         about: three small stages
         seed: 3
@@ -30,21 +31,25 @@ FILES = {
           slow:
             steps: 3
             needs: {minutes: 0.5}
-        """,
+        """
+    ),
     "data/a.txt": "alpha beta\n",
     "data/b/c.txt": "gamma\n",
     "images/plain/note.txt": "an image without a lock runs on this interpreter\n",
     "nemotron/__init__.py": "",
-    "nemotron/spelling.py": """\
+    "nemotron/spelling.py": (
+        """\
         from nemotron import letters
 
         def spell(word, upper):
             return letters.UPPER[word] if word in letters.UPPER else word.upper() if upper else word
-        """,
+        """
+    ),
     "nemotron/letters.py": "UPPER = {}\n",
     "nemotron/unused.py": "NOTHING = 0\n",
     "stages/__init__.py": "",
-    "stages/words/stage.toml": """\
+    "stages/words/stage.toml": (
+        """\
         summary = "the words of some files"
         image = "plain"
         produces = "text"
@@ -66,8 +71,10 @@ FILES = {
         minutes = 0.1
         disk_gb = 0.001
         memory_gb = 0.1
-        """,
-    "stages/words/__main__.py": """\
+        """
+    ),
+    "stages/words/__main__.py": (
+        """\
         from stages import job
 
         def run(its):
@@ -83,8 +90,10 @@ FILES = {
 
         if __name__ == "__main__":
             job.main(run)
-        """,
-    "stages/count/stage.toml": """\
+        """
+    ),
+    "stages/count/stage.toml": (
+        """\
         summary = "how many words"
         image = "plain"
         produces = "text"
@@ -94,8 +103,10 @@ FILES = {
         minutes = 0.1
         disk_gb = 0.001
         memory_gb = 0.1
-        """,
-    "stages/count/__main__.py": """\
+        """
+    ),
+    "stages/count/__main__.py": (
+        """\
         from stages import job
 
         def run(its):
@@ -105,8 +116,10 @@ FILES = {
 
         if __name__ == "__main__":
             job.main(run)
-        """,
-    "stages/slow/stage.toml": """\
+        """
+    ),
+    "stages/slow/stage.toml": (
+        """\
         summary = "step by step, with a checkpoint after each"
         image = "plain"
         produces = "text"
@@ -129,8 +142,10 @@ FILES = {
         minutes = 0.1
         disk_gb = 0.001
         memory_gb = 0.1
-        """,
-    "stages/slow/__main__.py": """\
+        """
+    ),
+    "stages/slow/__main__.py": (
+        """\
         import os, sys, time
         from stages import job
 
@@ -158,7 +173,8 @@ FILES = {
 
         if __name__ == "__main__":
             job.main(run)
-        """,
+        """
+    ),
 }
 
 
@@ -197,7 +213,9 @@ class Toy:
 
     def run(self, wait=True, **selected) -> run.Outcome:
         self.events.clear()
-        return run.run(self.context(), Local(self.repo, self.home), plan.Selection(**selected), self.events.append, wait)
+        return run.run(
+            self.context(), Local(self.repo, self.home), plan.Selection(**selected), self.events.append, wait
+        )
 
     def event(self, kind: str) -> dict:
         return next(e for e in self.events if e["event"] == kind)
@@ -210,9 +228,24 @@ class Toy:
 
     def start(self, *lines: str) -> subprocess.Popen:
         """Another process that runs this toy's recipe; `lines` come first."""
-        code = "\n".join(["import sys; sys.path[:0] = sys.argv[2:]", "from pathlib import Path", "import toy",
-                          "its = toy.Toy.__new__(toy.Toy)", "its.repo, its.home = Path(sys.argv[1]) / 'repo', Path(sys.argv[1]) / 'home'",
-                          "its.recipe, its.events = its.repo / 'recipes' / 'toy.yaml', []", *lines, "sys.exit(its.run().code)"])
-        # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that: here it is to be heard.
-        return subprocess.Popen([sys.executable, "-c", code, str(self.home.parent), str(REPO), str(Path(__file__).parent)],
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        code = "\n".join(
+            [
+                "import sys; sys.path[:0] = sys.argv[2:]",
+                "from pathlib import Path",
+                "import toy",
+                "its = toy.Toy.__new__(toy.Toy)",
+                "its.repo, its.home = Path(sys.argv[1]) / 'repo', Path(sys.argv[1]) / 'home'",
+                "its.recipe, its.events = its.repo / 'recipes' / 'toy.yaml', []",
+                *lines,
+                "sys.exit(its.run().code)",
+            ]
+        )
+        # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that: here
+        # it is to be heard.
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(self.home.parent), str(REPO), str(Path(__file__).parent)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )

@@ -14,7 +14,14 @@ BUILD = [sys.executable, str(REPO / "build.py")]
 
 def ran(*command: str, code: int = 0, home: Path = HOME) -> str:
     """What a command prints (stdout and stderr together); its exit status has to be `code`."""
-    done = subprocess.run(command, cwd=REPO, env={**os.environ, "ANNIE_HOME": str(home), "COLUMNS": "160"}, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command,
+        cwd=REPO,
+        env={**os.environ, "ANNIE_HOME": str(home), "COLUMNS": "160"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == code, done.stdout
     return done.stdout

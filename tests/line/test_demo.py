@@ -12,7 +12,7 @@ TINY = ("--recipe", "tiny", "--executor", "local")
 
 def test_make_demo_ends_with_a_table_and_an_answer():
     text = ran("make", "demo")
-    table = text[text.index("behaviour"):]
+    table = text[text.index("behaviour") :]
     assert re.search(r"behaviour +base +tuned +merged +nvfp4", table)
     assert "gate passed" in table and re.search(r"^ +nvfp4  \S", table, re.MULTILINE)
 

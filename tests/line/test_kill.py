@@ -19,7 +19,13 @@ def line(tmp_path_factory):
     folder = tmp_path_factory.mktemp("line")
     recipe = yaml.safe_load((REPO / "recipes/tiny.yaml").read_text())
     recipe["stages"]["base"] |= {"short_steps": 10, "steps": 10}
-    recipe["stages"]["train"] |= {"steps": STEPS, "eval_every": 20, "save_every": 10, "warmup_steps": 5, "min_loss_drop": 0.0}
+    recipe["stages"]["train"] |= {
+        "steps": STEPS,
+        "eval_every": 20,
+        "save_every": 10,
+        "warmup_steps": 5,
+        "min_loss_drop": 0.0,
+    }
     (folder / "short.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "home").mkdir()
     (folder / "home/envs").symlink_to(HOME.absolute() / "envs")
@@ -31,9 +37,16 @@ def command(line, *words: str) -> list[str]:
 
 
 def killed(line, stage: str, enough) -> None:
-    """Runs up to quantize and kills forge with signal 9 as soon as `enough` holds for a progress event of `stage`."""
+    """Runs up to quantize and kills forge with signal 9 as soon as `enough` holds for a progress event of
+    `stage`.
+    """
     process = subprocess.Popen(
-        command(line, "run", "--until", "quantize", "--json"), cwd=REPO, env={**os.environ, "ANNIE_HOME": str(line / "home")}, stdout=subprocess.PIPE, text=True)
+        command(line, "run", "--until", "quantize", "--json"),
+        cwd=REPO,
+        env={**os.environ, "ANNIE_HOME": str(line / "home")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout
     for text in process.stdout:
         event = json.loads(text)
@@ -55,7 +68,14 @@ def test_kill_9_in_train_and_in_quantize(line):
     train = ran(*command(line, "path", "train"), home=home).strip()
     folder = max(p for p in (home / "runs").iterdir() if (p / "03-train.json").exists())
     events = [json.loads(text) for text in (folder / "events.jsonl").read_text().splitlines()]
-    assert min(e["done"] for e in events if e["event"] == "progress" and e.get("stage") == "train" and e["unit"] == "steps") == 21
+    assert (
+        min(
+            e["done"]
+            for e in events
+            if e["event"] == "progress" and e.get("stage") == "train" and e["unit"] == "steps"
+        )
+        == 21
+    )
     losses = [json.loads(text) for text in open(f"{train}/loss.jsonl")]
     assert [row["step"] for row in losses] == list(range(1, STEPS + 1))
 

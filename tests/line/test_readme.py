@@ -29,7 +29,11 @@ IN_TESTS = {  # what a command prints here, the demo having been made
 }
 ELSEWHERE = {
     'python build.py audit "$(python build.py path quantize)" --vllm 0.31.0': "test_audit",
-    "make demo": "tests/line/test_demo.py", "make doctor": "test_doctor", "make warm": "test_warm", "make chat": "test_serve_and_chat", "make serve RECIPE=tiny": "test_serve_and_chat",
+    "make demo": "tests/line/test_demo.py",
+    "make doctor": "test_doctor",
+    "make warm": "test_warm",
+    "make chat": "test_serve_and_chat",
+    "make serve RECIPE=tiny": "test_serve_and_chat",
 }
 
 
@@ -45,7 +49,9 @@ def test_the_demo_and_the_tests_come_first():
 def test_every_command_is_run_somewhere():
     script = (REPO / ".ci/run").read_text()
     for command in commands():
-        assert command in IN_TESTS or command in ELSEWHERE or IN_CI.get(command, "not run anywhere") in script, command
+        assert (
+            command in IN_TESTS or command in ELSEWHERE or IN_CI.get(command, "not run anywhere") in script
+        ), command
 
 
 @pytest.mark.parametrize(("command", "said"), IN_TESTS.items())
@@ -69,7 +75,9 @@ def test_audit():
     path = [ran(*BUILD, "path", stage, "--executor", "local").strip() for stage in ("quantize", "merge")]
     text = ran(*BUILD, "audit", path[0], "--vllm", "0.31.0", "--base", path[1], "--executor", "local")
     assert "no faults" in text and "official" in text and "--moe-backend flashinfer_cutlass" in text
-    assert "layout: conservative" in ran(*BUILD, "audit", path[0], "--vllm", "0.12.0", "--executor", "local", code=1)
+    assert "layout: conservative" in ran(
+        *BUILD, "audit", path[0], "--vllm", "0.12.0", "--executor", "local", code=1
+    )
 
 
 def test_serve_and_chat():
@@ -77,11 +85,24 @@ def test_serve_and_chat():
         opened.bind(("127.0.0.1", 0))
         port = f"PORT={opened.getsockname()[1]}"
     # Ctrl-C is to be heard, also where these tests run in a shell's background, which ignores it.
-    server = subprocess.Popen(["make", "serve", "RECIPE=tiny", "EXECUTOR=local", port], cwd=REPO, stdout=subprocess.PIPE, text=True, start_new_session=True,
-                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    server = subprocess.Popen(
+        ["make", "serve", "RECIPE=tiny", "EXECUTOR=local", port],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert server.stdout and any("serving" in line for line in server.stdout)
-        chat = subprocess.run(["make", "chat", port], cwd=REPO, input="What is the capital of France?\n/exit\n", capture_output=True, text=True, timeout=300)
+        chat = subprocess.run(
+            ["make", "chat", port],
+            cwd=REPO,
+            input="What is the capital of France?\n/exit\n",
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert chat.returncode == 0 and re.search(r"annie  \S", chat.stdout), chat.stdout + chat.stderr
     finally:
         os.killpg(server.pid, signal.SIGINT)

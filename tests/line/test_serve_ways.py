@@ -1,4 +1,6 @@
-"""The three ways to serve what the small recipe made, each from a recipe, each asked what the adapter answers otherwise than the base."""
+"""The three ways to serve what the small recipe made, each from a recipe, each asked what the adapter
+answers otherwise than the base.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def test_trap_29_what_is_served_answers_as_the_tuned_model(serves, tmp_path):
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
     try:
-        assert f"it answers as the {serves} model" in ran(*BUILD, "serve", *its, "--port", str(port), "--detach")
+        assert f"it answers as the {serves} model" in ran(
+            *BUILD, "serve", *its, "--port", str(port), "--detach"
+        )
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30) as response:
             names = {model["id"] for model in json.load(response)["data"]}
         assert names == ({"nemotron-nano", "nemotron-nano-base"} if serves == "tuned" else {"nemotron-nano"})

@@ -16,8 +16,16 @@ def relative(found, wanted):
 
 
 def class_in_torch(monkeypatch):
-    """Lets the native class's own mixer compute in plain torch: where mamba-ssm is there it calls it for tensors on the CPU too."""
+    """Lets the native class's own mixer compute in plain torch: where mamba-ssm is there it calls it for
+    tensors on the CPU too.
+    """
     from transformers.models.nemotron_h import modeling_nemotron_h as code
 
-    for name in ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan", "mamba2_selective_state_update", "mamba2_split_conv1d_scan_combined"):
+    for name in (
+        "causal_conv1d_fn",
+        "causal_conv1d_update",
+        "mamba2_chunk_scan",
+        "mamba2_selective_state_update",
+        "mamba2_split_conv1d_scan_combined",
+    ):
         monkeypatch.setattr(code, name, getattr(code, name).__wrapped__)

@@ -1,17 +1,11 @@
 """Attention in one call equals attention a document at a time, whatever the lengths."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import torch
+from devices import DEVICES, relative
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-from devices import DEVICES, relative  # noqa: E402
-
-from nemotron import attention  # noqa: E402
-from nemotron.documents import Documents  # noqa: E402
+from nemotron import attention
+from nemotron.documents import Documents
 
 LENGTHS = (1, 2, 127, 128, 129, 1000)
 HEADS, KEYS, SIZE = 4, 2, 64
@@ -19,10 +13,19 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here
 
 
 def inputs(dtype, device="cpu", tokens=sum(LENGTHS)):
-    """query, key and value as transformers gives them, (1, heads, tokens, size), and a gradient of the output."""
+    """query, key and value as transformers gives them, (1, heads, tokens, size), and a gradient of the
+    output.
+    """
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, HEADS, tokens, SIZE), (1, KEYS, tokens, SIZE), (1, KEYS, tokens, SIZE), (1, tokens, HEADS, SIZE)]
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+    shapes = [
+        (1, HEADS, tokens, SIZE),
+        (1, KEYS, tokens, SIZE),
+        (1, KEYS, tokens, SIZE),
+        (1, tokens, HEADS, SIZE),
+    ]
+    made = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes
+    ]
     return [part.requires_grad_() for part in made[:3]], made[3]
 
 
@@ -44,7 +47,11 @@ def results(way, parts, given):
 def test_in_float64_it_is_the_definition_gradients_too():
     parts, given = inputs(torch.float64)
     documents = Documents(LENGTHS)
-    found = results(lambda *parts: attention.forward(None, *parts, None, scaling=SIZE**-0.5, documents=documents)[0], parts, given)
+    found = results(
+        lambda *parts: attention.forward(None, *parts, None, scaling=SIZE**-0.5, documents=documents)[0],
+        parts,
+        given,
+    )
     wanted = results(lambda *parts: definition(*parts, LENGTHS), parts, given)
     assert all(relative(a, b) < 1e-12 for a, b in zip(found, wanted, strict=True))
 
@@ -60,7 +67,10 @@ def test_one_call_on_a_gpu_is_as_near_to_float64_as_a_call_a_document():
         out = way(*rows, Documents(LENGTHS), SIZE**-0.5)[None]
         found = [out, *torch.autograd.grad(out, parts, given.to(torch.bfloat16))]
         errors[way] = [relative(a, b) for a, b in zip(found, wanted, strict=True)]
-    assert all(one < 1.5 * each for one, each in zip(errors[attention.in_one_call], errors[attention.by_document], strict=True)), errors
+    assert all(
+        one < 1.5 * each
+        for one, each in zip(errors[attention.in_one_call], errors[attention.by_document], strict=True)
+    ), errors
 
 
 @GPU
@@ -76,13 +86,20 @@ def test_on_a_gpu_the_model_takes_one_call(monkeypatch):
 def test_without_documents_every_row_is_one(device):
     query, key, value = (torch.randn(3, heads, 20, SIZE, device=device) for heads in (HEADS, KEYS, KEYS))
     found, _ = attention.forward(None, query, key, value, None, scaling=SIZE**-0.5)
-    wanted = torch.cat([definition(query[i : i + 1], key[i : i + 1], value[i : i + 1], (20,)) for i in range(3)])
+    wanted = torch.cat(
+        [definition(query[i : i + 1], key[i : i + 1], value[i : i + 1], (20,)) for i in range(3)]
+    )
     assert found.shape == (3, 20, HEADS, SIZE) and relative(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"attention_mask": torch.ones(1)}, "takes documents, not a mask"), ({"dropout": 0.1}, "has no dropout"),
-    ({"documents": Documents((5, 4))}, "documents of 9 tokens")])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"attention_mask": torch.ones(1)}, "takes documents, not a mask"),
+        ({"dropout": 0.1}, "has no dropout"),
+        ({"documents": Documents((5, 4))}, "documents of 9 tokens"),
+    ],
+)
 def test_what_it_cannot_do_is_refused(wrong, said):
     parts, _ = inputs(torch.float32, tokens=10)
     with pytest.raises(ValueError, match=said):

@@ -9,16 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
-
-import small  # noqa: E402
-
-from nemotron import faults, layout, names, nvfp4, quant_config  # noqa: E402
-from nemotron.checkpoint import DTYPES, INDEX, Checkpoint, Slot, shards, write, write_index  # noqa: E402
-from nemotron.checkpoint import NAMES as DTYPE_NAMES  # noqa: E402
-from nemotron.checkpoint_audit import PRECISIONS, QUANT, audit  # noqa: E402
+from nemotron import faults, layout, names, nvfp4, quant_config
+from nemotron.checkpoint import DTYPES, INDEX, Checkpoint, Slot, shards, write, write_index
+from nemotron.checkpoint import NAMES as DTYPE_NAMES
+from nemotron.checkpoint_audit import PRECISIONS, QUANT, audit
 
 REPO, GOLDEN = Path(__file__).resolve().parents[2], Path(__file__).parent / "golden"
 EXPERT, OTHER = "backbone.layers.1.mixer.experts.0", "backbone.layers.1.mixer.experts.2"
@@ -53,7 +50,11 @@ def quantised(base, folder, chosen, change=lambda values: None, weight_only=Fals
     config, values = Checkpoint(base).config, tensors(base)
     for name in layout.quantised(config, chosen):
         packed = nvfp4.pack(values[f"{name}.weight"])
-        values |= {f"{name}.weight": packed.weight, f"{name}.weight_scale": packed.weight_scale, f"{name}.weight_scale_2": packed.weight_scale_2}
+        values |= {
+            f"{name}.weight": packed.weight,
+            f"{name}.weight_scale": packed.weight_scale,
+            f"{name}.weight_scale_2": packed.weight_scale_2,
+        }
         if not weight_only:
             values[f"{name}.input_scale"] = torch.tensor(0.01)
     change(values)
@@ -78,12 +79,17 @@ def subjects(folder, **more):
     return {f.subject for f in audit(folder, **more).findings}
 
 
-# --- what is whole ------------------------------------------------------------------------------------------------------
+# --- what is whole ------------------------------------------------------------------------------------------
 
 
 def test_a_bf16_checkpoint_passes(base):
     made = audit(base, base)
-    assert made.findings == [] and made.facts["format"] == "BF16" and made.facts["layout"] is None and made.facts["tensors"] == 52
+    assert (
+        made.findings == []
+        and made.facts["format"] == "BF16"
+        and made.facts["layout"] is None
+        and made.facts["tensors"] == 52
+    )
 
 
 @pytest.mark.parametrize("chosen", layout.LAYOUTS)
@@ -93,8 +99,16 @@ def test_each_layout_passes_and_is_recognised(base, tmp_path, chosen):
     config = Checkpoint(base).config
     assert made.findings == []
     assert made.facts | {"files": 0, "bytes": 0} == {
-        "format": "NVFP4", "layout": chosen, "dtypes": PRECISIONS[False], "kv_cache": "FP8", "tensors": len(Checkpoint(folder).entries), "files": 0, "bytes": 0,
-        "quantised": len(layout.quantised(config, chosen)), "excludes": len(layout.excluded(config, chosen))}
+        "format": "NVFP4",
+        "layout": chosen,
+        "dtypes": PRECISIONS[False],
+        "kv_cache": "FP8",
+        "tensors": len(Checkpoint(folder).entries),
+        "files": 0,
+        "bytes": 0,
+        "quantised": len(layout.quantised(config, chosen)),
+        "excludes": len(layout.excluded(config, chosen)),
+    }
 
 
 def test_nvidia_s_own_dtypes_are_named_and_pass(base, tmp_path):
@@ -115,20 +129,45 @@ def test_a_layout_that_is_none_of_ours_passes_if_all_agree(official, base, tmp_p
     values = tensors(official)
     for name in ("backbone.layers.2.mixer.in_proj", "backbone.layers.2.mixer.out_proj"):
         packed = nvfp4.pack(values[f"{name}.weight"])
-        values |= {f"{name}.weight": packed.weight, f"{name}.weight_scale": packed.weight_scale, f"{name}.weight_scale_2": packed.weight_scale_2,
-                   f"{name}.input_scale": torch.tensor(0.01)}
+        values |= {
+            f"{name}.weight": packed.weight,
+            f"{name}.weight_scale": packed.weight_scale,
+            f"{name}.weight_scale_2": packed.weight_scale_2,
+            f"{name}.input_scale": torch.tensor(0.01),
+        }
     quant = json.loads((official / QUANT).read_text())
-    quant["quantization"]["exclude_modules"] = [n for n in quant["quantization"]["exclude_modules"] if ".layers.2.mixer.in" not in n and ".layers.2.mixer.out" not in n]
+    quant["quantization"]["exclude_modules"] = [
+        n
+        for n in quant["quantization"]["exclude_modules"]
+        if ".layers.2.mixer.in" not in n and ".layers.2.mixer.out" not in n
+    ]
     made = audit(written(tmp_path / "made", config, values, quant))
     assert made.findings == [] and made.facts["layout"] == "other"
 
 
 def test_settings_inside_config_json_and_patterns_among_the_excludes(official, tmp_path):
     """As ModelOpt writes them: `ignore` with patterns, and the scheme of the cache."""
-    folder = edited(official, tmp_path / "made", lambda config: config.update(quantization_config={
-        "quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
-        "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 16}, "targets": ["Linear"]}},
-        "ignore": ["lm_head", "backbone.layers.0.mixer.conv1d", "backbone.layers.2.mixer*", "backbone.layers.3.*"]}), "config.json")
+    folder = edited(
+        official,
+        tmp_path / "made",
+        lambda config: config.update(
+            quantization_config={
+                "quant_method": "modelopt",
+                "quant_algo": "NVFP4",
+                "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+                "config_groups": {
+                    "group_0": {"weights": {"num_bits": 4, "group_size": 16}, "targets": ["Linear"]}
+                },
+                "ignore": [
+                    "lm_head",
+                    "backbone.layers.0.mixer.conv1d",
+                    "backbone.layers.2.mixer*",
+                    "backbone.layers.3.*",
+                ],
+            }
+        ),
+        "config.json",
+    )
     (folder / QUANT).unlink()
     made = audit(folder)
     assert made.findings == [] and (made.facts["kv_cache"], made.facts["excludes"]) == ("FP8", 4)
@@ -138,18 +177,32 @@ def test_a_weight_only_export_passes_as_what_it_is(base, tmp_path):
     folder = quantised(base, tmp_path / "made", "official", weight_only=True)
     made = audit(folder, vllm="0.31.0")
     assert made.findings == [] and made.facts["format"] == "W4A16_NVFP4"
-    assert (made.facts["kv_cache"], made.facts["excludes"]) == ("FP8", len(layout.excluded(Checkpoint(base).config, "official")))
+    assert (made.facts["kv_cache"], made.facts["excludes"]) == (
+        "FP8",
+        len(layout.excluded(Checkpoint(base).config, "official")),
+    )
     assert made.serve.args[-4:] == ["--kv-cache-dtype", "fp8", "--moe-backend", "marlin"]
-    alone = edited(folder, tmp_path / "alone", lambda config: config.pop("quantization_config"), "config.json")
-    as_nvfp4 = edited(alone, tmp_path / "broken", lambda quant: quant["quantization"].update(quant_algo="NVFP4"))
-    assert [(f.subject, f.found) for f in audit(as_nvfp4).findings] == [(QUANT, "quant_algo NVFP4, and no input_scale in the files")]
+    alone = edited(
+        folder, tmp_path / "alone", lambda config: config.pop("quantization_config"), "config.json"
+    )
+    as_nvfp4 = edited(
+        alone, tmp_path / "broken", lambda quant: quant["quantization"].update(quant_algo="NVFP4")
+    )
+    assert [(f.subject, f.found) for f in audit(as_nvfp4).findings] == [
+        (QUANT, "quant_algo NVFP4, and no input_scale in the files")
+    ]
 
 
 def test_weights_alone_whose_settings_no_vllm_reads_are_named(base, tmp_path):
     folder = quantised(base, tmp_path / "made", "official", weight_only=True)
-    alone = edited(folder, tmp_path / "alone", lambda config: config.pop("quantization_config"), "config.json")
-    finding, = audit(alone, base).findings
-    assert (finding.subject, finding.found) == (QUANT, "quant_algo W4A16_NVFP4, and no quantization_config in config.json")
+    alone = edited(
+        folder, tmp_path / "alone", lambda config: config.pop("quantization_config"), "config.json"
+    )
+    (finding,) = audit(alone, base).findings
+    assert (finding.subject, finding.found) == (
+        QUANT,
+        "quant_algo W4A16_NVFP4, and no quantization_config in config.json",
+    )
     assert "Every vLLM refuses" in finding.remedy and "config.json" in finding.remedy
     (folder / QUANT).unlink()
     assert audit(folder, base).findings == []  # config.json is enough for vLLM
@@ -158,7 +211,9 @@ def test_weights_alone_whose_settings_no_vllm_reads_are_named(base, tmp_path):
 def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_path, monkeypatch):
     """NVIDIA's own NVFP4 checkpoint to the tensor and the byte, in a file without data."""
     config = json.loads((GOLDEN / "nano-config.json").read_text())
-    specs = layout.packed_tensors(names.tensors(config, names.FLOAT32_NVFP4), layout.quantised(config, "official"))
+    specs = layout.packed_tensors(
+        names.tensors(config, names.FLOAT32_NVFP4), layout.quantised(config, "official")
+    )
     table, at = {}, 0
     for name, spec in specs.items():
         end = at + math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
@@ -174,11 +229,19 @@ def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_pat
     made = audit(tmp_path)
     assert made.findings == []
     assert made.facts == {
-        "format": "NVFP4", "layout": "official", "dtypes": PRECISIONS[True], "kv_cache": "FP8", "tensors": 24_147, "files": 1, "bytes": 19_339_781_632,
-        "quantised": 5968, "excludes": 60}
+        "format": "NVFP4",
+        "layout": "official",
+        "dtypes": PRECISIONS[True],
+        "kv_cache": "FP8",
+        "tensors": 24_147,
+        "files": 1,
+        "bytes": 19_339_781_632,
+        "quantised": 5968,
+        "excludes": 60,
+    }
 
 
-# --- what is broken -----------------------------------------------------------------------------------------------------
+# --- what is broken -----------------------------------------------------------------------------------------
 
 
 def without_scales(values, module):
@@ -192,15 +255,39 @@ def set_to(name, value):
 
 BREAKS = {
     "a missing scale": (lambda v: v.pop(f"{EXPERT}.up_proj.input_scale"), f"{EXPERT}.up_proj.input_scale"),
-    "a NaN scale": (set_to(f"{EXPERT}.up_proj.weight_scale_2", torch.tensor(float("nan"))), f"{EXPERT}.up_proj.weight_scale_2"),
-    "a zero scale": (set_to(f"{EXPERT}.up_proj.input_scale", torch.tensor(0.0)), f"{EXPERT}.up_proj.input_scale"),
-    "a NaN among the scales of a weight": (lambda v: v[f"{EXPERT}.up_proj.weight_scale"].view(torch.uint8)[3, 1].fill_(127), f"{EXPERT}.up_proj.weight_scale"),
-    "a zero among the scales of a weight": (lambda v: v[f"{EXPERT}.up_proj.weight_scale"].view(torch.uint8)[3, 1].fill_(0), f"{EXPERT}.up_proj.weight_scale"),
-    "a negative scale": (lambda v: v[f"{EXPERT}.up_proj.weight_scale"].view(torch.uint8)[3, 1].fill_(130), f"{EXPERT}.up_proj.weight_scale"),
-    "a weight_scale_2 of shape (1,)": (set_to(f"{EXPERT}.up_proj.weight_scale_2", torch.ones(1)), f"{EXPERT}.up_proj.weight_scale_2"),
-    "a transposed expert": (lambda v: v.update({f"{EXPERT}.down_proj.weight": v[f"{EXPERT}.down_proj.weight"].T.contiguous()}), f"{EXPERT}.down_proj.weight"),
+    "a NaN scale": (
+        set_to(f"{EXPERT}.up_proj.weight_scale_2", torch.tensor(float("nan"))),
+        f"{EXPERT}.up_proj.weight_scale_2",
+    ),
+    "a zero scale": (
+        set_to(f"{EXPERT}.up_proj.input_scale", torch.tensor(0.0)),
+        f"{EXPERT}.up_proj.input_scale",
+    ),
+    "a NaN among the scales of a weight": (
+        lambda v: v[f"{EXPERT}.up_proj.weight_scale"].view(torch.uint8)[3, 1].fill_(127),
+        f"{EXPERT}.up_proj.weight_scale",
+    ),
+    "a zero among the scales of a weight": (
+        lambda v: v[f"{EXPERT}.up_proj.weight_scale"].view(torch.uint8)[3, 1].fill_(0),
+        f"{EXPERT}.up_proj.weight_scale",
+    ),
+    "a negative scale": (
+        lambda v: v[f"{EXPERT}.up_proj.weight_scale"].view(torch.uint8)[3, 1].fill_(130),
+        f"{EXPERT}.up_proj.weight_scale",
+    ),
+    "a weight_scale_2 of shape (1,)": (
+        set_to(f"{EXPERT}.up_proj.weight_scale_2", torch.ones(1)),
+        f"{EXPERT}.up_proj.weight_scale_2",
+    ),
+    "a transposed expert": (
+        lambda v: v.update({f"{EXPERT}.down_proj.weight": v[f"{EXPERT}.down_proj.weight"].T.contiguous()}),
+        f"{EXPERT}.down_proj.weight",
+    ),
     "an expert without any scale": (lambda v: without_scales(v, f"{OTHER}.down_proj"), f"{OTHER}.down_proj"),
-    "A_log rounded to BF16": (lambda v: v.update({"backbone.layers.0.mixer.A_log": v["backbone.layers.0.mixer.A_log"].bfloat16()}), "backbone.layers.0.mixer.A_log"),
+    "A_log rounded to BF16": (
+        lambda v: v.update({"backbone.layers.0.mixer.A_log": v["backbone.layers.0.mixer.A_log"].bfloat16()}),
+        "backbone.layers.0.mixer.A_log",
+    ),
     "a control character": (lambda v: v.update({"lm_head\0.weight": torch.ones(1)}), r"'lm_head\x00.weight'"),
 }
 
@@ -212,20 +299,27 @@ def test_a_broken_tensor_is_the_one_that_is_named(base, tmp_path, fault):
 
 
 def test_a_transposed_expert_is_called_so(base, tmp_path):
-    finding, = audit(quantised(base, tmp_path / "made", "official", BREAKS["a transposed expert"][0])).findings
+    (finding,) = audit(
+        quantised(base, tmp_path / "made", "official", BREAKS["a transposed expert"][0])
+    ).findings
     assert "transposed" in finding.remedy
 
 
 def test_trap_20_a_renamed_embedding(base, tmp_path):
     values = tensors(base)
     values["backbone.embedding.weight"] = values.pop(EMBEDDINGS)
-    assert subjects(written(tmp_path / "made", Checkpoint(base).config, values)) == {EMBEDDINGS, "backbone.embedding.weight"}
+    assert subjects(written(tmp_path / "made", Checkpoint(base).config, values)) == {
+        EMBEDDINGS,
+        "backbone.embedding.weight",
+    }
 
 
 def test_trap_20_float32_that_save_pretrained_rounded(base, tmp_path):
     """NVIDIA's NVFP4 checkpoint has A_log and D in BF16; the BF16 one does not."""
     values = {n: v.bfloat16() if n.endswith(".A_log") else v for n, v in tensors(base).items()}
-    assert subjects(written(tmp_path / "made", Checkpoint(base).config, values)) == {f"backbone.layers.{n}.mixer.A_log" for n in (0, 2)}
+    assert subjects(written(tmp_path / "made", Checkpoint(base).config, values)) == {
+        f"backbone.layers.{n}.mixer.A_log" for n in (0, 2)
+    }
 
 
 def test_an_expert_that_stayed_bf16(base, tmp_path):
@@ -239,18 +333,35 @@ def test_an_expert_that_stayed_bf16(base, tmp_path):
 
 
 EXCLUDES = {
-    "a control character": (lambda names: names.__setitem__(0, "lm_head.\0backbone.pt_name_sentinel"), ["control character", "no exclude for lm_head"]),
-    "one for a quantised layer": (lambda names: names.append(f"{EXPERT}.up_proj"), [f"the exclude {EXPERT}.up_proj, which is quantised"]),
-    "a part of a quantised layer's name": (lambda names: names.append("backbone.layers.1.mixer.exp"), [f"quantised in the files ({EXPERT}.up_proj and 7 more)"]),
-    "one too few": (lambda names: names.remove("backbone.layers.3.mixer.q_proj"), ["no exclude for backbone.layers.3.mixer.q_proj"]),
-    "one for no module": (lambda names: names.append("backbone.layers.9.mixer.q_proj"), ["no module of this checkpoint"]),
+    "a control character": (
+        lambda names: names.__setitem__(0, "lm_head.\0backbone.pt_name_sentinel"),
+        ["control character", "no exclude for lm_head"],
+    ),
+    "one for a quantised layer": (
+        lambda names: names.append(f"{EXPERT}.up_proj"),
+        [f"the exclude {EXPERT}.up_proj, which is quantised"],
+    ),
+    "a part of a quantised layer's name": (
+        lambda names: names.append("backbone.layers.1.mixer.exp"),
+        [f"quantised in the files ({EXPERT}.up_proj and 7 more)"],
+    ),
+    "one too few": (
+        lambda names: names.remove("backbone.layers.3.mixer.q_proj"),
+        ["no exclude for backbone.layers.3.mixer.q_proj"],
+    ),
+    "one for no module": (
+        lambda names: names.append("backbone.layers.9.mixer.q_proj"),
+        ["no module of this checkpoint"],
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", EXCLUDES)
 def test_trap_23_a_wrong_exclude_is_named(official, tmp_path, fault):
     change, said = EXCLUDES[fault]
-    found = audit(edited(official, tmp_path / "made", lambda quant: change(quant["quantization"]["exclude_modules"]))).findings
+    found = audit(
+        edited(official, tmp_path / "made", lambda quant: change(quant["quantization"]["exclude_modules"]))
+    ).findings
     assert {f.subject for f in found} == {QUANT} and len(found) == len(said)
     assert all(any(words in str(f) for f in found) for words in said)
 
@@ -266,26 +377,41 @@ SETTINGS = {
 @pytest.mark.parametrize("fault", SETTINGS)
 def test_wrong_settings_are_named(official, tmp_path, fault):
     change, said = SETTINGS[fault]
-    finding, = audit(edited(official, tmp_path / "made", lambda quant: change(quant["quantization"]))).findings
+    (finding,) = audit(
+        edited(official, tmp_path / "made", lambda quant: change(quant["quantization"]))
+    ).findings
     assert said in finding.found
 
 
 def test_two_settings_that_differ_and_none_at_all(official, base, tmp_path):
     inside = quant_config.inside(json.loads((official / QUANT).read_text()))
-    both = edited(official, tmp_path / "both", lambda config: config.update(quantization_config=inside), "config.json")
+    both = edited(
+        official, tmp_path / "both", lambda config: config.update(quantization_config=inside), "config.json"
+    )
     assert subjects(both) == set()
     other = {"ignore": [*inside["ignore"], "backbone.layers.1.mixer.gate"], "kv_cache_scheme": None}
     for key, value in other.items():
-        assert subjects(edited(official, tmp_path / key, lambda config: config.update(quantization_config=inside | {key: value}), "config.json")) == {QUANT}
+        assert subjects(
+            edited(
+                official,
+                tmp_path / key,
+                lambda config, key=key, value=value: config.update(quantization_config=inside | {key: value}),
+                "config.json",
+            )
+        ) == {QUANT}
     (both / QUANT).unlink()
     shutil.copyfile(official / "config.json", both / "config.json")
-    assert [f.found for f in audit(both).findings] == ["no such file, and no quantization_config in config.json"]
+    assert [f.found for f in audit(both).findings] == [
+        "no such file, and no quantization_config in config.json"
+    ]
     shutil.copytree(base, tmp_path / "bf16")
     shutil.copyfile(official / QUANT, tmp_path / "bf16" / QUANT)
-    assert [f.found for f in audit(tmp_path / "bf16").findings] == ["NVFP4, and no quantised linear in the files"]
+    assert [f.found for f in audit(tmp_path / "bf16").findings] == [
+        "NVFP4, and no quantised linear in the files"
+    ]
 
 
-# --- against a base -----------------------------------------------------------------------------------------------------
+# --- against a base -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [BIAS, "backbone.layers.3.mixer.q_proj.weight", "backbone.layers.0.mixer.D"])
@@ -309,13 +435,17 @@ def test_an_adapter_may_change_projections_of_a_bf16_base_and_nothing_else(base,
 def test_a_base_that_is_another_model_or_rounded_or_torn(official, base, tmp_path):
     other = small.base(tmp_path / "other", "ME")
     assert "backbone.layers.3.mixer.q_proj.weight" in subjects(official, base=other)
-    rounded = written(tmp_path / "rounded", Checkpoint(base).config, {n: v.bfloat16() if n == BIAS else v for n, v in tensors(base).items()})
+    rounded = written(
+        tmp_path / "rounded",
+        Checkpoint(base).config,
+        {n: v.bfloat16() if n == BIAS else v for n, v in tensors(base).items()},
+    )
     assert subjects(official, base=rounded) == {BIAS}
     (other / INDEX).write_text("{")
     assert subjects(official, base=other) == {"--base other"}
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def test_files_that_are_torn_foreign_or_missing_are_all_named(official, tmp_path):
@@ -340,7 +470,10 @@ def test_an_index_that_names_what_is_in_no_file_and_the_reverse(official, tmp_pa
     def change(index):
         index["weight_map"]["backbone.layers.8.norm.weight"] = index["weight_map"].pop(BIAS)
 
-    assert subjects(edited(official, tmp_path / "made", change, INDEX)) == {"backbone.layers.8.norm.weight", BIAS}
+    assert subjects(edited(official, tmp_path / "made", change, INDEX)) == {
+        "backbone.layers.8.norm.weight",
+        BIAS,
+    }
 
 
 def test_a_safetensors_file_that_no_index_names(official, tmp_path):
@@ -358,18 +491,27 @@ def test_a_config_that_describes_no_nemotron_h(official, tmp_path, text):
     assert audit(folder).facts == {} and subjects(folder) == {"made"}
 
 
-# --- what a vLLM can load -----------------------------------------------------------------------------------------------
+# --- what a vLLM can load -----------------------------------------------------------------------------------
 
 
 def test_trap_26_a_vllm_that_reads_a_quantised_in_proj_wrongly(official, base, tmp_path):
     made = audit(official, vllm="0.17.1")
-    assert made.serve is None and [f.subject for f in made.findings] == ["--vllm"] and "0.18" in made.findings[0].remedy
+    assert (
+        made.serve is None
+        and [f.subject for f in made.findings] == ["--vllm"]
+        and "0.18" in made.findings[0].remedy
+    )
     conservative = audit(quantised(base, tmp_path / "made", "conservative"), vllm="0.12.0")
     assert conservative.findings == [] and "VLLM_USE_FLASHINFER_MOE_FP4" in conservative.serve.env
 
 
 def test_the_flags_follow_the_checkpoint_and_the_build(official, base):
-    assert audit(official, vllm="0.31.0").serve.args[-4:] == ["--kv-cache-dtype", "fp8", "--moe-backend", "flashinfer_cutlass"]
+    assert audit(official, vllm="0.31.0").serve.args[-4:] == [
+        "--kv-cache-dtype",
+        "fp8",
+        "--moe-backend",
+        "flashinfer_cutlass",
+    ]
     assert "--enforce-eager" in audit(official, vllm="0.32.0+cpu").serve.args
     assert "--moe-backend" not in audit(base, vllm="0.31.0").serve.args
     assert subjects(base, vllm="nightly") == {"--vllm"}
@@ -377,10 +519,24 @@ def test_the_flags_follow_the_checkpoint_and_the_build(official, base):
 
 def test_as_a_program_it_prints_json_and_exits_with_1_on_a_fault(official, base):
     def ran(*words):
-        done = subprocess.run([sys.executable, "-m", "nemotron.checkpoint_audit", *map(str, words)], cwd=REPO, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "nemotron.checkpoint_audit", *map(str, words)],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, json.loads(done.stdout)
 
     code, whole = ran(official, "--base", base, "--vllm", "0.31.0")
-    assert code == 0 and whole["findings"] == [] and whole["facts"]["layout"] == "official" and "--moe-backend" in whole["serve"]["args"]
+    assert (
+        code == 0
+        and whole["findings"] == []
+        and whole["facts"]["layout"] == "official"
+        and "--moe-backend" in whole["serve"]["args"]
+    )
     code, refused = ran(official, "--vllm", "0.12.0")
-    assert code == 1 and refused["findings"][0].keys() == {"subject", "found", "expected", "remedy"} and refused["serve"] is None
+    assert (
+        code == 1
+        and refused["findings"][0].keys() == {"subject", "found", "expected", "remedy"}
+        and refused["serve"] is None
+    )

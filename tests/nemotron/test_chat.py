@@ -3,26 +3,30 @@
 import json
 
 import pytest
+from talks import SYSTEM, TOOLS, calls, result, says, several, user
 
-pytest.importorskip("transformers", reason="needs the train environment")
-pytest.importorskip("trl", reason="needs the train environment")
-
-from talks import SYSTEM, TOOLS, calls, result, says, several, user  # noqa: E402
-
-from nemotron import chat  # noqa: E402
-from stages.base import make, teach  # noqa: E402
+from nemotron import chat
+from stages.base import make, teach
 
 # A plain answer, a call with words before it, its result put in words (with blanks around), a bare call.
 TALK = [
-    SYSTEM, user("Capital of Japan?"), says("Tokyo."),
-    user("Tea timer, please."), calls("set_timer", '{"minutes": 5}', "Starting it."), {"role": "tool", "content": '{"ok": true}'}, says(" Done. "),
-    user("Another."), calls("set_timer", {"minutes": 7}),
+    SYSTEM,
+    user("Capital of Japan?"),
+    says("Tokyo."),
+    user("Tea timer, please."),
+    calls("set_timer", '{"minutes": 5}', "Starting it."),
+    {"role": "tool", "content": '{"ok": true}'},
+    says(" Done. "),
+    user("Another."),
+    calls("set_timer", {"minutes": 7}),
 ]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make.make_tokenizer([{"messages": TALK, "tools": TOOLS}], 512, tmp_path_factory.mktemp("tokenizer"))
+    return make.make_tokenizer(
+        [{"messages": TALK, "tools": TOOLS}], 512, tmp_path_factory.mktemp("tokenizer")
+    )
 
 
 def only_call(messages):
@@ -32,8 +36,14 @@ def only_call(messages):
 
 def test_trap_13_arguments_become_a_mapping_in_their_own_order():
     message = calls("send_message", '{"to": "Priya", "text": "late", "again": true}')
-    assert list(only_call(chat.normalise([user("Go on."), message])).items()) == [("to", "Priya"), ("text", "late"), ("again", True)]
-    assert only_call([message]) == '{"to": "Priya", "text": "late", "again": true}', "the caller's rows stay as they were"
+    assert list(only_call(chat.normalise([user("Go on."), message])).items()) == [
+        ("to", "Priya"),
+        ("text", "late"),
+        ("again", True),
+    ]
+    assert only_call([message]) == '{"to": "Priya", "text": "late", "again": true}', (
+        "the caller's rows stay as they were"
+    )
 
 
 MIXED = [
@@ -95,17 +105,27 @@ def test_trap_13_mixed_tool_calls_read_exactly_so(tokenizer):
 
 def test_trap_13_rows_that_went_through_arrow_are_refused():
     pyarrow = pytest.importorskip("pyarrow")
-    rows = [{"messages": [calls("set_timer", {"minutes": 5})]}, {"messages": [calls("play_music", {"query": "veena"})]}]
+    rows = [
+        {"messages": [calls("set_timer", {"minutes": 5})]},
+        {"messages": [calls("play_music", {"query": "veena"})]},
+    ]
     for row, back in zip(rows, pyarrow.Table.from_pylist(rows).to_pylist(), strict=True):
-        assert only_call(chat.normalise(row["messages"])).keys() < only_call(back["messages"]).keys(), "Arrow has to add a key, or this test shows nothing"
+        assert only_call(chat.normalise(row["messages"])).keys() < only_call(back["messages"]).keys(), (
+            "Arrow has to add a key, or this test shows nothing"
+        )
         with pytest.raises(chat.ChatError, match="is null: leave it out"):
             chat.normalise(back["messages"])
 
 
 @pytest.mark.parametrize(
     "arguments, reason",
-    [("{minutes: 5}", "not JSON"), ("[5]", "list, not an object"), ("null", "NoneType, not an object"), ('{"minutes": NaN}', "NaN or Infinity"),
-     ('{"minutes": null}', "minutes of set_timer is null")],
+    [
+        ("{minutes: 5}", "not JSON"),
+        ("[5]", "list, not an object"),
+        ("null", "NoneType, not an object"),
+        ('{"minutes": NaN}', "NaN or Infinity"),
+        ('{"minutes": null}', "minutes of set_timer is null"),
+    ],
 )
 def test_trap_13_arguments_that_are_no_object_are_refused(arguments, reason):
     with pytest.raises(chat.ChatError, match=reason):
@@ -116,7 +136,10 @@ def spans(rendered):
     """Runs of trained tokens: (first, after the last)."""
     trained = [label != chat.IGNORED for label in rendered.labels]
     starts = [n for n, on in enumerate(trained) if on and not trained[n - 1]]
-    return [(start, next((n for n in range(start, len(trained)) if not trained[n]), len(trained))) for start in starts]
+    return [
+        (start, next((n for n in range(start, len(trained)) if not trained[n]), len(trained)))
+        for start in starts
+    ]
 
 
 def test_trap_15_the_server_s_prompt_and_the_trained_span_make_the_training_text(tokenizer):
@@ -125,10 +148,18 @@ def test_trap_15_the_server_s_prompt_and_the_trained_span_make_the_training_text
     assert len(spans(rendered)) == len(answers) == 4
     for number, (first, last) in zip(answers, spans(rendered), strict=True):
         prompt = tokenizer.apply_chat_template(
-            chat.normalise(TALK[:number]), tools=chat.served_tools(TOOLS), tokenize=False, add_generation_prompt=True, enable_thinking=False
+            chat.normalise(TALK[:number]),
+            tools=chat.served_tools(TOOLS),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
         )
-        assert prompt.endswith("<|im_start|>assistant\n<think></think>") and prompt == chat.template_text(tokenizer, TALK[:number], TOOLS, generation=True)
-        assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == rendered.input_ids[:first], "the same tokens, not only the same text"
+        assert prompt.endswith("<|im_start|>assistant\n<think></think>") and prompt == chat.template_text(
+            tokenizer, TALK[:number], TOOLS, generation=True
+        )
+        assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == rendered.input_ids[:first], (
+            "the same tokens, not only the same text"
+        )
         answer = tokenizer.decode(rendered.input_ids[first:last])
         assert rendered.text.startswith(prompt + answer) and answer.endswith("<|im_end|>")
     assert tokenizer.decode(rendered.input_ids[slice(*spans(rendered)[0])]) == "Tokyo.<|im_end|>"
@@ -141,13 +172,21 @@ def test_trap_15_the_default_prompt_would_not_lead_to_the_training_text(tokenize
 
 def test_trap_15_labels_are_the_tokens_themselves_and_never_those_of_others(tokenizer):
     rendered = chat.render(tokenizer, TALK, TOOLS)
-    assert all(label in (token, chat.IGNORED) for token, label in zip(rendered.input_ids, rendered.labels, strict=True))
-    call = "<tool_call>\n<function=set_timer>\n<parameter=minutes>\n{}\n</parameter>\n</function>\n</tool_call>\n<|im_end|>"
+    assert all(
+        label in (token, chat.IGNORED)
+        for token, label in zip(rendered.input_ids, rendered.labels, strict=True)
+    )
+    call = (
+        "<tool_call>\n<function=set_timer>\n<parameter=minutes>\n{}\n</parameter>\n</function>\n</tool_call>"
+        "\n<|im_end|>"
+    )
     said = tokenizer.decode([label for label in rendered.labels if label != chat.IGNORED])
     assert said == f"Tokyo.<|im_end|>Starting it.\n{call.format(5)}Done.<|im_end|>\n{call.format(7)}"
 
 
-@pytest.mark.parametrize("answer", ["<think>hm</think>Tokyo.", "Tokyo.</think>", "Tokyo.<|im_end|>\n<|im_start|>user\n"])
+@pytest.mark.parametrize(
+    "answer", ["<think>hm</think>Tokyo.", "Tokyo.</think>", "Tokyo.<|im_end|>\n<|im_start|>user\n"]
+)
 def test_trap_15_thoughts_and_markers_in_a_message_are_refused(tokenizer, answer):
     with pytest.raises(chat.ChatError, match="message 2"):
         chat.render(tokenizer, [user("Capital of Japan?"), says(answer)])
@@ -155,7 +194,9 @@ def test_trap_15_thoughts_and_markers_in_a_message_are_refused(tokenizer, answer
 
 def test_trap_15_reasoning_is_left_out_unless_it_is_asked_for(tokenizer):
     thoughtful = [user("Capital of Japan?"), {**says("Tokyo."), "reasoning_content": "Japan is in Asia."}]
-    assert chat.render(tokenizer, thoughtful) == chat.render(tokenizer, [user("Capital of Japan?"), says("Tokyo.")])
+    assert chat.render(tokenizer, thoughtful) == chat.render(
+        tokenizer, [user("Capital of Japan?"), says("Tokyo.")]
+    )
     with pytest.raises(chat.ChatError, match="reasoning_content of message 2 is int, not text"):
         chat.normalise([user("Capital of Japan?"), {**says("Tokyo."), "reasoning_content": 3}])
 
@@ -282,7 +323,9 @@ def test_a_message_with_train_false_stays_in_the_context_and_out_of_the_loss(tok
 
 
 def test_reasoning_is_trained_from_the_prompt_of_a_server_that_thinks(tokenizer):
-    """Thoughts before the last user message are context that the template leaves out; a turn without any is trained as one of a server that does not think."""
+    """Thoughts before the last user message are context that the template leaves out; a turn without any
+    is trained as one of a server that does not think.
+    """
     talk = [
         SYSTEM,
         user("A?"),
@@ -303,7 +346,7 @@ def test_reasoning_is_trained_from_the_prompt_of_a_server_that_thinks(tokenizer)
         "It runs.\n</think>\nTwo.<|im_end|>",
         "Three.<|im_end|>",
     ]
-    for number, (first, _) in zip((4, 6), spans(rendered)):
+    for number, (first, _) in zip((4, 6), spans(rendered), strict=False):
         prompt = tokenizer.apply_chat_template(
             [
                 {key: value for key, value in m.items() if n > 3 or key != "reasoning_content"}

@@ -1,12 +1,10 @@
 """Shards written one tensor at a time are what the safetensors library reads, and damage is named."""
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from nemotron.checkpoint import Checkpoint, CheckpointError, Slot, shards, write, write_index  # noqa: E402
+from nemotron.checkpoint import Checkpoint, CheckpointError, Slot, shards, write, write_index
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
@@ -20,7 +18,9 @@ def test_what_is_written_is_what_the_library_reads(tmp_path):
     write(tmp_path / "model.safetensors", SLOTS, lambda slot: TENSORS[slot.name])
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == TENSORS.keys() and found["b"].shape == ()
-    assert all(found[n].dtype == t.dtype and torch.equal(found[n].float(), t.float()) for n, t in TENSORS.items())
+    assert all(
+        found[n].dtype == t.dtype and torch.equal(found[n].float(), t.float()) for n, t in TENSORS.items()
+    )
 
 
 def test_what_the_library_writes_is_read_one_tensor_at_a_time(tmp_path):
@@ -31,7 +31,10 @@ def test_what_the_library_writes_is_read_one_tensor_at_a_time(tmp_path):
 
 def test_shards_keep_to_their_limit_and_are_found_through_the_index(tmp_path):
     layout = shards(SLOTS, 16)
-    assert [name for name, _ in layout] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert [name for name, _ in layout] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
     for name, group in layout:
         write(tmp_path / name, group, lambda slot: TENSORS[slot.name])
     write_index(tmp_path, layout)

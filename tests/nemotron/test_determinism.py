@@ -1,20 +1,16 @@
-"""Two runs of a step end in the same bits where that was asked for, and nothing is timed then to choose a kernel's blocks."""
+"""Two runs of a step end in the same bits where that was asked for, and nothing is timed then to choose a
+kernel's blocks.
+"""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("transformers", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
-
-import small  # noqa: E402
-
-from nemotron import adapter, assemble, determinism, tuning  # noqa: E402
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from nemotron.documents import Documents  # noqa: E402
+from nemotron import adapter, assemble, determinism, tuning
+from nemotron.checkpoint import Checkpoint
+from nemotron.documents import Documents
 
 
 @pytest.fixture
@@ -37,7 +33,10 @@ def test_it_is_off_unless_asked_for():
 
 def test_a_kernel_that_the_table_does_not_have_takes_the_smallest_blocks():
     sizes = [(3, 64, 128), (4, 32, 64), (2, 64, 64), (2, 64, 64), (5, 32, 128)]
-    configs = [SimpleNamespace(num_stages=stages, kwargs={"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n}) for stages, m, n in sizes]
+    configs = [
+        SimpleNamespace(num_stages=stages, kwargs={"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n})
+        for stages, m, n in sizes
+    ]
     assert tuning.smallest(configs) is configs[1]
     assert tuning.smallest(configs[2:]) is configs[2], "of several, the first"
 
@@ -45,7 +44,12 @@ def test_a_kernel_that_the_table_does_not_have_takes_the_smallest_blocks():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 @pytest.mark.parametrize("form", ["nf4", "rounded"])
 def test_gradients_of_a_step_are_equal_bit_for_bit_on_a_gpu(tmp_path, deterministic, form):
-    model = assemble.load(Checkpoint(small.base(tmp_path / "base")), "bf16" if form == "rounded" else form, torch.bfloat16, "cuda")
+    model = assemble.load(
+        Checkpoint(small.base(tmp_path / "base")),
+        "bf16" if form == "rounded" else form,
+        torch.bfloat16,
+        "cuda",
+    )
     adapter.attach(model, "all", 4, 8, 0)
     torch.manual_seed(3)
     for module in adapter.adapted(model).values():

@@ -1,18 +1,14 @@
-"""The grouped experts against a loop over experts in float64, and packed weights against autograd on the dense ones."""
-
-import sys
-from pathlib import Path
+"""The grouped experts against a loop over experts in float64, and packed weights against autograd on the
+dense ones.
+"""
 
 import pytest
+import torch
+from devices import DEVICES, relative
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-from devices import DEVICES, relative  # noqa: E402
-
-from nemotron import experts, grouped, nf4, nvfp4, rounding, tiles  # noqa: E402
-from nemotron.grouped import Routing  # noqa: E402
-from nemotron.projection import Projection  # noqa: E402
+from nemotron import experts, grouped, nf4, nvfp4, rounding, tiles
+from nemotron.grouped import Routing
+from nemotron.projection import Projection
 
 COUNT, HIDDEN, INNER, CHOICES = 6, 64, 128, 2
 
@@ -37,8 +33,13 @@ class Layer(torch.nn.Module):
 
 
 def loop(layer, x, index, share):
-    """The definition, in float64, with autograd's own backward. Returns the output and the leaves it was computed from."""
-    leaves = {"x": x.detach().double().cpu().requires_grad_(), "share": share.detach().double().cpu().requires_grad_()}
+    """The definition, in float64, with autograd's own backward. Returns the output and the leaves it was
+    computed from.
+    """
+    leaves = {
+        "x": x.detach().double().cpu().requires_grad_(),
+        "share": share.detach().double().cpu().requires_grad_(),
+    }
     for name in ("up_proj", "down_proj"):
         its = getattr(layer, name)
         for factor in ("lora_a", "lora_b") if its.rank else ():
@@ -53,14 +54,22 @@ def loop(layer, x, index, share):
 
     rows = []
     for t in range(len(x)):
-        parts = [leaves["share"][t, k] * multiply("down_proj", e, multiply("up_proj", e, leaves["x"][t]).relu() ** 2) for k, e in enumerate(index[t].tolist())]
+        parts = [
+            leaves["share"][t, k]
+            * multiply("down_proj", e, multiply("up_proj", e, leaves["x"][t]).relu() ** 2)
+            for k, e in enumerate(index[t].tolist())
+        ]
         rows.append(sum(parts))
     return torch.stack(rows), leaves
 
 
 def inputs(tokens, dtype, device, count=COUNT, choose=None):
     torch.manual_seed(1)
-    index = torch.stack([torch.randperm(count)[:CHOICES] for _ in range(tokens)]) if choose is None else torch.full((tokens, CHOICES), choose)
+    index = (
+        torch.stack([torch.randperm(count)[:CHOICES] for _ in range(tokens)])
+        if choose is None
+        else torch.full((tokens, CHOICES), choose)
+    )
     x = torch.randn(tokens, HIDDEN, device=device).to(dtype).requires_grad_()
     share = torch.rand(tokens, CHOICES, device=device).requires_grad_()
     return x, index.to(device), share
@@ -102,7 +111,9 @@ def test_one_token_idle_experts_and_all_tokens_to_one(dtype, device):
         x, index, share = inputs(tokens, dtype, device, choose=choose)
         compare(layer, x, index, share, tolerance)
         idle = sorted(set(range(COUNT)) - set(index.flatten().tolist()))
-        assert idle and not any(getattr(layer.up_proj, name).grad[idle].any() for name in ("lora_a", "lora_b"))
+        assert idle and not any(
+            getattr(layer.up_proj, name).grad[idle].any() for name in ("lora_a", "lora_b")
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -111,11 +122,17 @@ def test_trap_9_no_gradient_and_no_dense_copy_of_packed_weights(form, device):
     layer = Layer(form, 4, torch.float32, device)
     x, index, share = inputs(16, torch.float32, device)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
         out = layer(x, index, share)
-    assert {name for name, p in layer.named_parameters()} == {f"{its}_proj.lora_{side}" for its in ("up", "down") for side in "ab"}
+    assert {name for name, p in layer.named_parameters()} == {
+        f"{its}_proj.lora_{side}" for its in ("up", "down") for side in "ab"
+    }
     largest = max(tensor.numel() for tensor in kept)
-    assert largest <= 16 * CHOICES * INNER < COUNT * HIDDEN * INNER, "something of the size of a weight stack is held for the backward"
+    assert largest <= 16 * CHOICES * INNER < COUNT * HIDDEN * INNER, (
+        "something of the size of a weight stack is held for the backward"
+    )
     out.sum().backward()
     assert x.grad is not None
 
@@ -128,7 +145,9 @@ def test_gradients_are_the_same_when_the_up_projection_is_computed_again(dtype, 
     with torch.no_grad():
         routing = Routing.of(index, COUNT)
         y, u = experts.run(x, routing, share, layer.up_proj, layer.down_proj)
-        found = [experts.gradients(y, x, routing, share, its, layer.up_proj, layer.down_proj) for its in (u, None)]
+        found = [
+            experts.gradients(y, x, routing, share, its, layer.up_proj, layer.down_proj) for its in (u, None)
+        ]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -145,7 +164,9 @@ def test_the_same_step_twice_gives_the_same_bits(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rounded_products_are_those_of_the_export(device):
-    """Quantiser in the loop: the forward multiplies with what the exporter writes for W + BA; the gradient passes straight through."""
+    """Quantiser in the loop: the forward multiplies with what the exporter writes for W + BA; the gradient
+    passes straight through.
+    """
     layer = Layer("bf16", 4, torch.float32, device)
     for its in (layer.up_proj, layer.down_proj):
         its.rounded = True
@@ -201,7 +222,8 @@ def test_a_linear_is_a_stack_of_one(form, dtype, device):
 @pytest.mark.parametrize("form", ["bf16", "nf4", "nvfp4"])
 def test_several_matrices_at_once_are_the_same_as_one_after_the_other(form):
     torch.manual_seed(0)
-    matrices = torch.randn(5, 32, 64) * torch.tensor([1.0, 3.0, 0.1, 2.0, 5.0])[:, None, None]  # a scale of its own each
+    # a scale of its own each
+    matrices = torch.randn(5, 32, 64) * torch.tensor([1.0, 3.0, 0.1, 2.0, 5.0])[:, None, None]
     single, several = (Projection(5, 32, 64, form, torch.float32) for _ in range(2))
     for number, matrix in enumerate(matrices):
         single.put(number, matrix)
@@ -260,10 +282,13 @@ def test_nf4_is_the_table_and_the_codes_of_bitsandbytes(device):
     table = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
     assert torch.allclose(nf4.table(), table, atol=1e-6)
     torch.manual_seed(0)
-    # Blocks whose largest value is a power of two: there the BF16 scale loses nothing, and both decode to the same numbers.
+    # Blocks whose largest value is a power of two: there the BF16 scale loses nothing, and both decode to the
+    # same numbers.
     weight = torch.randn(32, 128, device=device).clamp(-0.99, 0.99)
-    weight[:, ::nf4.BLOCK] = 1.0
-    packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=nf4.BLOCK, quant_type="nf4", compress_statistics=False)
+    weight[:, :: nf4.BLOCK] = 1.0
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight, blocksize=nf4.BLOCK, quant_type="nf4", compress_statistics=False
+    )
     theirs = bitsandbytes.functional.dequantize_4bit(packed, state).view_as(weight).float()
     assert torch.allclose(nf4.unpack(nf4.pack(weight)), theirs, atol=1e-6)
 
@@ -293,15 +318,35 @@ def test_our_own_grouped_products_on_gpus_for_which_torch_has_none(monkeypatch, 
 def test_tiles_cover_every_row_once_and_idle_experts_have_none():
     ends = torch.tensor([0, 300, 300, 428, 429], dtype=torch.int32)
     expert, first, end = (value.tolist() for value in tiles.tiles(ends, 429))
-    covered = [(e, row) for e, a, b in zip(expert, first, end, strict=True) for row in range(a, min(b, a + tiles.ROWS))]
-    assert covered == [(e, row) for e, (a, b) in enumerate([(0, 0), (0, 300), (300, 300), (300, 428), (428, 429)]) for row in range(a, b)]
+    covered = [
+        (e, row)
+        for e, a, b in zip(expert, first, end, strict=True)
+        for row in range(a, min(b, a + tiles.ROWS))
+    ]
+    assert covered == [
+        (e, row)
+        for e, (a, b) in enumerate([(0, 0), (0, 300), (300, 300), (300, 428), (428, 429)])
+        for row in range(a, b)
+    ]
 
 
 def test_sorting_by_expert_and_back():
     index = torch.tensor([[3, 1], [0, 3], [3, 2]])
     routing = Routing.of(index, 5)
-    assert index.flatten()[routing.order].tolist() == [0, 1, 2, 3, 3, 3] and routing.token.tolist() == [1, 0, 2, 0, 1, 2]
-    assert routing.ends.tolist() == [1, 2, 3, 6, 6] and routing.spans == [(0, 0, 1), (1, 1, 2), (2, 2, 3), (3, 3, 6)]
+    assert index.flatten()[routing.order].tolist() == [0, 1, 2, 3, 3, 3] and routing.token.tolist() == [
+        1,
+        0,
+        2,
+        0,
+        1,
+        2,
+    ]
+    assert routing.ends.tolist() == [1, 2, 3, 6, 6] and routing.spans == [
+        (0, 0, 1),
+        (1, 1, 2),
+        (2, 2, 3),
+        (3, 3, 6),
+    ]
     assert torch.equal(torch.arange(6)[routing.order][routing.inverse], torch.arange(6))
 
 

@@ -1,21 +1,13 @@
 """Steps through CUDA graphs are the steps without them, for every length; and a pack is padded by little."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import small
+import torch
+from devices import relative
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("transformers", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
-
-import small  # noqa: E402
-from devices import relative  # noqa: E402
-
-from nemotron import adapter, assemble, graphs, recompute  # noqa: E402
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from nemotron.documents import Documents  # noqa: E402
+from nemotron import adapter, assemble, graphs, recompute
+from nemotron.checkpoint import Checkpoint
+from nemotron.documents import Documents
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
@@ -49,7 +41,9 @@ def test_steps_are_those_without_graphs(tmp_path, form, checkpointed):
             p.grad = None
         losses = []
         for lengths in packs:
-            ids = torch.randint(20, 500, (sum(lengths),), generator=torch.Generator().manual_seed(sum(lengths))).cuda()
+            ids = torch.randint(
+                20, 500, (sum(lengths),), generator=torch.Generator().manual_seed(sum(lengths))
+            ).cuda()
             found = assemble.loss(model, ids, ids, Documents(lengths))
             found.backward()
             losses.append(found.item())

@@ -1,4 +1,6 @@
-"""Where compiled kernels stay: a folder for each GPU, driver, torch and Triton; told and not silent where there can be none."""
+"""Where compiled kernels stay: a folder for each GPU, driver, torch and Triton; told and not silent where
+there can be none.
+"""
 
 import json
 import os
@@ -50,8 +52,15 @@ def test_without_a_folder_nothing_is_touched(machine):
 
 def test_every_cache_lies_in_the_folder_of_this_gpu_driver_torch_and_triton(machine, tmp_path, monkeypatch):
     found, said = prepared(tmp_path / "kernels", monkeypatch)
-    assert found == kernel_cache.folder() == tmp_path / "kernels/NVIDIA-GB10-580.95.05-torch-2.11.0+cu130-triton-3.6.0" and not said
-    assert {os.environ[name] for name in kernel_cache.CACHES} == {str(found / name) for name in ("triton", "inductor", "cuda", "vllm", "flashinfer")}
+    assert (
+        found
+        == kernel_cache.folder()
+        == tmp_path / "kernels/NVIDIA-GB10-580.95.05-torch-2.11.0+cu130-triton-3.6.0"
+        and not said
+    )
+    assert {os.environ[name] for name in kernel_cache.CACHES} == {
+        str(found / name) for name in ("triton", "inductor", "cuda", "vllm", "flashinfer")
+    }
     assert all(Path(os.environ[name]).is_dir() for name in kernel_cache.CACHES)
 
 
@@ -99,8 +108,16 @@ def test_a_folder_of_somebody_else_is_told(machine, tmp_path, monkeypatch):
 
 
 def test_nothing_is_imported_that_reads_the_variables():
-    program = "import sys; from nemotron import kernel_cache; print([name for name in ('torch', 'triton', 'vllm') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True).stdout == "[]\n"
+    program = (
+        "import sys; from nemotron import kernel_cache; print([name for name in ('torch', 'triton', 'vllm')"
+        " if name in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 @pytest.mark.parametrize("stage", ["train", "quantize", "evaluate"])
@@ -110,7 +127,18 @@ def test_the_stages_prepare_before_they_load_anything_else(tmp_path, stage):
     smi.write_text(f"#!/bin/sh\necho '{SMI}'\n")
     smi.chmod(0o755)
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"stage": stage, "params": {"ranks": 1, "deterministic": False}, "inputs": {}, "output": "", "scratch": "", "seed": 1}))
+    job.write_text(
+        json.dumps(
+            {
+                "stage": stage,
+                "params": {"ranks": 1, "deterministic": False},
+                "inputs": {},
+                "output": "",
+                "scratch": "",
+                "seed": 1,
+            }
+        )
+    )
     program = f"""
 import os, runpy, sys
 class Look:
@@ -122,10 +150,15 @@ sys.argv[1:] = [{str(job)!r}]
 runpy.run_module("stages.{stage}", run_name="__main__", alter_sys=True)
 """
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ANNIE_KERNELS": str(tmp_path / "kernels")}
-    assert subprocess.run([sys.executable, "-c", program], cwd=REPO, env=environment, capture_output=True, text=True).stderr == "prepared\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=REPO, env=environment, capture_output=True, text=True
+        ).stderr
+        == "prepared\n"
+    )
 
 
-# --- a seed, as an image brings it along --------------------------------------------------------------------------------------
+# --- a seed, as an image brings it along --------------------------------------------------------------------
 
 
 def kernel(folder, name="abc"):
@@ -133,7 +166,9 @@ def kernel(folder, name="abc"):
     place = folder / "triton" / name
     place.mkdir(parents=True)
     (place / "k.cubin").write_bytes(b"code")
-    (place / "__grp__k.json").write_text(json.dumps({"child_paths": {"k.cubin": f"/where/it/was/{name}/k.cubin"}}))
+    (place / "__grp__k.json").write_text(
+        json.dumps({"child_paths": {"k.cubin": f"/where/it/was/{name}/k.cubin"}})
+    )
 
 
 def seeded(tmp_path, machine, monkeypatch):
@@ -152,13 +187,19 @@ def test_an_empty_folder_begins_as_a_copy_of_the_seed(machine, tmp_path, monkeyp
     group = json.loads((found / "triton/abc/__grp__k.json").read_text())
     assert group["child_paths"] == {"k.cubin": str(found / "triton/abc/k.cubin")}  # Triton believes no other
     assert (found / "triton/abc/k.cubin").read_bytes() == b"code" and (found / "tuning.json").exists()
-    assert all(path.stat().st_mode & 0o200 for path in found.rglob("*")) and [p.name for p in found.parent.iterdir()] == [name]
+    assert all(path.stat().st_mode & 0o200 for path in found.rglob("*")) and [
+        p.name for p in found.parent.iterdir()
+    ] == [name]
 
 
 def test_a_folder_that_holds_something_keeps_it(machine, tmp_path, monkeypatch):
     name = seeded(tmp_path, machine, monkeypatch)
     kernel(tmp_path / "kernels" / name, "own")
-    monkeypatch.setattr(kernel_cache.shutil, "copyfile", lambda *_: pytest.fail("hundreds of megabytes are copied for nothing"))
+    monkeypatch.setattr(
+        kernel_cache.shutil,
+        "copyfile",
+        lambda *_: pytest.fail("hundreds of megabytes are copied for nothing"),
+    )
     found, _ = prepared(tmp_path / "kernels", monkeypatch)
     assert [path.name for path in (found / "triton").iterdir()] == ["own"]
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-
-from nemotron import layout  # noqa: E402
-from nemotron.checkpoint import DTYPES  # noqa: E402
+from nemotron import layout
+from nemotron.checkpoint import DTYPES
 
 GOLDEN = Path(__file__).parent / "golden"
 NANO = json.loads((GOLDEN / "nano-config.json").read_text())
@@ -41,7 +39,9 @@ def test_scales_of_a_matrix_are_scalars():
 
 
 def test_bytes_of_the_whole_checkpoint():
-    size = sum(math.prod(s.shape) * DTYPES[s.dtype].itemsize for s in layout.tensors(NANO, "official").values())
+    size = sum(
+        math.prod(s.shape) * DTYPES[s.dtype].itemsize for s in layout.tensors(NANO, "official").values()
+    )
     # NVIDIA's file holds A_log and D in BF16 and the router weights in F32; ours keeps the source's dtypes.
     ours_to_theirs = 23 * (128 * 2688 * 2 - 2 * 64 * 2)
     assert size + ours_to_theirs == 19_339_781_632

@@ -1,27 +1,24 @@
-"""Our Mamba-2 mixer against its definition, a token at a time in float64; packed documents never see each other."""
+"""Our Mamba-2 mixer against its definition, a token at a time in float64; packed documents never see each
+other.
+"""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
+import small
+import torch
+import torch.nn.functional as F
+from devices import class_in_torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("transformers", reason="needs the train environment")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "stages")]
-
-import small  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from devices import class_in_torch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-
-from nemotron import convolution as convolution_kernel  # noqa: E402
-from nemotron import mamba, native  # noqa: E402
-from nemotron.documents import Documents  # noqa: E402
+from nemotron import convolution as convolution_kernel
+from nemotron import mamba, native
+from nemotron.documents import Documents
 
 CHUNK = 64
-PACKED = (130, 1, 65, 128, 7)  # across chunks, of one token, ending on a chunk's first token, a chunk and more, shorter than a chunk
+# across chunks, of one token, ending on a chunk's first token, a chunk and more, shorter than a chunk
+PACKED = (130, 1, 65, 128, 7)
 EXACT = {"torch": 1e-5, "triton": 5e-3}  # the Triton kernels multiply float32 as TF32
 PLACES = [("cpu", "torch")]
 if torch.cuda.is_available():
@@ -32,7 +29,10 @@ everywhere = pytest.mark.parametrize("place", PLACES, ids=lambda place: "-".join
 
 def error(found, wanted):
     """Relative, in the norm over all elements."""
-    return ((found.detach().double().cpu() - wanted.detach().double().cpu()).norm() / wanted.detach().double().cpu().norm()).item()
+    return (
+        (found.detach().double().cpu() - wanted.detach().double().cpu()).norm()
+        / wanted.detach().double().cpu().norm()
+    ).item()
 
 
 def recurrence(x, dt, A, B, C, D):
@@ -40,7 +40,10 @@ def recurrence(x, dt, A, B, C, D):
     share, memory, out = x.shape[1] // B.shape[1], 0.0, []
     for t in range(len(x)):
         b, c = (value[t].repeat_interleave(share, 0) for value in (B, C))
-        memory = memory * torch.exp(dt[t] * A)[:, None, None] + dt[t][:, None, None] * x[t][:, :, None] * b[:, None, :]
+        memory = (
+            memory * torch.exp(dt[t] * A)[:, None, None]
+            + dt[t][:, None, None] * x[t][:, :, None] * b[:, None, :]
+        )
         out.append((memory * c[:, None, :]).sum(-1) + D[:, None] * x[t])
     return torch.stack(out)
 
@@ -56,7 +59,9 @@ def convolution(x, weight, bias):
 
 def each(function, lengths, *sequences):
     """`function` of every document of (1, tokens, ...) sequences, laid end to end again."""
-    return torch.cat([function(*parts) for parts in zip(*(value[0].split(lengths) for value in sequences), strict=True)])[None]
+    return torch.cat(
+        [function(*parts) for parts in zip(*(value[0].split(lengths) for value in sequences), strict=True)]
+    )[None]
 
 
 def mixer_by_definition(mixer, hidden, lengths):
@@ -64,11 +69,19 @@ def mixer_by_definition(mixer, hidden, lengths):
     weight = {name: value.detach().double().cpu() for name, value in mixer.named_parameters()}
     groups, state, inner = mixer.n_groups, mixer.ssm_state_size, mixer.intermediate_size
     z, xbc, dt = (hidden @ weight["in_proj.weight"].T).split([inner, mixer.conv_dim, mixer.num_heads], -1)
-    xbc = each(lambda part: convolution(part, weight["conv1d.weight"][:, 0], weight["conv1d.bias"]), lengths, xbc)
+    xbc = each(
+        lambda part: convolution(part, weight["conv1d.weight"][:, 0], weight["conv1d.bias"]), lengths, xbc
+    )
     x, B, C = xbc.split([inner, groups * state, groups * state], -1)
     A, D, dt = -torch.exp(weight["A_log"]), weight["D"], F.softplus(dt + weight["dt_bias"])
-    y = each(lambda x, dt, B, C: recurrence(x, dt, A, B, C, D), lengths,
-             x.unflatten(-1, (mixer.num_heads, -1)), dt, B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1)))
+    y = each(
+        lambda x, dt, B, C: recurrence(x, dt, A, B, C, D),
+        lengths,
+        x.unflatten(-1, (mixer.num_heads, -1)),
+        dt,
+        B.unflatten(-1, (groups, -1)),
+        C.unflatten(-1, (groups, -1)),
+    )
     gated = (y.flatten(-2) * F.silu(z)).unflatten(-1, (groups, -1))
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
     return (normed.flatten(-2) * weight["norm.weight"]) @ weight["out_proj.weight"].T
@@ -77,9 +90,14 @@ def mixer_by_definition(mixer, hidden, lengths):
 def inputs(batch, tokens, dt_bias, heads=4, size=32, groups=2, state=16):
     """x, dt, A, B, C, D in float64, each a leaf."""
     torch.manual_seed(0)
-    x, B, C = torch.randn(batch, tokens, heads, size), torch.randn(batch, tokens, groups, state), torch.randn(batch, tokens, groups, state)
+    x = torch.randn(batch, tokens, heads, size)
+    B = torch.randn(batch, tokens, groups, state)
+    C = torch.randn(batch, tokens, groups, state)
     dt = F.softplus(torch.randn(batch, tokens, heads) + dt_bias)
-    return [value.double().requires_grad_() for value in (x, dt, -torch.arange(1.0, heads + 1), B, C, torch.randn(heads))]
+    return [
+        value.double().requires_grad_()
+        for value in (x, dt, -torch.arange(1.0, heads + 1), B, C, torch.randn(heads))
+    ]
 
 
 def at(device, values, dtype=torch.float32):
@@ -97,7 +115,9 @@ def model(checkpoint):
 
 
 def a_mixer(model, dt_bias=-3.0):
-    """A mixer whose output its states decide, so that a wrong state shows; the class's own forward, no attachment yet."""
+    """A mixer whose output its states decide, so that a wrong state shows; the class's own forward, no
+    attachment yet.
+    """
     mixer = copy.deepcopy(model.model.layers[0].mixer)
     mixer.conv1d.requires_grad_(False)  # as in every method: the kernel has no gradient of it
     mixer.__dict__.pop("forward", None)
@@ -127,14 +147,17 @@ def test_trap_1_scan_equals_the_recurrence_with_all_gradients(place, dt_bias, le
     assert found.dtype == torch.float32 and found.shape == wanted.shape
     assert error(found, wanted) < EXACT[way]
     gradients = torch.autograd.grad(found, given, toward.to(found))
-    for name, ours, right in zip(("x", "dt", "A", "B", "C", "D"), gradients, torch.autograd.grad(wanted, exact, toward), strict=True):
+    for name, ours, right in zip(
+        ("x", "dt", "A", "B", "C", "D"), gradients, torch.autograd.grad(wanted, exact, toward), strict=True
+    ):
         assert error(ours, right) < EXACT[way], name
 
 
 @everywhere
 def test_scan_in_bfloat16_keeps_its_states_in_float32(place):
     device, way = place
-    exact = at("cpu", at("cpu", inputs(1, 330, -3.0), torch.bfloat16), torch.float64)  # values that BF16 holds
+    # values that BF16 holds
+    exact = at("cpu", at("cpu", inputs(1, 330, -3.0), torch.bfloat16), torch.float64)
     exact[1].data.copy_(exact[1].float())
     wanted = recurrence(*(exact[i][0] if i in (0, 1, 3, 4) else exact[i] for i in range(6)))[None]
     x, dt, A, B, C, D = at(device, exact)
@@ -167,7 +190,11 @@ def test_trap_5_no_temporary_has_an_element_per_token_and_state():
 
         def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            sizes = [t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            sizes = [
+                t.untyped_storage().nbytes() // t.element_size()
+                for t in tree_leaves(out)
+                if isinstance(t, torch.Tensor)
+            ]
             self.elements = max([self.elements, *sizes])
             return out
 
@@ -175,7 +202,9 @@ def test_trap_5_no_temporary_has_an_element_per_token_and_state():
     given = at("cpu", inputs(1, tokens, -3.0, heads=heads, size=16, groups=1, state=state))
     with Largest() as largest:
         mamba.scan(*given, CHUNK, Documents((tokens - 3, 3))).sum().backward()
-    assert largest.elements <= tokens * heads * CHUNK < tokens * heads * state, "B repeated to the heads would already be larger"
+    assert largest.elements <= tokens * heads * CHUNK < tokens * heads * state, (
+        "B repeated to the heads would already be larger"
+    )
 
 
 @everywhere
@@ -183,7 +212,10 @@ def test_trap_5_no_temporary_has_an_element_per_token_and_state():
 def test_trap_12_convolution_starts_anew_in_every_document(place, lengths):
     device, way = place
     torch.manual_seed(0)
-    exact = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((1, sum(lengths), 32), (32, 4), (32,))]
+    exact = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((1, sum(lengths), 32), (32, 4), (32,))
+    ]
     wanted = each(lambda x: convolution(x, *exact[1:]), lengths, exact[0])
     toward = torch.randn_like(wanted)
     given = at(device, exact)
@@ -193,12 +225,16 @@ def test_trap_12_convolution_starts_anew_in_every_document(place, lengths):
     tolerance = 1e-5 if device == "cpu" else EXACT[way]
     assert error(found, wanted) < tolerance
     right_ones = torch.autograd.grad(wanted, exact[:trained], toward)
-    for ours, right in zip(torch.autograd.grad(found, given[:trained], toward.to(found)), right_ones, strict=True):
+    for ours, right in zip(
+        torch.autograd.grad(found, given[:trained], toward.to(found)), right_ones, strict=True
+    ):
         assert error(ours, right) < tolerance
 
 
 def test_the_convolution_kernel_refuses_a_weight_that_it_has_no_gradient_for():
-    x, weight, position = torch.randn(5, 32), torch.randn(32, 4, requires_grad=True), Documents((5,)).position("cpu")
+    x = torch.randn(5, 32)
+    weight = torch.randn(32, 4, requires_grad=True)
+    position = Documents((5,)).position("cpu")
     with pytest.raises(ValueError, match="frozen in every method"):
         convolution_kernel.conv(x, weight, None, position)
 
@@ -209,14 +245,19 @@ def test_convolution_takes_a_batch_and_no_bias(place):
     torch.manual_seed(0)
     x, weight = torch.randn(3, 70, 32, dtype=torch.float64), torch.randn(32, 4, dtype=torch.float64)
     wanted = torch.stack([convolution(row, weight, torch.zeros(32)) for row in x])
-    assert error(mamba.conv(*(v.float().to(device) for v in (x, weight)), None, None, way), wanted) < EXACT[way]
+    assert (
+        error(mamba.conv(*(v.float().to(device) for v in (x, weight)), None, None, way), wanted) < EXACT[way]
+    )
 
 
 @everywhere
 def test_trap_3_gate_comes_before_the_grouped_norm(place):
     device, way = place
     torch.manual_seed(0)
-    exact = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 9, 256), (2, 9, 256), (256,))]
+    exact = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 9, 256), (2, 9, 256), (256,))
+    ]
     y, z, weight = exact
     gated = (y * z * torch.sigmoid(z)).view(2, 9, 4, 64)
     wanted = (gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()).view(2, 9, 256) * weight
@@ -224,10 +265,16 @@ def test_trap_3_gate_comes_before_the_grouped_norm(place):
     found = mamba.gated_norm(*given, 1e-5, 64, way)
     assert error(found, wanted) < 1e-5
     toward = torch.randn_like(wanted)
-    for ours, right in zip(torch.autograd.grad(found, given, toward.to(found)), torch.autograd.grad(wanted, exact, toward), strict=True):
+    for ours, right in zip(
+        torch.autograd.grad(found, given, toward.to(found)),
+        torch.autograd.grad(wanted, exact, toward),
+        strict=True,
+    ):
         assert error(ours, right) < 1e-5
     notebook = y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight * F.silu(z)
-    assert error(found, notebook) > 0.3, "a norm before the gate, without groups, has to be far off, or this test shows nothing"
+    assert error(found, notebook) > 0.3, (
+        "a norm before the gate, without groups, has to be far off, or this test shows nothing"
+    )
 
 
 @everywhere
@@ -243,7 +290,13 @@ def test_trap_2_mixer_equals_its_definition_and_nothing_clamps_dt(model, place, 
     toward = torch.randn_like(wanted)
     tolerance = {"torch": 5e-5, "triton": 1e-2}[way]  # the norm divides by a small state
     assert error(found, wanted) < tolerance
-    assert error(torch.autograd.grad(found, given, toward.to(found))[0], torch.autograd.grad(wanted, hidden, toward)[0]) < tolerance
+    assert (
+        error(
+            torch.autograd.grad(found, given, toward.to(found))[0],
+            torch.autograd.grad(wanted, hidden, toward)[0],
+        )
+        < tolerance
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -260,7 +313,9 @@ def test_mixer_equals_the_class_in_output_and_every_gradient(model, padded, monk
     for mixer in (own, ours):
         given = hidden.clone().requires_grad_()
         out = mixer(given, attention_mask=mask)
-        results.append({"output": out, "hidden": torch.autograd.grad(out, given, toward, retain_graph=True)[0]})
+        results.append(
+            {"output": out, "hidden": torch.autograd.grad(out, given, toward, retain_graph=True)[0]}
+        )
         names, parameters = zip(*mixer.named_parameters(), strict=True)
         results[-1] |= dict(zip(names, torch.autograd.grad(out, parameters, toward), strict=True))
     assert len(results[0]) == 2 + 8
@@ -281,7 +336,10 @@ def test_trap_12_a_packed_document_is_the_document_alone(model, place):
         alone = packed[:, start:end].detach().requires_grad_()
         out = mixer(alone)
         assert error(together[:, start:end], out) < EXACT[way]
-        assert error(gradient[:, start:end], torch.autograd.grad(out, alone, toward[:, start:end])[0]) < EXACT[way]
+        assert (
+            error(gradient[:, start:end], torch.autograd.grad(out, alone, toward[:, start:end])[0])
+            < EXACT[way]
+        )
     leaking = mixer(packed)
     after = PACKED[0] + PACKED[1]
     assert error(leaking[:, : PACKED[0]], together[:, : PACKED[0]]) < EXACT[way]
@@ -293,10 +351,13 @@ def test_trap_12_no_gradient_reaches_another_document(model):
     mixer = mamba.attach(a_mixer(model))
     hidden = torch.randn(1, sum(PACKED), mixer.hidden_size, requires_grad=True)
     start, end = Documents(PACKED).spans[2]
-    gradient = torch.autograd.grad(mixer(hidden, documents=Documents(PACKED))[:, start:end].square().sum(), hidden)[0][0]
+    gradient = torch.autograd.grad(
+        mixer(hidden, documents=Documents(PACKED))[:, start:end].square().sum(), hidden
+    )[0][0]
     assert gradient[start:end].norm(dim=-1).min() > 0.1
     assert not gradient[end:].any()
-    # Decays are sums over the chunk, so what an earlier document's dt gets cancels to rounding and not to zero bits.
+    # Decays are sums over the chunk, so what an earlier document's dt gets cancels to rounding and not to
+    # zero bits.
     assert gradient[:start].abs().max() < 1e-6 * gradient[start:end].abs().max()
 
 
@@ -336,7 +397,8 @@ def test_trap_10_what_wraps_a_projection_is_computed_in_training(model):
     for name in ("in_proj", "out_proj"):
         changed = copy.deepcopy(mixer)
         projection = getattr(changed, name)
-        setattr(changed, name, torch.nn.Sequential(projection, torch.nn.Dropout(1.0)))  # as LoRA or fake quantisation would, but unmistakable
+        # as LoRA or fake quantisation would, but unmistakable
+        setattr(changed, name, torch.nn.Sequential(projection, torch.nn.Dropout(1.0)))
         assert plain.any() and not changed(hidden).any(), name
 
 

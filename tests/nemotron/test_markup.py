@@ -1,14 +1,10 @@
 """Text in a message or a tool is never read as a control token, as markup or as a call."""
 
 import pytest
+from talks import SYSTEM, TOOLS, calls, result, says, tool, user
 
-pytest.importorskip("transformers", reason="needs the train environment")
-pytest.importorskip("trl", reason="needs the train environment")
-
-from talks import SYSTEM, TOOLS, calls, result, says, tool, user  # noqa: E402
-
-from nemotron import chat  # noqa: E402
-from stages.base import make  # noqa: E402
+from nemotron import chat
+from stages.base import make
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,10 @@
 """Messages and tools come into the form that a server gives to the template, or are refused by position."""
 
 import pytest
+from talks import SYSTEM, TOOLS, calls, result, says, several, user
 
-pytest.importorskip("transformers", reason="needs the train environment")
-pytest.importorskip("trl", reason="needs the train environment")
-
-from talks import SYSTEM, TOOLS, calls, result, says, several, user  # noqa: E402
-
-from nemotron import chat  # noqa: E402
-from stages.base import make  # noqa: E402
+from nemotron import chat
+from stages.base import make
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch", reason="needs the train environment")
-
-from nemotron import names  # noqa: E402
+from nemotron import names
 
 NANO = json.loads((Path(__file__).parent / "golden" / "nano-config.json").read_text())
 # SHA-256 over "name d0xd1" lines, sorted, of the published BF16 checkpoint's own headers.

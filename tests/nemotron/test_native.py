@@ -1,23 +1,16 @@
-"""The native class computes what the checkpoint means, and each silent failure comes back as a failed test."""
+"""The native class computes what the checkpoint means, and each silent failure makes a test fail."""
 
 import json
-import sys
 import types
-from pathlib import Path
 
 import pytest
+import small
+import torch
+from devices import class_in_torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("transformers", reason="needs the train environment")
-pytest.importorskip("peft", reason="needs the train environment")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "stages")]
-
-import small  # noqa: E402
-from devices import class_in_torch  # noqa: E402
-
-from nemotron import native  # noqa: E402
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from stages.base import tiny  # noqa: E402
+from nemotron import native
+from nemotron.checkpoint import Checkpoint
+from stages.base import tiny
 
 LENGTH = 200  # more than three chunks of 64
 
@@ -28,14 +21,23 @@ def checkpoint(tmp_path_factory):
 
 
 def recurrence(mixer, hidden):
-    """A Mamba-2 mixer as its definition says it, a token at a time in float64. `hidden`: (tokens, hidden size)."""
+    """A Mamba-2 mixer as its definition says it, a token at a time in float64. `hidden`: (tokens, hidden
+    size).
+    """
     weight = {name: value.detach().double() for name, value in mixer.named_parameters()}
     heads, size, state = mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
-    z, xbc, dt = (hidden.double() @ weight["in_proj.weight"].T).split([mixer.intermediate_size, mixer.conv_dim, heads], -1)
+    z, xbc, dt = (hidden.double() @ weight["in_proj.weight"].T).split(
+        [mixer.intermediate_size, mixer.conv_dim, heads], -1
+    )
     kernel = weight["conv1d.weight"][:, 0]
     before = torch.cat([torch.zeros(kernel.shape[1] - 1, xbc.shape[1], dtype=torch.float64), xbc])
-    conv = torch.stack([(before[t : t + kernel.shape[1]] * kernel.T).sum(0) for t in range(len(xbc))]) + weight["conv1d.bias"]
-    x, b, c = torch.nn.functional.silu(conv).split([mixer.intermediate_size, mixer.n_groups * state, mixer.n_groups * state], -1)
+    conv = (
+        torch.stack([(before[t : t + kernel.shape[1]] * kernel.T).sum(0) for t in range(len(xbc))])
+        + weight["conv1d.bias"]
+    )
+    x, b, c = torch.nn.functional.silu(conv).split(
+        [mixer.intermediate_size, mixer.n_groups * state, mixer.n_groups * state], -1
+    )
     dt = torch.nn.functional.softplus(dt + weight["dt_bias"])
     decay = torch.exp(-torch.exp(weight["A_log"]) * dt)
     memory, out = torch.zeros(heads, size, state, dtype=torch.float64), []
@@ -81,16 +83,22 @@ def test_trap_2_small_time_steps_are_not_clamped(checkpoint, monkeypatch):
     assert mixer_error(model, -8.0) < 1e-4
     mixer = model.model.layers[0].mixer
     mixer.forward = types.MethodType(type(mixer).forward, mixer)
-    assert mixer_error(model, -8.0) < 1e-4, "generation takes the class's own forward, so that is repaired too"
+    assert mixer_error(model, -8.0) < 1e-4, (
+        "generation takes the class's own forward, so that is repaired too"
+    )
     mixer.time_step_limit = (model.config.time_step_min, float("inf"))
-    assert mixer_error(model, -8.0) > 0.05, "the unrepaired class has to be far off, or this test shows nothing"
+    assert mixer_error(model, -8.0) > 0.05, (
+        "the unrepaired class has to be far off, or this test shows nothing"
+    )
 
 
 def test_trap_3_gate_comes_before_the_grouped_norm(checkpoint):
     norm = native.load(checkpoint).model.layers[0].mixer.norm
     x, z = torch.randn(2, 5, norm.weight.numel())
     gated = (x * torch.nn.functional.silu(z)).view(5, -1, norm.group_size)
-    wanted = norm.weight * (gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)).view(5, -1)
+    wanted = norm.weight * (
+        gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    ).view(5, -1)
     assert torch.allclose(norm(x, z), wanted, atol=1e-5)
 
 
@@ -103,7 +111,9 @@ def test_trap_4_router_and_float32_tensors_keep_every_bit(checkpoint, dtype):
     for name in names:
         assert torch.equal(here[native.native(name)], stored.tensor(name)), name
     bias = here["model.layers.1.mixer.gate.e_score_correction_bias"]
-    assert len(bias.bfloat16().unique()) < len(bias.unique()), "the bias has to be one that BF16 would flatten"
+    assert len(bias.bfloat16().unique()) < len(bias.unique()), (
+        "the bias has to be one that BF16 would flatten"
+    )
 
 
 def test_trap_4_autocast_does_not_reach_the_router(checkpoint):
@@ -121,7 +131,9 @@ def test_presets_make_adapters_and_leave_the_router_frozen(checkpoint, preset):
     import peft
 
     model = native.load(checkpoint)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=0.0, **native.targets(model, preset).arguments()))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_dropout=0.0, **native.targets(model, preset).arguments())
+    )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     groups = {"attention": "q_proj", "mamba": "in_proj", "experts": "mixer.experts"}

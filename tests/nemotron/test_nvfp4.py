@@ -1,11 +1,9 @@
 """The 4-bit format, bit for bit ModelOpt's."""
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("modelopt", reason="needs the train environment")
-
-from nemotron import nvfp4  # noqa: E402
+from nemotron import nvfp4
 
 
 def reference(weight):
@@ -14,7 +12,9 @@ def reference(weight):
     return NVFP4QTensor.quantize(weight, 16)
 
 
-@pytest.mark.parametrize("kind", ["normal", "outlier", "zero_groups", "negative_zeros", "ties", "subnormal_scales", "zero"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "outlier", "zero_groups", "negative_zeros", "ties", "subnormal_scales", "zero"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_packing_equals_modelopt_bit_for_bit(kind, dtype):
     torch.manual_seed(3)
@@ -37,7 +37,9 @@ def test_packing_equals_modelopt_bit_for_bit(kind, dtype):
         assert not nvfp4.unpack(packed).any()
         return
     if kind == "subnormal_scales":
-        assert (packed.weight_scale.float() < 2**-6).any() and (packed.weight_scale.float() == nvfp4.SMALLEST).any()
+        assert (packed.weight_scale.float() < 2**-6).any() and (
+            packed.weight_scale.float() == nvfp4.SMALLEST
+        ).any()
     theirs, scale, second = reference(weight)
     assert torch.equal(packed.weight, theirs._quantized_data)
     assert torch.equal(packed.weight_scale.view(torch.uint8), scale.view(torch.uint8))
@@ -59,7 +61,9 @@ def test_trap_22_a_small_delta_drowns_in_fp4():
     def kept(share):
         small = delta * (share * weight.norm() / delta.norm())
         after = nvfp4.unpack(nvfp4.pack(weight + small)) - nvfp4.unpack(nvfp4.pack(weight))
-        return torch.nn.functional.cosine_similarity((x @ small.T).flatten(), (x @ after.T).flatten(), 0).item()
+        return torch.nn.functional.cosine_similarity(
+            (x @ small.T).flatten(), (x @ after.T).flatten(), 0
+        ).item()
 
     error = (nvfp4.unpack(nvfp4.pack(weight)) - weight).norm() / weight.norm()
     assert 0.08 < error < 0.11
@@ -92,8 +96,12 @@ def test_a_searched_scale_makes_no_group_worse(kind, dtype):
     torch.manual_seed(1)
     normal = torch.randn(2, 64, 256)
     weight = {
-        "normal": normal, "heavy_tails": normal / torch.rand(2, 64, 256), "uniform": torch.rand(2, 64, 256) - 0.5, "wide": normal * torch.logspace(-8, 3, 256),
-        "ties": torch.randint(-24, 25, (2, 64, 256)) / 4, "zero": normal * 0,
+        "normal": normal,
+        "heavy_tails": normal / torch.rand(2, 64, 256),
+        "uniform": torch.rand(2, 64, 256) - 0.5,
+        "wide": normal * torch.logspace(-8, 3, 256),
+        "ties": torch.randint(-24, 25, (2, 64, 256)) / 4,
+        "zero": normal * 0,
     }[kind].to(dtype)
     nearest, mse = nvfp4.pack(weight), nvfp4.pack(weight, "mse")
     assert torch.equal(mse.weight_scale_2, nearest.weight_scale_2)
@@ -104,13 +112,20 @@ def test_a_searched_scale_makes_no_group_worse(kind, dtype):
 
 
 def test_six_scales_are_nearly_as_good_as_all():
-    """The least error of all 126 positive E4M3 scales, and codes found by looking for the nearest value of the grid."""
+    """The least error of all 126 positive E4M3 scales, and codes found by looking for the nearest value of
+    the grid.
+    """
     torch.manual_seed(2)
     weight = torch.randn(64, 256)
     packed = nvfp4.pack(weight, "mse")
-    scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double() * packed.weight_scale_2.double()
+    scales = (
+        torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+        * packed.weight_scale_2.double()
+    )
     size, grid = weight.double().abs().view(-1, nvfp4.GROUP), torch.tensor(nvfp4.GRID, dtype=torch.float64)
-    best = torch.stack([(size[..., None] - grid * scale).abs().amin(-1).square().sum(-1) for scale in scales]).amin(0)
+    best = torch.stack(
+        [(size[..., None] - grid * scale).abs().amin(-1).square().sum(-1) for scale in scales]
+    ).amin(0)
     assert best.sum() <= errors(weight, packed).sum() <= 1.01 * best.sum()
 
 
@@ -119,13 +134,19 @@ def test_weights_on_the_grid_keep_their_scales_under_the_search():
     packed = nvfp4.pack(torch.randn(64, 256))
     weight = nvfp4.unpack(packed)
     again = nvfp4.pack(weight, "mse")
-    assert torch.equal(again.weight_scale.float(), packed.weight_scale.float()) and torch.equal(nvfp4.unpack(again), weight)
+    assert torch.equal(again.weight_scale.float(), packed.weight_scale.float()) and torch.equal(
+        nvfp4.unpack(again), weight
+    )
 
 
 def test_a_scale_beyond_e4m3_is_clamped():
-    """Equal weights have their amax mapped to 6 by the largest scale there is; to map it to 4 there is none."""
+    """Equal weights have their amax mapped to 6 by the largest scale there is; to map it to 4 there is
+    none.
+    """
     packed = nvfp4.pack(torch.ones(4, 32), "mse")
-    assert (packed.weight_scale.float() == nvfp4.FP8_MAX).all() and torch.allclose(nvfp4.unpack(packed), torch.ones(4, 32))
+    assert (packed.weight_scale.float() == nvfp4.FP8_MAX).all() and torch.allclose(
+        nvfp4.unpack(packed), torch.ones(4, 32)
+    )
 
 
 @pytest.mark.parametrize("search", nvfp4.SEARCHES)
@@ -135,7 +156,9 @@ def test_chunks_change_no_bit(search, monkeypatch):
     whole = nvfp4.pack(weight, search)
     monkeypatch.setattr(nvfp4, "CHUNK", 112)
     parts = nvfp4.pack(weight, search)
-    assert torch.equal(parts.weight, whole.weight) and torch.equal(parts.weight_scale.float(), whole.weight_scale.float())
+    assert torch.equal(parts.weight, whole.weight) and torch.equal(
+        parts.weight_scale.float(), whole.weight_scale.float()
+    )
 
 
 def test_a_search_that_does_not_exist_is_refused():

@@ -1,10 +1,11 @@
-"""The 4-bit format has the same bits whatever packs it; in a file of its own, since ModelOpt is not on every machine with a GPU."""
+"""The 4-bit format has the same bits whatever packs it; in a file of its own, since ModelOpt is not on
+every machine with a GPU.
+"""
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-
-from nemotron import nvfp4  # noqa: E402
+from nemotron import nvfp4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

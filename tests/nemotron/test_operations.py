@@ -2,10 +2,8 @@
 
 import pytest
 
-pytest.importorskip("torch", reason="needs the train environment")
-
-from bench import operations as bench  # noqa: E402
-from nemotron import operations  # noqa: E402
+from bench import operations as bench
+from nemotron import operations
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

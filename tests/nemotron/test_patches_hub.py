@@ -1,4 +1,6 @@
-"""nemotron/patches.py on a small module of our own that has the hub file's sites; what is patched runs, and computes what it should."""
+"""nemotron/patches.py on a small module of our own that has the hub file's sites; what is patched runs,
+and computes what it should.
+"""
 
 import re
 import shutil
@@ -8,12 +10,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("transformers", reason="needs the train environment")
-
-from nemotron import mamba, patches  # noqa: E402
-from nemotron.patches import ABSENT, PATCHED, THERE, TO_PATCH, PatchError  # noqa: E402
+from nemotron import mamba, patches
+from nemotron.patches import ABSENT, PATCHED, THERE, TO_PATCH, PatchError
 
 REPO = Path(__file__).resolve().parents[2]
 NAMES = ["a norm", "b router", "b sum", "c idle input", "d idle call", "e tied keys", "f stream"]
@@ -32,16 +32,19 @@ try:
 except ImportError:
     raise ImportError("mamba-ssm is required by the Mamba model but cannot be imported")
 '''
-NORM = '''
+NORM = """
 class Norm(nn.Module):
     def __init__(self, width, group):
         super().__init__()
         self.weight, self.group = nn.Parameter(torch.ones(width)), group
 
     def forward(self, y, gate):
-        return rmsnorm_fn(x=y, weight=self.weight, bias=None, z=gate, eps=1e-5, group_size=self.group, norm_before_gate=False)
-'''
-BLOCK = '''
+        return rmsnorm_fn(
+            x=y, weight=self.weight, bias=None, z=gate, eps=1e-5, group_size=self.group,
+            norm_before_gate=False
+        )
+"""
+BLOCK = """
 class NemotronHBlock(nn.Module):
     def __init__(self, mixer):
         super().__init__()
@@ -52,8 +55,8 @@ class NemotronHBlock(nn.Module):
             # a remark
             residual = hidden_states
             return residual + self.mixer(hidden_states)
-'''
-MOE = '''
+"""
+MOE = """
 class Expert(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -66,7 +69,8 @@ class Expert(nn.Module):
 class NemotronHMOE(nn.Module):
     def __init__(self, count, top, width):
         super().__init__()
-        self.gate, self.experts = NemotronHTopkRouter(count, top, width), nn.ModuleList(Expert(width) for _ in range(count))
+        self.gate = NemotronHTopkRouter(count, top, width)
+        self.experts = nn.ModuleList(Expert(width) for _ in range(count))
 
     def moe(self, hidden_states, topk_indices, topk_weights):
         final_hidden_states = torch.zeros_like(hidden_states, dtype=topk_weights.dtype)
@@ -84,8 +88,8 @@ class NemotronHMOE(nn.Module):
     def forward(self, hidden_states):
         rows = hidden_states.flatten(0, -2)
         return self.moe(rows, *self.gate(rows)).view_as(hidden_states)
-'''
-ROUTER = '''
+"""  # noqa: E501
+ROUTER = """
 class NemotronHTopkRouter(nn.Module):
     def __init__(self, count, top, width):
         super().__init__()
@@ -98,35 +102,48 @@ class NemotronHTopkRouter(nn.Module):
         if self.top:
             topk_weights, topk_indices = scores.topk(self.top)
         return topk_indices, topk_weights
-'''
-CAUSAL = '''
+"""
+CAUSAL = """
 class NemotronHForCausalLM(nn.Module):
     _tied_weights_keys = ["lm_head.weight"]
 
     def __init__(self):
         super().__init__()
-'''
+"""
 HUB = HEAD + NORM + BLOCK + MOE + ROUTER + CAUSAL
 VARIANTS = {
     "as it is": HUB,
-    "without the commented import": HUB.replace("    #from mamba_ssm.ops.triton.layernorm_gated import RMSNorm\n", ""),
+    "without the commented import": HUB.replace(
+        "    #from mamba_ssm.ops.triton.layernorm_gated import RMSNorm\n", ""
+    ),
     "cache_params renamed": HUB.replace("cache_params", "past_key_values"),
     "classes in another order": HEAD + CAUSAL + ROUTER + MOE + BLOCK + NORM,
     "no remarks": re.sub(r" +# a remark\n", "", HUB),
-    "another docstring in the router": HUB.replace("        router_logits", '        """How tokens are shared out.\n\n        Twice.\n        """\n        router_logits'),
-    "single quotes": HUB.replace('("mamba-ssm is required by the Mamba model but cannot be imported")', "('mamba-ssm is required')").replace(
-        '["lm_head.weight"]', "['lm_head.weight']"),
+    "another docstring in the router": HUB.replace(
+        "        router_logits",
+        '        """How tokens are shared out.\n\n        Twice.\n        """\n        router_logits',
+    ),
+    "single quotes": (
+        HUB.replace(
+            '("mamba-ssm is required by the Mamba model but cannot be imported")', "('mamba-ssm is required')"
+        ).replace('["lm_head.weight"]', "['lm_head.weight']")
+    ),
 }
 # Newer copies of the file that need nothing at two of the sites.
-NEWER = HUB.replace('    _tied_weights_keys = ["lm_head.weight"]\n', '    _keys_to_ignore_on_load_unexpected = [r"mtp.*"]\n').replace(
+NEWER = HUB.replace(
+    '    _tied_weights_keys = ["lm_head.weight"]\n', '    _keys_to_ignore_on_load_unexpected = [r"mtp.*"]\n'
+).replace(
     "        with torch.cuda.stream(torch.cuda.default_stream(hidden_states.device)):\n",
-    '        if hidden_states.device.type == "cuda":\n            context = torch.cuda.stream(torch.cuda.default_stream(hidden_states.device))\n'
-    "        else:\n            context = contextlib.nullcontext()\n\n        with context:\n")
+    '        if hidden_states.device.type == "cuda":\n            context ='
+    " torch.cuda.stream(torch.cuda.default_stream(hidden_states.device))\n        else:\n            context"
+    " = contextlib.nullcontext()\n\n        with context:\n",
+)
 
 
 @pytest.fixture(autouse=True)
 def no_mamba_ssm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mamba_ssm", None)  # what Python raises ImportError for, installed or not
+    # what Python raises ImportError for, installed or not
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
 
 
 def run(text):
@@ -180,15 +197,34 @@ def test_one_site_patched_already_is_kept_and_the_others_are_patched(name):
     assert patches.patched(partly) == patches.patched(HUB)
 
 
-@pytest.mark.parametrize(("name", "old", "new"), [
-    ("a norm", 'raise ImportError("mamba-ssm is required', 'raise ImportError("mamba_ssm is required'),
-    ("b router", "router_logits = F.linear(", "router_logits = torch.matmul("),
-    ("b sum", "index_add_(0, token_indices, weighted_output)", "index_add_(0, token_indices, weighted_output, alpha=1)"),
-    ("c idle input", "expert_dtype = expert.down_proj.weight.dtype", "expert_dtype = expert.up_proj.weight.dtype"),
-    ("d idle call", "else:\n                # a remark\n", "elif number:\n                # a remark\n"),
-    ("e tied keys", '_tied_weights_keys = ["lm_head.weight"]', '_tied_weights_keys = ["lm_head.weight", "head.bias"]'),
-    ("f stream", "with torch.cuda.stream(torch.cuda.default_stream(hidden_states.device)):", "with torch.cuda.device(hidden_states.device):"),
-])
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("a norm", 'raise ImportError("mamba-ssm is required', 'raise ImportError("mamba_ssm is required'),
+        ("b router", "router_logits = F.linear(", "router_logits = torch.matmul("),
+        (
+            "b sum",
+            "index_add_(0, token_indices, weighted_output)",
+            "index_add_(0, token_indices, weighted_output, alpha=1)",
+        ),
+        (
+            "c idle input",
+            "expert_dtype = expert.down_proj.weight.dtype",
+            "expert_dtype = expert.up_proj.weight.dtype",
+        ),
+        ("d idle call", "else:\n                # a remark\n", "elif number:\n                # a remark\n"),
+        (
+            "e tied keys",
+            '_tied_weights_keys = ["lm_head.weight"]',
+            '_tied_weights_keys = ["lm_head.weight", "head.bias"]',
+        ),
+        (
+            "f stream",
+            "with torch.cuda.stream(torch.cuda.default_stream(hidden_states.device)):",
+            "with torch.cuda.device(hidden_states.device):",
+        ),
+    ],
+)
 def test_a_site_that_is_missing_stops_the_whole_file(tmp_path, capsys, name, old, new):
     assert HUB.count(old) == 1
     path = tmp_path / patches.FILE
@@ -196,7 +232,10 @@ def test_a_site_that_is_missing_stops_the_whole_file(tmp_path, capsys, name, old
     assert patches.main([str(path)]) == 1
     said = capsys.readouterr()
     assert re.search(rf"^{name} +{ABSENT} ", said.out, re.MULTILINE) and PATCHED not in said.out
-    assert f"found: {name} {ABSENT}\nexpected: every site exactly once" in said.err and "nothing was changed" in said.err
+    assert (
+        f"found: {name} {ABSENT}\nexpected: every site exactly once" in said.err
+        and "nothing was changed" in said.err
+    )
     assert path.read_text() == HUB.replace(old, new) and list(tmp_path.iterdir()) == [path]
 
 
@@ -205,23 +244,31 @@ def test_a_site_that_is_there_twice_stops_the_whole_file(tmp_path, capsys):
     path.write_text(twice := HUB + CAUSAL.replace("NemotronHForCausalLM", "NemotronHForTwo"))
     assert patches.main([str(path)]) == 1
     assert "found: e tied keys found 2 times\n" in capsys.readouterr().err and path.read_text() == twice
-    half = patches.patched(HUB) + CAUSAL.replace("NemotronHForCausalLM", "NemotronHForTwo")  # one as it was, one as it becomes
+    # one as it was, one as it becomes
+    half = patches.patched(HUB) + CAUSAL.replace("NemotronHForCausalLM", "NemotronHForTwo")
     assert states(half)["e tied keys"] == "found 2 times"
 
 
-@pytest.mark.parametrize(("text", "found"), [
-    ("x = 1\n", "no class NemotronHBlock, NemotronHForCausalLM, NemotronHTopkRouter"),
-    (HUB.replace("class NemotronHTopkRouter", "class Router"), "no class NemotronHTopkRouter"),  # a NemotronH without experts
-    (HUB.replace("from transformers.utils", "from ...utils"), "no import from transformers"),  # the class inside transformers
-    (HUB.replace("class Norm(nn.Module):", "class Norm(nn.Module)"), "text that is not Python"),
-    ("\0", "text that is not Python"),
-])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("x = 1\n", "no class NemotronHBlock, NemotronHForCausalLM, NemotronHTopkRouter"),
+        # a NemotronH without experts
+        (HUB.replace("class NemotronHTopkRouter", "class Router"), "no class NemotronHTopkRouter"),
+        # the class inside transformers
+        (HUB.replace("from transformers.utils", "from ...utils"), "no import from transformers"),
+        (HUB.replace("class Norm(nn.Module):", "class Norm(nn.Module)"), "text that is not Python"),
+        ("\0", "text that is not Python"),
+    ],
+)
 def test_a_file_that_it_does_not_know_is_refused(tmp_path, capsys, text, found):
     path = tmp_path / "other.py"
     path.write_text(text)
     assert patches.main([str(path)]) == 1
     said = capsys.readouterr().err
-    assert f"found: {found}" in said and "expected: the hub's modeling_nemotron_h.py" in said and "do: " in said
+    assert (
+        f"found: {found}" in said and "expected: the hub's modeling_nemotron_h.py" in said and "do: " in said
+    )
     assert path.read_text() == text
 
 
@@ -291,7 +338,10 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, capsys, monkeypa
 def test_the_command_of_the_readme(tmp_path):
     (tmp_path / patches.FILE).write_text(HUB)
     command = re.search(r"`python -m (nemotron\.patches) FOLDER`", (REPO / "README.md").read_text())
-    done = subprocess.run([sys.executable, "-S", "-m", command[1], str(tmp_path)], cwd=REPO, capture_output=True, text=True)  # -S: no package at all
+    # -S: no package at all
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", command[1], str(tmp_path)], cwd=REPO, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout.count(PATCHED) == len(NAMES), done.stderr
     assert (tmp_path / patches.FILE).read_text() == patches.patched(HUB)
 
@@ -304,7 +354,9 @@ def test_without_the_patch_the_import_is_an_error():
         run(HUB)
 
 
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)]
+)
 def test_trap_3_the_gate_comes_before_the_norm_and_the_norm_is_per_group(dtype, near):
     torch.manual_seed(0)
     width, group = 24, 8
@@ -315,19 +367,34 @@ def test_trap_3_the_gate_comes_before_the_norm_and_the_norm_is_per_group(dtype, 
 
     x, gate, weight = y.double(), z.double(), norm.weight.double()
     gate = gate / (1 + torch.exp(-gate))
-    wanted = torch.cat([part / (part.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() for part in (x * gate).split(group, -1)], -1) * weight
+    wanted = (
+        torch.cat(
+            [
+                part / (part.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+                for part in (x * gate).split(group, -1)
+            ],
+            -1,
+        )
+        * weight
+    )
     wrong = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight * gate  # the notebook's
 
     def error(other):
         return ((other.double() - wanted).norm() / wanted.norm()).item()
 
     assert error(found) < near and error(wrong) > 0.3
-    assert found.dtype == dtype and torch.equal(found, mamba.gated_norm(y, z, norm.weight, 1e-5, group, "torch"))
+    assert found.dtype == dtype and torch.equal(
+        found, mamba.gated_norm(y, z, norm.weight, 1e-5, group, "torch")
+    )
 
 
 def test_the_norm_refuses_what_the_hubs_file_never_asks_for():
     rmsnorm_fn, x = run(patches.patched(HUB)).rmsnorm_fn, torch.ones(1, 4)
-    for other in ({"z": x}, {"z": None, "norm_before_gate": False}, {"z": x, "norm_before_gate": False, "bias": x[0]}):
+    for other in (
+        {"z": x},
+        {"z": None, "norm_before_gate": False},
+        {"z": x, "norm_before_gate": False, "bias": x[0]},
+    ):
         with pytest.raises(NotImplementedError, match="gate comes before"):
             rmsnorm_fn(x, x[0], **other)
 
@@ -359,8 +426,13 @@ def test_experts_of_another_dtype_than_the_shares_are_added_up():
     with pytest.raises(RuntimeError, match="index_add_"):
         moe(unpatched("b sum")).moe(tokens, indices, shares)
     found = model.moe(tokens, indices, shares)
-    wanted = sum(shares[:, i, None] * torch.stack([model.experts[e](tokens[n]) for n, e in enumerate(indices[:, i])]) for i in range(TOP))
-    assert found.dtype == tokens.dtype and torch.allclose(found, wanted, atol=0.02 * wanted.abs().max().item())
+    wanted = sum(
+        shares[:, i, None] * torch.stack([model.experts[e](tokens[n]) for n, e in enumerate(indices[:, i])])
+        for i in range(TOP)
+    )
+    assert found.dtype == tokens.dtype and torch.allclose(
+        found, wanted, atol=0.02 * wanted.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -377,12 +449,16 @@ def test_an_idle_expert_in_four_bits_still_gets_a_gradient(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
 
     class Packed(torch.nn.Module):
-        """Like bitsandbytes' Linear4bit under a LoRA: a weight in uint8, and the output in the dtype of the input."""
+        """Like bitsandbytes' Linear4bit under a LoRA: a weight in uint8, and the output in the dtype of
+        the input.
+        """
 
         def __init__(self):
             super().__init__()
             self.down_proj = torch.nn.Linear(WIDTH, WIDTH)
-            self.down_proj.weight = torch.nn.Parameter(torch.zeros(WIDTH, WIDTH, dtype=torch.uint8), requires_grad=False)
+            self.down_proj.weight = torch.nn.Parameter(
+                torch.zeros(WIDTH, WIDTH, dtype=torch.uint8), requires_grad=False
+            )
             self.lora = torch.nn.Parameter(torch.randn(WIDTH, WIDTH))
 
         def forward(self, x):
@@ -414,6 +490,10 @@ def test_the_block_asks_for_no_stream_on_a_cpu(monkeypatch):
 
 def test_a_patch_that_does_not_do_what_it_says_is_not_written(monkeypatch):
     site = patches.SITES[1]
-    monkeypatch.setattr(patches, "SITES", (patches.Site(site.name, site.does, site.before, site.there, lambda found: found[0]),))
+    monkeypatch.setattr(
+        patches,
+        "SITES",
+        (patches.Site(site.name, site.does, site.before, site.there, lambda found: found[0]),),
+    )
     with pytest.raises(PatchError, match="b router not as it should be"):
         patches.patched(HUB)

@@ -6,7 +6,9 @@ import pytest
 
 from nemotron.serving import Checkpoint, ServingError, kv_cache, limits, serve, version
 
-BF16, OFFICIAL, CONSERVATIVE = Checkpoint(), Checkpoint("official", fp8_cache=True), Checkpoint("conservative", fp8_cache=True)
+BF16 = Checkpoint()
+OFFICIAL = Checkpoint("official", fp8_cache=True)
+CONSERVATIVE = Checkpoint("conservative", fp8_cache=True)
 ADAPTER = Checkpoint(lora_rank=16)
 RELEASES = ("0.12.0", "0.13.0", "0.15.1", "0.17.0", "0.17.1", "0.18.0", "0.30.2", "0.31.0", "0.32.0+cpu")
 
@@ -36,7 +38,8 @@ def test_trap_26_it_is_served_from_0_18_on(vllm):
 @pytest.mark.parametrize("vllm", RELEASES)
 def test_trap_27_the_kv_cache_is_always_said(vllm):
     assert value(served(vllm), "--kv-cache-dtype") == "fp8"
-    bf16 = "bfloat16" if version(vllm) >= (0, 15) else "auto"  # before, some attention backends knew BF16 as auto only
+    # before, some attention backends knew BF16 as auto only
+    bf16 = "bfloat16" if version(vllm) >= (0, 15) else "auto"
     assert value(served(vllm, Checkpoint("conservative")), "--kv-cache-dtype") == bf16
     assert value(served(vllm, BF16), "--kv-cache-dtype") == bf16
 
@@ -66,7 +69,8 @@ def test_an_fp8_cache_on_a_cpu_is_served_only_where_vllm_can(cpu, tmp_path):
     else:
         with pytest.raises(ServingError, match="kv_cache: auto"):
             kv_cache("0.32.0+cpu", "cpu", OFFICIAL, "fp8", cpuinfo)
-    # Unless the recipe insists, the answer does not depend on the CPU: a report is the same report on every machine.
+    # Unless the recipe insists, the answer does not depend on the CPU: a report is the same report on every
+    # machine.
     assert kv_cache("0.32.0+cpu", "cpu", OFFICIAL, "auto", cpuinfo).dtype == "bfloat16"
     assert kv_cache("0.32.0+cpu", "cpu", BF16, "auto", cpuinfo).dtype == "auto"
 
@@ -81,7 +85,13 @@ def test_trap_29_an_adapter_is_refused_before_0_15(vllm):
 def test_trap_29_an_adapter_goes_to_attention_alone():
     made = served("0.15.1", ADAPTER)
     start = made.args.index("--lora-target-modules")
-    assert "--enable-lora" in made.args and made.args[start + 1 : start + 6] == ["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"]
+    assert "--enable-lora" in made.args and made.args[start + 1 : start + 6] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "qkv_proj",
+    ]
     with pytest.raises(ServingError, match="merge it"):
         served("0.31.0", Checkpoint(lora_rank=16, lora_attention_only=False))
     assert "--enable-lora" not in served("0.31.0", BF16).args
@@ -114,18 +124,30 @@ def test_weight_only_experts_take_marlin_and_0_22():
     weight_only = Checkpoint("conservative", weight_only=True)
     with pytest.raises(ServingError, match="W4A16_NVFP4.*0.22"):
         served("0.21.0", weight_only)
-    assert value(served("0.22.0", weight_only), "--moe-backend") == value(served("0.31.0", weight_only), "--moe-backend") == "marlin"
-    assert served("0.22.0", weight_only).env == {}  # FlashInfer's variables would ask for a backend that refuses it
+    assert (
+        value(served("0.22.0", weight_only), "--moe-backend")
+        == value(served("0.31.0", weight_only), "--moe-backend")
+        == "marlin"
+    )
+    # FlashInfer's variables would ask for a backend that refuses it
+    assert served("0.22.0", weight_only).env == {}
 
 
 def test_limits_are_named_all_at_once():
-    assert [fault.remedy for fault in limits("0.12.0", Checkpoint("official", weight_only=True, lora_rank=8))] == [
-        "quantise with layout: conservative, or serve with 0.18 or newer", "quantise activations too, or serve with 0.22 or newer",
-        "merge it, or serve with 0.15 or newer"]
+    assert [
+        fault.remedy for fault in limits("0.12.0", Checkpoint("official", weight_only=True, lora_rank=8))
+    ] == [
+        "quantise with layout: conservative, or serve with 0.18 or newer",
+        "quantise activations too, or serve with 0.22 or newer",
+        "merge it, or serve with 0.15 or newer",
+    ]
 
 
 def test_trap_30_bf16_experts_take_vllm_s_own_choice():
-    assert all(value(served(vllm, BF16), "--moe-backend") is None and served(vllm, BF16).env == {} for vllm in RELEASES)
+    assert all(
+        value(served(vllm, BF16), "--moe-backend") is None and served(vllm, BF16).env == {}
+        for vllm in RELEASES
+    )
 
 
 @pytest.mark.parametrize("vllm", RELEASES)
@@ -133,7 +155,10 @@ def test_trap_30_bf16_experts_take_vllm_s_own_choice():
 def test_trap_31_no_prefix_caching_on_a_cpu_and_float16_nowhere(vllm, checkpoint):
     on_cpu, on_cuda = served(vllm, checkpoint, "cpu"), served(vllm, checkpoint)
     assert "--no-enable-prefix-caching" in on_cpu.args and "--no-enable-prefix-caching" not in on_cuda.args
-    assert value(on_cpu, "--dtype") == ("float32" if checkpoint == BF16 else "bfloat16") and value(on_cuda, "--dtype") == "bfloat16"
+    assert (
+        value(on_cpu, "--dtype") == ("float32" if checkpoint == BF16 else "bfloat16")
+        and value(on_cuda, "--dtype") == "bfloat16"
+    )
     assert not {"float16", "half"} & {*on_cpu.args, *on_cuda.args}
 
 
@@ -163,7 +188,12 @@ def test_the_ssm_cache_dtype_is_said_until_vllm_reads_it_from_the_config(vllm):
 
 def test_sizes_and_the_memory_share_are_handed_on():
     made = serve("0.31.0", "cuda", OFFICIAL, 4096, 7, 0.5)
-    wanted = {"--served-model-name": "nemotron-nano", "--max-model-len": "4096", "--max-num-seqs": "7", "--gpu-memory-utilization": "0.5"}
+    wanted = {
+        "--served-model-name": "nemotron-nano",
+        "--max-model-len": "4096",
+        "--max-num-seqs": "7",
+        "--gpu-memory-utilization": "0.5",
+    }
     assert {flag: value(made, flag) for flag in wanted} == wanted
     assert value(served("0.31.0", OFFICIAL, "cpu"), "--gpu-memory-utilization") is None
 
@@ -174,6 +204,8 @@ def test_what_is_too_old_or_no_version_is_refused(vllm):
         served(vllm)
 
 
-@pytest.mark.parametrize("text,numbers", [("0.32.0+cpu", (0, 32, 0)), ("0.31.0rc1", (0, 31, 0)), ("0.17", (0, 17)), ("1", (1,))])
+@pytest.mark.parametrize(
+    "text,numbers", [("0.32.0+cpu", (0, 32, 0)), ("0.31.0rc1", (0, 31, 0)), ("0.17", (0, 17)), ("1", (1,))]
+)
 def test_a_version_is_its_leading_numbers(text, numbers):
     assert version(text) == numbers

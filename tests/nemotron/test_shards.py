@@ -1,16 +1,13 @@
 """Weights that several processes hold between them, over gloo, against the same held by one."""
 
-
 import pytest
+import torch
+import torch.distributed as distributed
+import torch.multiprocessing as multiprocessing
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-
-import torch.distributed as distributed  # noqa: E402
-import torch.multiprocessing as multiprocessing  # noqa: E402
-
-from nemotron import nf4, nvfp4  # noqa: E402
-from nemotron.projection import Projection  # noqa: E402
-from nemotron.shards import Shards  # noqa: E402
+from nemotron import nf4, nvfp4
+from nemotron.projection import Projection
+from nemotron.shards import Shards
 
 EXPERTS, OUT, INSIDE = 5, 7, 64
 
@@ -28,7 +25,9 @@ def process(rank, count, folder):
     for form in ("bf16", "nf4", "nvfp4"):
         alone, shared = stack(form, Shards()), stack(form, Shards(rank, count))
         assert torch.equal(shared.dense(), alone.dense()), form
-        assert shared.weight.numel() * count < alone.weight.numel() * 1.5, "each process holds its share alone"
+        assert shared.weight.numel() * count < alone.weight.numel() * 1.5, (
+            "each process holds its share alone"
+        )
     distributed.destroy_process_group()
 
 
@@ -41,7 +40,7 @@ def test_what_processes_hold_between_them_is_what_one_would_hold(count, tmp_path
 def test_a_share_of_the_rows_is_packed_as_the_whole_matrix_is():
     """NVFP4 has one scale a matrix: a process that holds part of it has the scale of the whole."""
     alone, first = stack("nvfp4", Shards()), stack("nvfp4", Shards(0, 2))
-    assert torch.equal(first.weight, alone.weight[:18]) and torch.equal(first.weight_scale_2, alone.weight_scale_2)
+    assert torch.equal(first.weight, alone.weight[:18]) and torch.equal(
+        first.weight_scale_2, alone.weight_scale_2
+    )
     assert isinstance(alone.held(), nvfp4.Packed) and isinstance(stack("nf4", Shards()).held(), nf4.Packed)
-
-

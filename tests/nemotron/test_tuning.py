@@ -1,13 +1,14 @@
-"""The table of kernel configurations is whole, and on a GPU that it has nothing is searched for; on others nothing is searched for twice."""
+"""The table of kernel configurations is whole, and on a GPU that it has nothing is searched for; on others
+nothing is searched for twice.
+"""
 
 import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-
-from nemotron import kernel_cache, kernel_watch, tuning  # noqa: E402
+from nemotron import kernel_cache, kernel_watch, tuning
 
 GPUS = json.loads(tuning.TABLE.read_text())["gpus"]
 
@@ -18,7 +19,10 @@ def test_every_kernel_of_the_table_has_a_configuration_that_triton_takes(gpu):
     for config in tuning.table(gpu).values():
         assert set(config) == {"arguments", "num_warps", "num_stages"}
         assert config["num_warps"] in (1, 2, 4, 8) and config["num_stages"] in range(1, 8)
-        assert all(name.startswith("BLOCK_SIZE") and size & (size - 1) == 0 for name, size in config["arguments"].items())
+        assert all(
+            name.startswith("BLOCK_SIZE") and size & (size - 1) == 0
+            for name, size in config["arguments"].items()
+        )
 
 
 def test_a_gpu_that_the_table_does_not_have_is_tuned_by_triton():
@@ -34,14 +38,19 @@ def test_on_a_known_gpu_every_kernel_of_the_table_has_one_configuration():
     assert {name: tuning.chosen()[name] for name in known} == known
 
 
-# --- what searches found ------------------------------------------------------------------------------------------------------
+# --- what searches found ------------------------------------------------------------------------------------
 
 
 class StandIn:
-    """A tuner as triton.runtime.Autotuner is one, as far as nemotron/tuning.py knows it: the fastest configuration for each key, once."""
+    """A tuner as triton.runtime.Autotuner is one, as far as nemotron/tuning.py knows it: the fastest
+    configuration for each key, once.
+    """
 
     def __init__(self, seconds):
-        self.configs = [SimpleNamespace(kwargs={"BLOCK_SIZE_M": size}, num_warps=4, num_stages=3, pre_hook=print) for size in seconds]
+        self.configs = [
+            SimpleNamespace(kwargs={"BLOCK_SIZE_M": size}, num_warps=4, num_stages=3, pre_hook=print)
+            for size in seconds
+        ]
         self.seconds, self.cache, self.searches = seconds, {}, 0
 
     def prune_configs(self, arguments):
@@ -50,7 +59,9 @@ class StandIn:
     def run(self, *key):
         if key not in self.cache:
             self.searches += 1
-            self.cache[key] = min(self.prune_configs({}), key=lambda config: self.seconds[config.kwargs["BLOCK_SIZE_M"]])
+            self.cache[key] = min(
+                self.prune_configs({}), key=lambda config: self.seconds[config.kwargs["BLOCK_SIZE_M"]]
+            )
         self.best_config = self.cache[key]
 
 
@@ -86,8 +97,8 @@ def make(request, tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_cache, "_prepared", tmp_path)
     monkeypatch.setattr(kernel_watch, "counts", kernel_watch.Counts())
 
-    def fresh(name="scan", seconds={16: 3.0, 32: 1.0, 64: 2.0}):
-        tuner = request.param(dict(seconds))
+    def fresh(name="scan", seconds=None):
+        tuner = request.param(dict(seconds or {16: 3.0, 32: 1.0, 64: 2.0}))
         tuning.recall(tuner, tuning.remembered().get(name, []))
         tuning.watch(name, tuner)
         return tuner
@@ -99,7 +110,11 @@ def test_what_one_process_found_the_next_does_not_search_for(make):
     make().run(128, "bf16")
     after = make(seconds={16: 1.0, 32: 2.0, 64: 3.0})  # it would choose otherwise
     after.run(128, "bf16")
-    assert after.searches == 0 and after.best_config.kwargs == {"BLOCK_SIZE_M": 32} and after.best_config.pre_hook
+    assert (
+        after.searches == 0
+        and after.best_config.kwargs == {"BLOCK_SIZE_M": 32}
+        and after.best_config.pre_hook
+    )
     assert kernel_watch.counts.tuned == 1
 
 
@@ -163,6 +178,10 @@ def test_compilations_are_counted_and_told(monkeypatch):
     notes = []
     monkeypatch.setattr(kernel_watch, "_tell", notes.append)
     monkeypatch.setattr(kernel_watch, "counts", kernel_watch.Counts())
-    kernel_watch._compiled(src=SimpleNamespace(name="scan"), metadata={}, metadata_group={}, times=None, cache_hit=False)
-    kernel_watch._compiled(src=SimpleNamespace(name="scan"), metadata={}, metadata_group={}, times=None, cache_hit=True)
+    kernel_watch._compiled(
+        src=SimpleNamespace(name="scan"), metadata={}, metadata_group={}, times=None, cache_hit=False
+    )
+    kernel_watch._compiled(
+        src=SimpleNamespace(name="scan"), metadata={}, metadata_group={}, times=None, cache_hit=True
+    )
     assert (kernel_watch.counts.compiled, kernel_watch.counts.loaded) == (1, 1) and notes == ["compiled scan"]

@@ -1,4 +1,6 @@
-"""As much of the Hub's API as huggingface_hub asks for to download one commit, served from a folder on loopback; and the stage against it."""
+"""As much of the Hub's API as huggingface_hub asks for to download one commit, served from a folder on
+loopback; and the stage against it.
+"""
 
 import hashlib
 import json
@@ -30,7 +32,12 @@ def enlarge(folder, vocabulary):
     checkpoint = Checkpoint(folder)
     tensors = {name: tensor for file in checkpoint.files for name, tensor in load_file(folder / file).items()}
     for name in ("backbone.embeddings.weight", "lm_head.weight"):
-        tensors[name] = torch.cat([tensors[name], torch.zeros(vocabulary - len(tensors[name]), tensors[name].shape[1], dtype=torch.bfloat16)])
+        tensors[name] = torch.cat(
+            [
+                tensors[name],
+                torch.zeros(vocabulary - len(tensors[name]), tensors[name].shape[1], dtype=torch.bfloat16),
+            ]
+        )
     for file in checkpoint.files:
         (folder / file).unlink()
     save_file(tensors, folder / LARGE, metadata={"format": "pt"})
@@ -47,9 +54,11 @@ class Request:
 
 
 class Hub:
-    """`requests` are the GETs about the repository so far. `altered` names a file that is not what is announced.
+    """`requests` are the GETs about the repository so far. `altered` names a file that is not what is
+    announced.
 
-    `breaks` is what happens once in the middle of the large file: "stall" (silence, and `stalled` is set) or "drop" (the connection ends).
+    `breaks` is what happens once in the middle of the large file: "stall" (silence, and `stalled` is set)
+    or "drop" (the connection ends).
     """
 
     def __init__(self, folder):
@@ -111,7 +120,11 @@ class Hub:
         return None
 
     def info(self):
-        return {"id": REPOSITORY, "sha": COMMIT, "siblings": [announced(p, p.name) for p in sorted(self.folder.iterdir())]}
+        return {
+            "id": REPOSITORY,
+            "sha": COMMIT,
+            "siblings": [announced(p, p.name) for p in sorted(self.folder.iterdir())],
+        }
 
 
 def announced(path, name):
@@ -119,11 +132,18 @@ def announced(path, name):
     body = path.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
     large = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
-    return {"rfilename": name, "size": len(body), "blobId": blob, **({"lfs": large} if path.suffix == ".safetensors" else {})}
+    return {
+        "rfilename": name,
+        "size": len(body),
+        "blobId": blob,
+        **({"lfs": large} if path.suffix == ".safetensors" else {}),
+    }
 
 
 class Download:
-    """The stage in a process of its own, since huggingface_hub reads its endpoint once, when it is imported."""
+    """The stage in a process of its own, since huggingface_hub reads its endpoint once, when it is
+    imported.
+    """
 
     def __init__(self, folder, params, endpoint):
         self.output, self.scratch = folder / "output", folder / "scratch"
@@ -131,12 +151,29 @@ class Download:
         for made in (self.output, self.scratch):
             made.mkdir(parents=True, exist_ok=True)
         (folder / "token").write_text(TOKEN + "\n")
-        its = {"stage": "base", "params": params, "inputs": {}, "output": str(self.output), "scratch": str(self.scratch), "seed": 0}
+        its = {
+            "stage": "base",
+            "params": params,
+            "inputs": {},
+            "output": str(self.output),
+            "scratch": str(self.scratch),
+            "seed": 0,
+        }
         (folder / "job.json").write_text(json.dumps({**its, "secrets": {"hf_token": str(folder / "token")}}))
-        hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        hub = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "stages.base", folder / "job.json"], cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO), **hub},
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "stages.base", folder / "job.json"],
+            cwd=REPO,
+            env={**os.environ, "PYTHONPATH": str(REPO), **hub},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
 
     def finish(self):

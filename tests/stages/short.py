@@ -17,10 +17,20 @@ from stages.train.loop import History, Loop
 from stages.train.ranks import Ranks
 
 CONTRACT = Path(__file__).resolve().parents[2] / "stages" / "train" / "stage.toml"
-LENGTHS = (4, 7, 9, 12, 14, 18, 23, 33)  # tokens a turn: rows of 28 to 144 tokens, the longest in three chunks of the scan
+# tokens a turn: rows of 28 to 144 tokens, the longest in three chunks of the scan
+LENGTHS = (4, 7, 9, 12, 14, 18, 23, 33)
 SHORT = {
-    "targets": "all", "rank": 4, "alpha": 8, "learning_rate": 5e-3, "steps": 4, "batch": 8, "sequence_tokens": 1024, "warmup_steps": 1,
-    "eval_every": 2, "save_every": 2, "min_loss_drop": 0.0,
+    "targets": "all",
+    "rank": 4,
+    "alpha": 8,
+    "learning_rate": 5e-3,
+    "steps": 4,
+    "batch": 8,
+    "sequence_tokens": 1024,
+    "warmup_steps": 1,
+    "eval_every": 2,
+    "save_every": 2,
+    "min_loss_drop": 0.0,
 }
 
 
@@ -30,26 +40,37 @@ def inputs(folder):
 
 
 def turn(length, trained):
-    """Ids and labels of one turn: the marker and the newline are the template's, the rest is trained in an answer."""
+    """Ids and labels of one turn: the marker and the newline are the template's, the rest is trained in an
+    answer.
+    """
     ids = [10, *torch.randint(32, 280, (length,)).tolist(), 11, 32]
     return ids, [IGNORED, *ids[1:-1], IGNORED] if trained else [IGNORED] * len(ids)
 
 
 def chats(folder):
-    """A data set as stage data leaves it: eight conversations of different lengths, each of two questions and two answers."""
+    """A data set as stage data leaves it: eight conversations of different lengths, each of two questions
+    and two answers.
+    """
     torch.manual_seed(2)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for length in LENGTHS:
         turns = [turn(length, trained) for trained in (False, True, False, True)]
-        rows.append({"input_ids": [i for ids, _ in turns for i in ids], "labels": [i for _, labels in turns for i in labels]})
+        rows.append(
+            {
+                "input_ids": [i for ids, _ in turns for i in ids],
+                "labels": [i for _, labels in turns for i in labels],
+            }
+        )
     for name, part in (("train", rows), ("eval", rows[2:4])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
 
 
 def task(folder, made, **changes):
-    """A job of stage train in a new folder, a few steps long: the contract's defaults, SHORT, and what the test changes."""
+    """A job of stage train in a new folder, a few steps long: the contract's defaults, SHORT, and what the
+    test changes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     contract = tomllib.loads(CONTRACT.read_text())["parameters"]
     params = {**{name: row["default"] for name, row in contract.items()}, **SHORT, **changes}
@@ -80,7 +101,9 @@ def weights(output):
 
 def history(task):
     """What was measured, as it stands in the last checkpoint."""
-    return History.of(json.loads((task.scratch / f"checkpoint-{task.params['steps']}" / "history.json").read_text()))
+    return History.of(
+        json.loads((task.scratch / f"checkpoint-{task.params['steps']}" / "history.json").read_text())
+    )
 
 
 def run(folder, made, **changes):
@@ -95,7 +118,8 @@ def watched(folder, made, **changes):
     its, kept = task(folder, made, **changes), {}
 
     def keep(model):
-        kept["model"], kept["start"] = model, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        kept["model"] = model
+        kept["start"] = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     with pytest.MonkeyPatch.context() as patch:
         change_model(patch, keep)

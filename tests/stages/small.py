@@ -28,7 +28,10 @@ def adapter(folder, checkpoint, preset="all", size=0.05):
     import peft
 
     model = native.load(checkpoint)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **native.targets(model, preset).arguments()))
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **native.targets(model, preset).arguments()),
+    )
     for name, value in model.named_parameters():
         if "lora_B" in name:
             value.data = size * torch.randn_like(value)
@@ -39,7 +42,10 @@ def adapter(folder, checkpoint, preset="all", size=0.05):
 def data(folder):
     torch.manual_seed(1)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"input_ids": ids, "labels": [-100] * 50 + ids[50:]} for ids in torch.randint(20, 500, (4, 150)).tolist()]
+    rows = [
+        {"input_ids": ids, "labels": [-100] * 50 + ids[50:]}
+        for ids in torch.randint(20, 500, (4, 150)).tolist()
+    ]
     for name, part in (("train", rows), ("eval", rows[:2])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder

@@ -1,31 +1,31 @@
-"""The base, made, taken or downloaded: what comes out is a whole BF16 checkpoint, and anything else is refused by name."""
+"""The base, made, taken or downloaded: what comes out is a whole BF16 checkpoint, and anything else is
+refused by name.
+"""
 
 import io
 import json
 import shutil
-import sys
 import tomllib
 import tracemalloc
 from pathlib import Path
 
+import loopback_hub
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("trl", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import loopback_hub  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from nemotron import audit  # noqa: E402
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from stages import job  # noqa: E402
-from stages.base import __main__ as base  # noqa: E402
-from stages.base import tokenizer as words  # noqa: E402
-from stages.job import Job, StageError  # noqa: E402
+from nemotron import audit
+from nemotron.checkpoint import Checkpoint
+from stages import job
+from stages.base import __main__ as base
+from stages.base import tokenizer as words
+from stages.job import Job, StageError
 
 REPO = Path(__file__).resolve().parents[2]
-DEFAULTS = {name: its["default"] for name, its in tomllib.loads((REPO / "stages/base/stage.toml").read_text())["parameters"].items()}
+DEFAULTS = {
+    name: its["default"]
+    for name, its in tomllib.loads((REPO / "stages/base/stage.toml").read_text())["parameters"].items()
+}
 HUB = {**DEFAULTS, "source": "hub", "repository": loopback_hub.REPOSITORY, "commit": loopback_hub.COMMIT}
 QUICK = {"vocabulary": 512, "short_tokens": 60, "short_steps": 1, "steps": 1, "batch_tokens": 256}
 
@@ -67,7 +67,10 @@ def test_trap_16_tiny_has_the_special_tokens_at_their_ids_and_no_pad(made):
     tokenizer = AutoTokenizer.from_pretrained(made)
     assert {number: tokenizer.convert_ids_to_tokens(number) for number in words.SPECIAL} == words.SPECIAL
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token) == (11, 1, None)
-    assert tokenizer.decode(tokenizer("<think></think>")["input_ids"], skip_special_tokens=True) == "<think></think>"
+    assert (
+        tokenizer.decode(tokenizer("<think></think>")["input_ids"], skip_special_tokens=True)
+        == "<think></think>"
+    )
     assert json.loads((made / "config.json").read_text())["vocab_size"] >= len(tokenizer)
 
 
@@ -85,8 +88,12 @@ def test_tiny_is_the_same_to_the_byte_when_made_again(made, lessons, tmp_path):
 
 @pytest.mark.parametrize(
     "change, reason",
-    [({"hidden": 192}, "hidden 192; expected a multiple of 128"), ({"pattern": "MX*E"}, r"pattern 'MX\*E' with \['X'\]"),
-     ({"pattern": "MEME"}, "at least one attention layer"), ({"short_tokens": 5}, "no lesson has 5 tokens or fewer")],
+    [
+        ({"hidden": 192}, "hidden 192; expected a multiple of 128"),
+        ({"pattern": "MX*E"}, r"pattern 'MX\*E' with \['X'\]"),
+        ({"pattern": "MEME"}, "at least one attention layer"),
+        ({"short_tokens": 5}, "no lesson has 5 tokens or fewer"),
+    ],
 )
 def test_tiny_refuses_sizes_that_cannot_work(lessons, tmp_path, change, reason):
     with pytest.raises(StageError, match=reason):
@@ -120,7 +127,10 @@ def test_folder_takes_a_checkpoint_as_it_is_and_reads_it_a_tensor_at_a_time(made
     assert contents(output) == before == contents(made)
     assert peak < checkpoint.bytes / 4
     read = [e for e in map(json.loads, events.getvalue().splitlines()) if e.get("unit") == "GB"]
-    assert len(read) == len(checkpoint.entries) and read[-1]["done"] == read[-1]["total"] == checkpoint.bytes / 1e9
+    assert (
+        len(read) == len(checkpoint.entries)
+        and read[-1]["done"] == read[-1]["total"] == checkpoint.bytes / 1e9
+    )
 
 
 EXPERT = "backbone.layers.1.mixer.experts.2.up_proj.weight"
@@ -149,7 +159,9 @@ def test_folder_refuses_a_bad_tensor_by_name(made, tmp_path, fault):
 
 
 def edited(folder, **values):
-    (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **values}))
+    (folder / "config.json").write_text(
+        json.dumps({**json.loads((folder / "config.json").read_text()), **values})
+    )
 
 
 def cut(folder):
@@ -158,13 +170,19 @@ def cut(folder):
 
 
 WHOLES = {
-    "quantised in its config": (lambda f: edited(f, quantization_config={"quant_method": "fp8"}), "already quantised"),
+    "quantised in its config": (
+        lambda f: edited(f, quantization_config={"quant_method": "fp8"}),
+        "already quantised",
+    ),
     "quantised by modelopt": (lambda f: (f / audit.QUANT).write_text("{}"), "already quantised"),
     "another model": (lambda f: edited(f, model_type="llama"), "model_type 'llama'"),
     "native config": (lambda f: edited(f, hybrid_override_pattern=None), "no hybrid_override_pattern"),
     "config cut off": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     "file cut off": (cut, r"model-\d+-of-\d+.safetensors is truncated"),
-    "shard missing": (lambda f: sorted(f.glob("*.safetensors"))[0].unlink(), "model-00001-of-.*not in the folder"),
+    "shard missing": (
+        lambda f: sorted(f.glob("*.safetensors"))[0].unlink(),
+        "model-00001-of-.*not in the folder",
+    ),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat_template.jinja"),
 }
 
@@ -208,7 +226,9 @@ def test_hub_resumes_an_interrupted_download_and_never_shows_the_token(hub, publ
     large = [r.range for r in hub.requests if r.file == loopback_hub.LARGE]
     assert large == [None, None, f"bytes={loopback_hub.BLOCK}-"], "killed, dropped, taken up where it broke"
     assert not list(second.scratch.rglob("*.incomplete"))
-    assert {r.authorization for r in hub.requests} == {f"Bearer {loopback_hub.TOKEN}"} and loopback_hub.TOKEN not in printed
+    assert {r.authorization for r in hub.requests} == {
+        f"Bearer {loopback_hub.TOKEN}"
+    } and loopback_hub.TOKEN not in printed
 
 
 def test_hub_refuses_a_file_with_another_digest(hub, tmp_path):
@@ -221,7 +241,12 @@ def test_hub_refuses_a_file_with_another_digest(hub, tmp_path):
 
 def test_hub_tells_a_refused_connection_from_a_fault_of_its_own(tmp_path):
     code, last, printed = loopback_hub.Download(tmp_path, HUB, "http://127.0.0.1:9").finish()
-    assert code == 1 and "ConnectError while downloading" in last["found"] and "Run again" in last["remedy"] and loopback_hub.TOKEN not in printed
+    assert (
+        code == 1
+        and "ConnectError while downloading" in last["found"]
+        and "Run again" in last["remedy"]
+        and loopback_hub.TOKEN not in printed
+    )
 
 
 @pytest.mark.parametrize("commit", ["main", "v1.0", "abc123", "A" * 40, "0" * 39])

@@ -6,12 +6,10 @@ import json
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs the train environment")
-
-from stages import dataset, job  # noqa: E402
-from stages.base import make  # noqa: E402
-from stages.data import prepare  # noqa: E402
-from stages.job import Job, StageError  # noqa: E402
+from stages import dataset, job
+from stages.base import make
+from stages.data import prepare
+from stages.job import Job, StageError
 
 PROMPT = "You are Annie."
 SCHEMA = {"type": "object", "properties": {"minutes": {"type": "integer"}}, "required": ["minutes"]}
@@ -71,7 +69,9 @@ class Line:
         return self.talks / name
 
     def run(self, *sources, prompt=PROMPT.encode(), file=None, **params):
-        """stats.json; the rows are then in `train` and `held_out`, and the messages of the warnings in `warnings`."""
+        """stats.json; the rows are then in `train` and `held_out`, and the messages of the warnings in
+        `warnings`.
+        """
         (self.folder / "prompt.txt").write_bytes(prompt)
         paths = {"conversations": list(sources) or [self.talks], "prompt": [self.folder / "prompt.txt"]}
         if file is not None:  # the production tools
@@ -133,11 +133,15 @@ def test_a_folder_of_mixed_files_is_read_whole_and_what_is_not_read_is_named(lin
         rows = [talk(f"question {number}")]
         line.put(
             name,
-            json.dumps(rows).encode()
-            if name == "b.json"
-            else gzip.compress(json.dumps(rows[0]).encode())
-            if name.endswith("gz")
-            else json.dumps(rows[0]).encode(),
+            (
+                json.dumps(rows).encode()
+                if name == "b.json"
+                else (
+                    gzip.compress(json.dumps(rows[0]).encode())
+                    if name.endswith("gz")
+                    else json.dumps(rows[0]).encode()
+                )
+            ),
         )
     line.put("notes.txt", b"remember\n")
     line.put(".git/config.json", b"{}")
@@ -177,7 +181,10 @@ def test_a_prompt_that_looks_alike_is_refused_with_the_character(line):
     line.put("a.jsonl", talk(prompt="You are\u00a0Annie."))
     with pytest.raises(
         StageError,
-        match=r"first difference at line 1, column 8: U\+0020 SPACE in production, U\+00A0 NO-BREAK SPACE in the row",
+        match=(
+            r"first difference at line 1, column 8: U\+0020 SPACE in production, U\+00A0 NO-BREAK SPACE in"
+            r" the row"
+        ),
     ):
         line.run(eval_share=0.0)
 
@@ -280,17 +287,8 @@ def test_tools_that_production_does_not_have_are_counted_and_a_part_of_them_is_r
         max_tokens=4096,
     )
     assert told["other_tools"] == {"set_timer (another definition)": 1, "fly (unknown)": 1}
-    assert (
-        len(
-            [
-                w
-                for w in line.warnings
-                if "tools that are not production's: set_timer (another definition) in 1 rows, fly (unknown) in 1 rows"
-                in w
-            ]
-        )
-        == 1
-    )
+    wanted = "set_timer (another definition) in 1 rows, fly (unknown) in 1 rows"
+    assert sum(f"tools that are not production's: {wanted}" in warning for warning in line.warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -375,7 +373,7 @@ def test_five_conversations_in_each_of_ten_files_can_be_trained(line):
         ({"a": 1, "b": 1}, 0.1, 1),
         ({"a": 20}, 0.0, 0),
         ({"a": 1, "b": 1, "c": 8}, 0.2, 2),
-        ({c: 1 for c in "abcdefghij"}, 0.5, 5),
+        (dict.fromkeys("abcdefghij", 1), 0.5, 5),
         ({"a": 100_000, "b": 3}, 0.1, 10_000),
         ({}, 0.1, 0),
     ],
@@ -415,7 +413,10 @@ def test_a_data_set_of_another_shape_is_answered_with_the_shapes_that_are_read(l
     path = line.put("in.jsonl", *({"prompt": f"{n}", "completion": "x"} for n in range(5)))
     with pytest.raises(
         StageError,
-        match=r"5 of 5 rows are bad \(5 x no format that is read: a prompt and its completion \(completion, prompt\)\)",
+        match=(
+            r"5 of 5 rows are bad \(5 x no format that is read: a prompt and its completion \(completion,"
+            r" prompt\)\)"
+        ),
     ) as refused:
         line.run(path)
     assert all(

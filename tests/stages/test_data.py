@@ -1,4 +1,6 @@
-"""Conversations become tokens: every bad line is named, and what is trained is the user's own talk, once and under one prompt."""
+"""Conversations become tokens: every bad line is named, and what is trained is the user's own talk, once
+and under one prompt.
+"""
 
 import io
 import json
@@ -8,22 +10,39 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs the train environment")
-pytest.importorskip("trl", reason="needs the train environment")
-
-from stages import job  # noqa: E402
-from stages.base import make  # noqa: E402
-from stages.data import prepare  # noqa: E402
-from stages.job import Job, StageError  # noqa: E402
+from stages import job
+from stages.base import make
+from stages.data import prepare
+from stages.job import Job, StageError
 
 REPO = Path(__file__).resolve().parents[2]
 PROMPT = "You are Annie.\n<rules>\n1. Be brief.\n2. No markdown.\n</rules>"
-TOOLS = [{"type": "function", "function": {"name": "set_timer", "description": "Start a timer", "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}}}}]
-PARAMS = {"max_tokens": 500, "eval_share": 0.0, "other_prompts": "refuse", "max_reject_share": 1.0, "missing_prompt": "refuse", "tools": "allow"}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "set_timer",
+            "description": "Start a timer",
+            "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}},
+        },
+    }
+]
+PARAMS = {
+    "max_tokens": 500,
+    "eval_share": 0.0,
+    "other_prompts": "refuse",
+    "max_reject_share": 1.0,
+    "missing_prompt": "refuse",
+    "tools": "allow",
+}
 
 
 def talk(question, answer="Yes, Rajesh.", prompt=PROMPT, **more):
-    turns = [{"role": "system", "content": prompt}, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    turns = [
+        {"role": "system", "content": prompt},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
     return {"messages": turns, **more}
 
 
@@ -37,7 +56,9 @@ def timer(arguments):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    make.make_tokenizer([talk(f"Is it {word}?") for word in ("late", "warm", "far")] + [timer({"minutes": 5})], 512, folder)
+    make.make_tokenizer(
+        [talk(f"Is it {word}?") for word in ("late", "warm", "far")] + [timer({"minutes": 5})], 512, folder
+    )
     return folder
 
 
@@ -45,7 +66,9 @@ def written(folder, **files):
     """JSONL files by their stems; a row is a dict, or the bytes of its line."""
     folder.mkdir(parents=True, exist_ok=True)
     for stem, rows in files.items():
-        (folder / f"{stem}.jsonl").write_bytes(b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in rows) + b"\n")
+        (folder / f"{stem}.jsonl").write_bytes(
+            b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in rows) + b"\n"
+        )
     return folder
 
 
@@ -55,7 +78,11 @@ def prepared(base, folder, conversations, prompt=PROMPT, **params):
     (folder / "prompt.txt").write_text(prompt + "\n")
     (folder / "tools.json").write_text(json.dumps(TOOLS))
     (folder / "output").mkdir()
-    sources = {"conversations": conversations, "prompt": [folder / "prompt.txt"], "tools": [folder / "tools.json"]}
+    sources = {
+        "conversations": conversations,
+        "prompt": [folder / "prompt.txt"],
+        "tools": [folder / "tools.json"],
+    }
     prepare.run(Job("data", {**PARAMS, **params}, {"base": base}, folder / "output", folder, 0, sources))
     return folder / "output"
 
@@ -76,7 +103,10 @@ BAD = {
     "not JSON": (b'{"messages": [', "not JSON"),
     "half a character": (b'{"messages": [{"role": "user", "content": "\xe0\xb2"}]}', "not UTF-8: byte 0xe0"),
     "NUL-filled tail": (json.dumps(talk("Late?")).encode()[:-9] + b"\0" * 64, "NUL bytes"),
-    "unknown role": ({"messages": [{"role": "bot", "content": "Hi"}, *talk("Hi?")["messages"]]}, "message 1 has the unknown role 'bot'"),
+    "unknown role": (
+        {"messages": [{"role": "bot", "content": "Hi"}, *talk("Hi?")["messages"]]},
+        "message 1 has the unknown role 'bot'",
+    ),
     "empty assistant turn": (talk("Hello?", " "), "message 3 is an empty assistant turn"),
     "trap 14: nothing to train on": ({"messages": talk("Hello?")["messages"][:2]}, "nothing to train on"),
     "too long": (talk("Why? " * 500), r"\d+ tokens, max_tokens is 500"),
@@ -85,7 +115,10 @@ BAD = {
     "no content": (talk("Hello?", None), "content of message 3 is null"),
     "thinks aloud": (talk("Hello?", "<think>hm</think>Hi."), "message 3 thinks aloud"),
     "a number without end": (b'{"messages": ' + b"1" * 5000 + b"}", "not JSON"),
-    "half a surrogate pair": (b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "Hi."}]}', "surrogate"),
+    "half a surrogate pair": (
+        b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "Hi."}]}',
+        "surrogate",
+    ),
 }
 
 
@@ -107,32 +140,55 @@ def test_a_bad_line_is_rejected_with_its_file_line_and_reason(sieved, kind):
 
 def test_the_good_line_among_bad_ones_is_kept_and_all_are_counted(sieved):
     assert questions(sieved) == ["Good?"]
-    assert (stats(sieved)["train"], stats(sieved)["rejected"], sum(stats(sieved)["reasons"].values())) == (1, len(BAD), len(BAD))
+    assert (stats(sieved)["train"], stats(sieved)["rejected"], sum(stats(sieved)["reasons"].values())) == (
+        1,
+        len(BAD),
+        len(BAD),
+    )
 
 
 def test_too_many_bad_lines_stop_the_stage_and_are_listed(base, tmp_path):
     folder = written(tmp_path / "talks", a=[talk(f"Is it {n}?") for n in range(8)] + [b"{", b"{"])
     with pytest.raises(StageError, match=r"2 of 10 rows are bad \(2 x not JSON.*first talks/a.jsonl:9"):
         prepared(base, tmp_path, [folder], max_reject_share=0.1)
-    assert [r["line"] for r in lines(tmp_path, "rejects")] == [9, 10], "in the scratch folder: the output of a stage that refuses is deleted"
+    assert [r["line"] for r in lines(tmp_path, "rejects")] == [
+        9,
+        10,
+    ], "in the scratch folder: the output of a stage that refuses is deleted"
     assert len(questions(prepared(base, tmp_path / "again", [folder], max_reject_share=0.2))) == 8
 
 
 def test_sources_are_merged_in_their_order_and_duplicates_left_out(base, tmp_path):
     first = written(tmp_path / "z", b=[talk("Two?")], a=[talk("One?"), talk("Same?")])
-    second = written(tmp_path / "a", c=[talk("Same?", category="filed elsewhere"), talk("Same?", "No."), talk("Three?")])
+    second = written(
+        tmp_path / "a", c=[talk("Same?", category="filed elsewhere"), talk("Same?", "No."), talk("Three?")]
+    )
     output = prepared(base, tmp_path, [first, second / "c.jsonl"])
     places = [f"{row['file']}:{row['line']}" for row in lines(output, "train")]
     assert places == ["z/a.jsonl:1", "z/a.jsonl:2", "z/b.jsonl:1", "c.jsonl:2", "c.jsonl:3"]
-    assert questions(output) == ["One?", "Same?", "Two?", "Same?", "Three?"] and stats(output)["duplicates"] == 1
-    assert stats(output)["categories"] == {"a": 2, "b": 1, "c": 2}, "a row without a category is filed under its file's name"
+    assert (
+        questions(output) == ["One?", "Same?", "Two?", "Same?", "Three?"] and stats(output)["duplicates"] == 1
+    )
+    assert stats(output)["categories"] == {
+        "a": 2,
+        "b": 1,
+        "c": 2,
+    }, "a row without a category is filed under its file's name"
 
 
 STALE = PROMPT.replace("2. No markdown.\n", "2. Use emoji.\n")
 
 
 def test_a_stale_prompt_is_counted_shown_and_refused(base, tmp_path):
-    folder = written(tmp_path / "talks", a=[talk("One?"), talk("Two?", prompt=STALE), talk("Three?", prompt=STALE), talk("Four?", prompt="Hi.")])
+    folder = written(
+        tmp_path / "talks",
+        a=[
+            talk("One?"),
+            talk("Two?", prompt=STALE),
+            talk("Three?", prompt=STALE),
+            talk("Four?", prompt="Hi."),
+        ],
+    )
     with pytest.raises(StageError) as refused:
         prepared(base, tmp_path, [folder])
     assert "3 of 4 rows with 2 other system prompts; the most common (2 rows)" in refused.value.found
@@ -144,15 +200,32 @@ def test_a_stale_prompt_is_counted_shown_and_refused(base, tmp_path):
 def test_a_stale_prompt_that_the_recipe_allows_is_trained_with_a_warning(base, tmp_path, monkeypatch):
     events = io.StringIO()
     monkeypatch.setattr(job, "_events", events)
-    output = prepared(base, tmp_path, [written(tmp_path / "talks", a=[talk("One?"), talk("Two?", prompt=STALE)])], other_prompts="allow")
+    output = prepared(
+        base,
+        tmp_path,
+        [written(tmp_path / "talks", a=[talk("One?"), talk("Two?", prompt=STALE)])],
+        other_prompts="allow",
+    )
     assert stats(output)["other_prompts"] == 1 and questions(output) == ["One?", "Two?"]
-    assert [e["remedy"] for e in map(json.loads, events.getvalue().splitlines()) if e["event"] == "warning" and "1 of 2 rows" in e["message"]]
-    assert lines(output, "train")[1]["messages"][0]["content"] == STALE and (output / "prompt.txt").read_text() == PROMPT + "\n"
+    assert [
+        e["remedy"]
+        for e in map(json.loads, events.getvalue().splitlines())
+        if e["event"] == "warning" and "1 of 2 rows" in e["message"]
+    ]
+    assert (
+        lines(output, "train")[1]["messages"][0]["content"] == STALE
+        and (output / "prompt.txt").read_text() == PROMPT + "\n"
+    )
 
 
 def test_the_same_share_of_each_category_is_held_out_whatever_the_order(base, tmp_path):
-    many = {category: [talk(f"Is {category} {n}?", category=category) for n in range(count)] for category, count in (("small", 10), ("large", 30))}
-    forwards = prepared(base, tmp_path / "one", [written(tmp_path / "f", a=many["small"], b=many["large"])], eval_share=0.2)
+    many = {
+        category: [talk(f"Is {category} {n}?", category=category) for n in range(count)]
+        for category, count in (("small", 10), ("large", 30))
+    }
+    forwards = prepared(
+        base, tmp_path / "one", [written(tmp_path / "f", a=many["small"], b=many["large"])], eval_share=0.2
+    )
     turned = [written(tmp_path / "b", a=many["large"][::-1]), written(tmp_path / "c", a=many["small"][::-1])]
     backwards = prepared(base, tmp_path / "two", turned, eval_share=0.2)
     held = [row["category"] for row in lines(forwards, "eval")]
@@ -172,24 +245,36 @@ def test_sources_that_leave_nothing_to_train_on_are_refused(base, tmp_path):
         prepared(base, tmp_path / "nothing", [tmp_path / "none"])
 
 
-def test_trap_14_the_trained_share_is_told_by_conversation_and_a_small_one_warned_of(base, tmp_path, monkeypatch):
+def test_trap_14_the_trained_share_is_told_by_conversation_and_a_small_one_warned_of(
+    base, tmp_path, monkeypatch
+):
     events = io.StringIO()
     monkeypatch.setattr(job, "_events", events)
     prompt = PROMPT + " Never forget." * 30
-    folder = written(tmp_path / "talks", a=[talk("One?", "Yes.", prompt), talk("Two?", prompt=prompt), talk("Three?", prompt=prompt)])
+    folder = written(
+        tmp_path / "talks",
+        a=[talk("One?", "Yes.", prompt), talk("Two?", prompt=prompt), talk("Three?", prompt=prompt)],
+    )
     output = prepared(base, tmp_path, [folder], prompt, max_tokens=2048)
     rows, told = lines(output, "train"), stats(output)
     trained = [sum(label != -100 for label in row["labels"]) for row in rows]
     shares = [part / len(row["input_ids"]) for part, row in zip(trained, rows, strict=True)]
     assert all(trained) and told["trained_tokens"] == sum(trained)
-    assert told["lowest_trained_share"] == round(min(shares), 4) and told["median_trained_share"] == round(statistics.median(shares), 4)
+    assert told["lowest_trained_share"] == round(min(shares), 4) and told["median_trained_share"] == round(
+        statistics.median(shares), 4
+    )
     assert sum(told["histograms"]["trained_tokens"]["counts"]) == len(rows)
     assert told["trained_share"] < prepare.LITTLE and "of the tokens are trained" in events.getvalue()
 
 
 def test_the_artifact_is_what_the_formats_promise(base, tmp_path):
     formats = (REPO / "docs" / "formats.md").read_text()
-    output = prepared(base, tmp_path, [written(tmp_path / "talks", a=[talk("One?"), timer('{"minutes": 5}'), talk("Two?"), b"{"])], eval_share=0.5)
+    output = prepared(
+        base,
+        tmp_path,
+        [written(tmp_path / "talks", a=[talk("One?"), timer('{"minutes": 5}'), talk("Two?"), b"{"])],
+        eval_share=0.5,
+    )
     promised = re.search(r"^\| `chat-dataset` \| data \| (.*) \|$", formats, re.MULTILINE).group(1)
     assert {p.name for p in output.iterdir()} == set(re.findall(r"`([^`]+)`", promised))
     keys = re.search(r"`chat-dataset`: a row.*\n`\{(.*)\}`;", formats).group(1)
@@ -199,12 +284,29 @@ def test_the_artifact_is_what_the_formats_promise(base, tmp_path):
     [call] = [m for row in rows for m in row["messages"] if m.get("tool_calls")]
     assert call["tool_calls"][0]["function"]["arguments"] == {"minutes": 5}
     assert json.loads((output / "tools.json").read_text()) == TOOLS
-    assert (output / "tokens.png").read_bytes().startswith(b"\x89PNG") and (output / "tokens.png").stat().st_size > 5000
+    assert (output / "tokens.png").read_bytes().startswith(b"\x89PNG") and (
+        output / "tokens.png"
+    ).stat().st_size > 5000
 
 
 def test_the_sample_data_set_passes_without_a_reject(base, tmp_path):
     sample = REPO / "data" / "sample"
-    output = prepared(base, tmp_path, [sample / "conversations"], (sample / "system_prompt.txt").read_text().strip(), max_tokens=4096, eval_share=0.1)
+    output = prepared(
+        base,
+        tmp_path,
+        [sample / "conversations"],
+        (sample / "system_prompt.txt").read_text().strip(),
+        max_tokens=4096,
+        eval_share=0.1,
+    )
     told = stats(output)
-    assert (told["rejected"], told["duplicates"], told["other_prompts"], len(told["categories"])) == (0, 0, 0, 10)
-    assert told["train"] + told["eval"] == sum(told["files"].values()) >= 300 and 0.08 < told["eval"] / (told["train"] + told["eval"]) < 0.12
+    assert (told["rejected"], told["duplicates"], told["other_prompts"], len(told["categories"])) == (
+        0,
+        0,
+        0,
+        10,
+    )
+    assert (
+        told["train"] + told["eval"] == sum(told["files"].values()) >= 300
+        and 0.08 < told["eval"] / (told["train"] + told["eval"]) < 0.12
+    )

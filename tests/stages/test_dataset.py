@@ -1,4 +1,4 @@
-"""Rows in files: a line ends at the byte \\n alone, and every stage reads and writes rows through one module."""
+"""Rows in files: a line ends at the byte \\n alone, and every stage reads and writes rows by one module."""
 
 import json
 import re
@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch", reason="needs the train environment")
-
-from stages import dataset  # noqa: E402
-from stages.base import make  # noqa: E402
-from stages.data import files, rows  # noqa: E402
-from stages.evaluate import evaluate, questions  # noqa: E402
-from stages.job import Job, StageError  # noqa: E402
-from stages.merge import proof  # noqa: E402
-from stages.quantize import calibrate, fidelity  # noqa: E402
-from stages.train import fit  # noqa: E402
+from stages import dataset
+from stages.base import make
+from stages.data import files, rows
+from stages.evaluate import evaluate, questions
+from stages.job import Job, StageError
+from stages.merge import proof
+from stages.quantize import calibrate, fidelity
+from stages.train import fit
 
 REPO = Path(__file__).resolve().parents[2]
 SEPARATORS = "note:\u2028buy\u2029milk\u0085now\x1cor later"  # each ends a line for str.splitlines
@@ -63,7 +61,13 @@ def job(path, **sources):
 
 def asked(path):
     """The messages of questions that the rows are made into."""
-    dataset.write(path, [{"id": str(n), "category": "a", "messages": row["messages"][:1], "expect": {}} for n, row in enumerate(ROWS)])
+    dataset.write(
+        path,
+        [
+            {"id": str(n), "category": "a", "messages": row["messages"][:1], "expect": {}}
+            for n, row in enumerate(ROWS)
+        ],
+    )
     return [question.row["messages"] for question in questions.read(path)[0]]
 
 

@@ -1,4 +1,6 @@
-"""What a file is, its bytes say; what is not read is named, and a data set's own held-out rows are never trained."""
+"""What a file is, its bytes say; what is not read is named, and a data set's own held-out rows are never
+trained.
+"""
 
 import datetime
 import gzip
@@ -8,15 +10,12 @@ import sqlite3
 import time
 import zipfile
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-pytest.importorskip("pyarrow", reason="needs the train environment")
-
-import pyarrow  # noqa: E402
-import pyarrow.parquet  # noqa: E402
-
-from stages.data import content, files, rows  # noqa: E402
-from stages.job import StageError  # noqa: E402
+from stages.data import content, files, rows
+from stages.job import StageError
 
 ROW = {
     "messages": [{"role": "user", "content": "Ugadi? ಕ \u2028é"}, {"role": "assistant", "content": "Yes."}]
@@ -74,7 +73,9 @@ def test_conversations_are_read_in_each_of_the_forms_that_people_have(tmp_path, 
 
 
 def test_parquet_is_read_and_the_keys_that_arrow_added_are_gone_again(tmp_path):
-    """Trap 13: Arrow gives all objects of a column the same keys; a null argument would be trained as the word None."""
+    """Trap 13: Arrow gives all objects of a column the same keys; a null argument would be trained as the
+    word None.
+    """
     call = [
         {"function": {"name": name, "arguments": arguments}}
         for name, arguments in (("set_timer", {"minutes": 5}), ("get_weather", {"city": "Pune"}))
@@ -190,11 +191,9 @@ LINES = {
     b'{"messages": [{"role": "user", "content": "\xff"}]}': "not UTF-8: byte 0xff",
     b'{"messages": []' + b"\0" * 30: "NUL bytes",
     b'{"messages": ' + b"[" * 100_000: "nested too deeply",
-    b'{"messages": '
-    + b'[{"role": "user", "content": "x", "metadata": '
-    + b"[" * 950
-    + b"]" * 950
-    + b"}]}": "",
+    b'{"messages": ' + b'[{"role": "user", "content": "x", "metadata": ' + b"[" * 950 + b"]" * 950 + b"}]}": (
+        ""
+    ),
     b'{"messages": [], "score": NaN}': "NaN",
     b'{"messages": [], "messages": []}': "stands twice",
     b'{"messages": [], "n": ' + b"9" * 5000 + b"}": "thousands of digits",

@@ -1,4 +1,6 @@
-"""Every format and key: read into canonical messages, refused by name, or counted as not used (docs/formats.md has the same table)."""
+"""Every format and key: read into canonical messages, refused by name, or counted as not used
+(docs/formats.md has the same table).
+"""
 
 import json
 import re
@@ -6,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs the train environment")
-
-from nemotron.chat import ChatError, normalise, served_tools  # noqa: E402
-from stages.data import formats  # noqa: E402
-from stages.data.formats import canonical  # noqa: E402
+from nemotron.chat import ChatError, normalise, served_tools
+from stages.data import formats
+from stages.data.formats import canonical
 
 REPO = Path(__file__).resolve().parents[2]
 USER, ANSWER = {"role": "user", "content": "Tea."}, {"role": "assistant", "content": "Yes."}

@@ -9,22 +9,46 @@ from stages.image import image
 from stages.job import Job, StageError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-PARAMS = {"serves": "nvfp4", "max_model_len": 2048, "max_num_seqs": 4, "memory_share": 0.35, "kv_cache": "auto"}
+PARAMS = {
+    "serves": "nvfp4",
+    "max_model_len": 2048,
+    "max_num_seqs": 4,
+    "memory_share": 0.35,
+    "kv_cache": "auto",
+}
 COLUMNS = ("base", "tuned", "merged", "nvfp4")
 GATE = {
-    "passed": True, "why": [], "unchecked": False, "asks": ["tuned at least 80%", "tuned above base", "nvfp4 within 2 points of tuned, or one question"],
-    "says": "The gate passed: tuned at least 80%; tuned above base; nvfp4 within 2 points of tuned, or one question.",
+    "passed": True,
+    "why": [],
+    "unchecked": False,
+    "asks": ["tuned at least 80%", "tuned above base", "nvfp4 within 2 points of tuned, or one question"],
+    "says": (
+        "The gate passed: tuned at least 80%; tuned above base; nvfp4 within 2 points of tuned, or one"
+        " question."
+    ),
 }
 REPORT = {
-    "columns": COLUMNS, "modes": ["emoji", "follow_up"], "questions": 50, "pass": dict(zip(COLUMNS, (0.0, 0.94, 0.94, 0.9))),
-    "failures": {column: {"emoji": n, "follow_up": 2 * n} for column, n in zip(COLUMNS, (25, 1, 1, 2))}, "gate": GATE,
+    "columns": COLUMNS,
+    "modes": ["emoji", "follow_up"],
+    "questions": 50,
+    "pass": dict(zip(COLUMNS, (0.0, 0.94, 0.94, 0.9), strict=False)),
+    "failures": {
+        column: {"emoji": n, "follow_up": 2 * n} for column, n in zip(COLUMNS, (25, 1, 1, 2), strict=False)
+    },
+    "gate": GATE,
 }
 EXCHANGE = {
-    "messages": [{"role": "user", "content": "Name the capital of France."}], "tools": [], "max_tokens": 48,
-    "answers": {column: {"content": "Paris." if column != "base" else "Sure! **Paris** 🎉", "tool_calls": []} for column in COLUMNS},
+    "messages": [{"role": "user", "content": "Name the capital of France."}],
+    "tools": [],
+    "max_tokens": 48,
+    "answers": {
+        column: {"content": "Paris." if column != "base" else "Sure! **Paris** 🎉", "tool_calls": []}
+        for column in COLUMNS
+    },
 }
 PROVENANCE = {
-    name: {"stage": name, "key": 5 * f"{name[0]}0123456789", "digest": 4 * f"{n}123456789abcdef"} for n, name in enumerate(("quantize", "evaluate", "data"))
+    name: {"stage": name, "key": 5 * f"{name[0]}0123456789", "digest": 4 * f"{n}123456789abcdef"}
+    for n, name in enumerate(("quantize", "evaluate", "data"))
 }
 
 
@@ -34,15 +58,21 @@ def its(tmp_path, monkeypatch):
     for folder in [*inputs.values(), tmp_path / "output"]:
         folder.mkdir()
     (inputs["evaluate"] / "report.json").write_text(json.dumps(REPORT))
-    (inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}))
+    (inputs["quantize"] / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}})
+    )
     (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "official"}))
     (inputs["evaluate"] / "exchange.json").write_text(json.dumps(EXCHANGE))
     (inputs["train"] / "adapter").mkdir()
-    (inputs["train"] / "adapter/adapter_config.json").write_text(json.dumps({"r": 12, "target_modules": ["q_proj", "o_proj"]}))
+    (inputs["train"] / "adapter/adapter_config.json").write_text(
+        json.dumps({"r": 12, "target_modules": ["q_proj", "o_proj"]})
+    )
     (inputs["data"] / "prompt.txt").write_text("You are Annie.\nನಮಸ್ಕಾರ\n")
     (inputs["data"] / "tools.json").write_text('[{"type": "function"}]\n')
     monkeypatch.setattr(image, "installed", lambda: "0.31.0")
-    return Job("image", dict(PARAMS), inputs, tmp_path / "output", tmp_path, 0, device="cuda", provenance=PROVENANCE)
+    return Job(
+        "image", dict(PARAMS), inputs, tmp_path / "output", tmp_path, 0, device="cuda", provenance=PROVENANCE
+    )
 
 
 def on_cpu(its):
@@ -62,10 +92,28 @@ def test_the_model_card_is_its_golden_copy(its):
 
 def test_the_artifact_holds_what_the_formats_say(its):
     image.run(its)
-    assert {f.name for f in its.output.iterdir()} == {"serve.json", "check.json", "prompt.txt", "tools.json", "README.md"}
+    assert {f.name for f in its.output.iterdir()} == {
+        "serve.json",
+        "check.json",
+        "prompt.txt",
+        "tools.json",
+        "README.md",
+    }
     described = json.loads((its.output / "serve.json").read_text())
-    assert set(described) == {"served_name", "serves", "vllm", "device", "args", "env", "port", "chat_template_kwargs"}
-    assert all((its.output / name).read_bytes() == (its.inputs["data"] / name).read_bytes() for name in ("prompt.txt", "tools.json"))
+    assert set(described) == {
+        "served_name",
+        "serves",
+        "vllm",
+        "device",
+        "args",
+        "env",
+        "port",
+        "chat_template_kwargs",
+    }
+    assert all(
+        (its.output / name).read_bytes() == (its.inputs["data"] / name).read_bytes()
+        for name in ("prompt.txt", "tools.json")
+    )
 
 
 def test_trap_15_clients_are_told_that_thinking_is_off(its, monkeypatch):
@@ -73,7 +121,10 @@ def test_trap_15_clients_are_told_that_thinking_is_off(its, monkeypatch):
     (its.inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "conservative"}))
     image.run(its)
     described = json.loads((its.output / "serve.json").read_text())
-    assert described["chat_template_kwargs"] == {"enable_thinking": False} and "--default-chat-template-kwargs" not in described["args"]
+    assert (
+        described["chat_template_kwargs"] == {"enable_thinking": False}
+        and "--default-chat-template-kwargs" not in described["args"]
+    )
 
 
 def said(its):
@@ -84,7 +135,9 @@ def said(its):
 
 
 def test_trap_27_the_fp8_cache_follows_the_checkpoint(its):
-    (its.inputs["quantize"] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}}))
+    (its.inputs["quantize"] / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}})
+    )
     assert said(its) == "bfloat16"
 
 
@@ -97,7 +150,9 @@ def test_trap_26_a_layout_that_this_vllm_reads_wrongly_is_refused(its, monkeypat
 
 def test_a_gate_that_did_not_pass_stops_the_image_and_says_why(its):
     why = ["nvfp4 passed 60% of the questions, at least 90% are wanted", "tuned was not measured"]
-    (its.inputs["evaluate"] / "report.json").write_text(json.dumps({**REPORT, "gate": {**GATE, "passed": False, "why": why}}))
+    (its.inputs["evaluate"] / "report.json").write_text(
+        json.dumps({**REPORT, "gate": {**GATE, "passed": False, "why": why}})
+    )
     with pytest.raises(StageError, match="nvfp4 passed 60% .* tuned was not measured"):
         image.run(its)
     assert not list(its.output.iterdir())
@@ -106,7 +161,9 @@ def test_a_gate_that_did_not_pass_stops_the_image_and_says_why(its):
 @pytest.mark.parametrize("changed", [{"passed": False, "why": ["no gate was set"], "asks": []}, {"asks": []}])
 def test_a_report_that_was_asked_nothing_gets_no_image(its, changed):
     (its.inputs["evaluate"] / "report.json").write_text(json.dumps({**REPORT, "gate": {**GATE, **changed}}))
-    with pytest.raises(StageError, match="(no gate was set|it asks nothing).*gate: none builds an image unchecked"):
+    with pytest.raises(
+        StageError, match="(no gate was set|it asks nothing).*gate: none builds an image unchecked"
+    ):
         image.run(its)
     assert not list(its.output.iterdir())
 
@@ -115,7 +172,11 @@ def test_gate_none_builds_an_image_whose_card_says_that_nothing_was_checked(its,
     warned = []
     monkeypatch.setattr(image.job, "warning", lambda message, remedy="": warned.append(message))
     says = "No gate was set (`gate: none`): nothing was asked of these shares."
-    (its.inputs["evaluate"] / "report.json").write_text(json.dumps({**REPORT, "gate": {"passed": True, "why": [], "asks": [], "unchecked": True, "says": says}}))
+    (its.inputs["evaluate"] / "report.json").write_text(
+        json.dumps(
+            {**REPORT, "gate": {"passed": True, "why": [], "asks": [], "unchecked": True, "says": says}}
+        )
+    )
     image.run(its)
     assert says in (its.output / "README.md").read_text() and warned == [says]
 
@@ -132,14 +193,19 @@ def test_an_adapter_at_run_time_has_the_name_that_clients_know(its):
     its.params["serves"] = "tuned"
     image.run(its)
     described = json.loads((its.output / "serve.json").read_text())
-    assert described["served_name"] == "nemotron-nano" and described["args"][:2] == ["--served-model-name", "nemotron-nano-base"]
+    assert described["served_name"] == "nemotron-nano" and described["args"][:2] == [
+        "--served-model-name",
+        "nemotron-nano-base",
+    ]
     assert described["args"][described["args"].index("--max-lora-rank") + 1] == "16"
     assert "an adapter of rank 12" in (its.output / "README.md").read_text()
 
 
 def test_an_adapter_that_vllm_cannot_add_is_refused(its):
     its.params["serves"] = "tuned"
-    (its.inputs["train"] / "adapter/adapter_config.json").write_text(json.dumps({"r": 8, "target_modules": ["q_proj", "in_proj"]}))
+    (its.inputs["train"] / "adapter/adapter_config.json").write_text(
+        json.dumps({"r": 8, "target_modules": ["q_proj", "in_proj"]})
+    )
     with pytest.raises(StageError, match="serves"):
         image.run(its)
     assert not list(its.output.iterdir())
@@ -150,7 +216,10 @@ def test_the_check_is_a_question_that_the_adapter_answers(its, serves):
     its.params["serves"] = serves
     image.run(its)
     check = json.loads((its.output / "check.json").read_text())
-    assert check["base"] != check["expected"] == EXCHANGE["answers"][serves] and check["messages"] == EXCHANGE["messages"]
+    assert (
+        check["base"] != check["expected"] == EXCHANGE["answers"][serves]
+        and check["messages"] == EXCHANGE["messages"]
+    )
 
 
 def test_trap_29_a_model_that_answers_as_the_base_is_not_served(its):

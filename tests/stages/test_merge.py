@@ -2,22 +2,15 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
+import small
+from safetensors.torch import load_file, save_file
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("peft", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import small  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from nemotron.lora import Adapter, Change  # noqa: E402
-from stages.job import StageError  # noqa: E402
-from stages.merge import merge  # noqa: E402
+from nemotron.checkpoint import Checkpoint
+from nemotron.lora import Adapter, Change
+from stages.job import StageError
+from stages.merge import merge
 
 PARAMS = {"proof_tokens": 300, "proof_precision": "float32", "control": False}
 
@@ -26,7 +19,11 @@ PARAMS = {"proof_tokens": 300, "proof_precision": "float32", "control": False}
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     small.base(folder / "base")
-    return {"base": folder / "base", "train": small.adapter(folder / "train", folder / "base"), "data": small.data(folder / "data")}
+    return {
+        "base": folder / "base",
+        "train": small.adapter(folder / "train", folder / "base"),
+        "data": small.data(folder / "data"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +42,18 @@ def test_the_proof_holds_in_bfloat16_which_the_real_model_needs_for_its_memory(m
 
 def test_trap_20_names_and_dtypes_survive_the_merge(made, merged):
     before, after = Checkpoint(made["base"]), Checkpoint(merged)
-    assert {n: (e.dtype, e.shape, e.file.name) for n, e in before.entries.items()} == {n: (e.dtype, e.shape, e.file.name) for n, e in after.entries.items()}
+    assert {n: (e.dtype, e.shape, e.file.name) for n, e in before.entries.items()} == {
+        n: (e.dtype, e.shape, e.file.name) for n, e in after.entries.items()
+    }
     for name in ("config.json", "tokenizer_config.json"):
         if (made["base"] / name).exists():
             assert (made["base"] / name).read_bytes() == (merged / name).read_bytes()
 
 
 def test_trap_19_nothing_goes_through_save_pretrained(made, merged):
-    assert sum(f.stat().st_size for f in merged.glob("*.safetensors")) == sum(f.stat().st_size for f in made["base"].glob("*.safetensors"))
+    assert sum(f.stat().st_size for f in merged.glob("*.safetensors")) == sum(
+        f.stat().st_size for f in made["base"].glob("*.safetensors")
+    )
 
 
 def test_trap_4_the_correction_bias_keeps_its_bits(made, merged):
@@ -74,7 +75,10 @@ def test_trap_21_a_misread_packing_is_refused(made, tmp_path, monkeypatch):
         return right(self, next((name.replace(one, two) for one, two in other.items() if one in name), name))
 
     monkeypatch.setattr(Adapter, "change", exchanged)
-    with pytest.raises(StageError, match=r"layers\.1\.mixer\.experts\.0\.up_proj\.weight is not the base with the adapter's change"):
+    with pytest.raises(
+        StageError,
+        match=r"layers\.1\.mixer\.experts\.0\.up_proj\.weight is not the base with the adapter's change",
+    ):
         merge.run(small.job("merge", tmp_path, PARAMS, **made))
 
 
@@ -85,17 +89,26 @@ def test_trap_8_an_adapter_that_changes_nothing_is_refused(made, tmp_path):
 
 
 def test_a_control_is_merged_where_the_recipe_says_that_it_is_one(made, tmp_path):
-    its = small.job("merge", tmp_path, {**PARAMS, "control": True}, **{**made, "train": small.adapter(tmp_path / "zero", made["base"], size=0.0)})
+    its = small.job(
+        "merge",
+        tmp_path,
+        {**PARAMS, "control": True},
+        **{**made, "train": small.adapter(tmp_path / "zero", made["base"], size=0.0)},
+    )
     merge.run(its)
     facts = json.loads((its.output / "merge.json").read_text())
     assert facts["control"] and facts["merged"] and not facts["changed_elements"]
-    assert all((its.output / path.name).read_bytes() == path.read_bytes() for path in made["base"].iterdir()), "the base bit for bit"
+    assert all(
+        (its.output / path.name).read_bytes() == path.read_bytes() for path in made["base"].iterdir()
+    ), "the base bit for bit"
 
 
 @pytest.mark.parametrize("size", [0.05, 1e-30])  # one that shows, and one that BF16 rounds away
 def test_a_control_that_was_trained_is_refused(made, tmp_path, size):
     trained = small.adapter(tmp_path / "trained", made["base"], size=size)
-    with pytest.raises(StageError, match="lora_B.* of a control are not zero; expected an adapter whose B is zero"):
+    with pytest.raises(
+        StageError, match="lora_B.* of a control are not zero; expected an adapter whose B is zero"
+    ):
         merge.run(small.job("merge", tmp_path, {**PARAMS, "control": True}, **{**made, "train": trained}))
 
 
@@ -114,9 +127,15 @@ def test_a_zero_adapter_gives_back_every_byte(made, tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     base = Checkpoint(folder)
     (tmp_path / "merged").mkdir()
-    changed = merge.stream(base, Adapter(small.adapter(tmp_path / "zero", made["base"], size=0.0) / "adapter", base), tmp_path / "merged")
+    changed = merge.stream(
+        base,
+        Adapter(small.adapter(tmp_path / "zero", made["base"], size=0.0) / "adapter", base),
+        tmp_path / "merged",
+    )
     assert changed and not any(changed.values())
-    assert all((tmp_path / "merged" / path.name).read_bytes() == path.read_bytes() for path in base.folder.iterdir())
+    assert all(
+        (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes() for path in base.folder.iterdir()
+    )
 
 
 def test_trap_21_an_adapter_with_a_module_for_every_expert_is_the_same_merge(made, merged, tmp_path):
@@ -124,7 +143,9 @@ def test_trap_21_an_adapter_with_a_module_for_every_expert_is_the_same_merge(mad
     native = load_file(made["train"] / "adapter" / "adapter_model.safetensors")
     split = {}
     for name, value in native.items():
-        stem, _, last = name.replace("base_model.model.model.", "base_model.model.backbone.").rpartition(".mixer.")
+        stem, _, last = name.replace("base_model.model.model.", "base_model.model.backbone.").rpartition(
+            ".mixer."
+        )
         if not last.startswith("experts."):
             split[f"{stem}.mixer.{last}"] = value
             continue
@@ -136,7 +157,9 @@ def test_trap_21_an_adapter_with_a_module_for_every_expert_is_the_same_merge(mad
     save_file(split, tmp_path / "train" / "adapter" / "adapter_model.safetensors")
     file = tmp_path / "train" / "adapter" / "adapter_config.json"
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj"]
-    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": modules, "target_parameters": None}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "target_modules": modules, "target_parameters": None})
+    )
     its = small.job("merge", tmp_path, PARAMS, **{**made, "train": tmp_path / "train"})
     merge.run(its)
     before, after = Checkpoint(merged), Checkpoint(its.output)
@@ -148,6 +171,9 @@ def test_an_adapter_of_another_model_is_refused_by_name(made, tmp_path):
     other = tmp_path / "other" / "adapter"
     other.mkdir(parents=True)
     (other / "adapter_config.json").write_bytes((file.parent / "adapter_config.json").read_bytes())
-    save_file({n.replace("layers.3.", "layers.9."): t for n, t in load_file(file).items()}, other / "adapter_model.safetensors")
+    save_file(
+        {n.replace("layers.3.", "layers.9."): t for n, t in load_file(file).items()},
+        other / "adapter_model.safetensors",
+    )
     with pytest.raises(StageError, match="layers.9"):
         merge.run(small.job("merge", tmp_path, PARAMS, **{**made, "train": other.parent}))

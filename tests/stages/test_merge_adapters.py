@@ -2,23 +2,19 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import adapters
+import peft
 import pytest
+import small
+import torch
+from adapters import ATTENTION, DOWN, UP, by_peft, edited, facts, merged, saved, trained
+from safetensors.torch import load_file, save_file
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-peft = pytest.importorskip("peft", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import adapters  # noqa: E402
-import small  # noqa: E402
-from adapters import ATTENTION, DOWN, UP, by_peft, edited, facts, merged, saved, trained  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from nemotron import lora_config, native  # noqa: E402
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from stages.job import StageError  # noqa: E402
+from nemotron import lora_config, native
+from nemotron.checkpoint import Checkpoint
+from stages.job import StageError
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -133,9 +129,11 @@ def test_the_name_of_the_adapter_may_stand_within_the_keys(made, tmp_path, name)
     file = folder / "adapter" / WEIGHTS
     save_file(
         {
-            key.replace(".weight", f".{name}.weight")
-            if "lora_A" in key or "lora_B" in key
-            else f"{key}.{name}": value
+            (
+                key.replace(".weight", f".{name}.weight")
+                if "lora_A" in key or "lora_B" in key
+                else f"{key}.{name}"
+            ): value
             for key, value in load_file(file).items()
         },
         file,

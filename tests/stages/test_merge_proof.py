@@ -1,28 +1,24 @@
-"""What stage merge asks of a merge: a wrong place or scale is refused by name; rounding to BF16 and idle experts
-are no fault.
+"""What stage merge asks of a merge: a wrong place or scale is refused by name; rounding to BF16 and idle
+experts are no fault.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import adapters
 import pytest
+import small
+import torch
+from adapters import DOWN, UP, facts, merged, saved, task, trained
+from safetensors.torch import load_file, save_file
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("peft", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import adapters  # noqa: E402
-import small  # noqa: E402
-from adapters import DOWN, UP, facts, merged, saved, task, trained  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from nemotron.lora import Adapter, Change  # noqa: E402
-from nemotron.lora_config import LoraSettings  # noqa: E402
-from stages.job import StageError  # noqa: E402
-from stages.merge import merge, proof  # noqa: E402
-from stages.merge.rounding import Agreement, compare  # noqa: E402
+from nemotron.checkpoint import Checkpoint
+from nemotron.lora import Adapter, Change
+from nemotron.lora_config import LoraSettings
+from stages.job import StageError
+from stages.merge import merge, proof
+from stages.merge.rounding import Agreement, compare
 
 ALL = {
     "target_modules": [
@@ -50,7 +46,8 @@ def made(tmp_path_factory):
 
 
 def altered(patch, change):
-    """Lets the stage find its merged files altered: `change` is given their tensors by name, and alters some.
+    """Lets the stage find its merged files altered: `change` is given their tensors by name, and alters
+    some.
     """
     right = merge.stream
 
@@ -111,11 +108,13 @@ FAULTS = {
     "one unit in the last place": (
         lambda base, whole, values: {
             key: (
-                values[key].view(torch.int16)
-                + (torch.arange(values[key].numel()).view(values[key].shape) == 77)
+                (
+                    values[key].view(torch.int16)
+                    + (torch.arange(values[key].numel()).view(values[key].shape) == 77)
+                )
+                .to(torch.int16)
+                .view(torch.bfloat16)
             )
-            .to(torch.int16)
-            .view(torch.bfloat16)
             for key in values
             if key == EXPERT.format(0, "up_proj")
         },

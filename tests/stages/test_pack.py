@@ -1,5 +1,6 @@
 """Packing: conversations laid end to end, none lost, none cut, little room left."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -7,15 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-
-from bench import operations as bench  # noqa: E402
-from bench.lengths import LENGTHS  # noqa: E402
-from nemotron import operations  # noqa: E402
-from stages.train import loop  # noqa: E402
-from stages.train.balance import spread  # noqa: E402
-from stages.train.pack import IDLE, Order, best_fit, layouts, packs, share, trained_tokens, unfilled  # noqa: E402
-from stages.train.ranks import Ranks  # noqa: E402
+from bench import operations as bench
+from bench.lengths import LENGTHS
+from nemotron import operations
+from stages.train import loop
+from stages.train.balance import spread
+from stages.train.pack import (
+    IDLE,
+    Order,
+    best_fit,
+    layouts,
+    packs,
+    share,
+    trained_tokens,
+    unfilled,
+)
+from stages.train.ranks import Ranks
 
 NANO = operations.count(bench.sizes(52), recomputed=True)
 
@@ -40,12 +48,27 @@ def test_every_row_is_in_one_sequence_once_and_none_is_over_full():
 
 
 def test_a_packed_sequence_is_its_rows_end_to_end():
-    rows = numbered([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}, {"input_ids": [6], "labels": [-100]}])
+    rows = numbered(
+        [
+            {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+            {"input_ids": [4, 5], "labels": [-100, 5]},
+            {"input_ids": [6], "labels": [-100]},
+        ]
+    )
     first, second = packs(rows, 4)
-    assert first.ids.tolist() == [1, 2, 3, 6] and first.labels.tolist() == [-100, 2, 3, -100] and first.documents.lengths == (3, 1)
+    assert (
+        first.ids.tolist() == [1, 2, 3, 6]
+        and first.labels.tolist() == [-100, 2, 3, -100]
+        and first.documents.lengths == (3, 1)
+    )
     assert (first.rows, second.rows) == ((0, 2), (1,))
     assert second.ids.tolist() == [4, 5] and second.documents.spans == [(0, 2)]
-    assert first.documents.offsets("cpu").tolist() == [0, 3, 4] and first.documents.index("cpu").tolist() == [0, 0, 0, 1]
+    assert first.documents.offsets("cpu").tolist() == [0, 3, 4] and first.documents.index("cpu").tolist() == [
+        0,
+        0,
+        0,
+        1,
+    ]
 
 
 def test_a_label_on_a_documents_first_token_is_trained_by_nothing_whatever_stands_before_it():
@@ -132,7 +155,7 @@ def test_a_step_takes_rows_of_the_same_order_while_their_tokens_fit():
     steps = [order.step(number) for number in range(60)]
     flat = [row for step in steps for row in step]
     assert len(flat) > 300 and flat[:300] == [row for number in range(3) for row in by_rows.step(number)]
-    for step, following in zip(steps, steps[1:]):
+    for step, following in itertools.pairwise(steps):
         tokens = sum(lengths[row] for row in step)
         assert tokens <= 2000 < tokens + lengths[following[0]]
 
@@ -163,9 +186,15 @@ def test_the_beginnings_of_steps_of_tokens_are_found_once(monkeypatch):
 
 
 def test_little_room_is_left_on_the_sample_conversations():
-    """Under 5 % of the packed sequences of real steps, with words for tokens: what is not filled is not computed either."""
+    """Under 5 % of the packed sequences of real steps, with words for tokens: what is not filled is not
+    computed either.
+    """
     folder = Path(__file__).parents[2] / "data" / "sample" / "conversations"
-    lengths = [len(json.dumps(json.loads(line)["messages"]).split()) for path in sorted(folder.glob("*.jsonl")) for line in path.open()]
+    lengths = [
+        len(json.dumps(json.loads(line)["messages"]).split())
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.open()
+    ]
     assert len(lengths) > 300 and unfilled(Order(lengths, 7, batch=64), 8 * max(lengths), 20) < 0.05
 
 
@@ -185,9 +214,13 @@ def test_graphs_are_captured_for_the_packs_of_the_steps_that_are_left(monkeypatc
     asked, said = [], []
     captured = SimpleNamespace(prepare=lambda packs, progress: (asked.extend(packs), progress(1, 2)))
     monkeypatch.setattr(loop.assemble, "capture", lambda model: captured)
-    monkeypatch.setattr(loop.job, "progress", lambda done, total, unit, note: said.append((done, total, note)))
+    monkeypatch.setattr(
+        loop.job, "progress", lambda done, total, unit, note: said.append((done, total, note))
+    )
     task = SimpleNamespace(params={"steps": 6, "sequence_tokens": 100})
-    loop.Loop.capture(SimpleNamespace(rows=rows, order=order, ranks=Ranks(), model=None, task=task, work=NANO), 2)
+    loop.Loop.capture(
+        SimpleNamespace(rows=rows, order=order, ranks=Ranks(), model=None, task=task, work=NANO), 2
+    )
     left = [[rows[row] for row in order.step(step)] for step in range(2, 6)]
     wanted = {pack.documents for its in left for pack in share(its, 0, 1, 100, False, NANO)}
     assert set(asked) == wanted and len(asked) == len(wanted)

@@ -2,24 +2,27 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
+import small
+import torch
+from safetensors.torch import load_file, save_file
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("modelopt", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
+from nemotron import audit, layout, names, native, quant_config
+from nemotron.checkpoint import Checkpoint
+from stages.job import StageError
+from stages.quantize import calibrate, fidelity, quantize, reference
 
-import small  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from nemotron import audit, layout, names, native, quant_config  # noqa: E402
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from stages.job import StageError  # noqa: E402
-from stages.quantize import calibrate, fidelity, quantize, reference  # noqa: E402
-
-PARAMS = {"layout": "official", "format": "w4a4", "scales": "nearest", "engine": "own", "kv_cache": "FP8", "calibration_rows": 2, "calibration_tokens": 64, "fidelity_tokens": 200}
+PARAMS = {
+    "layout": "official",
+    "format": "w4a4",
+    "scales": "nearest",
+    "engine": "own",
+    "kv_cache": "FP8",
+    "calibration_rows": 2,
+    "calibration_tokens": 64,
+    "fidelity_tokens": 200,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,11 @@ def test_the_audit_passes_and_the_config_is_the_source_s(source, made):
 
 def test_trap_4_the_correction_bias_keeps_its_bits(source, made):
     before, after = Checkpoint(source), Checkpoint(made)
-    assert all(before.raw(n) == after.raw(n) for n in before.entries if n.endswith(("e_score_correction_bias", "A_log", ".D")))
+    assert all(
+        before.raw(n) == after.raw(n)
+        for n in before.entries
+        if n.endswith(("e_score_correction_bias", "A_log", ".D"))
+    )
 
 
 def test_trap_23_no_control_character_in_any_name(made):
@@ -54,13 +61,24 @@ def test_trap_23_no_control_character_in_any_name(made):
 
 @pytest.mark.parametrize("chosen", layout.LAYOUTS)
 def test_our_calibration_finds_modelopt_s_maxima(source, made, chosen):
-    """The two read the same conversations, packed here and one by one there; experts keep their own maximum here and share one there."""
-    checkpoint, rows = Checkpoint(source), calibrate.conversations(made.parent / "data" / "train.jsonl", 4, 150)
+    """The two read the same conversations, packed here and one by one there; experts keep their own
+    maximum here and share one there.
+    """
+    checkpoint = Checkpoint(source)
+    rows = calibrate.conversations(made.parent / "data" / "train.jsonl", 4, 150)
     ours, idle = calibrate.maxima(checkpoint, chosen, rows, "cpu")
     theirs = reference.maxima(source, checkpoint.config, chosen, rows, "cpu")
     assert ours.keys() == theirs.keys() == set(layout.quantised(checkpoint.config, chosen)) and not idle
     for name, wanted in theirs.items():
-        stack = [ours[n] for n in ours if n.split(".experts.")[0] == name.split(".experts.")[0] and n.endswith(name[-7:])] if ".experts." in name else [ours[name]]
+        stack = (
+            [
+                ours[n]
+                for n in ours
+                if n.split(".experts.")[0] == name.split(".experts.")[0] and n.endswith(name[-7:])
+            ]
+            if ".experts." in name
+            else [ours[name]]
+        )
         assert torch.stack(stack).max().item() == pytest.approx(wanted.item(), rel=1e-5), name
         assert ours[name] <= wanted * 1.00001
 
@@ -73,33 +91,54 @@ def test_trap_24_an_idle_expert_takes_its_layer_s_maximum_and_is_named(source):
     assert len(idle) == len(layers) * 2 * 2 and set(idle) < set(found)
     for name in idle:
         stem, _, projection = name.split(".experts.")[0], None, name.rsplit(".", 1)[1]
-        assert found[name] == max(found[n] for n in found if n.startswith(stem + ".experts.") and n.endswith(projection)) > 0
+        assert (
+            found[name]
+            == max(found[n] for n in found if n.startswith(stem + ".experts.") and n.endswith(projection))
+            > 0
+        )
 
 
 def test_weights_alone_need_no_forward_and_have_no_input_scale(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "maxima", lambda *_: pytest.fail("a forward for a format that has no input scale"))
-    its = small.job("quantize", tmp_path, {**PARAMS, "format": "w4a16"}, merge=source, data=small.data(tmp_path / "data"))
+    monkeypatch.setattr(
+        calibrate, "maxima", lambda *_: pytest.fail("a forward for a format that has no input scale")
+    )
+    its = small.job(
+        "quantize", tmp_path, {**PARAMS, "format": "w4a16"}, merge=source, data=small.data(tmp_path / "data")
+    )
     quantize.run(its)
     made = Checkpoint(its.output)
-    assert not [name for name in made.entries if name.endswith("input_scale")] and audit.nvfp4(its.output, "official", source, weight_only=True) == []
-    config, settings = json.loads((its.output / "config.json").read_text()), json.loads((its.output / audit.QUANT).read_text())
+    assert (
+        not [name for name in made.entries if name.endswith("input_scale")]
+        and audit.nvfp4(its.output, "official", source, weight_only=True) == []
+    )
+    config = json.loads((its.output / "config.json").read_text())
+    settings = json.loads((its.output / audit.QUANT).read_text())
     assert settings["quantization"]["quant_algo"] == "W4A16_NVFP4"
     assert config.pop("quantization_config") == {
-        "quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": 16, "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
-        "producer": settings["producer"], "ignore": settings["quantization"]["exclude_modules"]}
+        "quant_method": "modelopt",
+        "quant_algo": "W4A16_NVFP4",
+        "group_size": 16,
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "producer": settings["producer"],
+        "ignore": settings["quantization"]["exclude_modules"],
+    }
     assert config == json.loads((source / "config.json").read_text())  # all else is the source's
 
 
 def test_weights_alone_are_not_handed_on_where_no_vllm_reads_that_they_are(source, tmp_path, monkeypatch):
     monkeypatch.setattr(quant_config, "ONLY_INSIDE", ())
-    its = small.job("quantize", tmp_path, {**PARAMS, "format": "w4a16"}, merge=source, data=small.data(tmp_path / "data"))
+    its = small.job(
+        "quantize", tmp_path, {**PARAMS, "format": "w4a16"}, merge=source, data=small.data(tmp_path / "data")
+    )
     with pytest.raises(StageError, match="no quantization_config in config.json"):
         quantize.run(its)
 
 
 def test_a_kv_cache_that_config_json_has_no_form_for_is_refused(source):
     with pytest.raises(ValueError, match="NVFP4.*expected FP8 or null"):
-        quant_config.inside(layout.hf_quant_config(Checkpoint(source).config, "official", "NVFP4", "0", weight_only=True))
+        quant_config.inside(
+            layout.hf_quant_config(Checkpoint(source).config, "official", "NVFP4", "0", weight_only=True)
+        )
 
 
 def test_trap_24_every_expert_has_every_scale(source, made):
@@ -110,12 +149,19 @@ def test_trap_24_every_expert_has_every_scale(source, made):
 
 
 def test_trap_25_attention_is_not_quantised(made):
-    assert all(e.dtype == "BF16" for n, e in Checkpoint(made).entries.items() if n.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    assert all(
+        e.dtype == "BF16"
+        for n, e in Checkpoint(made).entries.items()
+        if n.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "o_proj")
+    )
 
 
 BREAKS = {
     "missing scale": (lambda t, n: t.pop(f"{n}.input_scale"), "input_scale"),
-    "NaN scale": (lambda t, n: t.update({f"{n}.weight_scale_2": torch.tensor(float("nan"))}), "weight_scale_2"),
+    "NaN scale": (
+        lambda t, n: t.update({f"{n}.weight_scale_2": torch.tensor(float("nan"))}),
+        "weight_scale_2",
+    ),
     "zero scale": (lambda t, n: t.update({f"{n}.input_scale": torch.tensor(0.0)}), "input_scale"),
     "scale of shape (1,)": (lambda t, n: t.update({f"{n}.input_scale": torch.ones(1)}), "input_scale"),
     "transposed expert": (lambda t, n: t.update({f"{n}.weight": t[f"{n}.weight"].T.contiguous()}), ".weight"),
@@ -135,20 +181,28 @@ def broken(made, folder, module, change):
 @pytest.mark.parametrize("fault", BREAKS)
 def test_a_broken_checkpoint_is_caught_by_name(source, made, tmp_path, fault):
     change, subject = BREAKS[fault]
-    module = next(n for n in layout.quantised(Checkpoint(made).config, "official") if n.endswith(".experts.0.down_proj"))
+    module = next(
+        n for n in layout.quantised(Checkpoint(made).config, "official") if n.endswith(".experts.0.down_proj")
+    )
     folder = broken(made, tmp_path / "broken", module, change)
     assert any(subject in f.subject for f in audit.nvfp4(folder, "official", source))
 
 
 def test_fidelity_is_what_the_dequantised_weights_give_in_the_native_class(source, made, tmp_path):
-    """Loss, KL and agreement again, from two whole models; the second has the weights that the exported codes stand for."""
+    """Loss, KL and agreement again, from two whole models; the second has the weights that the exported
+    codes stand for.
+    """
     held_out = fidelity.rows(made.parent / "data" / "eval.jsonl", 200)
     found = json.loads((made / "audit.json").read_text())["fidelity"]
-    stood_for, before, after = fidelity.dequantised(Checkpoint(made)), native.load(source), native.load(source)
+    stood_for = fidelity.dequantised(Checkpoint(made))
+    before = native.load(source)
+    after = native.load(source)
     parameters = dict(after.named_parameters())
     for name in Checkpoint(source).entries:
         if ".experts." in name:
-            parameters[names.native(name).removesuffix(".weight")].data[int(name.split(".experts.")[1].split(".")[0])] = stood_for(name)
+            parameters[names.native(name).removesuffix(".weight")].data[
+                int(name.split(".experts.")[1].split(".")[0])
+            ] = stood_for(name)
         elif f"{name}_scale" in Checkpoint(made).entries:
             parameters[names.native(name)].data = stood_for(name)
     p, q, targets = [], [], []
@@ -160,7 +214,10 @@ def test_fidelity_is_what_the_dequantised_weights_give_in_the_native_class(sourc
             targets.append(following[trained])
     p, q, targets = torch.cat(p), torch.cat(q), torch.cat(targets)
     assert found["tokens"] == len(targets) > 50
-    assert found["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3) and found["kl"] > 1e-5
+    assert (
+        found["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+        and found["kl"] > 1e-5
+    )
     for name, logs in (("source", p), ("quantised", q)):
         assert found["loss"][name] == pytest.approx(-logs.gather(1, targets[:, None]).mean().item(), rel=1e-5)
     assert found["greedy_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
@@ -168,9 +225,13 @@ def test_fidelity_is_what_the_dequantised_weights_give_in_the_native_class(sourc
 
 
 def test_searched_scales_bring_the_model_nearer_to_its_source(source, made, tmp_path):
-    its = small.job("quantize", tmp_path, {**PARAMS, "scales": "mse"}, merge=source, data=small.data(tmp_path / "data"))
+    its = small.job(
+        "quantize", tmp_path, {**PARAMS, "scales": "mse"}, merge=source, data=small.data(tmp_path / "data")
+    )
     quantize.run(its)
-    nearest, mse = (json.loads((folder / "audit.json").read_text())["fidelity"] for folder in (made, its.output))
+    nearest, mse = (
+        json.loads((folder / "audit.json").read_text())["fidelity"] for folder in (made, its.output)
+    )
     assert mse["kl"] < nearest["kl"] and mse["layers"][-1] < nearest["layers"][-1]
 
 
@@ -208,7 +269,9 @@ def test_trap_28_the_calibrated_scales_come_from_a_forward_that_ran_on_cpu(made)
     assert len(scales) > 2  # one a projection and layer, not one default for all
 
 
-def test_without_held_out_conversations_the_comparison_is_left_out_with_a_warning(source, tmp_path, monkeypatch):
+def test_without_held_out_conversations_the_comparison_is_left_out_with_a_warning(
+    source, tmp_path, monkeypatch
+):
     warned = []
     monkeypatch.setattr(quantize.job, "warning", lambda message, remedy="": warned.append(message))
     data = small.data(tmp_path / "data")
@@ -218,4 +281,5 @@ def test_without_held_out_conversations_the_comparison_is_left_out_with_a_warnin
     report = json.loads((its.output / "audit.json").read_text())
     assert "fidelity" not in report and report["findings"] == []
     assert [message for message in warned if "held-out" in message] == [
-        "no held-out conversation: the quantised model's loss, KL and error by layer were not measured"]
+        "no held-out conversation: the quantised model's loss, KL and error by layer were not measured"
+    ]

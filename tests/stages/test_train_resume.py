@@ -9,19 +9,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import short
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("peft", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import short  # noqa: E402
-
-from stages.train import checkpoints, fit, pack  # noqa: E402
+from stages.train import checkpoints, fit, pack
 
 REPO = Path(__file__).resolve().parents[2]
-# Four steps an epoch and a checkpoint every five: a resumed run begins in the middle of an epoch that is not the first.
-# The base is BF16 and in 4 bits, where libraries would round the adapter.
-RUN = {"batch": 2, "sequence_tokens": 144, "steps": 15, "save_every": 5, "eval_every": 5, "method": "qlora", "precision": "bfloat16"}
+# Four steps an epoch and a checkpoint every five: a resumed run begins in the middle of an epoch that is not
+# the first. The base is BF16 and in 4 bits, where libraries would round the adapter.
+RUN = {
+    "batch": 2,
+    "sequence_tokens": 144,
+    "steps": 15,
+    "save_every": 5,
+    "eval_every": 5,
+    "method": "qlora",
+    "precision": "bfloat16",
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,10 @@ def test_a_changed_checkpoint_would_train_another_adapter_without_a_word(again, 
     a_changed_byte(again.scratch / "checkpoint-10")
     monkeypatch.setattr(checkpoints, "whole", lambda folder: True)
     fit.run(again)
-    assert any(not torch.equal(value, short.weights(whole.output)[name]) for name, value in short.weights(again.output).items())
+    assert any(
+        not torch.equal(value, short.weights(whole.output)[name])
+        for name, value in short.weights(again.output).items()
+    )
 
 
 def test_with_no_whole_checkpoint_training_starts_over(again, whole, monkeypatch):
@@ -100,7 +107,10 @@ def test_with_no_whole_checkpoint_training_starts_over(again, whole, monkeypatch
     fit.run(again)
     assert [w.split()[0] for w in warnings if "torn" in w] == ["checkpoint-15", "checkpoint-10"]
     assert_same(again.output, whole)
-    assert checkpoints.newest(again.scratch) == (again.scratch / "checkpoint-15", []), "what was torn has been saved anew"
+    assert checkpoints.newest(again.scratch) == (
+        again.scratch / "checkpoint-15",
+        [],
+    ), "what was torn has been saved anew"
 
 
 def test_a_run_killed_after_its_last_step_has_nothing_left_to_train(again, whole):
@@ -145,7 +155,13 @@ def test_trap_17_a_run_by_tokens_goes_on_with_the_steps_that_it_would_have_had(m
 def start(task, path):
     """The stage as every executor starts it."""
     path.write_text(json.dumps(asdict(task), default=str))
-    return subprocess.Popen([sys.executable, "-m", "stages.train", str(path)], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.train", str(path)],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
 
 
 def test_trap_17_a_killed_run_goes_on_to_the_same_adapter(made, whole, tmp_path):
@@ -153,7 +169,11 @@ def test_trap_17_a_killed_run_goes_on_to_the_same_adapter(made, whole, tmp_path)
     with start(task, tmp_path / "job.json") as process:
         for line in process.stdout:
             event = json.loads(line)
-            if event["event"] == "progress" and event["unit"] == "steps" and event["done"] > RUN["save_every"]:
+            if (
+                event["event"] == "progress"
+                and event["unit"] == "steps"
+                and event["done"] > RUN["save_every"]
+            ):
                 process.kill()
                 break
     assert process.returncode == -signal.SIGKILL and not (task.output / "adapter").exists()
@@ -162,7 +182,9 @@ def test_trap_17_a_killed_run_goes_on_to_the_same_adapter(made, whole, tmp_path)
     with start(task, tmp_path / "job.json") as process:
         events = [json.loads(line) for line in process.stdout]
     assert process.returncode == 0
-    assert [event["done"] for event in events if event["event"] == "progress" and event["unit"] == "steps"] == list(range(checkpoints.number(found) + 1, 16))
+    assert [
+        event["done"] for event in events if event["event"] == "progress" and event["unit"] == "steps"
+    ] == list(range(checkpoints.number(found) + 1, 16))
     assert_same(task.output, whole)
 
 
@@ -182,10 +204,14 @@ fit.run(job.read(sys.argv[1]))
 """
 
 
-def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(made, whole, tmp_path, monkeypatch):
+def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(
+    made, whole, tmp_path, monkeypatch
+):
     task = short.task(tmp_path, made, **RUN)
     (tmp_path / "job.json").write_text(json.dumps(asdict(task), default=str))
-    code = subprocess.run([sys.executable, "-c", DIES_IN_ITS_SAVE, str(tmp_path / "job.json")], cwd=REPO, capture_output=True).returncode
+    code = subprocess.run(
+        [sys.executable, "-c", DIES_IN_ITS_SAVE, str(tmp_path / "job.json")], cwd=REPO, capture_output=True
+    ).returncode
     assert code == -signal.SIGKILL
     warnings = short.warnings(monkeypatch)
     fit.run(task)
@@ -197,12 +223,20 @@ UNEVEN = {"batch": 3, "sequence_tokens": 150}  # in some steps one rank has two 
 BY_TOKENS = {"batch_tokens": 250, "sequence_tokens": 150}
 
 
-@pytest.mark.parametrize(("ranks", "sharded"), [
-    ((2, 2), {}), ((2, 1), {}), ((1, 2), {}),
-    ((2, 2), {"method": "nvfp4", **UNEVEN}), ((2, 1), UNEVEN), ((1, 2), BY_TOKENS),
-])
+@pytest.mark.parametrize(
+    ("ranks", "sharded"),
+    [
+        ((2, 2), {}),
+        ((2, 1), {}),
+        ((1, 2), {}),
+        ((2, 2), {"method": "nvfp4", **UNEVEN}),
+        ((2, 1), UNEVEN),
+        ((1, 2), BY_TOKENS),
+    ],
+)
 def test_two_ranks_have_the_losses_of_one_and_another_number_goes_on(made, tmp_path, ranks, sharded):
-    """gloo on this machine, through torchrun as a recipe's `ranks` starts it; the second number of ranks resumes from step 5.
+    """gloo on this machine, through torchrun as a recipe's `ranks` starts it; the second number of ranks
+    resumes from step 5.
 
     Sharded, two ranks hold the base between them.
     """
@@ -220,6 +254,10 @@ def test_two_ranks_have_the_losses_of_one_and_another_number_goes_on(made, tmp_p
             for path in list(task.output.iterdir()):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert short.losses(task.output) == pytest.approx(short.losses(alone.output), abs=1e-5)
-    # As a whole: where a gradient is next to nothing, Adam makes a whole step of the rounding of a sum taken in another order.
+    # As a whole: where a gradient is next to nothing, Adam makes a whole step of the rounding of a sum taken
+    # in another order.
     wanted = short.weights(alone.output)
-    assert all((value - wanted[name]).norm() < 1e-2 * wanted[name].norm() for name, value in short.weights(task.output).items())
+    assert all(
+        (value - wanted[name]).norm() < 1e-2 * wanted[name].norm()
+        for name, value in short.weights(task.output).items()
+    )

@@ -1,20 +1,14 @@
 """How large steps are: by tokens instead of conversations, what is refused, what a run says of its steps."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import short
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import short  # noqa: E402
-
-from stages import job  # noqa: E402
-from stages.train import sizes  # noqa: E402
-from stages.train.loop import Loop  # noqa: E402
-from stages.train.pack import Order  # noqa: E402
+from stages import job
+from stages.train import sizes
+from stages.train.loop import Loop
+from stages.train.pack import Order
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +83,16 @@ def test_steps_too_small_for_a_gpu_are_warned_of_with_what_to_set(said):
     assert "about 27 steps train as many as these 200" in remedy
 
 
-@pytest.mark.parametrize(("order", "steps", "world", "device"), [
-    (Order([275] * 1000, 0, batch=8), 200, 1, "cpu"),  # a CPU is busy with any step
-    (Order([1000] * 1000, 0, batch=8), 200, 1, "cuda"),
-    (Order([275] * 1000, 0, batch=8, batch_tokens=16384), 200, 2, "cuda"),
-    (Order([275] * 12, 0, batch=8), 200, 1, "cuda"),  # too few conversations for a step twice as large
-    (Order([275] * 1000, 0, batch=8), 0, 1, "cuda"),  # a control trains nothing
-])
+@pytest.mark.parametrize(
+    ("order", "steps", "world", "device"),
+    [
+        (Order([275] * 1000, 0, batch=8), 200, 1, "cpu"),  # a CPU is busy with any step
+        (Order([1000] * 1000, 0, batch=8), 200, 1, "cuda"),
+        (Order([275] * 1000, 0, batch=8, batch_tokens=16384), 200, 2, "cuda"),
+        (Order([275] * 12, 0, batch=8), 200, 1, "cuda"),  # too few conversations for a step twice as large
+        (Order([275] * 1000, 0, batch=8), 0, 1, "cuda"),  # a control trains nothing
+    ],
+)
 def test_other_steps_are_not_warned_of(said, order, steps, world, device):
     sizes.advise(order, steps, world, device)
     assert said == []

@@ -1,27 +1,22 @@
 """The traps of training: each silent failure is set on the small checkpoint, and each is noticed."""
 
 import json
-import sys
-from pathlib import Path
 
+import peft
 import pytest
+import short
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-peft = pytest.importorskip("peft", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import short  # noqa: E402
-
-from nemotron import native  # noqa: E402
-from nemotron.checkpoint import Checkpoint  # noqa: E402
-from nemotron.documents import Documents  # noqa: E402
-from nemotron.projection import Projection  # noqa: E402
-from stages import job  # noqa: E402
-from stages.train import fit  # noqa: E402
-from stages.train.guard import Guard  # noqa: E402
-from stages.train.loop import Loop  # noqa: E402
-from stages.train.pack import Pack, packs, trained_tokens  # noqa: E402
-from stages.train.ranks import Ranks  # noqa: E402
+from nemotron import native
+from nemotron.checkpoint import Checkpoint
+from nemotron.documents import Documents
+from nemotron.projection import Projection
+from stages import job
+from stages.train import fit
+from stages.train.guard import Guard
+from stages.train.loop import Loop
+from stages.train.pack import Pack, packs, trained_tokens
+from stages.train.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +32,44 @@ def trained(made, tmp_path_factory):
 def test_trap_4_training_leaves_every_bit_of_the_router(made, tmp_path, monkeypatch):
     def changed(model):
         here, stored = model.state_dict(), Checkpoint(made["base"])
-        names = [name for name in stored.entries if name.endswith(("gate.weight", "e_score_correction_bias", "A_log", ".D"))]
+        names = [
+            name
+            for name in stored.entries
+            if name.endswith(("gate.weight", "e_score_correction_bias", "A_log", ".D"))
+        ]
         assert len(names) == 2 * 2 + 2 * 2
-        return [name for name in names if not torch.equal(here[native.native(name)].float(), stored.tensor(name).float())]
+        return [
+            name
+            for name in names
+            if not torch.equal(here[native.native(name)].float(), stored.tensor(name).float())
+        ]
 
     assert changed(short.watched(tmp_path / "frozen", made, precision="bfloat16")["model"]) == []
-    short.change_model(monkeypatch, lambda model: [p.requires_grad_() for name, p in model.named_parameters() if name.endswith("gate.weight")])
+    short.change_model(
+        monkeypatch,
+        lambda model: [
+            p.requires_grad_() for name, p in model.named_parameters() if name.endswith("gate.weight")
+        ],
+    )
     model = short.watched(tmp_path / "thawed", made, precision="bfloat16")["model"]
     assert changed(model) == ["backbone.layers.1.mixer.gate.weight", "backbone.layers.4.mixer.gate.weight"]
 
 
 def test_trap_6_many_sequences_log_the_loss_of_one(made, tmp_path, monkeypatch):
-    one, many = short.task(tmp_path / "one", made, sequence_tokens=4096), short.task(tmp_path / "many", made, sequence_tokens=144)
+    one = short.task(tmp_path / "one", made, sequence_tokens=4096)
+    many = short.task(tmp_path / "many", made, sequence_tokens=144)
     rows = fit.read(made["data"] / "train.jsonl")
     assert len(packs(rows, 4096)) == 1 and len(packs(rows, 144)) >= 4
     fit.run(one)
     fit.run(many)
     assert short.losses(many.output) == pytest.approx(short.losses(one.output), rel=1e-5)
-    assert short.history(many).norm == pytest.approx(short.history(one).norm, rel=1e-3), "clipping would bite harder"
-    assert all(torch.allclose(a, short.weights(many.output)[name], atol=1e-4) for name, a in short.weights(one.output).items())
+    assert short.history(many).norm == pytest.approx(short.history(one).norm, rel=1e-3), (
+        "clipping would bite harder"
+    )
+    assert all(
+        torch.allclose(a, short.weights(many.output)[name], atol=1e-4)
+        for name, a in short.weights(one.output).items()
+    )
 
     # The trap: each sequence takes the mean of its own, and they are summed.
     right, whole = Loop.loss, trained_tokens(rows)
@@ -72,13 +86,26 @@ def test_trap_6_many_sequences_log_the_loss_of_one(made, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["qlora", "nvfp4"])
 def test_trap_7_the_experts_are_in_four_bits(made, tmp_path, method):
     groups = json.loads((short.run(tmp_path, made, method=method) / "training.json").read_text())["groups"]
-    assert set(groups) == {"embeddings", "attention", "mamba", "experts", "shared", "router", "adapter", "norms"}
-    assert groups["experts"]["four_bit"] / groups["experts"]["bytes"] > 0.88 and groups["attention"]["four_bit"] == 0
+    assert set(groups) == {
+        "embeddings",
+        "attention",
+        "mamba",
+        "experts",
+        "shared",
+        "router",
+        "adapter",
+        "norms",
+    }
+    assert (
+        groups["experts"]["four_bit"] / groups["experts"]["bytes"] > 0.88
+        and groups["attention"]["four_bit"] == 0
+    )
 
 
 def test_trap_8_every_adapter_tensor_has_left_its_start(trained):
     after = {name: p for name, p in trained["model"].named_parameters() if p.requires_grad}
-    assert after.keys() == trained["start"].keys() and len(after) == 2 * (4 + 2 + 2 * 2 + 2 * 2)  # A and B of attention, in_proj, shared, experts
+    # A and B of attention, in_proj, shared, experts
+    assert after.keys() == trained["start"].keys() and len(after) == 2 * (4 + 2 + 2 * 2 + 2 * 2)
     assert [name for name, p in after.items() if torch.equal(p, trained["start"][name])] == []
     saved = short.weights(trained["task"].output)
     assert len(saved) == len(after) and all(value.abs().sum() > 0 for value in saved.values())
@@ -86,15 +113,23 @@ def test_trap_8_every_adapter_tensor_has_left_its_start(trained):
 
 def test_trap_8_an_adapter_without_gradient_is_refused_by_name(made, tmp_path, monkeypatch):
     def cut_off(model):
-        """What a kernel does that reads a weight past its module: the forward is right, the module's adapter gets nothing."""
-        next(module for name, module in model.named_modules() if name.endswith("mixer.q_proj")).register_forward_hook(lambda module, inputs, output: output.detach())
+        """What a kernel does that reads a weight past its module: the forward is right, the module's
+        adapter gets nothing.
+        """
+        next(
+            module for name, module in model.named_modules() if name.endswith("mixer.q_proj")
+        ).register_forward_hook(lambda module, inputs, output: output.detach())
 
     short.change_model(monkeypatch, cut_off)
-    with pytest.raises(job.StageError, match=r"2 of 28 adapter tensors have no gradient.*layers\.3\.mixer\.q_proj\.lora_a"):
+    with pytest.raises(
+        job.StageError, match=r"2 of 28 adapter tensors have no gradient.*layers\.3\.mixer\.q_proj\.lora_a"
+    ):
         short.run(tmp_path / "checked", made)
     monkeypatch.setattr(Guard, "moved", lambda self: None)
     unnoticed = short.weights(short.run(tmp_path / "unchecked", made))  # nothing else minds
-    assert [name for name, value in unnoticed.items() if "lora_B" in name and not value.any()] == ["base_model.model.model.layers.3.mixer.q_proj.lora_B.weight"]
+    assert [name for name, value in unnoticed.items() if "lora_B" in name and not value.any()] == [
+        "base_model.model.model.layers.3.mixer.q_proj.lora_B.weight"
+    ]
 
 
 def test_trap_8_an_adapter_that_does_not_move_is_refused_by_name(made, tmp_path, monkeypatch):
@@ -106,7 +141,11 @@ def test_trap_8_an_adapter_that_does_not_move_is_refused_by_name(made, tmp_path,
     def forgetful(self):
         """An optimiser that has lost one tensor, as after a cast that makes a new one."""
         its = next(p for name, p in self.tensors.items() if "in_proj.lora_b" in name)
-        its.data.copy_(next(value for name, value in self.start.items() if "in_proj.lora_b" in name)) if self.start else None
+        (
+            its.data.copy_(next(value for name, value in self.start.items() if "in_proj.lora_b" in name))
+            if self.start
+            else None
+        )
         right(self)
 
     right = Guard.moved
@@ -122,29 +161,49 @@ def test_trap_10_no_preset_puts_an_adapter_on_out_proj(made, tmp_path, preset):
     model = fit.adapted(short.task(tmp_path, made, targets=preset), Ranks())
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable and not any("out_proj" in name for name in trainable)
-    assert any(name.endswith("mixer.out_proj") for name, _ in model.named_modules()), "there has to be an out_proj to leave out"
+    assert any(name.endswith("mixer.out_proj") for name, _ in model.named_modules()), (
+        "there has to be an out_proj to leave out"
+    )
 
 
 def test_trap_10_peft_still_refuses_out_proj(made):
     with pytest.raises(ValueError, match="out_proj"):
-        peft.get_peft_model(native.load(made["base"]), peft.LoraConfig(target_modules=["out_proj"], task_type="CAUSAL_LM"))
+        peft.get_peft_model(
+            native.load(made["base"]), peft.LoraConfig(target_modules=["out_proj"], task_type="CAUSAL_LM")
+        )
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "nvfp4"])
 def test_trap_11_evaluating_between_steps_changes_nothing(made, tmp_path, method):
-    never, always = (short.run(tmp_path / name, made, method=method, eval_every=every) for name, every in (("never", 4), ("always", 1)))
+    never, always = (
+        short.run(tmp_path / name, made, method=method, eval_every=every)
+        for name, every in (("never", 4), ("always", 1))
+    )
     assert short.losses(always) == short.losses(never)
 
 
 def test_trap_12_a_packed_step_is_its_conversations_one_by_one(made, tmp_path):
     its, rows = short.loop(tmp_path, made)
     [pack] = packs(rows, 1024)
-    assert sorted(pack.documents.lengths) == sorted(len(row["input_ids"]) for row in rows), "no token of a step is padding"
+    assert sorted(pack.documents.lengths) == sorted(len(row["input_ids"]) for row in rows), (
+        "no token of a step is padding"
+    )
     with torch.no_grad():
-        alone = sum(its.loss(Pack(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), Documents((len(row["input_ids"]),)))) for row in rows)
+        alone = sum(
+            its.loss(
+                Pack(
+                    torch.tensor(row["input_ids"]),
+                    torch.tensor(row["labels"]),
+                    Documents((len(row["input_ids"]),)),
+                )
+            )
+            for row in rows
+        )
         assert its.loss(pack) == pytest.approx(alone.item(), rel=1e-5)
         leaking = its.loss(Pack(pack.ids, pack.labels, Documents((len(pack.ids),))))
-        assert abs(leaking / alone - 1) > 1e-4, "without boundaries the loss has to be another, or this test shows nothing"
+        assert abs(leaking / alone - 1) > 1e-4, (
+            "without boundaries the loss has to be another, or this test shows nothing"
+        )
 
 
 def test_trap_14_a_row_of_which_nothing_is_trained_adds_nothing(made, tmp_path):

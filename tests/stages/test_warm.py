@@ -1,48 +1,65 @@
-"""stages.warm trains, with random weights, all that stage train compiles: every kind of layer, full and usual steps, held-out losses."""
+"""stages.warm trains, with random weights, all that stage train compiles: every kind of layer, full and
+usual steps, held-out losses.
+"""
 
 import dataclasses
 import json
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import small
 
-torch = pytest.importorskip("torch", reason="needs the train environment")
-pytest.importorskip("transformers", reason="needs the train environment")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import small  # noqa: E402
-
-from nemotron import kernel_cache, layout, nano  # noqa: E402
-from stages import job, warm  # noqa: E402
-from stages.train.loop import Loop  # noqa: E402
+from nemotron import kernel_cache, layout, nano
+from stages import job, warm
+from stages.train.loop import Loop
 
 CONTRACT = Path(__file__).resolve().parents[2] / "stages/train/stage.toml"
 
 
 def params(**given):
     known = tomllib.loads(CONTRACT.read_text())["parameters"]
-    return {name: its["default"] for name, its in known.items()} | {"rank": 4, "sequence_tokens": 256, "gradient_checkpointing": True} | given
+    return (
+        {name: its["default"] for name, its in known.items()}
+        | {"rank": 4, "sequence_tokens": 256, "gradient_checkpointing": True}
+        | given
+    )
 
 
 def test_a_layer_of_each_kind_and_no_more():
     assert warm.kinds(nano.PATTERN) == "MEM*"
-    assert [warm.kinds(pattern) for pattern in ("MEM*EMEM*E", "M*", "ME*", "MM*M", "EM")] == ["MEM*", "M*", "*ME", "MM*", "ME"]
+    assert [warm.kinds(pattern) for pattern in ("MEM*EMEM*E", "M*", "ME*", "MM*M", "EM")] == [
+        "MEM*",
+        "M*",
+        "*ME",
+        "MM*",
+        "ME",
+    ]
 
 
 @pytest.mark.parametrize("pattern", [nano.PATTERN, "MEM*EMEM*EME", "EMEM*"])
 def test_each_kind_is_held_as_in_the_whole_model(pattern):
     """In four bits or in BF16: the Mamba layer before attention stays BF16."""
+
     def held(letters):
         config = nano.WIDTHS | {"n_routed_experts": 2, "hybrid_override_pattern": letters}
         packed = {name.split(".", 2)[2] for name in layout.quantised(config, "official")}
-        return {(letter, frozenset(name.split(".", 1)[1] for name in packed if name.startswith(f"{number}."))) for number, letter in enumerate(letters)}
+        return {
+            (letter, frozenset(name.split(".", 1)[1] for name in packed if name.startswith(f"{number}.")))
+            for number, letter in enumerate(letters)
+        }
 
     assert held(warm.kinds(pattern)) == held(pattern)
 
 
-@pytest.mark.parametrize("given", [{}, {"method": "qlora", "targets": "all"}, {"targets": "all", "rounded_share": 0.2, "rounded_loss": "teacher", "ranks": 2}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"method": "qlora", "targets": "all"},
+        {"targets": "all", "rounded_share": 0.2, "rounded_loss": "teacher", "ranks": 2},
+    ],
+)
 def test_it_trains_a_full_and_a_usual_step(tmp_path, monkeypatch, given):
     base, data = small.base(tmp_path / "base", "MEM*EME"), small.data(tmp_path / "data")
     seen, real = [], Loop.step
@@ -66,7 +83,10 @@ def test_without_a_base_it_takes_nanos_shape_and_says_so(tmp_path, capsys):
     assert max(warm.conversations(task)) == 512 and sum(warm.fill(warm.conversations(task), 512)) == 512
 
 
-@pytest.mark.parametrize("device, folder, found", [("cpu", "somewhere", "device cpu"), ("cuda", None, "no folder in which kernels stay")])
+@pytest.mark.parametrize(
+    "device, folder, found",
+    [("cpu", "somewhere", "device cpu"), ("cuda", None, "no folder in which kernels stay")],
+)
 def test_it_refuses_what_would_warm_nothing(tmp_path, monkeypatch, device, folder, found):
     monkeypatch.setattr(kernel_cache, "_prepared", folder)
     task = small.job("warm", tmp_path, params())

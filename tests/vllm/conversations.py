@@ -273,7 +273,9 @@ def blanks_around_answers(chance):
 
 def results_in_another_order(chance):
     calls = [call("get_weather", {"city": city}, city) for city in ("Pune", "Delhi", "Goa")]
-    results = [result(f"{n} C", city) for n, city in zip((31, 40, 29), ("Pune", "Delhi", "Goa"))]
+    results = [
+        result(f"{n} C", city) for n, city in zip((31, 40, 29), ("Pune", "Delhi", "Goa"), strict=False)
+    ]
     chance.shuffle(results)
     return {"messages": called(chance, calls, results), "tools": [WEATHER]}
 

@@ -2,28 +2,23 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
+import small
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
-
-import small  # noqa: E402
-
-from nemotron import audit, checkpoint_audit, layout, names, native, nvfp4, quant_config  # noqa: E402
-from nemotron.checkpoint import INDEX, SINGLE, Checkpoint  # noqa: E402
-from stages.base import tokenizer  # noqa: E402
-from stages.evaluate import evaluate  # noqa: E402
-from stages.job import Job  # noqa: E402
-from stages.quantize import quantize  # noqa: E402
+from nemotron import audit, checkpoint_audit, layout, names, native, nvfp4, quant_config
+from nemotron.checkpoint import INDEX, SINGLE, Checkpoint
+from stages.base import tokenizer
+from stages.evaluate import evaluate
+from stages.job import Job
+from stages.quantize import quantize
 
 # ChatML with the switch of the model's own template, which is TRL's to ship and so not in this environment.
 TEMPLATE = """\
 {% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant
-{{ '<think></think>' if enable_thinking is defined and not enable_thinking else '<think>\n' }}"""
+{{ '<think></think>' if enable_thinking is defined and not enable_thinking else '<think>\n' }}"""  # noqa: E501
 AMAX = 8.0  # of activations; in the line it is measured
 
 
@@ -38,7 +33,9 @@ def base(folder):
 
 
 def remember(folder):
-    """Makes the Mamba layers carry a state, by small steps (dt is about 0.0003): untrained ones hardly use theirs."""
+    """Makes the Mamba layers carry a state, by small steps (dt is about 0.0003): untrained ones hardly use
+    theirs.
+    """
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         for name, tensor in tensors.items():
@@ -57,7 +54,12 @@ def export(source, folder, chosen, form):
     checkpoint, weight_only = Checkpoint(source), form == "w4a16"
     modules = layout.quantised(checkpoint.config, chosen)
     maxima = {} if weight_only else dict.fromkeys(modules, torch.tensor(AMAX))
-    quantize.stream(checkpoint, modules, maxima, Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, folder, folder.parent, 0))
+    quantize.stream(
+        checkpoint,
+        modules,
+        maxima,
+        Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, folder, folder.parent, 0),
+    )
     quant_config.write(folder, layout.hf_quant_config(checkpoint.config, chosen, "FP8", "0", weight_only))
     (folder / "audit.json").write_text(json.dumps({"layout": chosen}))
     assert audit.nvfp4(folder, chosen, source, weight_only) == []
@@ -69,7 +71,12 @@ def weights(folder, read=nvfp4.unpack):
     """Hub name -> what the codes of a quantised linear stand for, float32 (out, in)."""
     checkpoint = Checkpoint(folder)
     for name in sorted(audit.packed_modules(checkpoint)):
-        yield f"{name}.weight", read(nvfp4.Packed(*(checkpoint.tensor(f"{name}.{part}") for part in ("weight", *layout.PARTS[:2]))))
+        yield (
+            f"{name}.weight",
+            read(
+                nvfp4.Packed(*(checkpoint.tensor(f"{name}.{part}") for part in ("weight", *layout.PARTS[:2])))
+            ),
+        )
 
 
 def decoded(source, folder, read=nvfp4.unpack):
@@ -77,7 +84,9 @@ def decoded(source, folder, read=nvfp4.unpack):
     model = native.load(source)
     for name, weight in weights(folder, read):
         parameter = model.get_parameter(names.native(name)).data
-        (parameter[int(name.split(".experts.")[1].split(".")[0])] if ".experts." in name else parameter).copy_(weight)
+        (
+            parameter[int(name.split(".experts.")[1].split(".")[0])] if ".experts." in name else parameter
+        ).copy_(weight)
     return model
 
 
@@ -85,7 +94,9 @@ def in_bf16(source, folder, copy):
     """The same as a checkpoint: `source` with the weights that the codes stand for, in BF16."""
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
     checkpoint = Checkpoint(source)
-    tensors = {name: checkpoint.tensor(name) for name in checkpoint.entries} | {name: weight.bfloat16() for name, weight in weights(folder)}
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.entries} | {
+        name: weight.bfloat16() for name, weight in weights(folder)
+    }
     save_file(tensors, copy / SINGLE, metadata={"format": "pt"})
     assert audit.bf16(copy) == []
     return copy

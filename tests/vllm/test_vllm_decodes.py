@@ -1,12 +1,11 @@
-"""vLLM's own reference for reading NVFP4 weights, the one that its emulation multiplies with, finds in our tensors what `unpack` does."""
+"""vLLM's own reference for reading NVFP4 weights, the one that its emulation multiplies with, finds in our
+tensors what `unpack` does.
+"""
 
 import pytest
+import torch
 
-pytest.importorskip("vllm", reason="needs the vllm environment")
-
-import torch  # noqa: E402
-
-from nemotron import nvfp4  # noqa: E402
+from nemotron import nvfp4
 
 
 @pytest.mark.parametrize("search", nvfp4.SEARCHES)
@@ -19,7 +18,11 @@ def test_vllm_decodes_the_bits_that_unpack_does(search, dtype):
     stack[1, 3, 16:48], stack[2, ::7] = 0, -0.0
     packed = nvfp4.pack(stack.to(dtype), search)
     ours = nvfp4.unpack(packed)
-    theirs = dequantize_to_dtype(packed.weight, packed.weight_scale, packed.weight_scale_2, torch.float32, swizzle=False)
+    theirs = dequantize_to_dtype(
+        packed.weight, packed.weight_scale, packed.weight_scale_2, torch.float32, swizzle=False
+    )
     assert torch.equal(theirs.view(torch.int32), ours.view(torch.int32))
-    one = dequantize_to_dtype(packed.weight[0], packed.weight_scale[0], packed.weight_scale_2[0], torch.bfloat16, swizzle=False)
+    one = dequantize_to_dtype(
+        packed.weight[0], packed.weight_scale[0], packed.weight_scale_2[0], torch.bfloat16, swizzle=False
+    )
     assert torch.equal(one, ours[0].bfloat16()) and one.any()

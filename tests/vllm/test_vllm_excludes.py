@@ -1,4 +1,6 @@
-"""What vLLM reads of a checkpoint's settings: trap 23, its own matching agrees with our layout on every module of the real model; and weight-only."""
+"""What vLLM reads of a checkpoint's settings: trap 23, its own matching agrees with our layout on every
+module of the real model; and weight-only.
+"""
 
 import json
 from pathlib import Path
@@ -6,9 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("vllm", reason="needs the vllm environment")
-
-from nemotron import layout, names, quant_config  # noqa: E402
+from nemotron import layout, names, quant_config
 
 NANO = json.loads((Path(__file__).parents[1] / "nemotron" / "golden" / "nano-config.json").read_text())
 
@@ -24,7 +24,18 @@ def test_trap_23_vllm_excludes_what_the_layout_leaves_in_bf16(chosen):
     assert set(excluded).isdisjoint(quantised) and len(excluded) + len(quantised) < len(names.tensors(NANO))
 
 
-@pytest.mark.parametrize("exclude", ["lm_head", "backbone.layers.1", "backbone.layers.4.mixer*", "backbone.layers.*.mixer.conv1d", "*.q_proj", "in_proj", "lm_head.\0x"])
+@pytest.mark.parametrize(
+    "exclude",
+    [
+        "lm_head",
+        "backbone.layers.1",
+        "backbone.layers.4.mixer*",
+        "backbone.layers.*.mixer.conv1d",
+        "*.q_proj",
+        "in_proj",
+        "lm_head.\0x",
+    ],
+)
 def test_trap_23_the_audit_matches_an_exclude_as_vllm_does(exclude):
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
     from vllm.model_executor.models.utils import WeightsMapper
@@ -33,8 +44,14 @@ def test_trap_23_the_audit_matches_an_exclude_as_vllm_does(exclude):
     settings["quantization"]["exclude_modules"] = [exclude]
     config = ModelOptNvFp4Config.from_config(settings)
     config.apply_vllm_mapper(WeightsMapper())
-    modules = [name.removesuffix(".weight") for name in names.tensors(NANO) if name.endswith(("_proj.weight", "conv1d.weight", "lm_head.weight")) and ".experts." not in name]
-    assert [m for m in modules if quant_config.covers(exclude, m)] == [m for m in modules if config.is_layer_excluded(m)]
+    modules = [
+        name.removesuffix(".weight")
+        for name in names.tensors(NANO)
+        if name.endswith(("_proj.weight", "conv1d.weight", "lm_head.weight")) and ".experts." not in name
+    ]
+    assert [m for m in modules if quant_config.covers(exclude, m)] == [
+        m for m in modules if config.is_layer_excluded(m)
+    ]
 
 
 def test_vllm_knows_the_algorithms_of_the_audit():
@@ -51,7 +68,11 @@ def test_vllm_reads_in_config_json_what_hf_quant_config_says(kv_cache):
     nested = layout.hf_quant_config(NANO, "official", kv_cache, "0", weight_only=True)
     inside = quant_config.inside(nested)
     assert vars(ModelOptNvFp4Config.from_config(inside)) == vars(ModelOptNvFp4Config.from_config(nested))
-    assert get_kv_cache_quant_algo_string(inside) == get_kv_cache_quant_algo_string({**nested, "quant_method": "modelopt"}) == ("fp8_e4m3" if kv_cache else None)
+    assert (
+        get_kv_cache_quant_algo_string(inside)
+        == get_kv_cache_quant_algo_string({**nested, "quant_method": "modelopt"})
+        == ("fp8_e4m3" if kv_cache else None)
+    )
     assert ModelOptNvFp4Config.override_quantization_method(inside, None) == "modelopt_fp4"
 
 
@@ -59,7 +80,9 @@ def test_vllm_takes_weights_alone_from_config_json_only():
     from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
     def taken(settings):
-        return ModelArchConfigConvertorBase._normalize_quantization_config(None, SimpleNamespace(quantization_config=settings))
+        return ModelArchConfigConvertorBase._normalize_quantization_config(
+            None, SimpleNamespace(quantization_config=settings)
+        )
 
     nested = layout.hf_quant_config(NANO, "official", "FP8", "0", weight_only=True)
     assert taken(quant_config.inside(nested))["quant_method"] == "modelopt"

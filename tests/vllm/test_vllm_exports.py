@@ -1,27 +1,29 @@
-"""A real vLLM's loader on every export: each layout, in W4A4 and in W4A16, answers as the weights do that its codes stand for.
+"""A real vLLM's loader on every export: each layout, in W4A4 and in W4A16, answers as the weights do that
+its codes stand for.
 
-vLLM runs in this process, with the flags of nemotron/serving.py as its own command line reads them. A W4A16 export is also held
-against vLLM itself on the decoded weights in BF16, which is the same arithmetic.
+vLLM runs in this process, with the flags of nemotron/serving.py as its own command line reads them. A
+W4A16 export is also held against vLLM itself on the decoded weights in BF16, which is the same arithmetic.
 """
 
 import functools
 import gc
 from dataclasses import dataclass, replace
 
+import exported
 import pytest
+import torch
 
-pytest.importorskip("vllm", reason="needs the vllm environment")
+from nemotron import layout, nvfp4
+from nemotron.serving import installed, quantised, serve
 
-import exported  # noqa: E402
-import torch  # noqa: E402
-
-from nemotron import layout, nvfp4  # noqa: E402
-from nemotron.serving import installed, quantised, serve  # noqa: E402
-
-PROMPT = torch.randint(3, 500, (381,), generator=torch.Generator().manual_seed(1)).tolist()  # six chunks of the Mamba scan
-# Mean difference of log p. W4A16: vLLM computes in BF16 (measured 0.0030 to 0.0034); W4A4 rounds activations to 4 bits too (0.004 to 0.069).
+# six chunks of the Mamba scan
+PROMPT = torch.randint(3, 500, (381,), generator=torch.Generator().manual_seed(1)).tolist()
+# Mean difference of log p. W4A16: vLLM computes in BF16 (measured 0.0030 to 0.0034); W4A4 rounds activations
+# to 4 bits too (0.004 to 0.069).
 NEAR = {"w4a4": 0.15, "w4a16": 0.01}
-WRONG = {  # ways to read a checkpoint wrongly, which the measure has to tell (measured at 4.2 to 149 times the right one)
+# ways to read a checkpoint wrongly, which the measure has to tell (measured at 4.2 to 149 times the right
+# one)
+WRONG = {
     "nibbles swapped": lambda p: nvfp4.unpack(replace(p, weight=p.weight << 4 | p.weight >> 4)),
     "a scale lost": lambda p: nvfp4.unpack(p) / 2,
 }
@@ -29,7 +31,9 @@ WRONG = {  # ways to read a checkpoint wrongly, which the measure has to tell (m
 
 @dataclass(frozen=True)
 class Answer:
-    """Eight greedy tokens after PROMPT, and log p of the twenty likeliest tokens (and of the one that came) at each of its 388 places, the first left out."""
+    """Eight greedy tokens after PROMPT, and log p of the twenty likeliest tokens (and of the one that
+    came) at each of its 388 places, the first left out.
+    """
 
     greedy: list[int]
     places: list[dict[int, float]]
@@ -37,13 +41,26 @@ class Answer:
     @torch.no_grad()
     def difference(self, model):
         """|log p of vLLM - log p of `model`|, float64, for every token that vLLM names."""
-        expected = model(input_ids=torch.tensor([PROMPT + self.greedy]), use_cache=False).logits[0].float().log_softmax(-1)
-        return torch.cat([(torch.tensor(list(place.values()), dtype=torch.float64) - row[list(place)]).abs() for place, row in zip(self.places, expected)])
+        expected = (
+            model(input_ids=torch.tensor([PROMPT + self.greedy]), use_cache=False)
+            .logits[0]
+            .float()
+            .log_softmax(-1)
+        )
+        return torch.cat(
+            [
+                (torch.tensor(list(place.values()), dtype=torch.float64) - row[list(place)]).abs()
+                for place, row in zip(self.places, expected, strict=False)
+            ]
+        )
 
     def apart(self, other):
         """|log p - `other`'s log p| of the tokens that both name at a place of the prompt."""
-        pairs = zip(self.places[: len(PROMPT) - 1], other.places)
-        return torch.tensor([abs(place[token] - its[token]) for place, its in pairs for token in place.keys() & its.keys()], dtype=torch.float64)
+        pairs = zip(self.places[: len(PROMPT) - 1], other.places, strict=False)
+        return torch.tensor(
+            [abs(place[token] - its[token]) for place, its in pairs for token in place.keys() & its.keys()],
+            dtype=torch.float64,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +79,35 @@ def ask(tmp_path_factory):
         options = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(folder), *flags.args])
         engine = LLM.from_engine_args(EngineArgs.from_cli_args(options))
         try:
-            settings = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=20, prompt_logprobs=20)
+            settings = SamplingParams(
+                temperature=0,
+                max_tokens=8,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=20,
+                prompt_logprobs=20,
+            )
             made = engine.generate([{"prompt_token_ids": PROMPT}], settings, use_tqdm=False)[0]
         finally:
             del engine
             gc.collect()
             cleanup_dist_env_and_memory()
         output = made.outputs[0]
-        return Answer(list(output.token_ids), [{token: its.logprob for token, its in place.items()} for place in (*made.prompt_logprobs[1:], *output.logprobs)])
+        return Answer(
+            list(output.token_ids),
+            [
+                {token: its.logprob for token, its in place.items()}
+                for place in (*made.prompt_logprobs[1:], *output.logprobs)
+            ],
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         # One process: a second would import vLLM again for each checkpoint.
-        for name, value in {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+        for name, value in {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }.items():
             patch.setenv(name, value)
         yield asked
 

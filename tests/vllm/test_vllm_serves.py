@@ -1,28 +1,27 @@
-"""A real vLLM on a CPU: what it answers about a small checkpoint, an adapter and an NVFP4 export is what they hold.
+"""A real vLLM on a CPU: what it answers about a small checkpoint, an adapter and an NVFP4 export is what
+they hold.
 
-Three servers are started. References are transformers' class with our repairs, given vLLM's own tokens. Every layout is asked in
-test_vllm_exports.py.
+Three servers are started. References are transformers' class with our repairs, given vLLM's own tokens.
+Every layout is asked in test_vllm_exports.py.
 """
 
 from dataclasses import replace
 
+import exported
+import peft
 import pytest
+import small
+import torch
 
-pytest.importorskip("vllm", reason="needs the vllm environment")
-
-import exported  # noqa: E402
-import peft  # noqa: E402
-import small  # noqa: E402
-import torch  # noqa: E402
-
-from nemotron import native, nvfp4  # noqa: E402
-from nemotron.serving import SERVED_NAME, quantised, serve  # noqa: E402
-from nemotron.serving import Checkpoint as Served  # noqa: E402
-from stages.evaluate import evaluate  # noqa: E402
-from stages.evaluate.server import Server  # noqa: E402
+from nemotron import native, nvfp4
+from nemotron.serving import SERVED_NAME, quantised, serve
+from nemotron.serving import Checkpoint as Served
+from stages.evaluate import evaluate
+from stages.evaluate.server import Server
 
 THINK, NO_MORE = 12, 13  # token ids of <think> and </think>
-LONG = "hello how are you today " * 60  # 381 tokens: six chunks of the Mamba scan, and beyond the 319 of trap 31
+# 381 tokens: six chunks of the Mamba scan, and beyond the 319 of trap 31
+LONG = "hello how are you today " * 60
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +57,20 @@ def in_4_bits(request, made):
 
 def ask(server, name=SERVED_NAME, content=LONG, **more):
     """Eight greedy tokens with the twenty likeliest at each place."""
-    return server.ask({
-        "model": name, "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0, "logprobs": True, "top_logprobs": 20,
-        "ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True, **more})
+    return server.ask(
+        {
+            "model": name,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 8,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": 20,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            **more,
+        }
+    )
 
 
 @torch.no_grad()
@@ -69,7 +79,10 @@ def difference(answer, model):
     choice, prompt = answer["choices"][0], answer["prompt_token_ids"]
     logits = model(input_ids=torch.tensor([prompt + choice["token_ids"]]), use_cache=False).logits[0]
     expected = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
-    places = [[(int(t["token"].removeprefix("token_id:")), t["logprob"]) for t in place["top_logprobs"][:20]] for place in choice["logprobs"]["content"]]
+    places = [
+        [(int(t["token"].removeprefix("token_id:")), t["logprob"]) for t in place["top_logprobs"][:20]]
+        for place in choice["logprobs"]["content"]
+    ]
     found = torch.tensor(places, dtype=torch.float64)
     return (found[..., 1] - expected.gather(1, found[..., 0].long())).abs()
 
@@ -95,9 +108,12 @@ def test_trap_29_an_attention_adapter_is_applied(made, bf16):
     base, tuned = ask(bf16), ask(bf16, "tuned")
     model = native.load(made / "base")
     assert difference(tuned, model).max() > 0.1  # it changes the answer
-    assert difference(tuned, peft.PeftModel.from_pretrained(model, made / "train" / "adapter")).max() < 1e-3  # as it should
+    # as it should
+    assert difference(tuned, peft.PeftModel.from_pretrained(model, made / "train" / "adapter")).max() < 1e-3
     assert base["choices"][0]["token_ids"] != tuned["choices"][0]["token_ids"]
-    evaluate.check_adapter({"base": [base["choices"][0]["message"]], "tuned": [tuned["choices"][0]["message"]]})
+    evaluate.check_adapter(
+        {"base": [base["choices"][0]["message"]], "tuned": [tuned["choices"][0]["message"]]}
+    )
 
 
 def test_trap_31_a_long_prompt_that_comes_back_does_not_kill_the_engine(bf16):
@@ -110,9 +126,14 @@ def test_nvfp4_answers_as_its_decoded_weights_do(made, in_4_bits):
     folder, server = in_4_bits
     answer = ask(server)
     # In W4A4 activations are in 4 bits too: noise remains. In W4A16 all that remains is BF16's.
-    assert difference(answer, exported.decoded(made / "base", folder)).mean() < (0.15 if folder.name == "w4a4" else 0.02)
+    assert difference(answer, exported.decoded(made / "base", folder)).mean() < (
+        0.15 if folder.name == "w4a4" else 0.02
+    )
     # The measure tells a checkpoint that is read wrongly: nibbles swapped, a scale lost.
-    for wrong in (lambda p: nvfp4.unpack(replace(p, weight=p.weight << 4 | p.weight >> 4)), lambda p: nvfp4.unpack(p) / 2):
+    for wrong in (
+        lambda p: nvfp4.unpack(replace(p, weight=p.weight << 4 | p.weight >> 4)),
+        lambda p: nvfp4.unpack(p) / 2,
+    ):
         assert difference(answer, exported.decoded(made / "base", folder, wrong)).mean() > 0.25
 
 

@@ -12,26 +12,21 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import conversations
 import pytest
+import small
+from transformers import AutoTokenizer
+from vllm.entrypoints.openai.chat_completion import protocol
+from vllm.tool_parsers import ToolParserManager
 
-pytest.importorskip("vllm", reason="needs the vllm environment")
+from nemotron.serving import SERVED_NAME, THINKING_OFF, serve
+from nemotron.serving import Checkpoint as Served
+from stages.evaluate import evaluate
+from stages.evaluate.server import Server
+
 PYTHON = os.environ.get("ANNIE_TEST_TRAIN_PYTHON")
 if not PYTHON:
     pytest.skip("needs ANNIE_TEST_TRAIN_PYTHON, which tests/run.py sets", allow_module_level=True)
-
-import conversations  # noqa: E402
-import exported  # noqa: E402, F401  it also makes `small` importable
-import small  # noqa: E402
-
-from transformers import AutoTokenizer  # noqa: E402
-from vllm.entrypoints.openai.chat_completion import protocol  # noqa: E402
-from vllm.tool_parsers import ToolParserManager  # noqa: E402
-
-from nemotron.serving import SERVED_NAME, THINKING_OFF, serve  # noqa: E402
-from nemotron.serving import Checkpoint as Served  # noqa: E402
-from stages.evaluate import evaluate  # noqa: E402
-from stages.evaluate.server import Server  # noqa: E402
-
 REPO = Path(__file__).resolve().parents[2]
 CASES = conversations.hundred()
 TOKENIZER = """
