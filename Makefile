@@ -8,11 +8,12 @@ EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
 
-.PHONY: help demo test long model warm serve chat plan status doctor arm64 lock clean FORCE
+.PHONY: help demo test lint long model warm serve chat plan status doctor arm64 lock clean FORCE
 
 help:
 	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 10 minutes)"
 	@echo "make test    every test this machine can run"
+	@echo "make lint    ruff (rules and format) and mypy, as .ci/run does"
 	@echo "make long    what make test leaves out: other CPUs' numerics, the line in containers (an hour)"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"
 	@echo "make warm    compiles what stage train of RECIPE runs on this GPU, so that it starts at once"
@@ -26,6 +27,11 @@ demo: .venv/.ready
 
 test: .venv/.ready .venv/.tests
 	@.venv/bin/python tests/run.py
+
+lint: .venv/.ready .venv/.lint
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
 
 # Not in .ci/run either: the small line once for each kind of CPU that torch can be held to, and once more in containers.
 long: .venv/.ready .venv/.tests
@@ -57,6 +63,10 @@ FORCE:
 	@.venv/bin/python -m pip install -qq --require-hashes -r tests/requirements.lock
 	@touch $@
 
+.venv/.lint: tests/lint.lock .venv/.ready
+	@.venv/bin/python -m pip install -qq --require-hashes -r tests/lint.lock
+	@touch $@
+
 # Not in .ci/run: linux/arm64 under emulation takes most of an hour. ANNIE_ARM64_BASE names a base image for it (docs/arm64.md).
 arm64: .venv/.ready
 	@.venv/bin/python tests/arm64/run.py
@@ -64,6 +74,7 @@ arm64: .venv/.ready
 lock: .venv/.ready
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate host.in -o host.lock
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate tests/requirements.in -o tests/requirements.lock
+	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate tests/lint.in -o tests/lint.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --python-version 3.11 --python-platform aarch64-manylinux_2_28 --excludes images/torch-aarch64.excludes.txt --no-header --no-emit-index-url --no-emit-find-links --no-annotate images/torch-aarch64.in -o images/torch-aarch64.lock
 
 # Artifacts and environments stay in .annie (or $$ANNIE_HOME): they cost minutes or days, so deleting them is left to you.

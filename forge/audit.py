@@ -39,7 +39,8 @@ def audit(
         errors="replace",
     )
     try:
-        return json.loads(done.stdout)
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
     except ValueError as fault:
         said = " | ".join(done.stderr.strip().splitlines()[-3:]) or "nothing"
         found = f"exit status {done.returncode} and no audit; it said: {said}"

@@ -51,7 +51,8 @@ class Conversation:
         }
         if self.tools:
             body["tools"] = self.tools
-        text, calls = "", {}
+        text = ""
+        calls: dict[int, dict[str, Any]] = {}
         for delta in deltas(f"{self.url}/v1/chat/completions", body):
             if delta.get("content"):
                 text += delta["content"]

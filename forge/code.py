@@ -97,7 +97,8 @@ def _mentions(repo: Path, path: Path) -> tuple[set[str], set[Path]]:
 @functools.cache  # stages share most of what they import
 def _parsed(source: bytes) -> tuple[frozenset[tuple[int, str]], frozenset[str]]:
     """(level, dotted name) of each import, and the strings that could name a data file."""
-    imports, words = set(), set()
+    imports: set[tuple[int, str]] = set()
+    words: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             imports.update((0, alias.name) for alias in node.names)

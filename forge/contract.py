@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -202,7 +203,7 @@ def load(folder: Path) -> Contract:
             findings.append(error(name, f"{owner} = {kind!r}", "an artifact type", nearest(str(kind), TYPES)))
 
     def table(kind: type, where: str, values: Any, **renamed: Any) -> Any:
-        allowed = list(kind.__dataclass_fields__)
+        allowed = [its.name for its in dataclasses.fields(kind)]
         if not isinstance(values, dict):
             findings.append(error(name, f"{where} = {values!r}", "a table", ""))
             return kind(**renamed)
@@ -226,7 +227,7 @@ def load(folder: Path) -> Contract:
         inner = {
             key: described(f"{where}.fields.{key}", below) for key, below in values.get("fields", {}).items()
         }
-        parameter = table(
+        parameter: Parameter = table(
             Parameter,
             where,
             values,

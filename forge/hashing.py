@@ -62,7 +62,7 @@ class Memo:
             _identity(stat),
         ).fetchone()
         if row:
-            return row[0]
+            return str(row[0])
         with open(path, "rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             after = os.fstat(stream.fileno())

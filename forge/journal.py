@@ -102,7 +102,8 @@ def last_log(home: Path, recipe: str, stage: str, executor: str | None = None) -
 
 
 def _plan(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "plan.json").read_text())
+    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+    return plan
 
 
 def last_ending(home: Path, recipe: str) -> Event | None:

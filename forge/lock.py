@@ -34,7 +34,8 @@ def holder(path: Path) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        signed: dict[str, Any] = json.loads(path.read_text())
+        return signed
     except ValueError:  # taken a moment ago, not signed yet
         return {"pid": 0, "host": "?", "command": "a run that has just started", "since": time.time()}
 

@@ -126,7 +126,8 @@ class _Reading:
             ) from fault
         if not isinstance(root, yaml.MappingNode):
             raise Refused(error(self.path.name, "no mapping", "keys such as name and stages", ""))
-        return self._value(loader, root, ())
+        values: dict[str, Any] = self._value(loader, root, ())
+        return values
 
     def _value(self, loader: yaml.SafeLoader, node: yaml.Node, where: tuple[str, ...]) -> Any:
         if isinstance(node, yaml.MappingNode):

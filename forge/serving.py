@@ -88,9 +88,11 @@ def _local(context: Context, executor: Any, port: int, detach: bool, stop: bool)
     if stop:
         return _stop(context.store.home)
     folder, step = plan.artifact(context, "image").folder, context.recipe.stages["image"]
-    parts = step.contract.product.folders(
-        step.params, lambda name: plan.artifact(context, step.inputs[name]).folder
-    )
+    if not (product := step.contract.product):
+        raise Refused(
+            error("image", "a stage without [build]", "what its image is made of", "See docs/formats.md.")
+        )
+    parts = product.folders(step.params, lambda name: plan.artifact(context, step.inputs[name]).folder)
     model = parts["checkpoint"]
     image = context.recipe.images["vllm"]
     executor.prepare(image, print)

@@ -32,7 +32,7 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        return self.manifest["digest"]
+        return str(self.manifest["digest"])
 
     @property
     def bytes(self) -> int:
@@ -145,7 +145,7 @@ class Store:
         """
         if findings := faults(output, kind):
             raise Refused(findings)
-        files = {}
+        files: dict[str, dict[str, Any]] = {}
         for path in sorted(p for p in output.rglob("*") if not p.is_dir()):
             _seal(path)
             files[str(path.relative_to(output))] = {

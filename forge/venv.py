@@ -3,9 +3,9 @@ place or an older host.lock.
 
     python3 forge/venv.py [--this-python]
 
-make starts this before everything else. It needs no package, and any Python 3 can read it, so that one
-that is too old is told so. A whole `.venv` stays whichever Python starts this; with `--this-python` only
-one of the same version stays.
+make starts this before everything else. It needs no package, and any Python from 3.6 on can read it, so
+that one that is too old is told so. A whole `.venv` stays whichever Python starts this; with
+`--this-python` only one of the same version stays.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import sys
 OLDEST, NEWEST = (3, 11), (3, 14)
 
 
-def main(repo, this_python, version=sys.version_info[:2]):
+def main(repo: str, this_python: bool, version: "tuple[int, int]" = sys.version_info[:2]) -> int:
     """Exit status. `version` is (major, minor) of the Python that would make the environment."""
     folder = os.path.join(repo, ".venv")
     said = stamp(folder, os.path.join(repo, "host.lock"))
@@ -58,11 +58,11 @@ def main(repo, this_python, version=sys.version_info[:2]):
             )
     # Last, so that a half-made environment is never taken for whole.
     with open(os.path.join(folder, ".ready"), "w") as ready:
-        ready.write(stamp(folder, os.path.join(repo, "host.lock")))
+        ready.write(stamp(folder, os.path.join(repo, "host.lock")) or "")
     return 0
 
 
-def stamp(folder, lock):
+def stamp(folder: str, lock: str) -> "str | None":
     """What `.ready` says of a whole environment: its place, its Python and its lock. None where its Python
     does not start.
     """
@@ -78,7 +78,7 @@ def stamp(folder, lock):
     return f"folder {os.path.realpath(folder)}\npython {version.decode().strip()}\nlock {digest}\n"
 
 
-def read(path):
+def read(path: str) -> "str | None":
     try:
         with open(path) as content:
             return content.read()
@@ -86,7 +86,7 @@ def read(path):
         return None
 
 
-def refuse(found, expected, remedy):
+def refuse(found: str, expected: str, remedy: str) -> int:
     print(f"python: {found}; {expected}. {remedy}", file=sys.stderr)
     return 1
 

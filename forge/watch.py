@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from rich.console import Console, Group
+from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -214,8 +214,9 @@ class Screen:
     def render(self) -> Group:
         now = time.monotonic()
         table = Table.grid(padding=(0, 1))
-        for justify in ("left", "left", "left", "right", "left"):
-            table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+        columns: tuple[JustifyMethod, ...] = ("left", "left", "left", "right", "left")
+        for justify in columns:
+            table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")
         for row in self.progress.rows.values():
             mark, style = self._MARKS[row.state]
             cells: list[Any] = ["", "", Text(row.note, style="dim")]
