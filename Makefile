@@ -8,7 +8,7 @@ EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
 
-.PHONY: help demo test lint long model warm serve chat plan status doctor arm64 lock clean FORCE
+.PHONY: help demo test lint long model warm serve chat plan status doctor arm64 requirements clean FORCE
 
 help:
 	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 10 minutes)"
@@ -71,7 +71,7 @@ FORCE:
 arm64: .venv/.ready
 	@.venv/bin/python tests/arm64/run.py
 
-lock: .venv/.ready
+requirements: .venv/.ready
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate host.in -o host.lock
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate tests/requirements.in -o tests/requirements.lock
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate tests/lint.in -o tests/lint.lock

@@ -23,6 +23,8 @@ if __name__ == "__main__" and Path(sys.prefix) != REPO / ".venv":
 
 import click  # noqa: E402
 
+from forge import VERSION  # noqa: E402
+
 if TYPE_CHECKING:
     from forge.executor import Executor
     from forge.plan import Context
@@ -114,6 +116,7 @@ class InOrder(click.Group):
 
 
 @click.group(cls=InOrder, help=__doc__, context_settings={"max_content_width": 120})
+@click.version_option(VERSION, prog_name="annie", message="%(prog)s %(version)s")
 def cli() -> None:
     pass
 
@@ -184,24 +187,24 @@ def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> Non
 
 @command(as_json)
 def compare(recipe: str, executor: str | None, as_json: bool) -> None:
-    """Every way of the recipe trained, merged, quantised and asked; then one table with a verdict, and a
+    """Every variant of the recipe trained, merged, quantised and asked; then one table with a verdict, and a
     picture.
     """
     from forge import compare, picture, plan, report, run, watch
 
     its = opened(recipe, executor)
-    ways = compare.ways(its.context)
-    for name, context in ways.items():
-        print(f"way {name}", file=sys.stderr)
+    variants = compare.variants(its.context)
+    for name, context in variants.items():
+        print(f"variant {name}", file=sys.stderr)
         with watch.watcher(as_json) as watcher:
             if code := run.run(context, its.executor, plan.Selection(last=compare.LAST), watcher).code:
                 sys.exit(code)
-    rows, file = compare.collect(ways), home() / f"compare-{its.context.recipe.name}.svg"
+    rows, file = compare.collect(variants), home() / f"compare-{its.context.recipe.name}.svg"
     file.write_text(
-        picture.ways(rows, f"{its.context.recipe.name}: what survives four bits", compare.verdict(rows))
+        picture.variants(rows, f"{its.context.recipe.name}: what survives four bits", compare.verdict(rows))
     )
     (
-        print(json.dumps({"event": "compared", "ways": rows, "picture": str(file)}))
+        print(json.dumps({"event": "compared", "variants": rows, "picture": str(file)}))
         if as_json
         else show(report.of_compare(rows, file))
     )

@@ -53,7 +53,7 @@ def main() -> None:
         source = Random(config, Path(folder))
         layers = walk.Layers(config, dtype, options.device)
         its = walk.Walk(walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, options.device)
-        wanted = layout.quantised(config, "official")
+        wanted = layout.quantised(config, "nvidia")
         for number in range(len(layers)):
             block = clocked("filling", partial(layers.fill, number, source.tensor))
             seen = calibrate.Maxima(block)

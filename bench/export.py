@@ -147,7 +147,7 @@ def quantised(base: Path, output: Path, form: str, engine: str) -> None:
         "".join(json.dumps({"input_ids": row}) + "\n" for row in torch.randint(0, TOKENS, (8, 512)).tolist())
     )
     params = {
-        "layout": "official",
+        "layout": "nvidia",
         "format": form,
         "scales": "nearest",
         "engine": engine,

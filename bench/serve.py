@@ -161,7 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, help="a config.json instead of the real widths")
     parser.add_argument("--form", choices=("w4a4", "w4a16"), default="w4a4")
-    parser.add_argument("--layout", choices=tuple(layout.LAYOUTS), default="official")
+    parser.add_argument("--layout", choices=tuple(layout.LAYOUTS), default="nvidia")
     parser.add_argument("--kv-cache", choices=("FP8", "none"), default="FP8")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--batches", default="1,8")

@@ -1,4 +1,4 @@
-"""The ways of a recipe side by side: what each made of the same base and data, from the artifacts that
+"""The variants of a recipe side by side: what each made of the same base and data, from the artifacts that
 they left.
 """
 
@@ -17,24 +17,23 @@ LAST = "evaluate"
 POINTS = 2
 
 
-def ways(context: Context) -> dict[str, Context]:
+def variants(context: Context) -> dict[str, Context]:
     """Way -> the context to run it in. Refused if the recipe has none."""
-    found = context.recipe.ways
+    found = context.recipe.variants
     if not found:
         raise Refused(
             error(
                 "compare",
-                f"no ways in recipe {context.recipe.name}",
-                "ways: at its top, each a few changed parameters",
-                "recipes/tiny.yaml has some: ways: {qad: {train: {rounded_share: 0.3, rounded_loss:"
-                " teacher}}}",
+                f"no variants in recipe {context.recipe.name}",
+                "variants: at its top, each a few changed parameters",
+                "recipes/tiny.yaml has some: variants: {qad: {train: {qat_share: 0.3, qat_loss: teacher}}}",
             )
         )
-    return {name: replace(context, recipe=way) for name, way in found.items()}
+    return {name: replace(context, recipe=variant) for name, variant in found.items()}
 
 
 def collect(contexts: dict[str, Context]) -> list[dict[str, Any]]:
-    """A row for each way that was built (docs/formats.md, What compare prints)."""
+    """A row for each variant that was built (docs/formats.md, What compare prints)."""
     rows = []
     for name, context in contexts.items():
         evaluated, quantised = (plan.artifact(context, stage).folder for stage in (LAST, "quantize"))
@@ -42,7 +41,7 @@ def collect(contexts: dict[str, Context]) -> list[dict[str, Any]]:
         fidelity = json.loads((quantised / "audit.json").read_text()).get("fidelity")
         rows.append(
             {
-                "way": name,
+                "variant": name,
                 "pass": report["pass"],
                 "fidelity": fidelity,
                 **judged(report["pass"], report["control"]),
@@ -62,8 +61,8 @@ def judged(passed: dict[str, float], control: bool) -> dict[str, str]:
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """Which ways keep what was tuned, in one sentence."""
-    kept, lost = ([row["way"] for row in rows if row["verdict"] == word] for word in ("kept", "lost"))
-    return f"NVFP4 within {POINTS} points of tuned: {', '.join(kept) or 'no way'}" + (
+    """Which variants keep what was tuned, in one sentence."""
+    kept, lost = ([row["variant"] for row in rows if row["verdict"] == word] for word in ("kept", "lost"))
+    return f"NVFP4 within {POINTS} points of tuned: {', '.join(kept) or 'no variant'}" + (
         f"; not: {', '.join(lost)}" if lost else ""
     )

@@ -23,6 +23,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"Valid here: {', '.join(choices)}." if choices else "Nothing is valid here."
 
 
+def renamed(new: str) -> str:
+    """A sentence for who still says the old name of something."""
+    return f"It is called {new} now."
+
+
 def convert(value: Any, kind: str) -> Any:
     """`value` as a parameter of type `kind`; TypeError if it is of another type.
 
@@ -86,6 +91,8 @@ class Parameter:
     multiple_of: int | None = None
     matches: str = ""
     at_most: str = ""  # a parameter of the same stage; where that one is 0 it sets no limit
+    was: str = ""  # its name before: a recipe that still has it is told the new one
+    renamed: dict[str, str] = field(default_factory=dict)  # a choice's name before -> its name
     instead_of: str = ""  # a parameter of the same stage; not both are given, unless this is its default
     keys: tuple[str, ...] = ()
     each: Parameter | None = None
@@ -169,7 +176,8 @@ class Parameter:
             ) from None
 
     def _unfit(self, value: Any) -> Unfit:
-        return Unfit([Fault(repr(value), self.expected, self.doc)])
+        new = self.renamed.get(value) if isinstance(value, str) else None
+        return Unfit([Fault(repr(value), self.expected, renamed(new) if new else self.doc)])
 
 
 def _record(fields: dict[str, Parameter], values: dict[Any, Any]) -> dict[str, Any]:

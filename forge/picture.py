@@ -1,7 +1,7 @@
-"""The ways of a recipe as a picture: an SVG that any browser shows, for a host without a plotting library.
+"""The variants of a recipe as a picture: an SVG, which any browser shows, made without a plotting library.
 
-Above, a line for each way: how many questions base, tuned, merged and NVFP4 model passed. Below, how the
-error of four bits grows from layer to layer, a curve for each way.
+Above, a line for each variant: how many questions base, tuned, merged and NVFP4 model passed. Below, how the
+error of four bits grows from layer to layer, a curve for each variant.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DASHES = ("none", "9 7", "2 6")
 WORD = 7.6  # pixels of a letter, about
 
 
-def ways(rows: list[dict[str, Any]], title: str, verdict: str) -> str:
+def variants(rows: list[dict[str, Any]], title: str, verdict: str) -> str:
     """An SVG document of `rows` (forge/compare.py), with `verdict` below the title."""
-    longest = WORD * max(len(row["way"]) for row in rows)
+    longest = WORD * max(len(row["variant"]) for row in rows)
     left = max(LEFT, 40 + longest)
     below = HEAD + ROW * len(rows) + AXIS
-    errors = {row["way"]: row["fidelity"]["layers"] for row in rows if row["fidelity"]}
+    errors = {row["variant"]: row["fidelity"]["layers"] for row in rows if row["fidelity"]}
     curves = _curves(errors, left, below + GAP) if errors else []
     height = below + (GAP + _height(errors) + AXIS if errors else 0) + 12
     # KL and verdict, or the legend of the curves
@@ -70,7 +70,7 @@ def _line(x1: float, x2: float, y1: float, y2: float, style: str = f'stroke="{LI
 
 
 def _questions(rows: list[dict[str, Any]], left: float) -> list[str]:
-    """A row for each way: a mark for each model at the share of questions that it passed, what four bits
+    """A row for each variant: a mark for each model at the share of questions that it passed, what four bits
     cost in KL, and the verdict.
     """
     parts, right, bottom = [], left + WIDTH, HEAD + ROW * len(rows)
@@ -85,7 +85,7 @@ def _questions(rows: list[dict[str, Any]], left: float) -> list[str]:
     for number, row in enumerate(rows):
         y = HEAD + ROW * number + ROW / 2
         places = {name: left + WIDTH * row["pass"][name] for name, *_ in MARKS if name in row["pass"]}
-        parts.append(_text(left - 20, y + 4, row["way"], 'text-anchor="end"'))
+        parts.append(_text(left - 20, y + 4, row["variant"], 'text-anchor="end"'))
         parts.append(_line(places["merged"], places["nvfp4"], y, y, f'stroke="{ACCENT}" stroke-width="2"'))
         parts += [_circle(places[name], y, radius, look) for name, _, radius, look in MARKS if name in places]
         parts.append(
@@ -102,7 +102,7 @@ def _height(errors: dict[str, list[float]]) -> float:
 
 
 def _curves(errors: dict[str, list[float]], left: float, top: float) -> list[str]:
-    """Relative error of the hidden states after each layer, a curve for each way, over layers from 1; the
+    """Relative error of the hidden states after each layer, a curve for each variant, over layers from 1; the
     legend in the order of the ends.
     """
     height, right, layers = _height(errors), left + WIDTH, max(map(len, errors.values()))
@@ -142,9 +142,9 @@ def _curves(errors: dict[str, list[float]], left: float, top: float) -> list[str
                 _text(x, top + height + 18, str(layer), 'text-anchor="middle"'),
             ]
     parts.append(_text(left + WIDTH / 2, top + height + 38, "layer", 'text-anchor="middle"'))
-    places = sorted(errors, key=lambda way: -errors[way][-1])
-    for place, way in sorted(enumerate(places), key=lambda item: item[0] % len(DASHES)):
-        its, colour = errors[way], COLOURS[list(errors).index(way) % len(COLOURS)]
+    places = sorted(errors, key=lambda variant: -errors[variant][-1])
+    for place, variant in sorted(enumerate(places), key=lambda item: item[0] % len(DASHES)):
+        its, colour = errors[variant], COLOURS[list(errors).index(variant) % len(COLOURS)]
         style = f'stroke="{colour}" stroke-width="2.5" stroke-dasharray="{DASHES[place % len(DASHES)]}"'
         points = " ".join(
             f"{x:.1f},{y:.1f}" for x, y in (at(layer, error) for layer, error in enumerate(its, 1))
@@ -153,7 +153,7 @@ def _curves(errors: dict[str, list[float]], left: float, top: float) -> list[str
         y = top + 24 * place + 12
         parts += [
             _line(right + 30, right + 54, y, y, style),
-            _text(right + 62, y + 4, f"{way}, {its[-1]:.1%}"),
+            _text(right + 62, y + 4, f"{variant}, {its[-1]:.1%}"),
         ]
     return parts
 

@@ -16,7 +16,7 @@ from forge import contract
 from forge.contract import Contract, Needs, nearest
 from forge.finding import Finding, Refused, error
 from forge.image import Image
-from forge.parameter import Fault, Unfit
+from forge.parameter import Fault, Unfit, renamed
 
 _TOP = {
     "name": "str",
@@ -27,8 +27,9 @@ _TOP = {
     "images": "map",
     "secrets": "map",
     "stages": "map",
-    "ways": "map",
+    "variants": "map",
 }
+_RENAMED = {"ways": "variants"}
 _GPU = ("none", "cuda")
 LARGEST_SEED = 2**32 - 1  # numpy's limit
 _EXECUTORS = ("docker", "local")
@@ -59,7 +60,7 @@ class Recipe:
     secrets: dict[str, Path]
     stages: dict[str, Step]  # in an order in which every input comes before its use
     # this recipe with some parameters changed, to be compared
-    ways: dict[str, Recipe] = field(default_factory=dict)
+    variants: dict[str, Recipe] = field(default_factory=dict)
 
     def on_gpu(self, stage: str) -> bool:
         """Whether `stage` runs on a GPU under this recipe."""
@@ -169,7 +170,8 @@ class _Reading:
         top = {}
         for key, value in self.raw.items():
             if key not in _TOP:
-                self.fault((key,), f"unknown key {key}", "a key of a recipe", nearest(key, _TOP))
+                remedy = renamed(_RENAMED[key]) if key in _RENAMED else nearest(key, _TOP)
+                self.fault((key,), f"unknown key {key}", "a key of a recipe", remedy)
             elif value is not None:
                 top[key] = self.typed((key,), value, _TOP[key])
         for key in ("name", "stages"):
@@ -197,8 +199,9 @@ class _Reading:
         steps = self.steps(top.get("stages") or {}, images)
         self.check_inputs(steps)
         ordered = self.ordered(steps)
-        ways = {
-            name: self.way(name, values or {}, ordered) for name, values in (top.get("ways") or {}).items()
+        variants = {
+            name: self.variant(name, values or {}, ordered)
+            for name, values in (top.get("variants") or {}).items()
         }
         if self.findings:
             raise Refused(self.findings)
@@ -217,8 +220,9 @@ class _Reading:
         )
         return replace(
             its,
-            ways={
-                name: replace(its, name=f"{its.name}.{name}", stages=stages) for name, stages in ways.items()
+            variants={
+                name: replace(its, name=f"{its.name}.{name}", stages=stages)
+                for name, stages in variants.items()
             },
         )
 
@@ -270,25 +274,25 @@ class _Reading:
                 steps[name] = self.step(name, its, values)
         return steps
 
-    def way(self, name: str, values: Any, steps: dict[str, Step]) -> dict[str, Step]:
-        """The stages with the parameters that one way changes."""
-        where = ("ways", name)
+    def variant(self, name: str, values: Any, steps: dict[str, Step]) -> dict[str, Step]:
+        """The stages with the parameters that one variant changes."""
+        where = ("variants", name)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            self.fault(where, f"the way {name!r}", "letters, digits and dashes, since it names folders")
+            self.fault(where, f"the variant {name!r}", "letters, digits and dashes, since it names folders")
         changed, said = dict(steps), {(f.found, f.expected) for f in self.findings}
         before = len(self.findings)
         for stage, its_values in (self.typed(where, values, "map") or {}).items():
             if stage not in steps:
                 self.fault(
                     (*where, stage),
-                    f"unknown stage {stage} in the way {name}",
+                    f"unknown stage {stage} in the variant {name}",
                     "a stage of this recipe",
                     nearest(stage, steps),
                 )
             elif (given := self.typed((*where, stage), its_values or {}, "map")) is not None:
                 kept = _beside(self.raw["stages"][stage] or {}, given, steps[stage].contract)
                 changed[stage] = self.step(stage, steps[stage].contract, {**kept, **given}, (*where, stage))
-        # What the way has from the recipe's own stages has been named there, with its line.
+        # What the variant has from the recipe's own stages has been named there, with its line.
         self.findings[before:] = [f for f in self.findings[before:] if (f.found, f.expected) not in said]
         return changed
 
@@ -296,12 +300,9 @@ class _Reading:
         where = where or ("stages", name)
         for key in values:
             if key not in its.parameters and key not in _RESERVED:
-                self.fault(
-                    (*where, key),
-                    f"unknown key {name}.{key}",
-                    f"a parameter of {name}",
-                    nearest(key, [*its.parameters, *_RESERVED]),
-                )
+                new = next((to for to, parameter in its.parameters.items() if parameter.was == key), None)
+                remedy = renamed(new) if new else nearest(key, [*its.parameters, *_RESERVED])
+                self.fault((*where, key), f"unknown key {name}.{key}", f"a parameter of {name}", remedy)
         params = {}
         for key, parameter in its.parameters.items():
             if key in values:
@@ -445,9 +446,9 @@ class _Reading:
 
 
 def _beside(values: dict[str, Any], given: dict[str, Any], its: Contract) -> dict[str, Any]:
-    """The recipe's `values` of a stage that stay beside those that a way gives.
+    """The recipe's `values` of a stage that stay beside those that a variant gives.
 
-    Of two parameters that stand instead of each other, the one that the way gives replaces the other.
+    Of two parameters that stand instead of each other, the one that the variant gives replaces the other.
     """
     replaced = set()
     for key, parameter in its.parameters.items():

@@ -262,12 +262,12 @@ def of_warm(made: dict[str, Any]) -> RenderableType:
 
 
 def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
-    """The ways of a recipe, a row each: questions passed at every step, and what four bits cost on
-    held-out tokens; then which ways keep what was tuned.
+    """The variants of a recipe, a row each: questions passed at every step, and what four bits cost on
+    held-out tokens; then which variants keep what was tuned.
     """
     columns = ("base", "tuned", "merged", "nvfp4")
-    table = _table("way", *(f">{c}" for c in columns), ">loss", ">nvfp4", ">KL", ">error", "")
-    table.columns[0].min_width = max(len(row["way"]) for row in rows)  # a name that is cut says nothing
+    table = _table("variant", *(f">{c}" for c in columns), ">loss", ">nvfp4", ">KL", ">error", "")
+    table.columns[0].min_width = max(len(row["variant"]) for row in rows)  # a name that is cut says nothing
     table.columns[-1].min_width = max(len(row["verdict"]) for row in rows)
     for row in rows:
         shares = [row["pass"].get(c) for c in columns]
@@ -285,7 +285,7 @@ def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
             if its
             else ["·"] * 4
         )
-        table.add_row(row["way"], *cells, *figures, Text(row["verdict"], style=_VERDICTS[row["verdict"]]))
+        table.add_row(row["variant"], *cells, *figures, Text(row["verdict"], style=_VERDICTS[row["verdict"]]))
     note = (
         "tuned: the adapter at run time, where vLLM can; else merged stands for it. loss: merged and nvfp4,"
         " nats a held-out token. KL: to merged. error: of the last hidden states."

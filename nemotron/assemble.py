@@ -26,7 +26,7 @@ from nemotron.names import native as native_name
 from nemotron.projection import Projection
 from nemotron.shards import Shards
 
-LAYOUT = "official"
+LAYOUT = "nvidia"
 # random experts: thousands of small matrices would wait for the processor, and more at once need memory to
 # pack
 TOGETHER = 8

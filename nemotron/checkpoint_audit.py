@@ -153,7 +153,7 @@ def served(vllm: str, facts: dict[str, Any], in_proj: bool) -> tuple[serving.Ser
     Mamba in_proj is quantised.
     """
     # all that serving asks of a layout
-    layout = None if facts["format"] == "BF16" else "official" if in_proj else "conservative"
+    layout = None if facts["format"] == "BF16" else "nvidia" if in_proj else "conservative"
     its = serving.Checkpoint(
         layout,
         weight_only=not quant_config.ALGORITHMS.get(facts["format"], True),

@@ -1,6 +1,6 @@
 """Which linears are quantised, and what a quantised checkpoint then holds.
 
-`official` is NVIDIA's published layout for Nemotron 3 Nano: attention stays BF16, and so do both
+`nvidia` is NVIDIA's published layout for Nemotron 3 Nano: attention stays BF16, and so do both
 projections of the Mamba layer directly before each attention layer, every convolution, the router and
 lm_head.
 """
@@ -13,7 +13,7 @@ from nemotron import names
 from nemotron.names import Spec
 
 LAYOUTS = {
-    "official": (
+    "nvidia": (
         "experts, shared experts and Mamba projections, but for the Mamba layer before each attention layer"
     ),
     "conservative": "experts and shared experts; vLLM before the in_proj repair (0.12-0.17.1) can load it",
@@ -37,7 +37,7 @@ def quantised(config: dict, layout: str) -> list[str]:
         if (
             ".experts." in module
             or (".shared_experts." in module and layout != "experts")
-            or (layout == "official" and letters[number] == "M" and not kept_mamba)
+            or (layout == "nvidia" and letters[number] == "M" and not kept_mamba)
         ):
             found.append(module)
     return found

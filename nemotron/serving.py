@@ -52,7 +52,7 @@ class Serve:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What decides the flags. `layout` is None for BF16, `official` where a Mamba in_proj is quantised;
+    """What decides the flags. `layout` is None for BF16, `nvidia` where a Mamba in_proj is quantised;
     `lora_rank` is 0 without an adapter.
     """
 
@@ -204,7 +204,7 @@ def limits(vllm: str, checkpoint: Checkpoint) -> list[ServingError]:
         found.append(
             ServingError(f"vLLM {vllm} does not know this model's NVFP4 experts", "0.12 or newer is needed")
         )
-    if checkpoint.layout == "official" and its < (0, 18):
+    if checkpoint.layout == "nvidia" and its < (0, 18):
         found.append(
             ServingError(
                 f"vLLM {vllm} reads a quantised in_proj wrongly",

@@ -76,8 +76,8 @@ def train(task: job.Job) -> None:
         "patience": 0,
         "ranks": 1,
         "sharded": False,
-        "rounded_share": 0.5 if task.params["rounded_share"] else 0.0,
-        "rounded_loss": "labels",
+        "qat_share": 0.5 if task.params["qat_share"] else 0.0,
+        "qat_loss": "labels",
     }
     task, config = replace(task, params=params), shape(task)
     try:

@@ -16,8 +16,8 @@ import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import DeviceRequest, Mount
 
+from forge import VERSION, render
 from forge import image as images
-from forge import render
 from forge.executor import KERNELS, Line, Task, kernel_folder, run_logged
 from forge.executor.local import stage_environment
 from forge.finding import Finding, Refused, error
@@ -270,7 +270,11 @@ class Docker:
                 )
             )
         name = f"{SERVED}:{tag}"
-        labels = labels | {"org.opencontainers.image.title": "vllm-nemotron-annie", "io.annie.base": base}
+        labels = labels | {
+            "org.opencontainers.image.title": "vllm-nemotron-annie",
+            "org.opencontainers.image.version": VERSION,
+            "io.annie.base": base,
+        }
         named: dict[str, Path | None] = {**contexts, "image": image.folder}
         self._build(image, name, output, named, {"BASE": base}, labels, on_line)
         built = self.client.images.get(name)

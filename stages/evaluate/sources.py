@@ -28,7 +28,7 @@ def cache(stage: Given) -> list[Finding]:
     """
     if "quantize" not in stage.inputs:
         return []
-    checkpoint = Checkpoint("official", fp8_cache=stage.inputs["quantize"].params["kv_cache"] == "FP8")
+    checkpoint = Checkpoint("nvidia", fp8_cache=stage.inputs["quantize"].params["kv_cache"] == "FP8")
     try:
         chosen = kv_cache(NEWEST, stage.device, checkpoint, stage.params["kv_cache"])
     except ServingError as error:

@@ -48,7 +48,7 @@ def run(task: job.Job) -> None:
     params = task.params
     sizes.fitting(lengths(rows), lengths(held_out), params["sequence_tokens"], params["batch_tokens"])
     model = adapted(task, its)
-    teacher = Teacher(task, its) if task.params["rounded_loss"] == "teacher" else None
+    teacher = Teacher(task, its) if task.params["qat_loss"] == "teacher" else None
     loop = Loop(task, model, rows, held_out, its, rounding(task, model, rows, teacher), teacher)
     if found := resume_from(task.scratch):
         loop.resume(found)
@@ -157,7 +157,7 @@ def loading(form: str):
 
 
 def rounding(task: job.Job, model: torch.nn.Module, rows: list[dict], teacher: Teacher | None):
-    """What Loop calls before each step: from `rounded_share` of the end on, adapted weights that the
+    """What Loop calls before each step: from `qat_share` of the end on, adapted weights that the
     export will quantise go through its rounding.
 
     A teacher is asked just before that. Raises StageError if the base is not held as it is (what is
@@ -165,19 +165,19 @@ def rounding(task: job.Job, model: torch.nn.Module, rows: list[dict], teacher: T
     weight is.
     """
     params = task.params
-    first = params["steps"] - round(params["rounded_share"] * params["steps"])
-    if params["rounded_share"] and params["method"] != "lora":
+    first = params["steps"] - round(params["qat_share"] * params["steps"])
+    if params["qat_share"] and params["method"] != "lora":
         raise job.StageError(
-            f"rounded_share with method {params['method']}",
+            f"qat_share with method {params['method']}",
             "method lora",
-            "The export rounds BF16 weights: hold the base in BF16, or leave rounded_share 0",
+            "The export rounds BF16 weights: hold the base in BF16, or leave qat_share 0",
         )
     exported = assemble.exported(model)
-    if teacher and not (params["rounded_share"] and exported):
+    if teacher and not (params["qat_share"] and exported):
         raise job.StageError(
-            "rounded_loss teacher with nothing to learn from it",
-            "a rounded_share above 0, and targets that the export quantises",
-            "Set rounded_share (0.3, say) and targets experts or all, or leave rounded_loss at labels",
+            "qat_loss teacher with nothing to learn from it",
+            "a qat_share above 0, and targets that the export quantises",
+            "Set qat_share (0.3, say) and targets experts or all, or leave qat_loss at labels",
         )
 
     def change(step: int) -> bool:

@@ -22,7 +22,7 @@ def test_every_row_makes_a_checkpoint(tmp_path, monkeypatch, capsys):
         if row in ("copy", "merge", "proven"):
             assert audit.bf16(tmp_path / row / "made") == [], row
         elif row != "peft":
-            assert audit.nvfp4(tmp_path / row / "made", "official", base, row == "weights") == [], row
+            assert audit.nvfp4(tmp_path / row / "made", "nvidia", base, row == "weights") == [], row
 
 
 def test_the_bench_of_calibration_counts_its_parts(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import toy
 from click.testing import CliRunner
 
 import build
+from forge import VERSION
 
 
 @pytest.fixture
@@ -24,6 +25,11 @@ def command(its, monkeypatch):
         return result.output
 
     return call
+
+
+def test_the_version_is_one_that_the_changelog_knows():
+    said = CliRunner().invoke(build.cli, ["--version"]).output.split()
+    assert said == ["annie", VERSION] and f"## {VERSION}" in (build.REPO / "CHANGELOG.md").read_text()
 
 
 def test_plan_then_run_then_nothing_to_do(its, command):
@@ -117,7 +123,7 @@ AUDIT = """\
         sys.exit("it broke")
     scale = {"found": "NaN or infinity", "expected": "finite scales", "remedy": "Quantise again."}
     faults = [{"subject": f"layers.{n}.input_scale", **scale} for n in range(3)] if "bad" in folder else []
-    facts = {"format": "NVFP4", "layout": "official", "dtypes": "router in BF16", "kv_cache": "FP8",
+    facts = {"format": "NVFP4", "layout": "nvidia", "dtypes": "router in BF16", "kv_cache": "FP8",
              "tensors": 24147, "files": 5, "bytes": 19339781632, "quantised": 5968, "excludes": 60}
     serve = {"args": more, "env": {"A_VARIABLE": "1"}}
     print(json.dumps({"facts": facts, "serve": serve if more else None, "findings": faults}))

@@ -1,4 +1,4 @@
-"""The ways of a recipe: read with it, run one after the other, shown side by side."""
+"""The variants of a recipe: read with it, run one after the other, shown side by side."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture
 def compared(its):
-    """The miniature repository with stages that leave what `compare` reads, and two ways."""
+    """The miniature repository with stages that leave what `compare` reads, and two variants."""
     for name, source, file, made in (
         ("quantize", "words", "audit.json", FIDELITY),
         ("evaluate", "quantize", "report.json", PASS),
@@ -60,7 +60,7 @@ def compared(its):
         (folder / "__main__.py").write_text(MAIN.format(input=source, file=file, made=made))
     toy.edit(its.recipe, "  count: {}\n", "  quantize: {}\n  evaluate: {}\n  count: {}\n")
     with its.recipe.open("a") as opened:
-        opened.write("ways:\n  as-it-is: {}\n  loud: {words: {upper: true}}\n")
+        opened.write("variants:\n  as-it-is: {}\n  loud: {words: {upper: true}}\n")
     return its
 
 
@@ -84,7 +84,7 @@ def test_every_way_is_run_and_shown_in_a_row(compared, command):  # noqa: F811
     last = next(
         line for line in command("compare", "--json").splitlines() if line.startswith('{"event": "compared"')
     )
-    assert [(row["way"], row["against"], row["verdict"]) for row in json.loads(last)["ways"]] == [
+    assert [(row["variant"], row["against"], row["verdict"]) for row in json.loads(last)["variants"]] == [
         ("as-it-is", "merged", "lost"),
         ("loud", "merged", "kept"),
     ]
@@ -106,11 +106,11 @@ def test_a_way_keeps_what_was_tuned_if_nvfp4_is_within_two_points_of_it(passed, 
 
 def test_the_verdict_names_the_ways_that_keep_and_those_that_do_not():
     rows = [
-        {"way": name, "verdict": verdict}
+        {"variant": name, "verdict": verdict}
         for name, verdict in (("zero", "control"), ("ptq", "lost"), ("qat", "kept"), ("qad", "kept"))
     ]
     assert compare.verdict(rows) == "NVFP4 within 2 points of tuned: qat, qad; not: ptq"
-    assert compare.verdict(rows[:2]) == "NVFP4 within 2 points of tuned: no way; not: ptq"
+    assert compare.verdict(rows[:2]) == "NVFP4 within 2 points of tuned: no variant; not: ptq"
 
 
 def test_a_narrow_terminal_cuts_no_way_and_no_verdict():
@@ -119,12 +119,12 @@ def test_a_narrow_terminal_cuts_no_way_and_no_verdict():
         row["fidelity"]["loss"] = {"source": 1.0, "quantised": 1.0}
     with (console := Console(width=60)).capture() as captured:
         console.print(report.of_compare(its, Path("picture.svg")), crop=False)  # as build.py shows it
-    assert all(row["way"] in captured.get() and row["verdict"] in captured.get() for row in its)
+    assert all(row["variant"] in captured.get() and row["verdict"] in captured.get() for row in its)
 
 
 def rows(count, layers):
-    """Rows as `collect` makes them; of the ways every second has a tuned column, and the last one's errors
-    are all zero.
+    """Rows as `collect` makes them; every second variant has a tuned column, and the last one's errors are
+    all zero.
     """
     made = []
     for number in range(count):
@@ -137,7 +137,7 @@ def rows(count, layers):
         ]
         made.append(
             {
-                "way": f"a-way-{10**number}",
+                "variant": f"a-variant-{10**number}",
                 "pass": passed,
                 "fidelity": {"kl": 0.1, "layers": errors},
                 **compare.judged(passed, False),
@@ -147,7 +147,9 @@ def rows(count, layers):
 
 
 def drawn(its):
-    return ElementTree.fromstring(picture.ways(its, "some: what survives four bits", compare.verdict(its)))
+    return ElementTree.fromstring(
+        picture.variants(its, "some: what survives four bits", compare.verdict(its))
+    )
 
 
 def boxes(svg):
@@ -189,7 +191,7 @@ def test_every_way_has_a_curve_over_the_layers_and_its_end_in_the_legend(layers)
     }
     assert [len(curve) for curve in curves.values()] == [layers] * 6, "six colours"
     texts = [text.text for text in svg.iter(f"{SVG}text")]
-    assert {f"{row['way']}, {row['fidelity']['layers'][-1]:.1%}" for row in its} <= set(texts) and {
+    assert {f"{row['variant']}, {row['fidelity']['layers'][-1]:.1%}" for row in its} <= set(texts) and {
         "layer",
         "1",
     } <= set(texts)
@@ -212,11 +214,11 @@ def test_ways_whose_four_bits_were_not_measured_have_no_curves():
 
 
 def test_a_recipe_without_ways_is_refused(its, command):  # noqa: F811
-    assert "found no ways in recipe toy" in command("compare", code=1)
+    assert "found no variants in recipe toy" in command("compare", code=1)
 
 
 @pytest.mark.parametrize(
-    ("way", "said"),
+    ("variant", "said"),
     [
         (
             "loud: {words: {uper: true}}",
@@ -224,15 +226,16 @@ def test_a_recipe_without_ways_is_refused(its, command):  # noqa: F811
         ),
         (
             "loud: {wrds: {upper: true}}",
-            "found unknown stage wrds in the way loud; expected a stage of this recipe. Did you mean words?",
+            "found unknown stage wrds in the variant loud; expected a stage of this recipe."
+            " Did you mean words?",
         ),
         ("loud: {words: {upper: 3}}", "found words.upper = 3; expected bool"),
-        ("'a/b': {}", "found the way 'a/b'; expected letters, digits and dashes"),
+        ("'a/b': {}", "found the variant 'a/b'; expected letters, digits and dashes"),
     ],
 )
-def test_a_fault_in_a_way_is_named_with_its_line(its, way, said):
+def test_a_fault_in_a_way_is_named_with_its_line(its, variant, said):
     with its.recipe.open("a") as opened:
-        opened.write(f"ways:\n  {way}\n")
+        opened.write(f"variants:\n  {variant}\n")
     with pytest.raises(Refused) as refused:
         its.plan()
     assert any(said in str(fault) and "toy.yaml:14" in str(fault) for fault in refused.value.findings), (
@@ -241,13 +244,13 @@ def test_a_fault_in_a_way_is_named_with_its_line(its, way, said):
 
 
 def test_the_ways_of_the_small_recipe_read():
-    ways = recipe.load(toy.REPO / "recipes" / "tiny.yaml", toy.REPO).ways
+    variants = recipe.load(toy.REPO / "recipes" / "tiny.yaml", toy.REPO).variants
     assert (
-        ways["all-qad"].stages["train"].params["rounded_loss"] == "teacher"
-        and ways["all-qad"].name == "tiny.all-qad"
+        variants["all-qad"].stages["train"].params["qat_loss"] == "teacher"
+        and variants["all-qad"].name == "tiny.all-qad"
     )
-    assert ways["zero"].stages["train"].params["steps"] == 0 and all(
-        ways["zero"].stages[name].params["control"] for name in ("merge", "evaluate")
+    assert variants["zero"].stages["train"].params["steps"] == 0 and all(
+        variants["zero"].stages[name].params["control"] for name in ("merge", "evaluate")
     )
-    assert not any(ways["attention"].stages[name].params["control"] for name in ("merge", "evaluate"))
-    assert ways["attention"].stages == recipe.load(toy.REPO / "recipes" / "tiny.yaml", toy.REPO).stages
+    assert not any(variants["attention"].stages[name].params["control"] for name in ("merge", "evaluate"))
+    assert variants["attention"].stages == recipe.load(toy.REPO / "recipes" / "tiny.yaml", toy.REPO).stages

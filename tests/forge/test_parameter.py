@@ -66,7 +66,7 @@ def test_every_number_has_a_lower_bound_and_refuses_what_is_outside(stage, name,
         ("train", "steps", 2),
         ("train", "max_grad_norm", 0),
         ("train", "weight_decay", -0.1),
-        ("train", "rounded_share", 1.1),
+        ("train", "qat_share", 1.1),
         ("train", "min_loss_drop", 75),
         ("train", "batch_tokens", 15),
         ("base", "hidden", 192),
@@ -193,9 +193,9 @@ def test_conversations_and_tokens_of_a_step_are_not_both_given(tmp_path):
     assert recipe.load(alone, toy.REPO).stages["train"].params["batch_tokens"] == 4096
 
 
-def with_a_way(path, given):
-    """Replaces the recipe's ways by one, `other`, with these parameters of stage train."""
-    raw = yaml.safe_load(path.read_text()) | {"ways": {"other": {"train": given}}}
+def with_a_variant(path, given):
+    """Replaces the recipe's variants by one, `other`, with these parameters of stage train."""
+    raw = yaml.safe_load(path.read_text()) | {"variants": {"other": {"train": given}}}
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
 
 
@@ -209,17 +209,40 @@ def with_a_way(path, given):
         ({"batch_tokens": 4096}, {"rank": 8}, 8, 4096),
     ],
 )
-def test_in_a_way_the_one_that_is_given_replaces_the_other(tmp_path, own, given, batch, batch_tokens):
+def test_in_a_variant_the_one_that_is_given_replaces_the_other(tmp_path, own, given, batch, batch_tokens):
     path = written(tmp_path, lambda stages: (stages["train"].pop("batch"), stages["train"].update(own)))
-    with_a_way(path, given)
-    params = recipe.load(path, toy.REPO).ways["other"].stages["train"].params
+    with_a_variant(path, given)
+    params = recipe.load(path, toy.REPO).variants["other"].stages["train"].params
     assert (params["batch"], params["batch_tokens"]) == (batch, batch_tokens)
 
 
-def test_a_way_that_gives_both_is_refused(tmp_path):
+def test_a_variant_that_gives_both_is_refused(tmp_path):
     path = written(tmp_path, lambda stages: None)
-    with_a_way(path, {"batch": 8, "batch_tokens": 4096})
+    with_a_variant(path, {"batch": 8, "batch_tokens": 4096})
     with pytest.raises(Refused, match="train.batch_tokens = 4096 and train.batch = 8; expected one of"):
+        recipe.load(path, toy.REPO)
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "said"),
+    [
+        ("train", {"rounded_share": 0.3}, "unknown key train.rounded_share; .*It is called qat_share now"),
+        ("train", {"rounded_loss": "teacher"}, "unknown key train.rounded_loss; .*It is called qat_loss now"),
+        ("quantize", {"layout": "official"}, "quantize.layout = 'official'; .*It is called nvidia now"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(tmp_path, stage, given, said):
+    path = written(tmp_path, lambda stages: stages.setdefault(stage, {}).update(given))
+    with pytest.raises(Refused, match=said):
+        recipe.load(path, toy.REPO)
+
+
+def test_so_is_an_old_key_of_a_recipe(tmp_path):
+    path = written(tmp_path, lambda stages: None)
+    path.write_text(path.read_text() + "ways: {}\n")
+    with pytest.raises(
+        Refused, match="unknown key ways; expected a key of a recipe. It is called variants now"
+    ):
         recipe.load(path, toy.REPO)
 
 

@@ -74,7 +74,7 @@ def test_doctor():
 def test_audit():
     path = [ran(*BUILD, "path", stage, "--executor", "local").strip() for stage in ("quantize", "merge")]
     text = ran(*BUILD, "audit", path[0], "--vllm", "0.31.0", "--base", path[1], "--executor", "local")
-    assert "no faults" in text and "official" in text and "--moe-backend flashinfer_cutlass" in text
+    assert "no faults" in text and "nvidia" in text and "--moe-backend flashinfer_cutlass" in text
     assert "layout: conservative" in ran(
         *BUILD, "audit", path[0], "--vllm", "0.12.0", "--executor", "local", code=1
     )

@@ -71,8 +71,8 @@ def edited(folder, copy, change, file=QUANT):
 
 
 @pytest.fixture(scope="module")
-def official(base, tmp_path_factory):
-    return quantised(base, tmp_path_factory.mktemp("official") / "made", "official")
+def nvidia(base, tmp_path_factory):
+    return quantised(base, tmp_path_factory.mktemp("nvidia") / "made", "nvidia")
 
 
 def subjects(folder, **more):
@@ -119,14 +119,14 @@ def test_nvidia_s_own_dtypes_are_named_and_pass(base, tmp_path):
             if name.endswith(".gate.weight"):
                 values[name] = values[name].float()
 
-    made = audit(quantised(base, tmp_path / "made", "official", recast))
+    made = audit(quantised(base, tmp_path / "made", "nvidia", recast))
     assert made.findings == [] and made.facts["dtypes"] == PRECISIONS[True]
 
 
-def test_a_layout_that_is_none_of_ours_passes_if_all_agree(official, base, tmp_path):
+def test_a_layout_that_is_none_of_ours_passes_if_all_agree(nvidia, base, tmp_path):
     """ModelOpt's own preset: every Mamba projection quantised."""
     config = Checkpoint(base).config
-    values = tensors(official)
+    values = tensors(nvidia)
     for name in ("backbone.layers.2.mixer.in_proj", "backbone.layers.2.mixer.out_proj"):
         packed = nvfp4.pack(values[f"{name}.weight"])
         values |= {
@@ -135,7 +135,7 @@ def test_a_layout_that_is_none_of_ours_passes_if_all_agree(official, base, tmp_p
             f"{name}.weight_scale_2": packed.weight_scale_2,
             f"{name}.input_scale": torch.tensor(0.01),
         }
-    quant = json.loads((official / QUANT).read_text())
+    quant = json.loads((nvidia / QUANT).read_text())
     quant["quantization"]["exclude_modules"] = [
         n
         for n in quant["quantization"]["exclude_modules"]
@@ -145,10 +145,10 @@ def test_a_layout_that_is_none_of_ours_passes_if_all_agree(official, base, tmp_p
     assert made.findings == [] and made.facts["layout"] == "other"
 
 
-def test_settings_inside_config_json_and_patterns_among_the_excludes(official, tmp_path):
+def test_settings_inside_config_json_and_patterns_among_the_excludes(nvidia, tmp_path):
     """As ModelOpt writes them: `ignore` with patterns, and the scheme of the cache."""
     folder = edited(
-        official,
+        nvidia,
         tmp_path / "made",
         lambda config: config.update(
             quantization_config={
@@ -174,12 +174,12 @@ def test_settings_inside_config_json_and_patterns_among_the_excludes(official, t
 
 
 def test_a_weight_only_export_passes_as_what_it_is(base, tmp_path):
-    folder = quantised(base, tmp_path / "made", "official", weight_only=True)
+    folder = quantised(base, tmp_path / "made", "nvidia", weight_only=True)
     made = audit(folder, vllm="0.31.0")
     assert made.findings == [] and made.facts["format"] == "W4A16_NVFP4"
     assert (made.facts["kv_cache"], made.facts["excludes"]) == (
         "FP8",
-        len(layout.excluded(Checkpoint(base).config, "official")),
+        len(layout.excluded(Checkpoint(base).config, "nvidia")),
     )
     assert made.serve.args[-4:] == ["--kv-cache-dtype", "fp8", "--moe-backend", "marlin"]
     alone = edited(
@@ -194,7 +194,7 @@ def test_a_weight_only_export_passes_as_what_it_is(base, tmp_path):
 
 
 def test_weights_alone_whose_settings_no_vllm_reads_are_named(base, tmp_path):
-    folder = quantised(base, tmp_path / "made", "official", weight_only=True)
+    folder = quantised(base, tmp_path / "made", "nvidia", weight_only=True)
     alone = edited(
         folder, tmp_path / "alone", lambda config: config.pop("quantization_config"), "config.json"
     )
@@ -212,7 +212,7 @@ def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_pat
     """NVIDIA's own NVFP4 checkpoint to the tensor and the byte, in a file without data."""
     config = json.loads((GOLDEN / "nano-config.json").read_text())
     specs = layout.packed_tensors(
-        names.tensors(config, names.FLOAT32_NVFP4), layout.quantised(config, "official")
+        names.tensors(config, names.FLOAT32_NVFP4), layout.quantised(config, "nvidia")
     )
     table, at = {}, 0
     for name, spec in specs.items():
@@ -230,7 +230,7 @@ def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_pat
     assert made.findings == []
     assert made.facts == {
         "format": "NVFP4",
-        "layout": "official",
+        "layout": "nvidia",
         "dtypes": PRECISIONS[True],
         "kv_cache": "FP8",
         "tensors": 24_147,
@@ -295,12 +295,12 @@ BREAKS = {
 @pytest.mark.parametrize("fault", BREAKS)
 def test_a_broken_tensor_is_the_one_that_is_named(base, tmp_path, fault):
     change, subject = BREAKS[fault]
-    assert subjects(quantised(base, tmp_path / "made", "official", change), base=base) == {subject}
+    assert subjects(quantised(base, tmp_path / "made", "nvidia", change), base=base) == {subject}
 
 
 def test_a_transposed_expert_is_called_so(base, tmp_path):
     (finding,) = audit(
-        quantised(base, tmp_path / "made", "official", BREAKS["a transposed expert"][0])
+        quantised(base, tmp_path / "made", "nvidia", BREAKS["a transposed expert"][0])
     ).findings
     assert "transposed" in finding.remedy
 
@@ -327,8 +327,8 @@ def test_an_expert_that_stayed_bf16(base, tmp_path):
         without_scales(values, f"{OTHER}.down_proj")
         values[f"{OTHER}.down_proj.weight"] = Checkpoint(base).tensor(f"{OTHER}.down_proj.weight")
 
-    found = audit(quantised(base, tmp_path / "made", "official", kept))
-    assert found.facts["layout"] == "official"  # one odd expert is a fault, not a layout
+    found = audit(quantised(base, tmp_path / "made", "nvidia", kept))
+    assert found.facts["layout"] == "nvidia"  # one odd expert is a fault, not a layout
     assert {f.subject for f in found.findings} == {f"{OTHER}.down_proj.weight", f"{OTHER}.down_proj", QUANT}
 
 
@@ -357,10 +357,10 @@ EXCLUDES = {
 
 
 @pytest.mark.parametrize("fault", EXCLUDES)
-def test_trap_23_a_wrong_exclude_is_named(official, tmp_path, fault):
+def test_trap_23_a_wrong_exclude_is_named(nvidia, tmp_path, fault):
     change, said = EXCLUDES[fault]
     found = audit(
-        edited(official, tmp_path / "made", lambda quant: change(quant["quantization"]["exclude_modules"]))
+        edited(nvidia, tmp_path / "made", lambda quant: change(quant["quantization"]["exclude_modules"]))
     ).findings
     assert {f.subject for f in found} == {QUANT} and len(found) == len(said)
     assert all(any(words in str(f) for f in found) for words in said)
@@ -375,37 +375,37 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("fault", SETTINGS)
-def test_wrong_settings_are_named(official, tmp_path, fault):
+def test_wrong_settings_are_named(nvidia, tmp_path, fault):
     change, said = SETTINGS[fault]
     (finding,) = audit(
-        edited(official, tmp_path / "made", lambda quant: change(quant["quantization"]))
+        edited(nvidia, tmp_path / "made", lambda quant: change(quant["quantization"]))
     ).findings
     assert said in finding.found
 
 
-def test_two_settings_that_differ_and_none_at_all(official, base, tmp_path):
-    inside = quant_config.inside(json.loads((official / QUANT).read_text()))
+def test_two_settings_that_differ_and_none_at_all(nvidia, base, tmp_path):
+    inside = quant_config.inside(json.loads((nvidia / QUANT).read_text()))
     both = edited(
-        official, tmp_path / "both", lambda config: config.update(quantization_config=inside), "config.json"
+        nvidia, tmp_path / "both", lambda config: config.update(quantization_config=inside), "config.json"
     )
     assert subjects(both) == set()
     other = {"ignore": [*inside["ignore"], "backbone.layers.1.mixer.gate"], "kv_cache_scheme": None}
     for key, value in other.items():
         assert subjects(
             edited(
-                official,
+                nvidia,
                 tmp_path / key,
                 lambda config, key=key, value=value: config.update(quantization_config=inside | {key: value}),
                 "config.json",
             )
         ) == {QUANT}
     (both / QUANT).unlink()
-    shutil.copyfile(official / "config.json", both / "config.json")
+    shutil.copyfile(nvidia / "config.json", both / "config.json")
     assert [f.found for f in audit(both).findings] == [
         "no such file, and no quantization_config in config.json"
     ]
     shutil.copytree(base, tmp_path / "bf16")
-    shutil.copyfile(official / QUANT, tmp_path / "bf16" / QUANT)
+    shutil.copyfile(nvidia / QUANT, tmp_path / "bf16" / QUANT)
     assert [f.found for f in audit(tmp_path / "bf16").findings] == [
         "NVFP4, and no quantised linear in the files"
     ]
@@ -419,7 +419,7 @@ def test_trap_4_what_is_not_quantised_equals_the_base_bit_for_bit(base, tmp_path
     def next_up(values):
         values[name] = torch.nextafter(values[name], torch.full_like(values[name], 1e4))
 
-    folder = quantised(base, tmp_path / "made", "official", next_up)
+    folder = quantised(base, tmp_path / "made", "nvidia", next_up)
     assert subjects(folder) == set() and subjects(folder, base=base) == {name}
 
 
@@ -432,24 +432,24 @@ def test_an_adapter_may_change_projections_of_a_bf16_base_and_nothing_else(base,
     assert subjects(written(tmp_path / "broken", Checkpoint(base).config, values), base=base) == {BIAS}
 
 
-def test_a_base_that_is_another_model_or_rounded_or_torn(official, base, tmp_path):
+def test_a_base_that_is_another_model_or_rounded_or_torn(nvidia, base, tmp_path):
     other = small.base(tmp_path / "other", "ME")
-    assert "backbone.layers.3.mixer.q_proj.weight" in subjects(official, base=other)
+    assert "backbone.layers.3.mixer.q_proj.weight" in subjects(nvidia, base=other)
     rounded = written(
         tmp_path / "rounded",
         Checkpoint(base).config,
         {n: v.bfloat16() if n == BIAS else v for n, v in tensors(base).items()},
     )
-    assert subjects(official, base=rounded) == {BIAS}
+    assert subjects(nvidia, base=rounded) == {BIAS}
     (other / INDEX).write_text("{")
-    assert subjects(official, base=other) == {"--base other"}
+    assert subjects(nvidia, base=other) == {"--base other"}
 
 
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def test_files_that_are_torn_foreign_or_missing_are_all_named(official, tmp_path):
-    folder = shutil.copytree(official, tmp_path / "made")
+def test_files_that_are_torn_foreign_or_missing_are_all_named(nvidia, tmp_path):
+    folder = shutil.copytree(nvidia, tmp_path / "made")
     torn, foreign, gone = sorted(folder.glob("*.safetensors"))[:3]
     torn.write_bytes(torn.read_bytes()[:-10])
     foreign.write_bytes(b"<!DOCTYPE html><html>not found</html>")
@@ -459,25 +459,25 @@ def test_files_that_are_torn_foreign_or_missing_are_all_named(official, tmp_path
     assert "truncated" in found.findings[0].found and "no such file" in found.findings[2].found
 
 
-def test_a_header_that_lies_about_a_shape_is_named(official, tmp_path):
-    folder = shutil.copytree(official, tmp_path / "made")
+def test_a_header_that_lies_about_a_shape_is_named(nvidia, tmp_path):
+    folder = shutil.copytree(nvidia, tmp_path / "made")
     file = Checkpoint(folder).entries[EMBEDDINGS].file
     file.write_bytes(file.read_bytes().replace(b'"shape":[512,128]', b'"shape":[512,129]', 1))
     assert EMBEDDINGS in audit(folder).findings[0].found
 
 
-def test_an_index_that_names_what_is_in_no_file_and_the_reverse(official, tmp_path):
+def test_an_index_that_names_what_is_in_no_file_and_the_reverse(nvidia, tmp_path):
     def change(index):
         index["weight_map"]["backbone.layers.8.norm.weight"] = index["weight_map"].pop(BIAS)
 
-    assert subjects(edited(official, tmp_path / "made", change, INDEX)) == {
+    assert subjects(edited(nvidia, tmp_path / "made", change, INDEX)) == {
         "backbone.layers.8.norm.weight",
         BIAS,
     }
 
 
-def test_a_safetensors_file_that_no_index_names(official, tmp_path):
-    folder = shutil.copytree(official, tmp_path / "made")
+def test_a_safetensors_file_that_no_index_names(nvidia, tmp_path):
+    folder = shutil.copytree(nvidia, tmp_path / "made")
     shutil.copyfile(next(folder.glob("*.safetensors")), folder / "adapter_model.safetensors")
     assert subjects(folder) == {"adapter_model.safetensors"}
     (folder / "config.json").write_text("{")
@@ -485,8 +485,8 @@ def test_a_safetensors_file_that_no_index_names(official, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"hidden_size": 128}', '{"hybrid_override_pattern": "M-"}'])
-def test_a_config_that_describes_no_nemotron_h(official, tmp_path, text):
-    folder = shutil.copytree(official, tmp_path / "made")
+def test_a_config_that_describes_no_nemotron_h(nvidia, tmp_path, text):
+    folder = shutil.copytree(nvidia, tmp_path / "made")
     (folder / "config.json").write_text(text)
     assert audit(folder).facts == {} and subjects(folder) == {"made"}
 
@@ -494,8 +494,8 @@ def test_a_config_that_describes_no_nemotron_h(official, tmp_path, text):
 # --- what a vLLM can load -----------------------------------------------------------------------------------
 
 
-def test_trap_26_a_vllm_that_reads_a_quantised_in_proj_wrongly(official, base, tmp_path):
-    made = audit(official, vllm="0.17.1")
+def test_trap_26_a_vllm_that_reads_a_quantised_in_proj_wrongly(nvidia, base, tmp_path):
+    made = audit(nvidia, vllm="0.17.1")
     assert (
         made.serve is None
         and [f.subject for f in made.findings] == ["--vllm"]
@@ -505,19 +505,19 @@ def test_trap_26_a_vllm_that_reads_a_quantised_in_proj_wrongly(official, base, t
     assert conservative.findings == [] and "VLLM_USE_FLASHINFER_MOE_FP4" in conservative.serve.env
 
 
-def test_the_flags_follow_the_checkpoint_and_the_build(official, base):
-    assert audit(official, vllm="0.31.0").serve.args[-4:] == [
+def test_the_flags_follow_the_checkpoint_and_the_build(nvidia, base):
+    assert audit(nvidia, vllm="0.31.0").serve.args[-4:] == [
         "--kv-cache-dtype",
         "fp8",
         "--moe-backend",
         "flashinfer_cutlass",
     ]
-    assert "--enforce-eager" in audit(official, vllm="0.32.0+cpu").serve.args
+    assert "--enforce-eager" in audit(nvidia, vllm="0.32.0+cpu").serve.args
     assert "--moe-backend" not in audit(base, vllm="0.31.0").serve.args
     assert subjects(base, vllm="nightly") == {"--vllm"}
 
 
-def test_as_a_program_it_prints_json_and_exits_with_1_on_a_fault(official, base):
+def test_as_a_program_it_prints_json_and_exits_with_1_on_a_fault(nvidia, base):
     def ran(*words):
         done = subprocess.run(
             [sys.executable, "-m", "nemotron.checkpoint_audit", *map(str, words)],
@@ -527,14 +527,14 @@ def test_as_a_program_it_prints_json_and_exits_with_1_on_a_fault(official, base)
         )
         return done.returncode, json.loads(done.stdout)
 
-    code, whole = ran(official, "--base", base, "--vllm", "0.31.0")
+    code, whole = ran(nvidia, "--base", base, "--vllm", "0.31.0")
     assert (
         code == 0
         and whole["findings"] == []
-        and whole["facts"]["layout"] == "official"
+        and whole["facts"]["layout"] == "nvidia"
         and "--moe-backend" in whole["serve"]["args"]
     )
-    code, refused = ran(official, "--vllm", "0.12.0")
+    code, refused = ran(nvidia, "--vllm", "0.12.0")
     assert (
         code == 1
         and refused["findings"][0].keys() == {"subject", "found", "expected", "remedy"}

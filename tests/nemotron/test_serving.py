@@ -7,7 +7,7 @@ import pytest
 from nemotron.serving import Checkpoint, ServingError, kv_cache, limits, serve, version
 
 BF16 = Checkpoint()
-OFFICIAL = Checkpoint("official", fp8_cache=True)
+OFFICIAL = Checkpoint("nvidia", fp8_cache=True)
 CONSERVATIVE = Checkpoint("conservative", fp8_cache=True)
 ADAPTER = Checkpoint(lora_rank=16)
 RELEASES = ("0.12.0", "0.13.0", "0.15.1", "0.17.0", "0.17.1", "0.18.0", "0.30.2", "0.31.0", "0.32.0+cpu")
@@ -46,7 +46,7 @@ def test_trap_27_the_kv_cache_is_always_said(vllm):
 
 def test_the_recipe_overrides_the_kv_cache_that_the_checkpoint_asks_for():
     assert value(served("0.31.0", OFFICIAL, kv_cache="bfloat16"), "--kv-cache-dtype") == "bfloat16"
-    assert value(served("0.31.0", Checkpoint("official"), kv_cache="fp8"), "--kv-cache-dtype") == "fp8"
+    assert value(served("0.31.0", Checkpoint("nvidia"), kv_cache="fp8"), "--kv-cache-dtype") == "fp8"
     with pytest.raises(ServingError, match="0.14.1 takes the KV cache that the checkpoint asks for"):
         served("0.14.1", CONSERVATIVE, kv_cache="bfloat16")
 
@@ -135,7 +135,7 @@ def test_weight_only_experts_take_marlin_and_0_22():
 
 def test_limits_are_named_all_at_once():
     assert [
-        fault.remedy for fault in limits("0.12.0", Checkpoint("official", weight_only=True, lora_rank=8))
+        fault.remedy for fault in limits("0.12.0", Checkpoint("nvidia", weight_only=True, lora_rank=8))
     ] == [
         "quantise with layout: conservative, or serve with 0.18 or newer",
         "quantise activations too, or serve with 0.22 or newer",

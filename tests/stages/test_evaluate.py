@@ -84,7 +84,7 @@ def its(tmp_path):
     (inputs["quantize"] / "hf_quant_config.json").write_text(
         json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}})
     )
-    (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "official"}))
+    (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "nvidia"}))
     (inputs["data"] / "eval.jsonl").write_text(
         "".join(json.dumps({**row, "category": "some"}) + "\n" for row in HELD_OUT)
     )
@@ -254,7 +254,7 @@ def test_base_and_tuned_share_a_server(its, warnings):
         and plans[0].checkpoint.lora_rank == 16
         and plans[1].adapter is None
     )
-    assert (plans[2].checkpoint.layout, plans[2].checkpoint.fp8_cache) == ("official", True)
+    assert (plans[2].checkpoint.layout, plans[2].checkpoint.fp8_cache) == ("nvidia", True)
 
 
 @pytest.mark.parametrize(

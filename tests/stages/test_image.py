@@ -61,7 +61,7 @@ def its(tmp_path, monkeypatch):
     (inputs["quantize"] / "hf_quant_config.json").write_text(
         json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}})
     )
-    (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "official"}))
+    (inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "nvidia"}))
     (inputs["evaluate"] / "exchange.json").write_text(json.dumps(EXCHANGE))
     (inputs["train"] / "adapter").mkdir()
     (inputs["train"] / "adapter/adapter_config.json").write_text(

@@ -14,7 +14,7 @@ from stages.job import StageError
 from stages.quantize import calibrate, fidelity, quantize, reference
 
 PARAMS = {
-    "layout": "official",
+    "layout": "nvidia",
     "format": "w4a4",
     "scales": "nearest",
     "engine": "own",
@@ -39,7 +39,7 @@ def made(source, tmp_path_factory):
 
 
 def test_the_audit_passes_and_the_config_is_the_source_s(source, made):
-    assert audit.nvfp4(made, "official", source) == []
+    assert audit.nvfp4(made, "nvidia", source) == []
     assert json.loads((made / "audit.json").read_text())["findings"] == []
     assert (made / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
@@ -109,7 +109,7 @@ def test_weights_alone_need_no_forward_and_have_no_input_scale(source, tmp_path,
     made = Checkpoint(its.output)
     assert (
         not [name for name in made.entries if name.endswith("input_scale")]
-        and audit.nvfp4(its.output, "official", source, weight_only=True) == []
+        and audit.nvfp4(its.output, "nvidia", source, weight_only=True) == []
     )
     config = json.loads((its.output / "config.json").read_text())
     settings = json.loads((its.output / audit.QUANT).read_text())
@@ -137,13 +137,13 @@ def test_weights_alone_are_not_handed_on_where_no_vllm_reads_that_they_are(sourc
 def test_a_kv_cache_that_config_json_has_no_form_for_is_refused(source):
     with pytest.raises(ValueError, match="NVFP4.*expected FP8 or null"):
         quant_config.inside(
-            layout.hf_quant_config(Checkpoint(source).config, "official", "NVFP4", "0", weight_only=True)
+            layout.hf_quant_config(Checkpoint(source).config, "nvidia", "NVFP4", "0", weight_only=True)
         )
 
 
 def test_trap_24_every_expert_has_every_scale(source, made):
     after = Checkpoint(made)
-    for name in layout.quantised(after.config, "official"):
+    for name in layout.quantised(after.config, "nvidia"):
         for part in layout.PARTS:
             assert (after.tensor(f"{name}.{part}").float() > 0).all()
 
@@ -182,10 +182,10 @@ def broken(made, folder, module, change):
 def test_a_broken_checkpoint_is_caught_by_name(source, made, tmp_path, fault):
     change, subject = BREAKS[fault]
     module = next(
-        n for n in layout.quantised(Checkpoint(made).config, "official") if n.endswith(".experts.0.down_proj")
+        n for n in layout.quantised(Checkpoint(made).config, "nvidia") if n.endswith(".experts.0.down_proj")
     )
     folder = broken(made, tmp_path / "broken", module, change)
-    assert any(subject in f.subject for f in audit.nvfp4(folder, "official", source))
+    assert any(subject in f.subject for f in audit.nvfp4(folder, "nvidia", source))
 
 
 def test_fidelity_is_what_the_dequantised_weights_give_in_the_native_class(source, made, tmp_path):
@@ -248,7 +248,7 @@ def test_a_corrupted_exclude_is_caught(source, made, tmp_path):
     quant = json.loads((folder / audit.QUANT).read_text())
     quant["quantization"]["exclude_modules"][0] = "lm_head.\0backbone.pt_name_sentinel"
     (folder / audit.QUANT).write_text(json.dumps(quant))
-    found = audit.nvfp4(folder, "official", source)
+    found = audit.nvfp4(folder, "nvidia", source)
     assert any("control character" in f.expected for f in found) and any("lm_head" in f.found for f in found)
 
 

@@ -176,7 +176,7 @@ def test_rounding_begins_with_the_last_share_of_the_steps(made, tmp_path, monkey
         right(self, number)
 
     monkeypatch.setattr(Loop, "step", look)
-    output = short.run(tmp_path / "some", made, rounded_share=0.5, eval_every=1)
+    output = short.run(tmp_path / "some", made, qat_share=0.5, eval_every=1)
     experts = {
         f"model.layers.{layer}.mixer.{kind}.{its}_proj"
         for layer in (1, 4)
@@ -188,13 +188,13 @@ def test_rounding_begins_with_the_last_share_of_the_steps(made, tmp_path, monkey
     assert seen == [set(), set(), rounded, rounded]
     assert json.loads((output / "training.json").read_text())["kept_step"] in (3, 4)
     assert short.losses(output)[3] != short.losses(short.run(tmp_path / "none", made))[3]
-    with pytest.raises(job.StageError, match="rounded_share with method qlora"):
-        short.run(tmp_path / "packed", made, rounded_share=0.5, method="qlora")
+    with pytest.raises(job.StageError, match="qat_share with method qlora"):
+        short.run(tmp_path / "packed", made, qat_share=0.5, method="qlora")
 
 
 QAD = {
-    "rounded_share": 0.8,
-    "rounded_loss": "teacher",
+    "qat_share": 0.8,
+    "qat_loss": "teacher",
     "targets": "all",
     "steps": 40,
     "save_every": 15,
@@ -243,7 +243,7 @@ def test_distillation_learns_what_the_model_said_before_rounding(made, distilled
     losses = short.losses(distilled.output)
     assert 0.5 < losses[9] / losses[8] < 2, "what is told stays the loss of the labels"
     assert divergence(distilled, switch, rounded=False) < 1e-4
-    labels = short.weights(short.run(tmp_path, made, **{**QAD, "rounded_loss": "labels"}))
+    labels = short.weights(short.run(tmp_path, made, **{**QAD, "qat_loss": "labels"}))
     before, qad, qat = (
         divergence(distilled, weights, rounded=True)
         for weights in (switch, short.weights(distilled.output), labels)
@@ -269,7 +269,7 @@ def test_a_distilling_run_that_is_resumed_asks_no_teacher_that_has_moved_on(
 
 
 def test_a_teacher_of_nothing_is_refused(made, tmp_path):
-    for number, changes in enumerate(({"rounded_share": 0.0}, {"targets": "attention"})):
+    for number, changes in enumerate(({"qat_share": 0.0}, {"targets": "attention"})):
         with pytest.raises(job.StageError, match="nothing to learn from it"):
             short.run(tmp_path / str(number), made, **{**QAD, **changes})
 

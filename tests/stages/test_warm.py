@@ -43,7 +43,7 @@ def test_each_kind_is_held_as_in_the_whole_model(pattern):
 
     def held(letters):
         config = nano.WIDTHS | {"n_routed_experts": 2, "hybrid_override_pattern": letters}
-        packed = {name.split(".", 2)[2] for name in layout.quantised(config, "official")}
+        packed = {name.split(".", 2)[2] for name in layout.quantised(config, "nvidia")}
         return {
             (letter, frozenset(name.split(".", 1)[1] for name in packed if name.startswith(f"{number}.")))
             for number, letter in enumerate(letters)
@@ -57,7 +57,7 @@ def test_each_kind_is_held_as_in_the_whole_model(pattern):
     [
         {},
         {"method": "qlora", "targets": "all"},
-        {"targets": "all", "rounded_share": 0.2, "rounded_loss": "teacher", "ranks": 2},
+        {"targets": "all", "qat_share": 0.2, "qat_loss": "teacher", "ranks": 2},
     ],
 )
 def test_it_trains_a_full_and_a_usual_step(tmp_path, monkeypatch, given):

@@ -40,7 +40,7 @@ def test_trap_23_the_audit_matches_an_exclude_as_vllm_does(exclude):
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
     from vllm.model_executor.models.utils import WeightsMapper
 
-    settings = layout.hf_quant_config(NANO, "official", "FP8", "0")
+    settings = layout.hf_quant_config(NANO, "nvidia", "FP8", "0")
     settings["quantization"]["exclude_modules"] = [exclude]
     config = ModelOptNvFp4Config.from_config(settings)
     config.apply_vllm_mapper(WeightsMapper())
@@ -65,7 +65,7 @@ def test_vllm_reads_in_config_json_what_hf_quant_config_says(kv_cache):
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
     from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
-    nested = layout.hf_quant_config(NANO, "official", kv_cache, "0", weight_only=True)
+    nested = layout.hf_quant_config(NANO, "nvidia", kv_cache, "0", weight_only=True)
     inside = quant_config.inside(nested)
     assert vars(ModelOptNvFp4Config.from_config(inside)) == vars(ModelOptNvFp4Config.from_config(nested))
     assert (
@@ -84,7 +84,7 @@ def test_vllm_takes_weights_alone_from_config_json_only():
             None, SimpleNamespace(quantization_config=settings)
         )
 
-    nested = layout.hf_quant_config(NANO, "official", "FP8", "0", weight_only=True)
+    nested = layout.hf_quant_config(NANO, "nvidia", "FP8", "0", weight_only=True)
     assert taken(quant_config.inside(nested))["quant_method"] == "modelopt"
     with pytest.raises(ValueError, match="Unknown ModelOpt quant algo: W4A16_NVFP4"):
         taken(nested)  # once this passes, W4A16 can do without config.json: see nemotron/quant_config.py

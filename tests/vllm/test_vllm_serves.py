@@ -50,7 +50,7 @@ def bf16(made):
 @pytest.fixture(scope="module", params=["w4a4", "w4a16"])
 def in_4_bits(request, made):
     """An export in NVIDIA's layout, and a server of it as stage evaluate starts one."""
-    folder = exported.export(made / "base", made / request.param, "official", request.param)
+    folder = exported.export(made / "base", made / request.param, "nvidia", request.param)
     with Server(folder, serve(evaluate.installed(), "cpu", quantised(folder), 512, 4), "nvfp4") as server:
         yield folder, server
 
