@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import check, lock, plan, preflight, store
-from forge.executor import Executor, Task
+from forge.executor import Executor, ProductBuilder, Task
 from forge.finding import Finding, Refused, error
 from forge.journal import Event, Journal, Log
 from forge.mask import Mask
@@ -286,7 +286,7 @@ class _Run:
                 if event is None:
                     self.journal.emit("log", stage=task.stage, line=log.line(line.text))
                     continue
-                event = _on_host(event, getattr(self.executor, "scratch", ""), task.job["scratch"])
+                event = _on_host(event, self.executor.scratch, task.job["scratch"])
                 if event["event"] == "error":
                     last_error = event
                 if event["event"] != "progress":
@@ -339,7 +339,7 @@ class _Run:
         """Makes the image of a stage with a product, with an executor that can."""
         step = self.recipe.stages[stage.name]
         product, key = step.contract.product, stage.key.sha256
-        if product is None or key is None or not hasattr(self.executor, "build_product"):
+        if product is None or key is None or not isinstance(self.executor, ProductBuilder):
             return
         suppliers = {name: self.built[supplier] for name, supplier in step.inputs.items()}
         labels = {"io.annie.recipe": self.recipe.name, "io.annie.key": key}

@@ -15,6 +15,7 @@ from typing import Any
 
 from forge import plan, render
 from forge.executor import Executor
+from forge.executor.local import Local
 from forge.finding import Refused, error
 from forge.plan import Context
 
@@ -32,6 +33,10 @@ def serve(
     """
     if executor.name == "docker":
         return _compose(context, port, detach, stop)
+    if not isinstance(executor, Local):
+        raise Refused(
+            error("executor", executor.name, "docker or local, which can serve", "Name one of the two.")
+        )
     return _local(context, executor, port, detach, stop)
 
 
@@ -84,7 +89,7 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
     )
 
 
-def _local(context: Context, executor: Any, port: int, detach: bool, stop: bool) -> int:
+def _local(context: Context, executor: Local, port: int, detach: bool, stop: bool) -> int:
     if stop:
         return _stop(context.store.home)
     folder, step = plan.artifact(context, "image").folder, context.recipe.stages["image"]

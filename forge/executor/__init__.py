@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol, runtime_checkable
 
 from forge.finding import Finding, Refused, error
 from forge.image import Image
@@ -53,9 +53,12 @@ class Line:
 
 
 class Executor(Protocol):
-    name: str
+    """`scratch`: a task's scratch folder as the stage sees it; empty where that is the host's path."""
 
-    def check(self, images: list[Image], gpu: bool) -> list[Finding]:
+    name: str
+    scratch: str
+
+    def check(self, wanted: list[Image], gpu: bool) -> list[Finding]:
         """What this machine lacks for these images."""
 
     def prepare(self, image: Image, on_line: Callable[[str], None]) -> None:
@@ -81,6 +84,24 @@ class Executor(Protocol):
     def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
         """A command that runs a module of this repository in `image`, which is prepared. A Path among
         `arguments` is a folder that it may read.
+        """
+
+
+@runtime_checkable
+class ProductBuilder(Protocol):
+    """An executor that also builds the serving image."""
+
+    def build_product(
+        self,
+        image: Image,
+        contexts: dict[str, Path | None],
+        output: Path,
+        tag: str,
+        labels: dict[str, str],
+        on_line: Callable[[str], None],
+    ) -> None:
+        """Builds it from `output`, tags it by `tag` and `latest`, and writes output/image.json. A context of
+        None is empty.
         """
 
 

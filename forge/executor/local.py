@@ -53,6 +53,7 @@ class Running:
 
 class Local:
     name = "local"
+    scratch = ""
 
     def __init__(self, repo: Path, home: Path, machine: str | None = None, uv: Uv | None = None):
         """`machine` is a type of machine as `uname -m` says it (this one's by default)."""
