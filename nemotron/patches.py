@@ -49,15 +49,11 @@ TO_PATCH, PATCHED, THERE, ABSENT = "to patch", "patched", "already there", "abse
 # nemotron/mamba.py's gated_norm.
 NORM = '''\
     def rmsnorm_fn(x, weight, bias=None, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
-        """weight * rms(x * silu(z)), the mean square over each group_size neighbouring channels, in float32.
-
-        x, z (..., channels).
-        """
+        """weight * rms(x * silu(z)), in float32, over each group_size channels. x, z (..., channels)."""
         if norm_before_gate or z is None or bias is not None:
-            raise NotImplementedError("without mamba-ssm there is only the norm with its gate first, no bias")
-        exact = torch.promote_types(x.dtype, torch.float32)
-        gated = x.to(exact) * torch.nn.functional.silu(z.to(exact))
-        gated = gated.unflatten(-1, (-1, group_size or x.shape[-1]))
+            raise NotImplementedError("without mamba-ssm: only norms without bias whose gate comes before")
+        exact, shape = torch.promote_types(x.dtype, torch.float32), (-1, group_size or x.shape[-1])
+        gated = (x.to(exact) * torch.nn.functional.silu(z.to(exact))).unflatten(-1, shape)
         normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
         return (normed.flatten(-2) * weight.to(exact)).to(x.dtype)'''
 NO_AUTOCAST = "with torch.autocast(device_type=hidden_states.device.type, enabled=False):"

@@ -39,11 +39,8 @@ class Norm(nn.Module):
         self.weight, self.group = nn.Parameter(torch.ones(width)), group
 
     def forward(self, y, gate):
-        return rmsnorm_fn(
-            x=y, weight=self.weight, bias=None, z=gate, eps=1e-5, group_size=self.group,
-            norm_before_gate=False
-        )
-"""
+        return rmsnorm_fn(x=y, weight=self.weight, bias=None, z=gate, eps=1e-5, group_size=self.group, norm_before_gate=False)
+"""  # noqa: E501
 BLOCK = """
 class NemotronHBlock(nn.Module):
     def __init__(self, mixer):
@@ -69,8 +66,7 @@ class Expert(nn.Module):
 class NemotronHMOE(nn.Module):
     def __init__(self, count, top, width):
         super().__init__()
-        self.gate = NemotronHTopkRouter(count, top, width)
-        self.experts = nn.ModuleList(Expert(width) for _ in range(count))
+        self.gate, self.experts = NemotronHTopkRouter(count, top, width), nn.ModuleList(Expert(width) for _ in range(count))
 
     def moe(self, hidden_states, topk_indices, topk_weights):
         final_hidden_states = torch.zeros_like(hidden_states, dtype=topk_weights.dtype)
@@ -337,7 +333,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, capsys, monkeypa
 
 def test_the_command_of_the_readme(tmp_path):
     (tmp_path / patches.FILE).write_text(HUB)
-    command = re.search(r"`python -m (nemotron\.patches) FOLDER`", (REPO / "README.md").read_text())
+    command = re.search(r"`python -m (nemotron\.patches) FOLDER`", (REPO / "docs/stages.md").read_text())
     # -S: no package at all
     done = subprocess.run(
         [sys.executable, "-S", "-m", command[1], str(tmp_path)], cwd=REPO, capture_output=True, text=True
