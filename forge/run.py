@@ -224,7 +224,6 @@ class _Run:
                 gpu=self.recipe.on_gpu(stage.name),
                 network=step.needs.network,
                 memory_gb=step.needs.memory_gb,
-                secrets={name: Path(path) for name, path in job["secrets"].items()},
             )
             self.finish(task, log)
             if step.contract.product:

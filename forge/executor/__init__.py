@@ -10,7 +10,7 @@ import queue
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, runtime_checkable
 
@@ -33,7 +33,6 @@ class Task:
     gpu: bool = False
     network: bool = False
     memory_gb: float = 1.0
-    secrets: dict[str, Path] = field(default_factory=dict)
 
 
 KERNELS = "ANNIE_KERNELS"  # tells a stage where compiled kernels stay (nemotron/kernel_cache.py)

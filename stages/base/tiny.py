@@ -95,15 +95,6 @@ def delicate_biases(model: nn.Module, seed: int) -> None:
             buffer.copy_(BIAS_LOW + (BIAS_HIGH - BIAS_LOW) * torch.rand(buffer.shape, generator=generator))
 
 
-def round_to_checkpoint(model: nn.Module, description: dict) -> None:
-    """Rounds the weights, in place, to the dtypes in which `save` stores them."""
-    here = dict(model.named_parameters())
-    for name, spec in tensors(description).items():
-        if spec.dtype == "BF16":
-            tensor = here[native(name)].data
-            tensor.copy_(tensor.to(torch.bfloat16))
-
-
 def save(model: nn.Module, description: dict, folder: Path) -> None:
     """Config, generation config and shards in hub layout: one tensor per expert, each in its published
     dtype.
