@@ -17,7 +17,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def outside(messages: list[dict], tools: list[dict] | None) -> list[str]:
+def outside(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[str]:
     """A short reason for everything in the calls of `messages` that `tools` do not allow; empty if all fit.
 
     Checked are: that the tool is declared, and of its schema's top level `properties` (unless
@@ -39,7 +39,7 @@ def outside(messages: list[dict], tools: list[dict] | None) -> list[str]:
     return reasons
 
 
-def _against(schema: dict | None, name: str, arguments: dict) -> list[str]:
+def _against(schema: dict[str, Any] | None, name: str, arguments: dict[str, Any]) -> list[str]:
     schema = schema or {}
     properties = schema.get("properties")
     listed = properties if isinstance(properties, dict) else {}

@@ -7,10 +7,15 @@ begins right after it and ends with `<|im_end|>`, which the model has to say to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from nemotron import markup
 from nemotron.messages import CALL_AS_TEXT, ROLES, ChatError, normalise, served_tools
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "IGNORED",
@@ -50,9 +55,9 @@ class Rendered:
 
 
 def template_text(
-    tokenizer,
-    messages: list[dict],
-    tools: list[dict] | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
     generation: bool = False,
     reasoning: bool = False,
 ) -> str:
@@ -65,7 +70,13 @@ def template_text(
     return _text(tokenizer, normalise(messages), served_tools(tools), generation, reasoning)
 
 
-def _text(tokenizer, messages: list[dict], tools: list[dict], generation: bool, reasoning: bool) -> str:
+def _text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    generation: bool,
+    reasoning: bool,
+) -> str:
     if "strftime_now" in (tokenizer.chat_template or ""):
         raise ChatError(
             "the chat template calls strftime_now: the same conversation would render differently tomorrow"
@@ -79,21 +90,25 @@ def _text(tokenizer, messages: list[dict], tools: list[dict], generation: bool, 
         )
         for number, message in enumerate(messages)
     ]
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         history,
-        tools=tools or None,
+        tools=cast("list[dict[Any, Any] | Callable[..., Any]] | None", tools or None),
         tokenize=False,
         add_generation_prompt=generation,
         enable_thinking=reasoning,
     )
+    return cast(str, text)  # since tokenize is false
 
 
-def _last_user(messages: list[dict]) -> int:
+def _last_user(messages: list[dict[str, Any]]) -> int:
     return max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
 
 
 def render(
-    tokenizer, messages: list[dict], tools: list[dict] | None = None, reasoning: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    reasoning: bool = False,
 ) -> Rendered:
     """Text, tokens and labels of one conversation.
 
@@ -146,7 +161,12 @@ def render(
     return Rendered(text, ids, labels)
 
 
-def _refuse_markup(tokenizer, messages: list[dict], tools: list[dict], reasoning: bool) -> None:
+def _refuse_markup(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    reasoning: bool,
+) -> None:
     """Raises ChatError with the string and where it stands."""
     search = markup.pattern(tokenizer).search
     for position, message in enumerate(messages, 1):

@@ -10,10 +10,11 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class Entry:
         return self.end - self.start
 
 
-def header(file: Path) -> tuple[dict[str, Entry], dict]:
+def header(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     """Name -> Entry of one safetensors file, and its metadata. Raises CheckpointError on a truncated or
     foreign file.
     """
@@ -103,7 +104,7 @@ def header(file: Path) -> tuple[dict[str, Entry], dict]:
     return entries, metadata
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError, with the file's name, on anything else."""
     try:
         found = json.loads(file.read_text())
@@ -198,7 +199,7 @@ class Checkpoint(Tensors):
             self.files = [SINGLE]
         else:
             raise CheckpointError(f"{self.folder} holds neither {INDEX} nor {SINGLE}")
-        self.metadata: dict[str, dict] = {}
+        self.metadata: dict[str, dict[str, Any]] = {}
         for name in self.files:
             if not (self.folder / name).exists():
                 raise CheckpointError(f"{name} is in {INDEX} but not in the folder")
@@ -206,7 +207,7 @@ class Checkpoint(Tensors):
             self.entries |= entries
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         return read_json(self.folder / "config.json")
 
     def in_file(self, file: str) -> Iterator[str]:
@@ -221,7 +222,7 @@ class Checkpoint(Tensors):
 
 def data(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, not copied if it lies on the CPU in one piece."""
-    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def write(
     file: Path,
     slots: list[Slot],
     produce: Callable[[Slot], torch.Tensor | Iterable[Work]],
-    metadata: dict | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> None:
     """Writes one safetensors file, asking for one tensor at a time: the tensor, or work that makes it in
     pieces along its first dimension.
@@ -303,7 +304,7 @@ def ahead(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, torch.Tenso
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            pending: deque = deque()
+            pending: deque[tuple[Slot, Future[torch.Tensor]]] = deque()
             for slot, piece in work:
                 pending.append((slot, pool.submit(piece)))
                 if len(pending) > 2 * threads:

@@ -25,7 +25,7 @@ def on() -> None:
     torch.use_deterministic_algorithms(True)
     # torch would also write into all memory that it hands out, lest something is read before it was written:
     # a pass over each tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at runtime
 
 
 def wanted() -> bool:

@@ -7,6 +7,7 @@ state. Every mixer is told by this.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -20,9 +21,9 @@ class Documents:
     """
 
     lengths: tuple[int, ...]
-    _made: dict = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(
                 f"a packed sequence needs documents of at least one token each, found lengths {self.lengths}"
@@ -65,7 +66,7 @@ class Documents:
             ),
         )
 
-    def _keep(self, name: str, device: torch.device | str, make) -> torch.Tensor:
+    def _keep(self, name: str, device: torch.device | str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         # Fifty layers ask for the same tensors: one copy to the device, not fifty; through pinned memory, so
         # that nothing waits for it.
         key = (name, str(device))

@@ -51,7 +51,8 @@ def files(folder: Path) -> Iterator[Finding]:
     """
     index = weight_map(folder) if (folder / INDEX).exists() else {}
     named = list(dict.fromkeys(index.values())) or [SINGLE]
-    whole, held = set(), {}
+    whole: set[str] = set()
+    held: dict[str, str] = {}  # tensor -> the file that has it
     for file in named:
         if not (folder / file).is_file():
             yield Finding(
@@ -150,7 +151,7 @@ def structure(checkpoint: Checkpoint, expected: dict[str, Spec]) -> Iterator[Fin
             )
 
 
-def _said(config: QuantConfig) -> tuple:
+def _said(config: QuantConfig) -> tuple[str, str | None, int, list[str]]:
     return config.algorithm, config.kv_cache, config.group_size, sorted(config.excludes)
 
 

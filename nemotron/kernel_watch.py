@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -47,7 +48,7 @@ def say(note: str) -> None:
         _tell(note)
 
 
-def _compiled(*, src=None, cache_hit: bool = False, **_) -> None:
+def _compiled(*, src: Any = None, cache_hit: bool = False, **_: Any) -> None:
     if cache_hit:
         counts.loaded += 1
         return

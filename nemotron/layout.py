@@ -8,6 +8,7 @@ lm_head.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 from nemotron import names
 from nemotron.names import Spec
@@ -22,7 +23,7 @@ LAYOUTS = {
 PARTS = ("weight_scale", "weight_scale_2", "input_scale")
 
 
-def quantised(config: dict, layout: str) -> list[str]:
+def quantised(config: dict[str, Any], layout: str) -> list[str]:
     """Hub names, without `.weight`, of the linears that are quantised, in checkpoint order."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
@@ -43,7 +44,7 @@ def quantised(config: dict, layout: str) -> list[str]:
     return found
 
 
-def recognise(config: dict, packed: set[str]) -> tuple[str, list[str]]:
+def recognise(config: dict[str, Any], packed: set[str]) -> tuple[str, list[str]]:
     """The layout of a checkpoint in which the linears `packed` are packed (`other` if none of ours), and
     what is quantised in it.
 
@@ -75,7 +76,7 @@ def recognise(config: dict, packed: set[str]) -> tuple[str, list[str]]:
     )
 
 
-def excluded(config: dict, layout: str) -> list[str]:
+def excluded(config: dict[str, Any], layout: str) -> list[str]:
     """`exclude_modules` of hf_quant_config.json: every linear and convolution that stays as it is, and
     lm_head.
 
@@ -88,7 +89,7 @@ def excluded(config: dict, layout: str) -> list[str]:
 
 
 def tensors(
-    config: dict, layout: str, source: dict[str, Spec] | None = None, weight_only: bool = False
+    config: dict[str, Any], layout: str, source: dict[str, Spec] | None = None, weight_only: bool = False
 ) -> dict[str, Spec]:
     """Hub name -> shape and dtype of every tensor of the quantised checkpoint.
 
@@ -118,8 +119,8 @@ def packed_tensors(source: dict[str, Spec], modules: list[str], input_scales: bo
 
 
 def hf_quant_config(
-    config: dict, layout: str, kv_cache: str | None, producer: str, weight_only: bool = False
-) -> dict:
+    config: dict[str, Any], layout: str, kv_cache: str | None, producer: str, weight_only: bool = False
+) -> dict[str, Any]:
     """hf_quant_config.json in the form that every vLLM version reads; nemotron/quant_config.py writes it,
     for weights alone into config.json too.
     """

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -224,7 +225,7 @@ class Adapter:
                 rank,
                 scale,
                 keys.get("magnitude_vector"),
-                int(_EXPERT.search(name)[1]) if stack else None,
+                _expert(name) if stack else None,
                 count,
             )
             for name in names
@@ -263,7 +264,7 @@ class Adapter:
         """Raises AdapterError unless a tensor of the base that is stored in the adapter has the base's
         values.
         """
-        match = _COPY.match(key)
+        match = cast(re.Match[str], _COPY.match(key))  # as every key of `copies` does
         path = f"{match['module']}.{match['parameter']}"
         hub = re.sub(r"^model\.", "backbone.", path)
         names = [hub] if hub in self._base.entries else self._stacks.get(path, [])
@@ -280,7 +281,7 @@ class Adapter:
             )
         value = self.tensors.tensor(key)
         for name in names:
-            part = value if names == [hub] else value[int(_EXPERT.search(name)[1])]
+            part = value if names == [hub] else value[_expert(name)]
             before = self._base.tensor(name)
             if not torch.equal(part.to(before.dtype), before):
                 raise AdapterError(
@@ -315,6 +316,11 @@ class Adapter:
         return (change.b @ change.a) * change.scale
 
 
+def _expert(name: str) -> int:
+    """The number of the expert whose tensor a hub name of a stack is."""
+    return int(cast(re.Match[str], _EXPERT.search(name))[1])
+
+
 def _tensors(folder: Path) -> Tensors:
     """The tensors of an adapter folder: a safetensors file, shards with an index, or PyTorch's own format,
     read without running its code.
@@ -323,8 +329,8 @@ def _tensors(folder: Path) -> Tensors:
         return Tensors(header(folder / WEIGHTS)[0])
     if (folder / INDEX).exists():
         table = read_json(folder / INDEX).get("weight_map")
-        named = isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
-        files = sorted(set(table.values())) if named else []
+        named = table if isinstance(table, dict) else {}
+        files = sorted(set(named.values())) if all(isinstance(name, str) for name in named.values()) else []
         if missing := [name for name in files if not (folder / name).is_file()] or (
             [] if files else ["any file"]
         ):

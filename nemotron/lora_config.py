@@ -142,7 +142,7 @@ class LoraSettings:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _pattern(patterns: dict, module: str) -> str:
+def _pattern(patterns: dict[str, Any], module: str) -> str:
     """The first pattern that matches the end of a module's name, as `peft.utils.other.get_pattern_key`
     matches.
     """
@@ -212,7 +212,7 @@ def read(folder: Path) -> LoraSettings:
     return _settings(config)
 
 
-def _settings(config: dict) -> LoraSettings:
+def _settings(config: dict[str, Any]) -> LoraSettings:
     positive = "a number above zero"
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The template's own, and vLLM's qwen3_coder parser, which allows blanks inside <parameter=...> and
 # </parameter>.
@@ -40,10 +43,10 @@ _KNOWN_KEYS = {
     "property": ("name", "type", "description", "enum"),
 }
 
-_patterns: WeakKeyDictionary[Any, tuple[int, re.Pattern[str]]] = WeakKeyDictionary()
+_patterns: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]]] = WeakKeyDictionary()
 
 
-def pattern(tokenizer) -> re.Pattern[str]:
+def pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """One expression for every string that no text may hold, compiled once for each tokenizer."""
     size, compiled = _patterns.get(tokenizer, (-1, None))
     if compiled is None or size != len(tokenizer):
@@ -55,7 +58,7 @@ def pattern(tokenizer) -> re.Pattern[str]:
     return compiled
 
 
-def written_call(text: str, tools: list[dict]) -> str | None:
+def written_call(text: str, tools: list[dict[str, Any]]) -> str | None:
     """The part of an answer that is a call written out: another model's markup, JSON, or name(...) alone."""
     for marker in (*OWN_CALLS, *FOREIGN_CALLS):
         if marker in text:
@@ -83,7 +86,7 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(part)
 
 
-def tags(function: dict) -> Iterator[str]:
+def tags(function: dict[str, Any]) -> Iterator[str]:
     """The tags that the template makes of a definition's own keys: a key `s` is written as <s>."""
     parameters = function.get("parameters") or {}
     properties = parameters.get("properties")

@@ -29,7 +29,7 @@ class ChatError(ValueError):
     """A conversation that cannot be rendered or trained on; the message is the reason."""
 
 
-def normalise(messages: list[dict]) -> list[dict]:
+def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`messages` in the form that the template gets. The input stays as it is; a second call changes nothing.
 
     - `arguments` are mappings in their own key order; "", null and absent mean {}. Values stay what JSON made
@@ -48,7 +48,7 @@ def normalise(messages: list[dict]) -> list[dict]:
     """
     if not messages:
         raise ChatError("no messages")
-    result: list[dict] = []
+    result: list[dict[str, Any]] = []
     position = 0
     while position < len(messages):
         message = _message(messages[position], position + 1)
@@ -73,14 +73,14 @@ def normalise(messages: list[dict]) -> list[dict]:
     return result
 
 
-def _refuse_written_call(messages: list[dict]) -> None:
+def _refuse_written_call(messages: list[dict[str, Any]]) -> None:
     """Names the cause where a result has no call because the turn before it holds the call as text."""
-    last = messages[-1] if messages else {}
+    last: dict[str, Any] = messages[-1] if messages else {}
     if last.get("role") == "assistant" and (written := markup.written_call(last["content"], [])):
         raise ChatError(f"message {len(messages)} holds {written}: {CALL_AS_TEXT}")
 
 
-def _message(message: Any, position: int) -> dict:
+def _message(message: Any, position: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ChatError(f"message {position} is not an object")
     role = message.get("role")
@@ -122,10 +122,11 @@ def _message(message: Any, position: int) -> dict:
         if thoughts := thoughts.strip():
             message["reasoning_content"] = thoughts
     message["content"] = content
-    return message
+    checked: dict[str, Any] = message
+    return checked
 
 
-def _call(call: Any, position: int) -> dict:
+def _call(call: Any, position: int) -> dict[str, Any]:
     """One entry of tool_calls: `id` if it has one, `type` and `function`, with arguments as a mapping."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not function.get("name"):
@@ -172,7 +173,9 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _results(calls: list[dict], results: list[dict], position: int) -> list[dict]:
+def _results(
+    calls: list[dict[str, Any]], results: list[dict[str, Any]], position: int
+) -> list[dict[str, Any]]:
     """The results of one turn in the order of its calls; `position` is that of the turn that calls."""
     names = [call["function"]["name"] for call in calls]
     if len(results) != len(calls):
@@ -210,7 +213,7 @@ def _results(calls: list[dict], results: list[dict], position: int) -> list[dict
     return [results[ids.index(value)] for value in call_ids]
 
 
-def served_tools(tools: list[dict] | None) -> list[dict]:
+def served_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """`tools` as vLLM 0.32 gives them to the template (its ChatCompletionToolsParam, FunctionDefinition).
 
     A bare function is wrapped. A function has `name`, `description` and `parameters`, null where absent, and
@@ -225,7 +228,7 @@ def served_tools(tools: list[dict] | None) -> list[dict]:
     return [_tool(tool, position) for position, tool in enumerate(tools or [], 1)]
 
 
-def _tool(tool: Any, position: int) -> dict:
+def _tool(tool: Any, position: int) -> dict[str, Any]:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ChatError(f"tool {position} is not a function with a name")

@@ -7,6 +7,7 @@ the hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 # What the published BF16 checkpoint keeps in float32: rounding any of these to BF16 changes the model's
 # function.
@@ -24,11 +25,11 @@ class Spec:
     dtype: str
 
 
-def pattern(config: dict) -> str:
+def pattern(config: dict[str, Any]) -> str:
     """The layers, a letter each: M Mamba-2, * attention, E experts. Raises ValueError on a config without
     it.
     """
-    letters = config.get("hybrid_override_pattern")
+    letters: str | None = config.get("hybrid_override_pattern")
     if not letters:
         raise ValueError("config.json has no hybrid_override_pattern: vLLM and the hub's own code need it")
     if unknown := set(letters) - set(LETTERS):
@@ -36,12 +37,12 @@ def pattern(config: dict) -> str:
     return letters
 
 
-def tensors(config: dict, float32: tuple[str, ...] = FLOAT32) -> dict[str, Spec]:
+def tensors(config: dict[str, Any], float32: tuple[str, ...] = FLOAT32) -> dict[str, Spec]:
     """Hub name -> shape and dtype of every tensor of the unquantised checkpoint that `config` describes:
     BF16, and F32 where a name ends in one of `float32`.
     """
     d, vocabulary = config["hidden_size"], config["vocab_size"]
-    found = {"backbone.embeddings.weight": (vocabulary, d)}
+    found: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (vocabulary, d)}
     layer = {"M": _mamba, "*": _attention, "E": _experts}
     for number, letter in enumerate(pattern(config)):
         prefix = f"backbone.layers.{number}"
@@ -53,7 +54,7 @@ def tensors(config: dict, float32: tuple[str, ...] = FLOAT32) -> dict[str, Spec]
     return {name: Spec(shape, "F32" if name.endswith(endings) else "BF16") for name, shape in found.items()}
 
 
-def _mamba(config: dict) -> dict[str, tuple[int, ...]]:
+def _mamba(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     d, heads = config["hidden_size"], config["mamba_num_heads"]
     inner = heads * config["mamba_head_dim"]
     conv = inner + 2 * config["n_groups"] * config["ssm_state_size"]  # x, B and C go through the convolution
@@ -69,7 +70,7 @@ def _mamba(config: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _attention(config: dict) -> dict[str, tuple[int, ...]]:
+def _attention(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     d, size = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
     return {
@@ -80,7 +81,7 @@ def _attention(config: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _experts(config: dict) -> dict[str, tuple[int, ...]]:
+def _experts(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     d, count, width = config["hidden_size"], config["n_routed_experts"], config["moe_intermediate_size"]
     shared = config["moe_shared_expert_intermediate_size"]
     found: dict[str, tuple[int, ...]] = {"gate.weight": (count, d), "gate.e_score_correction_bias": (count,)}

@@ -33,7 +33,10 @@ def table() -> torch.Tensor:
     """The sixteen values in ascending order, float32; code 7 is zero."""
 
     def quantiles(count: int) -> torch.Tensor:
-        return torch.special.ndtri(torch.linspace(OFFSET, 0.5, count, dtype=torch.float64)[:-1])
+        found: torch.Tensor = torch.special.ndtri(
+            torch.linspace(OFFSET, 0.5, count, dtype=torch.float64)[:-1]
+        )
+        return found
 
     values = torch.cat([quantiles(9), torch.zeros(1, dtype=torch.float64), -quantiles(8)]).sort().values
     return (values / values.max()).float()
@@ -65,5 +68,5 @@ def pack(weight: torch.Tensor) -> Packed:
 def unpack(packed: Packed) -> torch.Tensor:
     """The matrices that `packed` stands for, float32 (..., out, in)."""
     codes = torch.stack([packed.weight & 15, packed.weight >> 4], -1).flatten(-2).long()
-    values = table().to(packed.weight.device)[codes].unflatten(-1, (-1, BLOCK))
+    values: torch.Tensor = table().to(packed.weight.device)[codes].unflatten(-1, (-1, BLOCK))
     return (values * packed.weight_scale.float()[..., None]).flatten(-2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -179,7 +180,8 @@ def _by_chunks(work: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> tor
     """
     if tensors[0].device.type != "cpu":
         return work(*tensors)
-    out, start = None, 0
+    out: torch.Tensor | None = None
+    start = 0
     for part in zip(*(tensor.split(CHUNK // GROUP) for tensor in tensors), strict=True):
         made = work(*part)
         if out is None:
@@ -187,4 +189,4 @@ def _by_chunks(work: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> tor
         # and not joined at the end, which with two threads took longer than the rest
         out[start : start + len(made)] = made
         start += len(made)
-    return out
+    return cast(torch.Tensor, out)  # `split` gives one part at least

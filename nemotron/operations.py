@@ -8,6 +8,7 @@ they grow with the tokens as the rest does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from nemotron.names import pattern
 
@@ -28,7 +29,7 @@ class Operations:
         return self.token * tokens + self.square * tokens**2 + self.trained * trained
 
 
-def count(config: dict, recomputed: bool) -> Operations:
+def count(config: dict[str, Any], recomputed: bool) -> Operations:
     """Operations of one training step for a document, by what they grow with.
 
     `config` is in hub form. `recomputed`: the backward runs every block's forward again (gradient
@@ -57,24 +58,24 @@ def count(config: dict, recomputed: bool) -> Operations:
     )
 
 
-def _mamba(config: dict) -> int:
+def _mamba(config: dict[str, Any]) -> int:
     inner = config["mamba_num_heads"] * config["mamba_head_dim"]
     convolved = inner + 2 * config["n_groups"] * config["ssm_state_size"]
-    return config["hidden_size"] * (inner + convolved + config["mamba_num_heads"] + inner)
+    return int(config["hidden_size"] * (inner + convolved + config["mamba_num_heads"] + inner))
 
 
-def _attention(config: dict) -> int:
+def _attention(config: dict[str, Any]) -> int:
     heads = config["num_attention_heads"] + config["num_key_value_heads"]
-    return 2 * config["hidden_size"] * config["head_dim"] * heads
+    return int(2 * config["hidden_size"] * config["head_dim"] * heads)
 
 
-def _shared(config: dict) -> int:
+def _shared(config: dict[str, Any]) -> int:
     """The router and the shared expert."""
     width = config["moe_shared_expert_intermediate_size"]
-    return config["hidden_size"] * (config["n_routed_experts"] + 2 * width)
+    return int(config["hidden_size"] * (config["n_routed_experts"] + 2 * width))
 
 
-def _scan(config: dict) -> int:
+def _scan(config: dict[str, Any]) -> int:
     heads, size = config["mamba_num_heads"], config["mamba_head_dim"]
     state, chunk = config["ssm_state_size"], config["chunk_size"]
-    return 2 * (config["n_groups"] * chunk * state + heads * chunk * size + 2 * heads * state * size)
+    return int(2 * (config["n_groups"] * chunk * state + heads * chunk * size + 2 * heads * state * size))

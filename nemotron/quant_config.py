@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from nemotron.checkpoint import CheckpointError, read_json
 
@@ -23,7 +24,7 @@ ALGORITHMS = {"NVFP4": True, "W4A16_NVFP4": False}
 ONLY_INSIDE = ("W4A16_NVFP4",)
 GROUP = 16
 _FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
-_CACHES = {("float", 8): "FP8", ("float", 4): "NVFP4"}
+_CACHES: dict[tuple[object, object], str] = {("float", 8): "FP8", ("float", 4): "NVFP4"}
 # vLLM refuses the file without any of them
 _NEEDED = ("quant_algo", "group_size", "kv_cache_quant_algo", "exclude_modules")
 
@@ -40,7 +41,7 @@ class QuantConfig:
     missing: tuple[str, ...] = ()
 
 
-def write(folder: Path, settings: dict) -> None:
+def write(folder: Path, settings: dict[str, Any]) -> None:
     """Writes `settings`, as layout.hf_quant_config makes them, to where vLLM reads them:
     hf_quant_config.json, and config.json where it has to be.
 
@@ -53,7 +54,7 @@ def write(folder: Path, settings: dict) -> None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def inside(settings: dict) -> dict:
+def inside(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` of hf_quant_config.json in the form of `quantization_config` in config.json: the names
     differ, and the KV cache's is a table.
     """
@@ -71,7 +72,7 @@ def inside(settings: dict) -> dict:
     }
 
 
-def read(folder: Path, config: dict) -> list[QuantConfig]:
+def read(folder: Path, config: dict[str, Any]) -> list[QuantConfig]:
     """Everything that is said, what vLLM takes first. Raises CheckpointError on a file or value that is
     none of the known forms.
     """

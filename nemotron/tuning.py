@@ -21,8 +21,13 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nemotron import determinism, kernel_cache, kernel_watch
+
+if TYPE_CHECKING:
+    from triton import Config, JITFunction
+    from triton.runtime import Autotuner
 
 TABLE = Path(__file__).with_name("tuning.json")
 # arguments that follow from a pack's tokens
@@ -30,11 +35,12 @@ LENGTHS = ("seqlen", "nchunks", "stride_seq_idx_batch", "M", "rows_per_program")
 MODULES = ("ssd_bmm", "ssd_chunk_scan", "ssd_chunk_state", "ssd_combined", "ssd_state_passing")
 
 
-def table(gpu: str) -> dict[str, dict]:
+def table(gpu: str) -> dict[str, dict[str, Any]]:
     """Kernel -> configuration for a GPU by its name as torch gives it; empty for one that is not in
     tuning.json.
     """
-    return json.loads(TABLE.read_text())["gpus"].get(gpu, {})
+    found: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())["gpus"].get(gpu, {})
+    return found
 
 
 def digest() -> str:
@@ -42,7 +48,7 @@ def digest() -> str:
     return hashlib.sha256(TABLE.read_bytes()).hexdigest()
 
 
-def tuners() -> Iterator[tuple[str, object]]:
+def tuners() -> Iterator[tuple[str, Autotuner]]:
     """Name and triton.runtime.Autotuner of every tuned kernel of mamba-ssm's scan. Raises ImportError
     without mamba-ssm or Triton.
     """
@@ -87,14 +93,14 @@ def prepare() -> None:
             watch(name, tuner)
 
 
-def smallest(configs: list):
+def smallest(configs: list[Config]) -> Config:
     """The configuration (triton.Config) whose blocks take the least shared memory: it fits on any GPU. Of
     several, the first.
     """
     return min(configs, key=lambda config: config.num_stages * math.prod(config.kwargs.values()))
 
 
-def _unspecialised(kernel):
+def _unspecialised(kernel: JITFunction) -> JITFunction:
     """The kernel, compiled once for every length."""
     import triton
 
@@ -104,7 +110,7 @@ def _unspecialised(kernel):
 # --- what searches found, in tuning.json of the folder that stays -------------------------------------------
 
 
-def remembered() -> dict[str, list[dict]]:
+def remembered() -> dict[str, list[dict[str, Any]]]:
     """Kernel -> what searches of earlier processes found: `key` (Triton's: sizes and dtypes) and the
     configuration. Empty where nothing is kept.
     """
@@ -112,13 +118,14 @@ def remembered() -> dict[str, list[dict]]:
     if path is None or not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())["kernels"]
+        kernels: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["kernels"]
+        return kernels
     except (ValueError, KeyError, TypeError) as fault:
         kernel_watch.say(f"{path} is not as it was written ({type(fault).__name__}): kernels are tuned anew")
         return {}
 
 
-def recall(tuner, found: list[dict]) -> None:
+def recall(tuner: Autotuner, found: list[dict[str, Any]]) -> None:
     """Lets a tuner know what was found before. What it has no such configuration for any more is left out,
     and searched for again.
     """
@@ -128,17 +135,17 @@ def recall(tuner, found: list[dict]) -> None:
                 tuner.cache[tuple(entry["key"])] = config
 
 
-def watch(name: str, tuner) -> None:
+def watch(name: str, tuner: Autotuner) -> None:
     """From now on a search of this tuner is told before it begins, and what it finds is written down at
     once.
     """
     prune, run = tuner.prune_configs, tuner.run
 
-    def prune_configs(*arguments, **named):  # Triton calls it once a search
+    def prune_configs(*arguments: Any, **named: Any) -> Any:  # Triton calls it once a search
         kernel_watch.searching(name, len(tuner.configs))
         return prune(*arguments, **named)
 
-    def run_and_remember(*arguments, **named):
+    def run_and_remember(*arguments: Any, **named: Any) -> Any:
         before = len(tuner.cache)
         result = run(*arguments, **named)
         if len(tuner.cache) > before:
@@ -148,7 +155,7 @@ def watch(name: str, tuner) -> None:
     tuner.prune_configs, tuner.run = prune_configs, run_and_remember
 
 
-def remember(name: str, tuner) -> None:
+def remember(name: str, tuner: Autotuner) -> None:
     """Writes down what this tuner knows, beside what other processes found. Does nothing where nothing is
     kept; raises OSError.
     """
@@ -173,7 +180,7 @@ def _memory() -> Path | None:
     return folder / "tuning.json" if folder else None
 
 
-def described(config) -> dict:
+def described(config: Config) -> dict[str, Any]:
     """A triton.Config as tuning.json has it."""
     return {"arguments": dict(config.kwargs), "num_warps": config.num_warps, "num_stages": config.num_stages}
 
@@ -181,14 +188,14 @@ def described(config) -> dict:
 # --- what ran -----------------------------------------------------------------------------------------------
 
 
-def used() -> dict:
+def used() -> dict[str, Any]:
     """For a manifest: the table's digest, and the configurations of this process. Empty where `prepare`
     has not run: no kernel of the scan ran.
     """
     return {"table": digest(), "chosen": chosen()} if prepare.cache_info().currsize else {}
 
 
-def chosen() -> dict[str, dict]:
+def chosen() -> dict[str, dict[str, Any]]:
     """Kernel -> the configuration that this process has run it with, as tuning.json has it. Of several,
     the last.
     """
