@@ -64,7 +64,9 @@ def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         )
     for name, module in adapted(model).items():
         a, b = (tensors[f"{peft_name(name)}.lora_{side}.weight"] for side in "AB")
-        for factor, value in zip(module.pair, _stacks(a, b, module, module.rank), strict=True):
+        for factor, value in zip(
+            (module.lora_a, module.lora_b), _stacks(a, b, module, module.rank), strict=True
+        ):
             factor.copy_(value)
 
 
@@ -79,12 +81,12 @@ def save(model: nn.Module, folder: Path, preset: str, rank: int, alpha: float) -
     chosen = native.targets(model, preset)
     peft.LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by the rank: any number will do
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
         inference_mode=True,
         **chosen.arguments(),
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))
     config = json.loads((folder / CONFIG).read_text())
     config["target_modules"].sort()  # a set in peft, so in another order in every process
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

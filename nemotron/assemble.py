@@ -10,6 +10,7 @@ will be served.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from nemotron.names import native as native_name
 from nemotron.projection import Projection
 from nemotron.shards import Shards
 
+if TYPE_CHECKING:
+    from nemotron.structure import Model
+
 LAYOUT = "nvidia"
 # random experts: thousands of small matrices would wait for the processor, and more at once need memory to
 # pack
@@ -39,7 +43,7 @@ def load(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     shards: Shards = Shards(),
-) -> nn.Module:
+) -> Model:
     """The model of a checkpoint in hub layout, frozen, in training form. `progress` is told bytes read and
     bytes in all.
 
@@ -65,19 +69,19 @@ def load(
 
 
 def random(
-    config: dict,
+    config: dict[str, Any],
     form: str = "bf16",
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
     std: float = 0.02,
     shards: Shards = Shards(),
-) -> nn.Module:
+) -> Model:
     """The same with random weights, made on the device, `TOGETHER` experts at a time: for measuring speed
     and memory at any size.
     """
     model = empty(config, form, dtype, device, shards)
     generator = torch.Generator(device).manual_seed(0)
-    special = {
+    special: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
         "A_log": lambda s: torch.arange(1, s[0] + 1).float().log(),
         "D": torch.ones,
         "dt_bias": lambda s: torch.full(s, -3.0),
@@ -100,7 +104,9 @@ def random(
     return finish(model)
 
 
-def empty(config: dict, form: str, dtype: torch.dtype, device: str, shards: Shards = Shards()) -> nn.Module:
+def empty(
+    config: dict[str, Any], form: str, dtype: torch.dtype, device: str, shards: Shards = Shards()
+) -> Model:
     """The model without its weights: Projections allocated in their form, everything else still on no
     device.
     """
@@ -108,7 +114,9 @@ def empty(config: dict, form: str, dtype: torch.dtype, device: str, shards: Shar
 
     native.check_version(transformers.__version__)
     with torch.device("meta"):
-        model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**native.plain(config)))
+        model = cast(
+            "Model", transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**native.plain(config)))
+        )
     packed = set(layout.quantised(config, LAYOUT))
     for name in tensors(config):
         hub = name.removesuffix(".weight")
@@ -130,11 +138,11 @@ def empty(config: dict, form: str, dtype: torch.dtype, device: str, shards: Shar
 
 
 @torch.no_grad()
-def fill(model: nn.Module, name: str, value: torch.Tensor) -> None:
+def fill(model: Model, name: str, value: torch.Tensor) -> None:
     """Puts one tensor of the checkpoint, by its hub name, where it belongs."""
     dtype, device = model.placed
     if name.endswith("_proj.weight"):
-        target = model.get_submodule(native_name(name).removesuffix(".weight"))
+        target = cast(Projection, model.get_submodule(native_name(name).removesuffix(".weight")))
         target.put(int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0, value)
         return
     path, attribute = native_name(name).rsplit(".", 1)
@@ -153,7 +161,7 @@ def fill(model: nn.Module, name: str, value: torch.Tensor) -> None:
     )
 
 
-def finish(model: nn.Module) -> nn.Module:
+def finish(model: Model) -> Model:
     """The filled model, prepared; raises ValueError if anything was not filled."""
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
@@ -161,7 +169,7 @@ def finish(model: nn.Module) -> nn.Module:
     return prepare(model)
 
 
-def prepare(model: nn.Module) -> nn.Module:
+def prepare(model: Model) -> Model:
     """Repairs the model and gives it our mixers, norms, experts and attention; its weights may be filled
     before or after.
     """
@@ -176,7 +184,7 @@ def prepare(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def exported(model: nn.Module) -> list[Projection]:
+def exported(model: Model) -> list[Projection]:
     """The Projections with a change whose weights the export will quantise: those in its layout."""
     packed = set(layout.quantised(model.hub_config, LAYOUT))
     found = []
@@ -187,7 +195,7 @@ def exported(model: nn.Module) -> list[Projection]:
     return found
 
 
-def keep_decoded(model: nn.Module, room: float) -> tuple[int, int]:
+def keep_decoded(model: Model, room: float) -> tuple[int, int]:
     """Holds 4-bit weights decoded in at most `room` bytes, as many Projections as fit. Returns how many,
     and their bytes.
 
@@ -208,7 +216,7 @@ def keep_decoded(model: nn.Module, room: float) -> tuple[int, int]:
     return count, taken
 
 
-def parameters(model: nn.Module) -> int:
+def parameters(model: Model) -> int:
     """Weights of the base, however they are packed, and of the adapter."""
     packed = sum(
         m.experts * m.out_features * m.in_features for m in model.modules() if isinstance(m, Projection)
@@ -216,17 +224,17 @@ def parameters(model: nn.Module) -> int:
     return packed + sum(p.numel() for p in model.parameters())
 
 
-def hidden_states(model: nn.Module, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
+def hidden_states(model: Model, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
     """What lm_head is given, (tokens, hidden size), of one packed sequence `ids` int64 (tokens,)."""
     if len(ids) != documents.tokens:
         raise ValueError(f"{len(ids)} tokens in documents of {documents.tokens}")
-    graphs = getattr(model, "graphs", None)
+    graphs: Graphs | None = getattr(model, "graphs", None)
     if graphs and model.training and torch.is_grad_enabled():
         return graphs.hidden(ids, documents)
     return _run(model, ids, documents)
 
 
-def capture(model: nn.Module) -> Graphs:
+def capture(model: Model) -> Graphs:
     """From now on training steps of a model on a GPU replay CUDA graphs (nemotron/graphs.py)."""
     model.graphs = Graphs(
         model,
@@ -236,14 +244,15 @@ def capture(model: nn.Module) -> Graphs:
     return model.graphs
 
 
-def _run(model: nn.Module, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
+def _run(model: Model, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
     # A mapping of masks is taken as it is; attention and Mamba keep documents apart by themselves.
-    return model.model(
+    hidden: torch.Tensor = model.model(
         input_ids=ids[None], attention_mask={}, use_cache=False, documents=documents
     ).last_hidden_state[0]
+    return hidden
 
 
-def loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: Documents) -> torch.Tensor:
+def loss(model: Model, ids: torch.Tensor, labels: torch.Tensor, documents: Documents) -> torch.Tensor:
     """Sum of -log p over the trained tokens of one packed sequence: float32 scalar."""
     hidden = hidden_states(model, ids, documents)
     positions, targets = trained(labels)
@@ -251,7 +260,7 @@ def loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: D
 
 
 def distillation(
-    model: nn.Module,
+    model: Model,
     ids: torch.Tensor,
     labels: torch.Tensor,
     documents: Documents,
@@ -268,7 +277,7 @@ def distillation(
 
 @torch.no_grad()
 def largest(
-    model: nn.Module,
+    model: Model,
     ids: torch.Tensor,
     labels: torch.Tensor,
     documents: Documents,

@@ -13,9 +13,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nemotron.documents import Documents
 
@@ -31,15 +33,15 @@ def register() -> None:
 
 
 def forward(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout=0.0,
-    scaling=None,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
     documents: Documents | None = None,
-    **_,
+    **ignored: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface: query (batch, heads, tokens, size), key and value with fewer heads ->
     (batch, tokens, heads, size).
@@ -61,9 +63,9 @@ def forward(
         raise ValueError(
             f"documents of {documents.tokens} tokens describe a batch of 1, found {batch} x {tokens} tokens"
         )
-    rows = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     way = in_one_call if query.is_cuda and query.dtype in FLASH else by_document
-    return way(*rows, documents, scaling).unflatten(0, (batch, tokens)), None
+    return way(q, k, v, documents, scaling).unflatten(0, (batch, tokens)), None
 
 
 def by_document(
@@ -93,7 +95,7 @@ def in_one_call(
 
 
 @cache
-def _varlen() -> tuple[Callable, dict]:
+def _varlen() -> tuple[Callable[..., torch.Tensor], dict[str, Any]]:
     """torch's function, and how the installed version is asked for causal attention with fewer heads of
     keys than of queries.
     """
@@ -104,5 +106,6 @@ def _varlen() -> tuple[Callable, dict]:
             f"torch {torch.__version__} has no variable-length attention; expected 2.10 or newer"
         ) from error
     known = inspect.signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    return varlen_attn, causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    attend = cast("Callable[..., torch.Tensor]", varlen_attn)  # with return_aux alone it is a pair
+    return attend, causal | ({"enable_gqa": True} if "enable_gqa" in known else {})

@@ -13,9 +13,14 @@ method, so the backward gives the gradient of x alone:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, no_type_check
 
 import torch
+
+if TYPE_CHECKING:
+    from triton import JITFunction
 
 TOKENS, CHANNELS = 16, 128  # of a program's tile
 WARPS = 4
@@ -38,8 +43,12 @@ def conv(
 
 
 class _Convolution(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
     @staticmethod
-    def forward(ctx, x, weight, bias, position):
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, position: torch.Tensor
+    ) -> torch.Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         y = x.new_empty(x.shape)
         _kernels()[0][_grid(x)](
@@ -62,7 +71,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         x, weight, bias, position = ctx.saved_tensors
         g = g if g.stride(1) == 1 else g.contiguous()
         dx = x.new_empty(x.shape)
@@ -91,13 +100,14 @@ def _grid(x: torch.Tensor) -> tuple[int, int]:
 
 
 @cache
-def _kernels():
+def _kernels() -> tuple[JITFunction, JITFunction]:
     import triton
     import triton.language as tl
 
     # The sizes of a pack are not specialised on (divisible by 16, equal to 1): each kind would be compiled
     # apart.
     @triton.jit(do_not_specialize=["tokens"])
+    @no_type_check  # Triton's own language
     def ahead(
         x,
         weight,
@@ -129,6 +139,7 @@ def _kernels():
         tl.store(y + t[:, None] * channels + c[None, :], total.to(y.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["tokens"])
+    @no_type_check  # Triton's own language
     def back(
         g,
         x,

@@ -10,10 +10,14 @@ only from sm_89 on.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING, no_type_check
 
 import torch
 
 from nemotron import nf4, nvfp4
+
+if TYPE_CHECKING:
+    from triton import JITFunction
 
 TILE = 512  # bytes of codes, so 1,024 columns, that a program decodes at once
 
@@ -28,7 +32,7 @@ def stack(packed: nf4.Packed | nvfp4.Packed, out: torch.Tensor) -> torch.Tensor:
     _kernel()[(experts * height,)](
         packed.weight,
         packed.weight_scale.view(torch.uint8) if double else packed.weight_scale,
-        packed.weight_scale_2 if double else values,
+        packed.weight_scale_2 if isinstance(packed, nvfp4.Packed) else values,
         values,
         scales,
         out,
@@ -53,11 +57,12 @@ def _tables(form: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
-def _kernel():
+def _kernel() -> JITFunction:
     import triton
     import triton.language as tl
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def kernel(
         codes,
         scales,

@@ -13,12 +13,18 @@ projection again: with g what comes back, <g, W_down h> = <g W_down, h>.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
 import torch
 from torch import nn
 
 from nemotron import rows
 from nemotron.grouped import ALIGNMENT, Routing, back, fast, outer, product
 from nemotron.projection import Projection
+
+if TYPE_CHECKING:
+    from nemotron.structure import Stacks
 
 NAME = "annie"  # among transformers' experts implementations
 
@@ -38,7 +44,7 @@ def forward(
 
     `module.up_proj` and `.down_proj` are Projections.
     """
-    up, down = module.up_proj, module.down_proj
+    up, down = cast("Stacks", module).up_proj, cast("Stacks", module).down_proj
     if not isinstance(up, Projection):
         raise TypeError(
             f"experts implementation {NAME!r} works on Projections, found {type(up).__name__}: load the model"
@@ -68,7 +74,7 @@ def gradients(
     u: torch.Tensor | None,
     up: Projection,
     down: Projection,
-) -> tuple:
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients of x, share, and A and B of both projections (None where there are none), given that
     of the output.
 
@@ -108,15 +114,28 @@ def gradients(
 
 
 class _Experts(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
     @staticmethod
-    def forward(ctx, x, routing, share, up_a, up_b, down_a, down_b, up, down):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        routing: Routing,
+        share: torch.Tensor,
+        up_a: torch.Tensor | None,
+        up_b: torch.Tensor | None,
+        down_a: torch.Tensor | None,
+        down_b: torch.Tensor | None,
+        up: Projection,
+        down: Projection,
+    ) -> torch.Tensor:
         y, u = run(x, routing, share, up, down)
         ctx.routing, ctx.up, ctx.down = routing, up, down
         ctx.save_for_backward(x, share, u)
         return y
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, share, u = ctx.saved_tensors
         dx, dshare, *rest = gradients(g, x, ctx.routing, share, u, ctx.up, ctx.down)
         return dx, None, dshare, *rest, None, None

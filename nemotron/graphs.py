@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +21,12 @@ from torch import nn
 from nemotron.documents import Documents
 from nemotron.projection import Projection
 
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
+
+    from nemotron.structure import Model
+
+Run = Callable[[torch.Tensor, Documents], torch.Tensor]  # ids int64 (tokens,) -> (tokens, hidden size)
 FEWEST = 8  # documents that a graph has room for, at least
 
 
@@ -50,10 +57,10 @@ class Captured:
     def __init__(
         self,
         key: Key,
-        run: Callable,
+        run: Run,
         parameters: list[nn.Parameter],
         gradients: list[torch.Tensor],
-        pool: tuple,
+        pool: _POOL_HANDLE,
         hidden: torch.Tensor,
         given: torch.Tensor,
     ):
@@ -119,11 +126,12 @@ class Graphs:
     that is new is captured first.
     """
 
-    def __init__(self, model: nn.Module, run: Callable, parameters: Iterable[nn.Parameter]):
+    def __init__(self, model: Model, run: Run, parameters: Iterable[nn.Parameter]):
         self.model, self.run, self.parameters = model, run, list(parameters)
         self.projections = [module for module in model.modules() if isinstance(module, Projection)]
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
-        self.pool, self.captured = torch.cuda.graph_pool_handle(), {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.captured: dict[Key, Captured] = {}
         self.rows = torch.empty(2, 0, 0)  # hidden states and their gradient, of the longest pack so far
         self.link = torch.zeros((), device=self.gradients[0].device, requires_grad=True)
 
@@ -187,15 +195,17 @@ class Graphs:
 
 
 class _Replay(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
     @staticmethod
-    def forward(ctx, link, graphs, found):
+    def forward(ctx: Any, link: torch.Tensor, graphs: Graphs, found: Captured) -> torch.Tensor:
         ctx.graphs, ctx.found = graphs, found
         found.forward.replay()
         return found.hidden
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[None, None, None]:
         graphs, found = ctx.graphs, ctx.found
         if not graphs.filled:
             torch._foreach_zero_(graphs.gradients)  # what a step before left here

@@ -7,6 +7,9 @@ chunk's gradient is taken while its logits are there, so that none are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 
@@ -40,8 +43,12 @@ def cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
     @staticmethod
-    def forward(ctx, hidden, head, targets, chunk):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at in range(0, len(targets), chunk):
@@ -57,7 +64,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * g, None, None, None
 
@@ -103,8 +110,18 @@ def distillation(
 
 
 class _Distillation(torch.autograd.Function):
+    apply: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]]]
+
     @staticmethod
-    def forward(ctx, hidden, head, targets, index, logs, chunk):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        index: torch.Tensor,
+        logs: torch.Tensor,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         divergence, entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device).unbind()
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at in range(0, len(targets), chunk):
@@ -127,6 +144,8 @@ class _Distillation(torch.autograd.Function):
         return divergence, entropy
 
     @staticmethod
-    def backward(ctx, g, _):
+    def backward(
+        ctx: Any, g: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * g, None, None, None, None, None

@@ -11,13 +11,19 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from nemotron import convolution, tuning
 from nemotron.documents import Documents
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from nemotron.structure import Mamba
 
 IMPLEMENTATIONS = ("triton", "torch")
 PACKED = ("seq_idx", "cu_seq_lens_q")  # how transformers says that a batch is packed
@@ -128,12 +134,22 @@ def scan(
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
         index = None if documents is None else documents.index(x.device)[None]
-        return mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, seq_idx=index)
+        y: torch.Tensor = mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, seq_idx=index)
+        return y
     with torch.autocast(x.device.type, enabled=False):  # it would round the products of states to BF16
         return _scan(x, dt, A, B, C, D, chunk, documents)
 
 
-def _scan(x, dt, A, B, C, D, chunk, documents):
+def _scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    chunk: int,
+    documents: Documents | None,
+) -> torch.Tensor:
     # Letters: b batch, n chunks, l and s positions in a chunk, g groups, r heads of a group, k state, p
     # head_dim.
     tokens, heads, groups = x.shape[1], x.shape[2], B.shape[2]
@@ -143,11 +159,12 @@ def _scan(x, dt, A, B, C, D, chunk, documents):
     length = -(-tokens // count)
     pad = count * length - tokens
 
-    def chunked(value):  # (b, tokens, ...) -> (b, n, l, ...)
+    def chunked(value: torch.Tensor) -> torch.Tensor:  # (b, tokens, ...) -> (b, n, l, ...)
         value = value.to(exact)
-        return (F.pad(value, (0, 0) * (value.ndim - 2) + (0, pad)) if pad else value).unflatten(
-            1, (count, length)
-        )
+        found: torch.Tensor = (
+            F.pad(value, (0, 0) * (value.ndim - 2) + (0, pad)) if pad else value
+        ).unflatten(1, (count, length))
+        return found
 
     x_, dt_, B, C = chunked(x).unflatten(3, (groups, -1)), chunked(dt), chunked(B), chunked(C)
     # of the decay from before the chunk's first token to after token l: b n l h
@@ -193,8 +210,10 @@ class _Entering(torch.autograd.Function):
     nodes per chunk.
     """
 
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
     @staticmethod
-    def forward(ctx, added, kept):
+    def forward(ctx: Any, added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         entering = torch.zeros_like(added, memory_format=torch.contiguous_format)
         states, adds, keeps = entering.unbind(1), added.unbind(1), kept.unbind(1)
         for i in range(len(states) - 1):
@@ -204,7 +223,7 @@ class _Entering(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         entering, kept = ctx.saved_tensors
         added = torch.zeros_like(entering)
         sums, given, keeps = added.unbind(1), gradient.unbind(1), kept.unbind(1)
@@ -230,20 +249,23 @@ def gated_norm(
     if _chosen(implementation, y.device) == "triton":
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
-        return rmsnorm_fn(y, weight, None, z=z, eps=eps, group_size=group, norm_before_gate=False)
+        found: torch.Tensor = rmsnorm_fn(
+            y, weight, None, z=z, eps=eps, group_size=group, norm_before_gate=False
+        )
+        return found
     exact = torch.promote_types(y.dtype, torch.float32)
-    gated = (y.to(exact) * F.silu(z.to(exact))).unflatten(-1, (-1, group))
+    gated: torch.Tensor = (y.to(exact) * F.silu(z.to(exact))).unflatten(-1, (-1, group))
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
     return (normed.flatten(-2) * weight.to(exact)).to(y.dtype)
 
 
 def forward(
-    self,
+    self: Mamba,
     hidden_states: torch.Tensor,
-    cache_params=None,
+    cache_params: Cache | None = None,
     attention_mask: torch.Tensor | None = None,
     documents: Documents | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """The mixer, for `attach`: (batch, tokens, hidden size) to the same shape and dtype.
 
@@ -258,9 +280,10 @@ def forward(
                 "packed documents and a generation cache exclude each other: call the model with"
                 " use_cache=False"
             )
-        return type(self).forward(
+        own: torch.Tensor = type(self).forward(
             self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
         )
+        return own
     if documents is None and any(kwargs.get(name) is not None for name in PACKED):
         raise ValueError(
             f"a packed batch ({', '.join(n for n in PACKED if kwargs.get(n) is not None)}) needs"
@@ -269,7 +292,7 @@ def forward(
     way, dtype = self.implementation, hidden_states.dtype
     groups, state = self.n_groups, self.ssm_state_size
 
-    def unpadded(value):
+    def unpadded(value: torch.Tensor) -> torch.Tensor:
         return value if attention_mask is None else value * attention_mask[:, :, None].to(value.dtype)
 
     projected = self.in_proj(unpadded(hidden_states))
@@ -290,10 +313,11 @@ def forward(
         way,
     )
     y = gated_norm(y.flatten(-2), z, self.norm.weight, self.norm.variance_epsilon, self.norm.group_size, way)
-    return self.out_proj(y.to(dtype))
+    out: torch.Tensor = self.out_proj(y.to(dtype))
+    return out
 
 
-def attach(mixer: nn.Module, implementation: str | None = None) -> nn.Module:
+def attach(mixer: Mamba, implementation: str | None = None) -> Mamba:
     """Binds `forward` to one NemotronHMamba2Mixer and returns it; the class keeps its own for generation.
 
     `implementation`: None chooses by the device at each call; "torch" asks for plain torch on CUDA too.

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -24,6 +26,9 @@ from torch import nn
 from nemotron import mamba
 from nemotron.checkpoint import Checkpoint
 from nemotron.names import FLOAT32, native
+
+if TYPE_CHECKING:
+    from nemotron.structure import Mamba
 
 OLDEST = (5, 15, 1)  # transformers: the first release whose chunked scan carries its state right
 ROUTER = "NemotronHTopkRouter"
@@ -63,9 +68,9 @@ class Targets:
     target_modules: tuple[str, ...]
     target_parameters: tuple[str, ...]
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `peft.LoraConfig`."""
-        found: dict = {"target_modules": list(self.target_modules)}
+        found: dict[str, Any] = {"target_modules": list(self.target_modules)}
         return (
             {**found, "target_parameters": list(self.target_parameters)} if self.target_parameters else found
         )
@@ -82,7 +87,7 @@ def check_version(version: str) -> None:
         )
 
 
-def build(config: dict) -> nn.Module:
+def build(config: dict[str, Any]) -> nn.Module:
     """A freshly initialised model in float32 from a config.json in hub form, repaired."""
     import transformers
 
@@ -97,7 +102,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     import transformers
 
     check_version(transformers.__version__)
-    model = transformers.NemotronHForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    model = cast(nn.Module, transformers.NemotronHForCausalLM.from_pretrained(folder, dtype=dtype)).to(device)
     restore_float32(model, Checkpoint(folder))
     return repair(model).eval()
 
@@ -106,7 +111,7 @@ def repair(model: nn.Module) -> nn.Module:
     """Repairs a native model in place and returns it; a second call changes nothing. Raises NativeError if
     there is nothing to repair.
     """
-    mixers = [module for module in model.modules() if hasattr(module, "time_step_limit")]
+    mixers = [cast("Mamba", module) for module in model.modules() if hasattr(module, "time_step_limit")]
     if not mixers and "linear_attention" in getattr(model.config, "layers_block_type", []):
         raise NativeError(
             "no mixer with a time_step_limit: this transformers release has another NemotronH than the repair"
@@ -188,15 +193,15 @@ def group(name: str) -> str:
     return next((label for label, rule in rules if re.search(rule, name)), "norms")
 
 
-def _without_autocast(forward):
-    def router(self, hidden_states):
+def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def router(self: nn.Module, hidden_states: torch.Tensor) -> Any:
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             return forward(self, hidden_states)
 
     return router
 
 
-def plain(config: dict) -> dict:
+def plain(config: dict[str, Any]) -> dict[str, Any]:
     """A hub config without the keys that name remote code or repeat what the class knows."""
     return {
         key: value

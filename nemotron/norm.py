@@ -9,10 +9,17 @@ The weight is frozen in every method here, so the backward gives the gradient of
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, no_type_check
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from triton import JITFunction
+
+    from nemotron.structure import Norm
 
 
 def attach(norm: nn.Module) -> None:
@@ -20,16 +27,19 @@ def attach(norm: nn.Module) -> None:
     norm.forward = types.MethodType(forward, norm)
 
 
-def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+def forward(self: Norm, hidden_states: torch.Tensor) -> torch.Tensor:
     """(..., width) to the same shape and dtype. On a CPU the class's own."""
     if not hidden_states.is_cuda:
-        return type(self).forward(self, hidden_states)
+        own: torch.Tensor = type(self).forward(self, hidden_states)
+        return own
     return _RMSNorm.apply(hidden_states, self.weight.detach(), self.variance_epsilon)
 
 
 class _RMSNorm(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y, inverse = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.float32, device=x.device)
         _kernels()[0][(len(rows),)](
@@ -46,7 +56,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
         rows, given = x.reshape(-1, x.shape[-1]).contiguous(), g.reshape(-1, x.shape[-1]).contiguous()
         dx = torch.empty_like(rows)
@@ -65,11 +75,12 @@ class _RMSNorm(torch.autograd.Function):
 
 
 @cache
-def _kernels():
+def _kernels() -> tuple[JITFunction, JITFunction]:
     import triton
     import triton.language as tl
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def ahead(x, weight, y, inverse, width, x_row, eps, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
@@ -80,6 +91,7 @@ def _kernels():
         tl.store(inverse + row, factor)
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def back(g, x, weight, inverse, dx, width, g_row, x_row, BLOCK: tl.constexpr):
         # d/dx of w x r with r = (mean x^2 + eps)^(-1/2):  r (w g) - x r^3 <w g, x> / width
         row = tl.program_id(0).to(tl.int64)

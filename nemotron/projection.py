@@ -16,6 +16,8 @@ an uninterrupted one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,6 +37,9 @@ class Projection(nn.Module):
     Its buffers have a row for every row of the matrices, one under the other, or this process's share of
     them.
     """
+
+    weight: torch.Tensor
+    weight_scale_2: torch.Tensor
 
     def __init__(
         self,
@@ -58,7 +63,7 @@ class Projection(nn.Module):
         self.rank, self.scale, self.rounded = 0, 0.0, False
         self.kept: torch.Tensor | None = None
         rows = shards.height(experts * out)
-        parts = {
+        forms: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
             "bf16": {"weight": ((rows, inside), dtype)},
             "nf4": {
                 "weight": ((rows, inside // 2), torch.uint8),
@@ -70,7 +75,8 @@ class Projection(nn.Module):
                 # one number a matrix: every process has them all
                 "weight_scale_2": ((experts,), torch.float32),
             },
-        }[form]
+        }
+        parts = forms[form]
         for name, (shape, kind) in parts.items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         self._by_rows = tuple(name for name in parts if name != "weight_scale_2")
@@ -99,7 +105,7 @@ class Projection(nn.Module):
     def held(self) -> torch.Tensor | nf4.Packed | nvfp4.Packed:
         """The frozen weights in their form, whole: tensors (experts, out, ...)."""
         rows, sizes = self.experts * self.out_features, (self.experts, self.out_features)
-        whole = {
+        whole: dict[str, torch.Tensor] = {
             name: self.shards.whole(getattr(self, name), rows).unflatten(0, sizes) for name in self._by_rows
         }
         if self.form == "bf16":
@@ -269,8 +275,12 @@ class _Linear(torch.autograd.Function):
     are those of the unrounded sum (straight-through).
     """
 
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
     @staticmethod
-    def forward(ctx, x, a, b, projection):
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None, projection: Projection
+    ) -> torch.Tensor:
         ctx.projection, ctx.change = projection, a is not None
         ctx.save_for_backward(x if ctx.change else None)
         y = x @ projection.multiplied()[0].t()
@@ -280,7 +290,9 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(
+        ctx: Any, g: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
         projection = ctx.projection
         dx = da = db = None
         if ctx.needs_input_grad[0]:

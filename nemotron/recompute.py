@@ -13,6 +13,8 @@ third of its launches and of its decoding.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,8 +23,13 @@ from nemotron import experts
 from nemotron.grouped import Routing
 from nemotron.loss import CHUNK
 
+if TYPE_CHECKING:
+    from transformers import NemotronHConfig
 
-def attach(model: nn.Module, capacity: int = 0) -> None:
+    from nemotron.structure import Block, Model
+
+
+def attach(model: Model, capacity: int = 0) -> None:
     """From now on blocks of the model keep their input alone (in training mode).
 
     `capacity`: tokens of the longest pack. On a GPU the last blocks of a shorter one keep what fits into
@@ -37,7 +44,7 @@ def attach(model: nn.Module, capacity: int = 0) -> None:
     keep(model, 0)
     if capacity:
 
-        def choose(inner: nn.Module, arguments: tuple, named: dict) -> None:
+        def choose(inner: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             ids = named["input_ids"]
             if inner.training and ids.is_cuda:
                 keep(
@@ -53,7 +60,7 @@ def attach(model: nn.Module, capacity: int = 0) -> None:
         model.model.register_forward_pre_hook(choose, with_kwargs=True)
 
 
-def keep(model: nn.Module, count: int) -> None:
+def keep(model: Model, count: int) -> None:
     """The last `count` blocks keep everything from now on, the others their input."""
     blocks = model.model.layers
     for number, block in enumerate(blocks):
@@ -62,7 +69,7 @@ def keep(model: nn.Module, count: int) -> None:
         block.gradient_checkpointing = again and block.block_type != "moe"
 
 
-def fitting(config, kinds: list[str], tokens: int, capacity: int) -> int:
+def fitting(config: NemotronHConfig, kinds: list[str], tokens: int, capacity: int) -> int:
     """How many of the last blocks (`kinds`: their types in order) can keep everything in a pack of
     `tokens`, so that it takes no more memory than one of `capacity` tokens does with every block
     recomputed."""
@@ -83,7 +90,7 @@ def fitting(config, kinds: list[str], tokens: int, capacity: int) -> int:
     return count
 
 
-def bytes_kept(config, kind: str) -> float:
+def bytes_kept(config: NemotronHConfig, kind: str) -> float:
     """Bytes a token that a block of this type keeps beside its input, in BF16 on a GPU."""
     hidden = config.hidden_size
     if kind == "moe":
@@ -100,12 +107,13 @@ def bytes_kept(config, kind: str) -> float:
     return 2 * (2 * hidden + inner + 2 * conv + 3 * inner) + 16 * config.mamba_num_heads
 
 
-def forward(self, hidden_states: torch.Tensor, **_) -> torch.Tensor:
+def forward(self: Block, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
     """A block of experts: (batch, tokens, hidden) to the same shape."""
     mixer = self.mixer
     if not (self.recomputed and self.training):
         normed = self.norm(hidden_states)
-        return hidden_states + mixer(normed)
+        whole: torch.Tensor = hidden_states + mixer(normed)
+        return whole
     return _Block.apply(
         hidden_states,
         self,
@@ -119,9 +127,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _parts(
-    block: nn.Module, hidden: torch.Tensor
-) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
+def _parts(block: Block, hidden: torch.Tensor) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
     """Normed rows (tokens, hidden), the router's choice as it sorts them and its shares, and what the
     shared expert gives.
     """
@@ -137,8 +143,12 @@ def _parts(
 
 
 class _Block(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
     @staticmethod
-    def forward(ctx, hidden, block, *parameters):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, block: Block, *parameters: torch.Tensor | None
+    ) -> torch.Tensor:
         rows, routing, share, shared = _parts(block, hidden)
         routed, _ = experts.run(
             rows, routing, share, block.mixer.experts.up_proj, block.mixer.experts.down_proj
@@ -148,7 +158,7 @@ class _Block(torch.autograd.Function):
         return hidden + routed.view_as(hidden) + shared
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden,), block = ctx.saved_tensors, ctx.block
         with torch.enable_grad():
             start = hidden.detach().requires_grad_()

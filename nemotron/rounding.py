@@ -8,10 +8,14 @@ with the same bits.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING, no_type_check
 
 import torch
 
 from nemotron import nvfp4
+
+if TYPE_CHECKING:
+    from triton import JITFunction
 
 TILE = 1024  # columns a program rounds at once
 
@@ -35,11 +39,12 @@ def rounded(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @cache
-def _kernel():
+def _kernel() -> JITFunction:
     import triton
     import triton.language as tl
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def kernel(source, seconds, out, width, height, TILE: tl.constexpr):
         row = tl.program_id(0)
         source += row.to(tl.int64) * width

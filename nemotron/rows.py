@@ -9,8 +9,12 @@ low-rank part is put there, so that base and change are one product (nemotron/ex
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING, no_type_check
 
 import torch
+
+if TYPE_CHECKING:
+    from triton import JITFunction
 
 
 def gather(x: torch.Tensor, token: torch.Tensor, room: int) -> torch.Tensor:
@@ -92,11 +96,12 @@ def _block(width: int) -> int:
 
 
 @cache
-def _kernels() -> dict:
+def _kernels() -> dict[str, JITFunction]:
     import triton
     import triton.language as tl
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def gather(x, token, out, width, x_row, out_row, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         source = tl.load(token + row)
@@ -106,6 +111,7 @@ def _kernels() -> dict:
             tl.store(out + row * out_row + column, value, mask=column < width)
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def squared(u, out, width, u_row, out_row, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         for at in range(0, width, BLOCK):
@@ -118,6 +124,7 @@ def _kernels() -> dict:
             )
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def through(dh, u, p, out, dp, width, dh_row, u_row, out_row, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         share = tl.load(p + row)
@@ -137,6 +144,7 @@ def _kernels() -> dict:
         tl.store(dp + row, tl.sum(total))
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def combine(
         d, inverse, share, out, width, d_row, CHOICES: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr
     ):

@@ -10,8 +10,12 @@ nothing waits.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING, no_type_check
 
 import torch
+
+if TYPE_CHECKING:
+    from triton import JITFunction
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of the result, and of what is multiplied at once
 WARPS, STAGES = 4, 3  # threads in 32s of a tile, and tiles in flight
@@ -50,7 +54,14 @@ def back(g: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Ten
     return _multiply(g, weight, ends, weight.shape[2], weight.stride(2), weight.stride(1))
 
 
-def _multiply(x, weight, ends, columns: int, column_stride: int, depth_stride: int) -> torch.Tensor:
+def _multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor,
+    columns: int,
+    column_stride: int,
+    depth_stride: int,
+) -> torch.Tensor:
     expert, first, end = tiles(ends, len(x))
     out = x.new_empty(len(x), columns)
     # Columns run fastest: programs side by side in time share an expert's rows and its whole matrix, both of
@@ -108,11 +119,12 @@ def outer(g: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _kernels():
+def _kernels() -> tuple[JITFunction, JITFunction]:
     import triton
     import triton.language as tl
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def multiply(
         x,
         weight,
@@ -159,6 +171,7 @@ def _kernels():
             )
 
     @triton.jit
+    @no_type_check  # Triton's own language
     def outer(
         g,
         x,

@@ -10,6 +10,7 @@ weights can go side by side.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from torch import nn
 
 from nemotron import assemble, names
 from nemotron.documents import Documents
+
+if TYPE_CHECKING:
+    from nemotron.structure import Model
 
 CAPACITY = 16384  # tokens of a packed sequence
 Sequence = tuple[torch.Tensor, Documents]  # ids int64 (tokens,), and the documents that they are
@@ -28,8 +32,9 @@ class Layers:
     each kind of layer.
     """
 
-    def __init__(self, config: dict, dtype: torch.dtype, device: str):
-        self.letters, self._models = names.pattern(config), {}
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: str):
+        self.letters = names.pattern(config)
+        self._models: dict[str, Model] = {}
         for letter in dict.fromkeys(self.letters):
             self._models[letter] = assemble.prepare(
                 assemble.empty(
@@ -82,11 +87,12 @@ class Walk:
         """Root of the summed squares of all that the hidden states differ by from another's; of themselves
         without one.
         """
-        others = other.hidden if other else [0.0] * len(self.hidden)
-        return (
-            sum((a.float() - b).square().sum().item() for a, b in zip(self.hidden, others, strict=True))
-            ** 0.5
+        others: Iterable[torch.Tensor | float] = other.hidden if other else [0.0] * len(self.hidden)
+        squares: float = sum(
+            (a.float() - b).square().sum().item() for a, b in zip(self.hidden, others, strict=True)
         )
+        root: float = squares**0.5
+        return root
 
     @torch.no_grad()
     def logits(
