@@ -31,7 +31,7 @@ test: .venv/.ready .venv/.tests
 lint: .venv/.ready .venv/.lint
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
-	@.venv/bin/mypy
+	@.venv/bin/python tests/lint.py
 
 # Not in .ci/run either: the small line once for each kind of CPU that torch can be held to, and once more in containers.
 long: .venv/.ready .venv/.tests

@@ -31,17 +31,22 @@ def interpreter(environment: str) -> tuple[list[str], dict[str, str]]:
     """The command and the variables that run pytest in `environment`."""
     if environment == "host":
         return [sys.executable], {}
+    python = prepared(environment)
+    variables = {"PYTHONPATH": os.pathsep.join([str(REPO), str(pytest_folder(python))])}
+    if environment == "vllm":  # one test there compares what stage data makes with what vLLM does
+        variables["ANNIE_TEST_TRAIN_PYTHON"] = interpreter("train")[0][0]
+    return [str(python)], variables
+
+
+def prepared(environment: str) -> Path:
+    """The Python of a stage's environment, which is made if it is not there yet."""
     from forge.executor import local
     from forge.recipe import load
 
     executor = local.Local(REPO, Path(os.environ.get("ANNIE_HOME", REPO / ".annie")))
     image = load(REPO / "recipes" / "tiny.yaml", REPO).images[environment]
     executor.prepare(image, lambda line: print(f"  {line}", flush=True))
-    python = executor.python(image)
-    variables = {"PYTHONPATH": os.pathsep.join([str(REPO), str(pytest_folder(python))])}
-    if environment == "vllm":  # one test there compares what stage data makes with what vLLM does
-        variables["ANNIE_TEST_TRAIN_PYTHON"] = interpreter("train")[0][0]
-    return [str(python)], variables
+    return executor.python(image)
 
 
 def pytest_folder(python: Path) -> Path:
