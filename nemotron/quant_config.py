@@ -90,24 +90,33 @@ def _of(file: str, raw: object, listed: str) -> QuantConfig:
     excludes = raw.get(listed, [])
     if not isinstance(excludes, list) or not all(isinstance(name, str) for name in excludes):
         raise CheckpointError(f"{listed} of {file} is not a list of names")
-    groups = raw.get("config_groups") or {}
-    inner = (
-        [(group.get("weights") or {}).get("group_size") for group in groups.values()]
-        if file == CONFIG
-        else []
-    )
-    scheme = raw.get("kv_cache_scheme")
+    groups = _table(raw, "config_groups", file) if file == CONFIG else {}
+    inner = [_table(_table(groups, name, file), "weights", file).get("group_size") for name in groups]
+    size = raw.get("group_size") or next(filter(None, inner), GROUP)
+    if type(size) is not int:
+        raise CheckpointError(f"group_size of {file} is {size!r}, expected a whole number")
     kv_cache = raw.get("kv_cache_quant_algo")
-    if isinstance(scheme, dict):  # as compressed-tensors says it
-        kv_cache = _CACHES.get((scheme.get("type"), scheme.get("num_bits")), json.dumps(scheme))
+    if scheme := _table(raw, "kv_cache_scheme", file):  # as compressed-tensors says it
+        kind = (scheme.get("type"), scheme.get("num_bits"))
+        kv_cache = next((name for known, name in _CACHES.items() if known == kind), json.dumps(scheme))
+    if not isinstance(kv_cache, str | None):
+        raise CheckpointError(f"kv_cache_quant_algo of {file} is {kv_cache!r}, expected a name or null")
     return QuantConfig(
         file,
         str(raw.get("quant_algo")).upper(),
-        raw.get("group_size") or next(filter(None, inner), GROUP),
+        size,
         kv_cache,
         tuple(excludes),
         tuple(key for key in _NEEDED if key not in raw) if file == FILE else (),
     )
+
+
+def _table(settings: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    """The table under `key`; empty where there is none. Raises CheckpointError for anything else."""
+    value = settings.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{key} of {file} is {value!r}, expected a table")
+    return value
 
 
 def covers(exclude: str, module: str) -> bool:

@@ -383,6 +383,31 @@ def test_wrong_settings_are_named(nvidia, tmp_path, fault):
     assert said in finding.found
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"kv_cache_scheme": {"type": ["float"], "num_bits": 8}}, "KV cache"),
+        ({"kv_cache_scheme": "FP8"}, "kv_cache_scheme of config.json is 'FP8', expected a table"),
+        ({"kv_cache_scheme": None, "kv_cache_quant_algo": 8}, "is 8, expected a name or null"),
+        ({"group_size": "16"}, "group_size of config.json is '16', expected a whole number"),
+        ({"group_size": True}, "group_size of config.json is True"),
+        ({"config_groups": ["group_0"]}, "config_groups of config.json is ['group_0'], expected a table"),
+        ({"config_groups": {"group_0": 4}}, "group_0 of config.json is 4, expected a table"),
+        ({"config_groups": {"group_0": {"weights": 4}}}, "weights of config.json is 4, expected a table"),
+    ],
+)
+def test_a_setting_of_another_type_is_a_finding_and_no_traceback(nvidia, tmp_path, given, said):
+    inside = quant_config.inside(json.loads((nvidia / QUANT).read_text()))
+    made = edited(
+        nvidia,
+        tmp_path / "made",
+        lambda config: config.update(quantization_config=inside | given),
+        "config.json",
+    )
+    findings = audit(made).findings
+    assert findings and any(said in str(finding) for finding in findings), findings
+
+
 def test_two_settings_that_differ_and_none_at_all(nvidia, base, tmp_path):
     inside = quant_config.inside(json.loads((nvidia / QUANT).read_text()))
     both = edited(
