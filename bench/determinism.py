@@ -20,12 +20,11 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import torch
 
-from bench import merge_check
+from bench import merge_check, stage_job
 from stages.train import checkpoints
 
 STEPS, EVERY = 24, 8
@@ -40,44 +39,30 @@ ROWS = (
 
 def data(folder: Path, vocabulary: int, low: int, high: int) -> None:
     """Sixty-four conversations of `low` to `high` tokens."""
-    folder.mkdir(parents=True)
     numbers = random.Random(0)
-    rows = []
-    for length in (numbers.randint(low, high) for _ in range(64)):
-        ids = [numbers.randrange(20, vocabulary // 10) for _ in range(length)]
-        rows.append({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]})
-    for name, part in (("train", rows), ("eval", rows[:4])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    stage_job.write_rows(
+        folder,
+        (
+            [numbers.randrange(20, vocabulary // 10) for _ in range(numbers.randint(low, high))]
+            for _ in range(64)
+        ),
+    )
 
 
 def run(folder: Path, number: int, params: dict, device: str, kill: bool) -> dict:
     """One run of stage train: the adapter's SHA-256, the last loss, tokens a second. Raises RuntimeError
     with its last words if it fails.
     """
-    contract = tomllib.loads((merge_check.REPO / "stages/train/stage.toml").read_text())["parameters"]
     output, scratch = folder / f"output-{number}", folder / f"scratch-{number}"
-    for path in (output, scratch):
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
-    job = folder / f"train-{number}.json"
-    job.write_text(
-        json.dumps(
-            {
-                "stage": "train",
-                "params": {name: its.get("default") for name, its in contract.items()} | params,
-                "seed": 0,
-                "device": device,
-                "inputs": {"base": str(folder / "base"), "data": str(folder / "data")},
-                "output": str(output),
-                "scratch": str(scratch),
-            }
-        )
+    shutil.rmtree(scratch, ignore_errors=True)
+    inputs = {"base": folder / "base", "data": folder / "data"}
+    command = stage_job.command(
+        "train", folder / f"train-{number}.json", device, inputs, output, scratch, params
     )
-    command = [sys.executable, "-m", "stages.train", str(job)]
     log = folder / f"train-{number}.log"
     with log.open("w") as opened:
         if kill:
-            process = subprocess.Popen(command, cwd=merge_check.REPO, stdout=opened, stderr=opened)
+            process = subprocess.Popen(command, cwd=stage_job.REPO, stdout=opened, stderr=opened)
             while process.poll() is None and checkpoints.newest(scratch)[0] is None:
                 time.sleep(0.05)
             process.send_signal(signal.SIGKILL)
@@ -86,7 +71,7 @@ def run(folder: Path, number: int, params: dict, device: str, kill: bool) -> dic
                     "the run ended before it could be killed; expected a checkpoint before its last step"
                 )
         began = time.monotonic()
-        ended = subprocess.run(command, cwd=merge_check.REPO, stdout=opened, stderr=opened)
+        ended = subprocess.run(command, cwd=stage_job.REPO, stdout=opened, stderr=opened)
     if ended.returncode:
         raise RuntimeError(log.read_text()[-2000:])
     report = json.loads((output / "training.json").read_text())

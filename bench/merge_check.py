@@ -22,13 +22,14 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench import stage_job
+from nemotron import nano
 from nemotron.checkpoint import Checkpoint, Slot, shards, write, write_index
 from nemotron.names import tensors
 from stages.base import tiny
@@ -36,24 +37,25 @@ from stages.base import tiny
 PATTERN = "MEM*EME"
 STEPS, RANK = 40, 16
 SHARD_BYTES = 5_000_000_000
-# What Nemotron 3 Nano's config.json has, beside the keys that stages.base.tiny writes.
-REAL = {
-    "hidden_size": 2688,
-    "intermediate_size": 1856,
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-    "n_routed_experts": 128,
-    "num_experts_per_tok": 6,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "n_groups": 8,
-    "ssm_state_size": 128,
-    "chunk_size": 128,
-    "vocab_size": 131072,
-}
+# Of what Nemotron 3 Nano's config.json has, the widths that stages.base.tiny writes.
+WIDE = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "n_groups",
+    "ssm_state_size",
+    "chunk_size",
+    "vocab_size",
+)
+REAL = {key: nano.WIDTHS[key] for key in WIDE}
 FIGURES = (
     "adapter_effect",
     "rounding_error",
@@ -65,7 +67,6 @@ FIGURES = (
     "compared_with_peft",
 )
 START = time.monotonic()
-REPO = Path(__file__).resolve().parents[1]
 
 
 def config(small: bool) -> dict:
@@ -111,14 +112,11 @@ def data(folder: Path, small: bool) -> dict:
     """Sixty-four conversations of one length: a tenth of the vocabulary, so that there is something to
     learn.
     """
-    target, vocabulary, length = folder / "data", config(small)["vocab_size"], 64 if small else 512
-    target.mkdir(parents=True)
+    vocabulary, length = config(small)["vocab_size"], 64 if small else 512
     torch.manual_seed(0)
-    conversations, asked = torch.randint(20, vocabulary // 10, (64, length)).tolist(), length // 2
-    rows = [{"input_ids": ids, "labels": [-100] * asked + ids[asked:]} for ids in conversations]
-    for name, part in (("train", rows), ("eval", rows[:4])):
-        (target / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return {"conversations": len(rows), "tokens": length}
+    conversations = torch.randint(20, vocabulary // 10, (64, length)).tolist()
+    stage_job.write_rows(folder / "data", conversations)
+    return {"conversations": len(conversations), "tokens": length}
 
 
 def stage(
@@ -127,25 +125,12 @@ def stage(
     """Runs `python -m stages.<name> job.json`; its seconds, its last error if it ended with one, and its
     warnings.
     """
-    contract = tomllib.loads((REPO / "stages" / name / "stage.toml").read_text())["parameters"]
-    shutil.rmtree(output, ignore_errors=True)
-    scratch = folder / f"scratch-{name}"
-    for path in (output, scratch):
-        path.mkdir(parents=True, exist_ok=True)
-    job = {
-        "stage": name,
-        "params": {key: row.get("default") for key, row in contract.items()} | params,
-        "seed": 0,
-        "device": device,
-        "inputs": {key: str(path) for key, path in inputs.items()},
-        "output": str(output),
-        "scratch": str(scratch),
-    }
-    (folder / f"{name}.json").write_text(json.dumps(job))
+    command = stage_job.command(
+        name, folder / f"{name}.json", device, inputs, output, folder / f"scratch-{name}", params
+    )
     began = time.monotonic()
     with (folder / f"{name}.log").open("w") as log:
-        command = [sys.executable, "-m", f"stages.{name}", str(folder / f"{name}.json")]
-        run = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, stderr=log, text=True)
+        run = subprocess.run(command, cwd=stage_job.REPO, stdout=subprocess.PIPE, stderr=log, text=True)
     events = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     facts: dict = {"seconds": round(time.monotonic() - began, 1), "exit": run.returncode}
     facts["warnings"] = [event["message"][:300] for event in events if event["event"] == "warning"]

@@ -14,30 +14,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as stages/train/__main__.py
+from stages.train import start
 
-import torch
-import torch.distributed as distributed
+start.before_torch(lambda message, remedy: print(message, remedy, file=sys.stderr))
 
-from bench import lengths, operations
-from bench.ours import ALPHA, RANK
-from nemotron import adapter, assemble, determinism, recompute
-from nemotron.shards import Shards
-from stages import job
-from stages.train import ranks
-from stages.train.loop import Loop
+import torch  # noqa: E402
+import torch.distributed as distributed  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-WARM = 3
+from bench import lengths, operations, stage_job  # noqa: E402
+from bench.figures import counted, summary  # noqa: E402
+from bench.ours import ALPHA, RANK  # noqa: E402
+from nemotron import adapter, assemble, determinism, recompute  # noqa: E402
+from nemotron.shards import Shards  # noqa: E402
+from stages import job  # noqa: E402
+from stages.train import ranks  # noqa: E402
+from stages.train.loop import Loop  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,8 @@ def measure(kind: str, model: torch.nn.Module, config: dict, its: Timed, options
     """One kind of lengths on a model that is there: median milliseconds, tokens a second, and the worst
     rank's wait.
     """
-    contract = tomllib.loads((ROOT / "stages/train/stage.toml").read_text())["parameters"]
     plan = lengths.plan(kind, options.steps * its.world, options.documents)
-    params = {name: row.get("default") for name, row in contract.items()} | {
+    params = stage_job.defaults("train") | {
         "steps": options.steps,
         "batch": options.documents * its.world,
         "batch_tokens": lengths.CAPACITY * its.world * (kind in lengths.PACKED),
@@ -94,16 +91,19 @@ def measure(kind: str, model: torch.nn.Module, config: dict, its: Timed, options
             loop.step(number)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
-    steps = [loop.order.step(number) for number in range(WARM, options.steps)]
-    tokens = sum(loop.order.lengths[row] for step in steps for row in step)
-    waited = torch.tensor([sum(its.waited[WARM:]) / sum(times[WARM:])], device="cuda")
+    tokens = [
+        sum(loop.order.lengths[row] for row in loop.order.step(number)) for number in range(options.steps)
+    ]
+    figures = summary(times, tokens, tokens)
+    timed = counted(len(times))
+    waited = torch.tensor([sum(its.waited[timed]) / sum(times[timed])], device="cuda")
     if its.world > 1:
         distributed.all_reduce(waited, distributed.ReduceOp.MAX)
     return {
         "kind": kind,
         "gpus": its.world,
-        "ms": 1e3 * sorted(times[WARM:])[len(times[WARM:]) // 2],
-        "speed": tokens / sum(times[WARM:]),
+        "ms": figures["ms"],
+        "speed": figures["tokens_per_s"],
         "waited": waited.item(),
         "peak": torch.cuda.max_memory_allocated() / 1e9,
         "loss": loop.history.train[options.steps],
@@ -160,17 +160,7 @@ def main() -> None:
     )
     alone: dict[str, float] = {}
     for count in map(int, options.gpus.split(",")):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(count),
-            "-m",
-            "bench.ranks",
-            *sys.argv[1:],
-        ]
+        command = ranks.command(count, "bench.ranks", *sys.argv[1:])
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
             for line in run.stdout:
                 if not line.startswith("row "):

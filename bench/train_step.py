@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import time
@@ -29,11 +28,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nemotron import kernel_cache
+from stages.train import start
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as stages/train/__main__.py
-# keeps what is compiled, if ANNIE_KERNELS names a folder
-kernel_cache.prepare(lambda message, remedy: print(message, remedy, file=sys.stderr))
+start.before_torch(lambda message, remedy: print(message, remedy, file=sys.stderr))
 
 import torch  # noqa: E402
 

@@ -12,13 +12,13 @@ weights or on how many layers there are, so one layer of each kind is enough.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nemotron import determinism, kernel_cache, kernel_watch, nano
 from stages import job
+from stages.train import start
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,17 +129,15 @@ def adapted(task: job.Job, config: dict) -> nn.Module:
     """A model of random weights with its adapter, as stage train would make it."""
     import torch
 
-    from nemotron import adapter, assemble, recompute
-    from stages.train import memory
+    from nemotron import assemble
+    from stages.train import fit, memory
 
     params = task.params
     memory.check(config, params, task.device)
     model = assemble.random(
         config, memory.METHODS[params["method"]], getattr(torch, params["precision"]), task.device
     )
-    adapter.attach(model, params["targets"], params["rank"], params["alpha"], task.seed)
-    if params["gradient_checkpointing"]:
-        recompute.attach(model, params["sequence_tokens"])
+    fit.adapt(model, params, task.seed)
     return model
 
 
@@ -192,9 +190,5 @@ def synthetic(lengths: list[int], vocabulary: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    # All as stages/train/__main__.py has it.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if len(sys.argv) == 2 and job.read(sys.argv[1]).params["deterministic"]:
-        determinism.before_torch()
-    kernel_cache.prepare(job.warning)
+    start.before_torch(job.warning, len(sys.argv) == 2 and job.read(sys.argv[1]).params["deterministic"])
     job.main(run)

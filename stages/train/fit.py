@@ -95,12 +95,6 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
             "several that hold the base between them",
             "Set ranks to the number of GPUs, or leave sharded out",
         )
-    if params["decoded_gb"] and form == "bf16":
-        raise job.StageError(
-            "decoded_gb with method lora",
-            "method qlora or nvfp4",
-            "Method lora holds the weights in BF16 already: leave decoded_gb out",
-        )
     shards = Shards(its.rank, its.world) if params["sharded"] else Shards()
     try:
         checkpoint = Checkpoint(task.inputs["base"])
@@ -121,9 +115,18 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
             loading(form) if its.first else None,
             shards,
         )
-        adapter.attach(model, params["targets"], params["rank"], params["alpha"], task.seed)
+        adapt(model, params, task.seed)
     except (native.NativeError, ValueError) as error:
         raise job.StageError(str(error), "libraries and a model that fit", "See the message") from error
+    return model
+
+
+def adapt(model: torch.nn.Module, params: dict, seed: int) -> None:
+    """Gives a base its fresh adapter, and has it hold and recompute what the parameters say.
+
+    Raises ValueError for targets that the model does not have, StageError where no weights fit decoded.
+    """
+    adapter.attach(model, params["targets"], params["rank"], params["alpha"], seed)
     if params["decoded_gb"]:
         count, size = assemble.keep_decoded(model, 1e9 * params["decoded_gb"])
         if not count:
@@ -135,7 +138,6 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
         job.progress(size / 1e9, size / 1e9, "GB", f"{count} stacks and linears are held decoded")
     if params["gradient_checkpointing"]:
         recompute.attach(model, params["sequence_tokens"])
-    return model
 
 
 def compiling(note: str) -> None:

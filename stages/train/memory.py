@@ -104,9 +104,15 @@ def available(device: str) -> int:
 
 
 def check(config: dict, params: dict, device: str, count: int = 1) -> None:
-    """Raises StageError if a process needs more than there is, naming what would fit. `count` processes
-    hold the base between them.
+    """Raises StageError if a process needs more than there is, naming what would fit, and for weights in
+    BF16 that are to be held decoded. `count` processes hold the base between them.
     """
+    if params["decoded_gb"] and METHODS[params["method"]] == "bf16":
+        raise job.StageError(
+            f"decoded_gb with method {params['method']}",
+            "method qlora or nvfp4",
+            "The method holds the weights in BF16 already: leave decoded_gb out",
+        )
     parts, room = bytes_needed(config, params, count), available(device)
     needed = sum(parts.values()) * CACHED
     if needed <= room:

@@ -66,17 +66,12 @@ def join(device: str) -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
+def command(count: int, module: str, *words: str) -> list[str]:
+    """torchrun with `count` processes of a module on this machine."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return [sys.executable, *torchrun, "-m", module, *words]
+
+
 def launch(count: int, job: str) -> None:
     """Replaces this process by torchrun with `count` processes of the same stage on this machine."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
-        "-m",
-        "stages.train",
-        job,
-    ]
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, command(count, "stages.train", job))

@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,3 +88,9 @@ def test_a_server_that_gives_no_answer_is_refused(tmp_path, its):
 def test_a_call_of_a_tool_is_an_answer(its, capsys):
     its({"content": None, "tool_calls": [{"id": "1", "function": {"name": "weather", "arguments": "{}"}}]})
     assert '"weather(...)"' in capsys.readouterr().out
+
+
+def test_an_executor_that_cannot_serve_is_named():
+    plain = SimpleNamespace(name="plain")
+    with pytest.raises(Refused, match="found plain; expected docker or local, which can serve"):
+        serving.serve(SimpleNamespace(), plain)

@@ -11,6 +11,7 @@ import pytest
 import small
 
 from nemotron import kernel_cache, layout, nano
+from nemotron.projection import Projection
 from stages import job, warm
 from stages.train.loop import Loop
 
@@ -74,6 +75,15 @@ def test_it_trains_a_full_and_a_usual_step(tmp_path, monkeypatch, given):
     warm.train(task)
     assert seen == [([150, 106], 4), ([150, 150, 150], 4)]
     assert json.loads((tmp_path / "checkpoint-2/history.json").read_text())["held_out"].keys() == {"2"}
+
+
+def test_weights_are_held_decoded_as_in_the_recipe(tmp_path):
+    base = small.base(tmp_path / "base", "MEM*EME")
+    given = params(method="qlora", targets="all", decoded_gb=1.0)
+    task = small.job("warm", tmp_path, given, base=base)
+    model = warm.adapted(task, warm.shape(task))
+    packed = [its for its in model.modules() if isinstance(its, Projection) and its.form == "nf4"]
+    assert packed and all(its.kept is not None for its in packed)
 
 
 def test_without_a_base_it_takes_nanos_shape_and_says_so(tmp_path, capsys):

@@ -1,0 +1,52 @@
+"""Stages of this repository as a bench starts them: by hand, with the defaults of their contracts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def defaults(stage: str) -> dict:
+    """The parameters of a stage and their defaults, None for one that a recipe has to give."""
+    contract = tomllib.loads((REPO / "stages" / stage / "stage.toml").read_text())["parameters"]
+    return {name: its.get("default") for name, its in contract.items()}
+
+
+def command(
+    stage: str, file: Path, device: str, inputs: dict[str, Path], output: Path, scratch: Path, params: dict
+) -> list[str]:
+    """Writes the job to `file` and returns the command that runs it, to be started in REPO. `output` is
+    emptied, `scratch` kept: a stage goes on from what lies there.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    for path in (output, scratch):
+        path.mkdir(parents=True, exist_ok=True)
+    job = {
+        "stage": stage,
+        "params": defaults(stage) | params,
+        "seed": 0,
+        "device": device,
+        "inputs": {name: str(path) for name, path in inputs.items()},
+        "output": str(output),
+        "scratch": str(scratch),
+    }
+    file.write_text(json.dumps(job))
+    return [sys.executable, "-m", f"stages.{stage}", str(file)]
+
+
+def write_rows(folder: Path, conversations: Iterable[list[int]]) -> None:
+    """What stage train reads of stage data: train.jsonl with the second half of each conversation trained,
+    and eval.jsonl with the first four.
+    """
+    folder.mkdir(parents=True)
+    rows = [
+        {"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]} for ids in conversations
+    ]
+    for name, part in (("train", rows), ("eval", rows[:4])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
