@@ -225,3 +225,26 @@ def test_graphs_are_captured_for_the_packs_of_the_steps_that_are_left(monkeypatc
     wanted = {pack.documents for its in left for pack in share(its, 0, 1, 100, False, NANO)}
     assert set(asked) == wanted and len(asked) == len(wanted)
     assert said == [(1, 2, "capturing CUDA graphs")]
+
+
+@pytest.mark.parametrize(("start", "wanted"), [(0, [0, 2]), (1, [1, 2]), (3, [3])])
+def test_graphs_are_captured_at_the_start_and_once_more_when_rounding_sets_in(start, wanted):
+    """Those of rounded steps are others; a run that is resumed behind that point captures them alone."""
+    captured, params = (
+        [],
+        {"steps": 5, "cuda_graphs": True, "sharded": False, "eval_every": 9, "save_every": 9},
+    )
+    its = SimpleNamespace(
+        task=SimpleNamespace(params=params, device="cuda"),
+        model=SimpleNamespace(train=lambda: None),
+        history=loop.History(),
+        start=start,
+        held_out_tokens=0,
+        teacher=None,
+        change=lambda step: step == 2,
+        capture=captured.append,
+        step=lambda step: None,
+        save=lambda done: None,
+    )
+    loop.Loop.run(its)
+    assert captured == wanted
