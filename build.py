@@ -172,8 +172,9 @@ def demo(recipe: str, executor: str | None) -> None:
 
 @command(as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."))
 def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> None:
-    """Compiles and tunes what stage train runs on this GPU, and keeps it: the first run then starts as
-    fast as every later one.
+    """Compiles stage train's kernels for this GPU, and keeps them.
+
+    The first run then starts as fast as every later one.
     """
     from forge import report, warm, watch
 
@@ -187,8 +188,9 @@ def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> Non
 
 @command(as_json)
 def compare(recipe: str, executor: str | None, as_json: bool) -> None:
-    """Every variant of the recipe trained, merged, quantised and asked; then one table with a verdict, and a
-    picture.
+    """Trains and asks every variant of the recipe, in one table.
+
+    Each is trained, merged, quantised and asked; then come one table with a verdict, and a picture.
     """
     from forge import compare, picture, plan, report, run, watch
 
@@ -289,7 +291,10 @@ def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
 def audit(
     recipe: str, executor: str | None, folder: Path, base: Path | None, vllm: str | None, as_json: bool
 ) -> None:
-    """Checks every tensor, scale and exclude of the checkpoint in FOLDER. Exit 1 on a fault."""
+    """Checks the checkpoint in FOLDER, and exits with 1 on a fault.
+
+    Every tensor, scale and exclude is looked at.
+    """
     from forge import audit, report
 
     its = opened(recipe, executor)
