@@ -1,17 +1,17 @@
 """Whether stage merge accepts what stage train made on a GPU, and refuses the same adapter once it is
-doctored.
+doctored; and how long merge and quantize take from the start of their process to its exit.
 
     python -m bench.merge_check all --folder /tmp/check --out OUT [--tiny]
-    python -m bench.merge_check base|data|train|merge|doctored --folder /tmp/check --out OUT [--tiny]
+    python -m bench.merge_check base|data|train|merge|quantize|doctored --folder /tmp/check --out OUT [--tiny]
 
 `base` makes random weights at the real model's widths in seven layers (MEM*EME), `data` conversations of
 random tokens, `train` runs stage train (qlora, all targets, rank 16, 40 steps at the default learning rate),
-`merge` stage merge on its adapter, and `doctored` proves merges of doctored copies of the adapter against the
-adapter itself: one layer's scale halved, two experts exchanged, up_proj's factors of two experts exchanged,
-one factor's sign turned. A copy is doctored in its tensors alone, so it is a well-formed adapter, and its
-merge is what a wrong reading of the adapter would have written. The proof has to refuse each by the tensor's
-name. Every part's outcome is printed at once and kept in OUT/merge_check.json; one part's failure does not
-stop the others. `--tiny` takes small widths, for a CPU.
+`merge` stage merge on its adapter, `quantize` stage quantize on the merge, and `doctored` proves merges of
+doctored copies of the adapter against the adapter itself: one layer's scale halved, two experts exchanged,
+up_proj's factors of two experts exchanged, one factor's sign turned. A copy is doctored in its tensors alone,
+so it is a well-formed adapter, and its merge is what a wrong reading of the adapter would have written. The
+proof has to refuse each by the tensor's name. Every part's outcome is printed at once and kept in
+OUT/merge_check.json; one part's failure does not stop the others. `--tiny` takes small widths, for a CPU.
 """
 
 from __future__ import annotations
@@ -122,23 +122,35 @@ def data(folder: Path, small: bool) -> dict:
 def stage(
     name: str, folder: Path, device: str, inputs: dict[str, Path], output: Path, **params: object
 ) -> dict:
-    """Runs `python -m stages.<name> job.json`; its seconds, its last error if it ended with one, and its
-    warnings.
+    """Runs `python -m stages.<name> job.json`; its seconds, the second at which each of its phases was first
+    heard of, the last error if it ended with one, and its warnings.
     """
     command = stage_job.command(
         name, folder / f"{name}.json", device, inputs, output, folder / f"scratch-{name}", params
     )
     began = time.monotonic()
+    events: list[dict] = []
+    phases: dict[str, float] = {}
     with (folder / f"{name}.log").open("w") as log:
-        run = subprocess.run(command, cwd=stage_job.REPO, stdout=subprocess.PIPE, stderr=log, text=True)
-    events = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    facts: dict = {"seconds": round(time.monotonic() - began, 1), "exit": run.returncode}
+        run = subprocess.Popen(command, cwd=stage_job.REPO, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert run.stdout is not None
+        for line in run.stdout:
+            events.append(json.loads(line))
+            phases.setdefault(phase(events[-1]), round(time.monotonic() - began, 1))
+        run.wait()
+    facts: dict = {"seconds": round(time.monotonic() - began, 1), "exit": run.returncode, "phases": phases}
     facts["warnings"] = [event["message"][:300] for event in events if event["event"] == "warning"]
     if error := next((e for e in events if e["event"] == "error"), None):
         facts["error"] = f"{error['found']}; expected {error['expected']}"
     elif run.returncode:
         facts["error"] = (folder / f"{name}.log").read_text()[-1500:]
     return facts
+
+
+def phase(event: dict) -> str:
+    """What a stage is at, from one of its events: the note, or the unit of a note with figures."""
+    note = event.get("note") or event.get("name") or event["event"]
+    return event.get("unit", "event") if any(map(str.isdigit, note)) else note
 
 
 def train(folder: Path, small: bool, device: str) -> dict:
@@ -167,6 +179,15 @@ def merge(folder: Path, device: str) -> dict:
         facts |= {
             key: len(figure) if key in ("idle", "too_small") else figure for key, figure in figures.items()
         }
+    return facts
+
+
+def quantize(folder: Path, device: str) -> dict:
+    """Stage quantize with its defaults, calibrated on the conversations that train had."""
+    inputs = {"merge": folder / "merged", "data": folder / "data"}
+    facts = stage("quantize", folder, device, inputs, folder / "quantized")
+    if not facts["exit"]:
+        facts["GB"] = sum(path.stat().st_size for path in (folder / "quantized").iterdir()) / 1e9
     return facts
 
 
@@ -266,6 +287,7 @@ def parts(folder: Path, small: bool, device: str, limit: float) -> dict[str, Cal
         "data": lambda: data(folder, small),
         "train": lambda: train(folder, small, device),
         "merge": lambda: merge(folder, device),
+        "quantize": lambda: quantize(folder, device),
         "doctored": lambda: doctored(folder, device, limit),
     }
 
@@ -284,6 +306,8 @@ def table(facts: dict[str, dict]) -> str:
         else:
             rows.append(("its merge", str(row["seconds"]), "accepted"))
             rows += [(f"  {key}", "", str(row.get(key))) for key in FIGURES]
+    if row := facts.get("quantize"):
+        rows.append(("its NVFP4", str(row.get("seconds")), row.get("error") or f"{row['GB']:.1f} GB"))
     for fault, row in facts.get("doctored", {}).items():
         if isinstance(row, dict) and "words" in row:
             rows.append(
@@ -304,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["all", "base", "data", "train", "merge", "doctored"])
+    parser.add_argument("part", choices=["all", "base", "data", "train", "merge", "quantize", "doctored"])
     parser.add_argument(
         "--folder", type=Path, required=True, help="where checkpoints lie; 30 GB at the real widths"
     )
