@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import torch
 
-from nemotron import attention, nano
-from nemotron.documents import Documents
+from model.families.nemotron_h import nano
+from model.layers import attention
+from model.layers.documents import Documents
 
 HEADS, KEYS, SIZE = (nano.WIDTHS[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
 SCALE = SIZE**-0.5
@@ -30,7 +31,7 @@ WAYS: dict[str, Callable[..., torch.Tensor]] = {
 def definition(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents
 ) -> torch.Tensor:
-    """softmax(q k / sqrt(size)) v, a document and a head at a time; shapes as in nemotron/attention.py."""
+    """softmax(q k / sqrt(size)) v, a document and a head at a time; shapes as in its module."""
     parts = []
     for a, b in documents.spans:
         later = torch.ones(b - a, b - a, dtype=torch.bool, device=query.device).triu(1)

@@ -36,8 +36,8 @@ def steps(base: Path, data: Path, seconds: float) -> int:
     """How many steps of stage base's second phase this process does in `seconds`."""
     import torch
 
-    from nemotron import native
-    from nemotron.chat import Rendered
+    from model.families.nemotron_h import native
+    from model.families.nemotron_h.chat import Rendered
     from stages import dataset
     from stages.base import teach
 

@@ -19,7 +19,9 @@ import torch
 from bench import operations
 from bench.row import synchronize
 from bench.weights import Random
-from nemotron import layout, nvfp4, walk
+from model import walk
+from model.families.nemotron_h import layout
+from model.weights import nvfp4
 from stages.quantize import calibrate
 
 

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from bench.grouped import measured
-from nemotron import nf4, nvfp4
-from nemotron.projection import Projection
+from model.layers.projection import Projection
+from model.weights import nf4, nvfp4
 
 
 def main() -> None:

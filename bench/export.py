@@ -29,7 +29,7 @@ def checkpoint(folder: Path, pattern: str) -> Path:
     """A checkpoint of the layers of `pattern`, written once."""
     from bench import operations
     from bench.weights import Random
-    from nemotron.checkpoint import Slot, write, write_index
+    from model.weights.checkpoint import Slot, write, write_index
 
     if (folder / "model.safetensors.index.json").exists():
         return folder
@@ -61,10 +61,11 @@ def adapter(folder: Path, base: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from nemotron import adapter as its
-    from nemotron import assemble, native
-    from nemotron.checkpoint import Checkpoint
-    from nemotron.projection import Projection
+    from model import adapter as its
+    from model import assemble
+    from model.families.nemotron_h import native
+    from model.layers.projection import Projection
+    from model.weights.checkpoint import Checkpoint
 
     if (folder / its.CONFIG).exists():
         return folder
@@ -101,8 +102,8 @@ def copy(base: Path, its: Path, output: Path) -> None:
 
 def merge(base: Path, its: Path, output: Path) -> None:
     """Stage merge, without its proofs."""
-    from nemotron.checkpoint import Checkpoint
-    from nemotron.lora import Adapter
+    from model.lora import Adapter
+    from model.weights.checkpoint import Checkpoint
     from stages.merge.merge import stream
 
     source = Checkpoint(base)
@@ -111,8 +112,8 @@ def merge(base: Path, its: Path, output: Path) -> None:
 
 def proven(base: Path, its: Path, output: Path) -> None:
     """Stage merge, and its proof of the files: both checkpoints read once more."""
-    from nemotron.checkpoint import Checkpoint
-    from nemotron.lora import Adapter
+    from model.lora import Adapter
+    from model.weights.checkpoint import Checkpoint
     from stages.merge import proof
     from stages.merge.merge import stream
 
@@ -164,7 +165,7 @@ def peft(base: Path, its: Path, output: Path) -> None:
     import torch
     from peft import PeftModel
 
-    from nemotron import native
+    from model.families.nemotron_h import native
 
     PeftModel.from_pretrained(native.load(base, torch.bfloat16), its).merge_and_unload().save_pretrained(
         output

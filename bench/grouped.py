@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from nemotron import grouped
-from nemotron.grouped import Routing
+from model.layers import grouped
+from model.layers.grouped import Routing
 
 EXPERTS, CHOICES, HIDDEN, INNER, RANK = 128, 6, 2688, 1856, 16
 

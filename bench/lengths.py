@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from nemotron.chat import IGNORED
+from model.labels import IGNORED
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = Path(__file__).with_name("sample_lengths.json")

@@ -29,9 +29,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench import stage_job
-from nemotron import nano
-from nemotron.checkpoint import Checkpoint, Slot, shards, write, write_index
-from nemotron.names import tensors
+from model.families.nemotron_h import nano
+from model.families.nemotron_h.names import tensors
+from model.weights.checkpoint import Checkpoint, Slot, shards, write, write_index
 from stages.base import tiny
 
 PATTERN = "MEM*EME"
@@ -241,7 +241,7 @@ def doctored(folder: Path, device: str, limit: float) -> dict:
     """Merges each doctored copy and proves the merge against the adapter itself: what is refused, and by
     which name.
     """
-    from nemotron.lora import Adapter
+    from model.lora import Adapter
     from stages import job
     from stages.job import StageError
     from stages.merge import proof

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nemotron.nano import PATTERN, WIDTHS
+from model.families.nemotron_h.nano import PATTERN, WIDTHS
 
 TARGETS = frozenset({"attention", "mamba", "experts", "shared"})
 

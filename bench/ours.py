@@ -9,8 +9,9 @@ import torch
 from bench.lengths import CAPACITY, Conversation
 from bench.operations import Recipe
 from bench.row import Row
-from nemotron import adapter, assemble, recompute
-from nemotron.documents import Documents
+from model import adapter, assemble
+from model.layers import recompute
+from model.layers.documents import Documents
 from stages.train.pack import best_fit
 
 RANK, ALPHA = 16, 32

@@ -3,7 +3,7 @@ searches: `python -m bench.pack [MATRICES [OUT IN]]`.
 
 A MB is 10^6 bytes of the weights in BF16: what `pack` reads, and what `unpack` makes as float32. The rows
 take turns, so that what else the machine does falls on all. `plain` is the format's definition in
-whole-tensor operations, as nemotron/nvfp4.py had it before it went by chunks; its bits are compared too.
+whole-tensor operations, as model/weights/nvfp4.py had it before it went by chunks; its bits are compared too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from nemotron import nvfp4
-from nemotron.nvfp4 import FP4_MAX, FP8_MAX, GRID, GROUP, SMALLEST, Packed
+from model.weights import nvfp4
+from model.weights.nvfp4 import FP4_MAX, FP8_MAX, GRID, GROUP, SMALLEST, Packed
 
 MATRICES, OUT, IN = 16, 1856, 2688
 REPEATS = 5

@@ -31,8 +31,9 @@ import torch.distributed as distributed  # noqa: E402
 from bench import lengths, operations, stage_job  # noqa: E402
 from bench.figures import counted, summary  # noqa: E402
 from bench.ours import ALPHA, RANK  # noqa: E402
-from nemotron import adapter, assemble, determinism, recompute  # noqa: E402
-from nemotron.shards import Shards  # noqa: E402
+from model import adapter, assemble  # noqa: E402
+from model.layers import determinism, recompute  # noqa: E402
+from model.weights.shards import Shards  # noqa: E402
 from stages import job  # noqa: E402
 from stages.train import ranks  # noqa: E402
 from stages.train.loop import Loop  # noqa: E402

@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.lengths import Conversation
 from bench.operations import Recipe
-from nemotron.chat import IGNORED
+from model.labels import IGNORED
 
 
 class DoesNotFit(RuntimeError):

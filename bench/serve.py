@@ -5,7 +5,7 @@
 
 The weights are made as they are read, so that the BF16 model needs no disk. `ask` compares the
 log-probabilities that vLLM gives 100 tokens of prompt with those of the weights that the codes stand for,
-computed layer by layer (nemotron/walk.py) in BF16 and in float32: routers of random weights are near ties,
+computed layer by layer (model/walk.py) in BF16 and in float32: routers of random weights are near ties,
 so that rounding alone sends tokens to other experts. Then it counts tokens a second.
 """
 
@@ -20,8 +20,10 @@ import torch
 
 from bench import operations
 from bench.weights import Random
-from nemotron import audit, layout, quant_config, walk
-from nemotron.checkpoint import Checkpoint, Slot, write_index
+from model import audit, walk
+from model.families.nemotron_h import layout
+from model.weights import quant_config
+from model.weights.checkpoint import Checkpoint, Slot, write_index
 from stages.job import Job
 from stages.quantize import calibrate, quantize
 from stages.quantize.fidelity import dequantised
@@ -104,7 +106,7 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
     from vllm import LLM, SamplingParams
 
     algorithm = json.loads((folder / "nvfp4" / audit.QUANT).read_text())["quantization"]["quant_algo"]
-    # as nemotron/serving.py has it
+    # as model/families/nemotron_h/serving.py has it
     more = {"moe_backend": "marlin"} if algorithm == "W4A16_NVFP4" and device == "cuda" else {}
     began = time.perf_counter()
     served = LLM(

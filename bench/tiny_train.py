@@ -42,7 +42,7 @@ def base(folder: Path) -> None:
     """A base of the tiny recipe's sizes with random weights, and a tokenizer, which TRL asks for."""
     import torch
 
-    from nemotron import native
+    from model.families.nemotron_h import native
     from stages.base import tiny, tokenizer
 
     torch.manual_seed(SEED)
@@ -103,7 +103,7 @@ def trl(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
     import transformers
     from trl import SFTConfig, SFTTrainer
 
-    from nemotron import native
+    from model.families.nemotron_h import native
 
     class AfterStep(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):

@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from bench import figures, lengths, operations  # noqa: E402
 from bench.labels import Labels  # noqa: E402
 from bench.row import DoesNotFit, Row, synchronize  # noqa: E402
-from nemotron import determinism, grouped  # noqa: E402
+from model.layers import determinism, grouped  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mamba-ssm")
 

@@ -4,10 +4,10 @@
 #   bench/warm_check.sh [FOLDER]      PYTHON=... names the train environment's python (default: python3)
 #
 # Five processes, each of which says what it compiled, loaded and tuned, and in how many seconds:
-#   searching   nemotron/tuning.json has nothing for this GPU, and nothing is kept yet: as on a GPU of next year
+#   searching   model/layers/tuning.json has nothing for this GPU, and nothing is kept yet: as on a GPU of next year
 #   again       the same once more: 0 compiled, 0 tuned
 #   seeded      another folder, which begins as a copy of the first one: 0 compiled, 0 tuned
-#   table       nemotron/tuning.json as it is, nothing kept: on a GPU that it has, 0 tuned
+#   table       model/layers/tuning.json as it is, nothing kept: on a GPU that it has, 0 tuned
 #   table-again the same once more: 0 compiled, 0 tuned
 # Exit 1 where a 0 is none. FOLDER is made, and kept: FOLDER/*/job.json, FOLDER/*/warm.json, FOLDER/*.log
 set -euo pipefail
@@ -16,8 +16,8 @@ folder=${1:-$(mktemp -d)}
 python=${PYTHON:-python3}
 mkdir -p "$folder/hidden"
 folder=$(cd "$folder" && pwd)
-cp -r "$here/nemotron" "$here/stages" "$folder/hidden/"
-echo '{"gpus": {}}' > "$folder/hidden/nemotron/tuning.json"
+cp -r "$here/model" "$here/stages" "$folder/hidden/"
+echo '{"gpus": {}}' > "$folder/hidden/model/layers/tuning.json"
 
 # The job of stages.warm: every parameter of stage train, with those of a 30B model on one GPU.
 job() { # NAME -> FOLDER/NAME/job.json

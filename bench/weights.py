@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from nemotron import names
-from nemotron.checkpoint import DTYPES, Checkpoint, Entry, Slot, shards
+from model.families.nemotron_h import names
+from model.weights.checkpoint import DTYPES, Checkpoint, Entry, Slot, shards
 
 BLOCK = 2**26  # random numbers, of which every tensor is a cut
 

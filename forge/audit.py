@@ -12,7 +12,7 @@ from forge.executor import Executor
 from forge.finding import Finding, Refused, error
 from forge.plan import Context
 
-IMAGE, MODULE = "train", "nemotron.checkpoint_audit"
+IMAGE, MODULE = "train", "model.checkpoint_audit"
 
 
 def audit(

@@ -9,7 +9,7 @@ from pathlib import Path
 from forge.finding import Refused, error
 
 # Packages of this repository that a stage may import.
-_ROOTS = ("stages", "nemotron")
+_ROOTS = ("stages", "model")
 # Beside the code and without effect on the output: a contract's values come into the key one by one.
 _APART = ("stage.toml", "README.md")
 
@@ -36,7 +36,7 @@ def closure(repo: Path, stage: str) -> list[Path]:
                     error(
                         str(path.relative_to(repo)),
                         f"an import of {name}",
-                        "stages.job, nemotron and libraries",
+                        "stages.job, model and libraries",
                         "A stage runs where forge is not.",
                     )
                 )
@@ -52,7 +52,7 @@ def closure(repo: Path, stage: str) -> list[Path]:
                             str(path.relative_to(repo)),
                             f"an import of {name}",
                             "no import of another stage",
-                            "What two stages share belongs in nemotron/.",
+                            "What two stages share belongs in model/.",
                         )
                     )
             todo += reached

@@ -16,7 +16,8 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nemotron import determinism, kernel_cache, kernel_watch, nano
+from model.families.nemotron_h import nano
+from model.layers import determinism, kernel_cache, kernel_watch
 from stages import job
 from stages.train import start
 
@@ -47,7 +48,7 @@ def run(task: job.Job) -> None:
             f"build.py warm names one by itself; by hand: {kernel_cache.FOLDER}=FOLDER python -m stages.warm"
             " job.json",
         )
-    from nemotron import tuning
+    from model.layers import tuning
     from stages.train import fit
 
     if task.params["deterministic"]:
@@ -120,7 +121,7 @@ def shape(task: job.Job) -> dict:
 
 def kinds(pattern: str) -> str:
     """The shortest pattern with a layer of each kind. A Mamba layer directly before attention is one of
-    its own: the export leaves it in BF16, and so does training (nemotron/layout.py)."""
+    its own: the export leaves it in BF16, and so does training (model/families/nemotron_h/layout.py)."""
     chosen = [letter for letter in "*ME" if letter in pattern.replace("M*", "")]
     return "".join(chosen) + ("M*" if "M*" in pattern else "")
 
@@ -129,7 +130,7 @@ def adapted(task: job.Job, config: dict) -> nn.Module:
     """A model of random weights with its adapter, as stage train would make it."""
     import torch
 
-    from nemotron import assemble
+    from model import assemble
     from stages.train import fit, memory
 
     params = task.params
@@ -179,7 +180,7 @@ def synthetic(lengths: list[int], vocabulary: int) -> list[dict]:
     """Rows as stage data writes them, of random tokens, the last quarter of each trained."""
     import torch
 
-    from nemotron.chat import IGNORED
+    from model.labels import IGNORED
 
     numbers, rows = torch.Generator().manual_seed(0), []
     for number, length in enumerate(lengths):

@@ -10,7 +10,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 # Room -> the environment that its tests run in, and what shows that this is it.
 ROOMS = {
-    "nemotron": ("train", ("torch", "transformers")),
+    "model": ("train", ("torch", "transformers")),
     "stages": ("train", ("torch", "transformers", "peft", "trl")),
     "bench": ("train", ("torch", "transformers", "peft")),
     "vllm": ("vllm", ("vllm",)),

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/lint.py
 
-The host side (`files` in pyproject.toml) is checked in `.venv`, nemotron/ in the train environment (made from
+The host side (`files` in pyproject.toml) is checked in `.venv`, model/ in the train environment (made from
 its locked requirements if it is not there yet).
 """
 
@@ -13,7 +13,7 @@ import sys
 
 from run import REPO, prepared
 
-MODEL = "nemotron"
+MODEL = "model"
 
 
 def main() -> int:

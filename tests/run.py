@@ -21,7 +21,7 @@ sys.path.insert(0, str(REPO))
 # First match wins; the order is the order of the runs: quick rooms first, whole lines last.
 ROOMS = [
     ("forge", "host", ["tests/forge"]),
-    ("model", "train", ["tests/nemotron", "tests/stages", "tests/bench"]),
+    ("model", "train", ["tests/model", "tests/stages", "tests/bench"]),
     ("serving", "vllm", ["tests/vllm"]),
     ("line", "host", ["tests/line"]),
 ]

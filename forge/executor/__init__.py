@@ -35,7 +35,7 @@ class Task:
     memory_gb: float = 1.0
 
 
-KERNELS = "ANNIE_KERNELS"  # tells a stage where compiled kernels stay (nemotron/kernel_cache.py)
+KERNELS = "ANNIE_KERNELS"  # tells a stage where compiled kernels stay (model/layers/kernel_cache.py)
 
 
 def kernel_folder(home: Path, image: Image, fingerprint: str) -> Path:

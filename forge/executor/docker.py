@@ -25,7 +25,7 @@ from forge.image import Image
 
 REPOSITORY = "annie"
 SERVED = "annie/vllm-nemotron-annie"
-CODE = ("stages", "nemotron")
+CODE = ("stages", "model")
 SCRATCH = "/scratch"  # a task's scratch folder, in its container
 # the same in every container: Triton writes the absolute path of what it compiled beside it
 KERNELS_INSIDE = "/kernels"

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import NoReturn
 
-from nemotron import audit
-from nemotron.checkpoint import Checkpoint
+from model import audit
+from model.weights.checkpoint import Checkpoint
 from stages import job
 
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

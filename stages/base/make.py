@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from nemotron import native
-from nemotron.chat import ChatError, Rendered, render, template_text
+from model.families.nemotron_h import native
+from model.families.nemotron_h.chat import ChatError, Rendered, render, template_text
 from stages import dataset, job
 from stages.base import teach, tiny
 from stages.base import tokenizer as words

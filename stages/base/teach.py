@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nemotron.chat import IGNORED, PAD, Rendered
+from model.families.nemotron_h.chat import PAD, Rendered
+from model.labels import IGNORED
 
 
 def batches(rows: list[Rendered], tokens: int, random_: random.Random) -> Iterator[list[Rendered]]:

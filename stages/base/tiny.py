@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nemotron.checkpoint import Slot, shards, write, write_index
-from nemotron.names import native, tensors
+from model.families.nemotron_h.names import native, tensors
+from model.weights.checkpoint import Slot, shards, write, write_index
 
 SHARD_BYTES = 1_000_000  # several shards even at this size, so that whatever streams shards is exercised
 # The real model's layer-1 correction bias lies in 56.722-56.789: BF16 would make all values equal. Ours is as

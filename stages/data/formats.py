@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron.chat import ROLES, ChatError
+from model.families.nemotron_h.chat import ROLES, ChatError
 from stages import dataset
 
 ROLE = {  # ours are the four of chat.ROLES; the others are OpenAI's developer and function, and ShareGPT's

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nemotron import calls, chat
+from model.families.nemotron_h import calls, chat
 from stages import dataset, job
 from stages.data import files, formats, picture, production, rows, stats
 from stages.data.rows import Reject, Row

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from nemotron import chat
+from model.families.nemotron_h import chat
 from stages import dataset, job
 from stages.data import content
 from stages.data.rows import Row

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemotron import chat
+from model.families.nemotron_h import chat
 from stages import job
 from stages.data import content, formats
 from stages.data.files import HELD_OUT, WITH_TRAIN, File, Listing

@@ -1,4 +1,4 @@
-from nemotron import kernel_cache
+from model.layers import kernel_cache
 from stages import job
 
 kernel_cache.prepare(job.warning)  # before torch is loaded

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron.messages import normalise, served_tools
-from nemotron.serving import (
+from model.families.nemotron_h.messages import normalise, served_tools
+from model.families.nemotron_h.serving import (
     SERVED_NAME,
     THINKING_OFF,
     Checkpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-from nemotron.serving import (
+from model.families.nemotron_h.serving import (
     BASE_NAME,
     SERVED_NAME,
     THINKING_OFF,

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from nemotron import audit
-from nemotron.checkpoint import Checkpoint, CheckpointError, Slot, Work, write
-from nemotron.lora import Adapter, AdapterError, Change
+from model import audit
+from model.lora import Adapter, AdapterError, Change
+from model.weights.checkpoint import Checkpoint, CheckpointError, Slot, Work, write
 from stages import job
 from stages.job import Job, StageError
 from stages.merge import proof
@@ -67,11 +67,11 @@ def run(task: Job) -> None:
 
 
 def check_places(adapter: Adapter, reading: PeftReading) -> None:
-    """Raises StageError unless PEFT and nemotron/lora.py read changes of the same tensors; warns of what the
+    """Raises StageError unless PEFT and model/lora.py read changes of the same tensors; warns of what the
     adapter leaves out.
     """
     if odd := sorted(adapter.pairs.keys() ^ reading.wrappers.keys()):
-        who = "nemotron/lora.py" if odd[0] in adapter.pairs else f"PEFT {reading.version}"
+        who = "model/lora.py" if odd[0] in adapter.pairs else f"PEFT {reading.version}"
         raise StageError(
             f"{odd[0]} is changed by the adapter as {who} reads it only ({len(odd)} such tensors)",
             "both to read changes of the same tensors",

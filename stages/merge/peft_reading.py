@@ -1,4 +1,4 @@
-"""What PEFT itself makes of an adapter: the second reader, which shares no code with nemotron/lora.py.
+"""What PEFT itself makes of an adapter: the second reader, which shares no code with model/lora.py.
 
 PEFT builds its wrappers on the model's class with weights that take no memory, in a second whatever the
 model's size. It then loads the adapter a layer at a time, and its own code says what each matrix becomes:
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nemotron import names, native
-from nemotron.checkpoint import Tensors
+from model.families.nemotron_h import names, native
+from model.weights.checkpoint import Tensors
 from stages.job import StageError
 
 _NAME = "default"
@@ -64,7 +64,7 @@ class PeftReading:
                 "ignore"
             )  # missing keys, and layers that it cannot know to be of this model
             try:
-                # Modules that are stored whole are compared with the base by nemotron/lora.py.
+                # Modules that are stored whole are compared with the base by model/lora.py.
                 settings = dataclasses.replace(
                     peft.PeftConfig.from_pretrained(str(folder)), modules_to_save=None, inference_mode=True
                 )

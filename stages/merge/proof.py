@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from nemotron import names, walk
-from nemotron.checkpoint import Checkpoint
-from nemotron.lora import Adapter
-from nemotron.projection import Projection
+from model import walk
+from model.families.nemotron_h import names
+from model.layers.projection import Projection
+from model.lora import Adapter
+from model.weights.checkpoint import Checkpoint
 from stages import dataset, job
 from stages.job import StageError
 from stages.merge.peft_reading import PeftReading

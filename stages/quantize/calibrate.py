@@ -1,7 +1,7 @@
 """Activation maxima of every quantised linear: one forward over real conversations, a layer at a time.
 
 Conversations are packed and go through the layers side by side with nothing but the layer that they are in
-(nemotron/walk.py); experts run as grouped products and keep a maximum for each expert.
+(model/walk.py); experts run as grouped products and keep a maximum for each expert.
 `stages/quantize/reference.py` has ModelOpt do the same.
 """
 
@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nemotron import experts, layout, walk
-from nemotron.checkpoint import Checkpoint
-from nemotron.grouped import Routing
-from nemotron.projection import Projection
+from model import walk
+from model.families.nemotron_h import layout
+from model.layers import experts
+from model.layers.grouped import Routing
+from model.layers.projection import Projection
+from model.weights.checkpoint import Checkpoint
 from stages import dataset, job
 from stages.job import StageError
 

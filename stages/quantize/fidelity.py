@@ -1,7 +1,7 @@
 """What four bits cost: the quantised model beside the one it was made from, on held-out conversations,
 before anything is served.
 
-Both go through the layers side by side (nemotron/walk.py), the quantised one with what its codes and
+Both go through the layers side by side (model/walk.py), the quantised one with what its codes and
 scales stand for. Activations are not rounded here, as Marlin does not round them either; what W4A4 units
 add to it shows when the model is asked (stage evaluate).
 """
@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nemotron import nvfp4, walk
-from nemotron.chat import IGNORED
-from nemotron.checkpoint import Checkpoint
+from model import walk
+from model.labels import IGNORED
+from model.weights import nvfp4
+from model.weights.checkpoint import Checkpoint
 from stages import dataset, job
 from stages.job import StageError
 

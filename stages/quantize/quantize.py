@@ -2,7 +2,7 @@
 written.
 
 Calibrating, packing and writing are ours, the last two bit-exact with ModelOpt's own packing
-(nemotron/nvfp4.py); with `engine: modelopt` ModelOpt calibrates. Its exporter is left out on purpose: at
+(model/weights/nvfp4.py); with `engine: modelopt` ModelOpt calibrates. Its exporter is left out on purpose: at
 0.47 it writes control characters into this architecture's names and goes through save_pretrained.
 """
 
@@ -17,9 +17,11 @@ from threading import Lock
 
 import torch
 
-from nemotron import audit, layout, nvfp4, quant_config
-from nemotron.checkpoint import INDEX, Checkpoint, Slot, Work, write, write_index
-from nemotron.names import Spec
+from model import audit
+from model.families.nemotron_h import layout
+from model.families.nemotron_h.names import Spec
+from model.weights import nvfp4, quant_config
+from model.weights.checkpoint import INDEX, Checkpoint, Slot, Work, write, write_index
 from stages import dataset, job
 from stages.job import Job, StageError
 from stages.quantize import calibrate, fidelity

@@ -10,7 +10,7 @@ from pathlib import Path
 import modelopt.torch.quantization as quantization
 import torch
 
-from nemotron import layout, names, native
+from model.families.nemotron_h import layout, names, native
 from stages import job
 from stages.job import StageError
 

@@ -1,6 +1,6 @@
 """One fine-tuning run: base and tokens in, adapter and loss curve out.
 
-The base is loaded into our own parts of the native class (nemotron/assemble.py), rows come tokenised and
+The base is loaded into our own parts of the native class (model/assemble.py), rows come tokenised and
 masked from `data`, so training and serving cannot disagree about the template, and the loop is
 stages/train/loop.py. The router is frozen.
 """
@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from nemotron import adapter, assemble, determinism, kernel_watch, native, recompute, tuning
-from nemotron.checkpoint import Checkpoint
-from nemotron.shards import Shards
+from model import adapter, assemble
+from model.families.nemotron_h import native
+from model.layers import determinism, kernel_watch, recompute, tuning
+from model.weights.checkpoint import Checkpoint
+from model.weights.shards import Shards
 from stages import dataset, job
 from stages.train import checkpoints, guard, memory, picture, ranks, sizes
 from stages.train.board import Board
@@ -141,7 +143,7 @@ def adapt(model: torch.nn.Module, params: dict, seed: int) -> None:
 
 
 def compiling(note: str) -> None:
-    """Progress for nemotron/kernel_watch.py: what is being tuned, or has been compiled."""
+    """Progress for model/layers/kernel_watch.py: what is being tuned, or has been compiled."""
     job.progress(kernel_watch.counts.compiled, None, "kernels", note)
 
 

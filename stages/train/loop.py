@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nemotron import adapter, assemble, operations
+from model import adapter, assemble
+from model.families.nemotron_h import operations
 from stages import job
 from stages.train import checkpoints
 from stages.train.guard import Guard, finite

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from nemotron import assemble, layout, native
-from nemotron.names import pattern, tensors
-from nemotron.projection import FORMS
+from model import assemble
+from model.families.nemotron_h import layout, native
+from model.families.nemotron_h.names import pattern, tensors
+from model.layers.projection import FORMS
 from stages import job
 
 # method -> in which form the base is held; the most exact first

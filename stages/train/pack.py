@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nemotron.chat import IGNORED
-from nemotron.documents import Documents
-from nemotron.operations import Operations
+from model.families.nemotron_h.operations import Operations
+from model.labels import IGNORED
+from model.layers.documents import Documents
 from stages.train.balance import spread
 
 

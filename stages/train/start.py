@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from nemotron import determinism, kernel_cache
+from model.layers import determinism, kernel_cache
 
 
 def before_torch(warn: Callable[[str, str], None], deterministic: bool = False) -> None:

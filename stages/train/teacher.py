@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nemotron import assemble, operations
-from nemotron.chat import IGNORED
+from model import assemble
+from model.families.nemotron_h import operations
+from model.labels import IGNORED
 from stages import job
 from stages.train.pack import Pack, share
 from stages.train.ranks import Ranks

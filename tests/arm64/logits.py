@@ -22,7 +22,7 @@ def compute(checkpoint: Path, output: Path) -> None:
     import torch
     import transformers
 
-    from nemotron import native
+    from model.families.nemotron_h import native
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     text = tokenizer.apply_chat_template(

@@ -4,7 +4,7 @@ import json
 import sys
 
 from bench import calibrate, export, operations
-from nemotron import audit
+from model import audit
 from stages.base import tiny
 
 CONFIG = tiny.config("ME*", 128, 4, 512) | {"time_step_min": 0.001, "time_step_max": 0.1}

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from bench import lengths
-from nemotron.chat import IGNORED
+from model.labels import IGNORED
 
 WITHIN = {
     "equal": (2048, 2048),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import pack
-from nemotron import nvfp4
+from model.weights import nvfp4
 
 
 def inputs() -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from bench import lengths, operations, train_step
 from bench.operations import Recipe
 from bench.ours import Packed
 from bench.row import padded
-from nemotron.graphs import Key
+from model.layers.graphs import Key
 from stages.base import tiny
 
 CONFIG = tiny.config("ME*", 128, 4, 512) | {"time_step_min": 0.001, "time_step_max": 0.1}

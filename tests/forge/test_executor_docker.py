@@ -131,7 +131,7 @@ def test_an_image_with_a_seed_begins_with_its_kernels(toy):
     machine filled.
     """
     its = Docker(toy / "repo", toy / "home")
-    shutil.copytree(REPO / "nemotron", toy / "repo/nemotron")
+    shutil.copytree(REPO / "model", toy / "repo/model")
     name = "NVIDIA-GB10-580.95.05-torch-none-triton-none"
     (toy / "filled" / name / "triton").mkdir(parents=True)
     (toy / "filled" / name / "triton/k.cubin").write_text("code")
@@ -155,7 +155,7 @@ def test_an_image_with_a_seed_begins_with_its_kernels(toy):
     )
     (toy / "repo/stages/toy/__main__.py").write_text(
         textwrap.dedent("""\
-        from nemotron import kernel_cache
+        from model.layers import kernel_cache
         kernel_cache.identity = lambda: "NVIDIA-GB10-580.95.05-torch-none-triton-none"
         kept = kernel_cache.prepare(print).rglob("*.cubin")
         print(sorted(str(path.relative_to("/kernels")) for path in kept))
@@ -180,9 +180,9 @@ def test_a_command_mounts_what_links_lead_to_and_has_no_path_of_the_host(toy):
     (folder / "config.json").symlink_to("../../blobs/abcd")
     (folder / "torn.safetensors").symlink_to("../../blobs/nothing")
     words = Docker(toy / "repo", toy / "home").command(
-        task(toy).image, "nemotron.audit", [folder, "--vllm=0.31.0"]
+        task(toy).image, "model.audit", [folder, "--vllm=0.31.0"]
     )
-    assert words[-5:] == ["python3", "-m", "nemotron.audit", "/read/0/1234", "--vllm=0.31.0"]
+    assert words[-5:] == ["python3", "-m", "model.audit", "/read/0/1234", "--vllm=0.31.0"]
     assert {
         "--rm",
         "--network=none",
@@ -196,8 +196,8 @@ def test_a_command_mounts_what_links_lead_to_and_has_no_path_of_the_host(toy):
 
 @engine
 def test_a_command_reads_its_folder_and_can_write_nothing(toy):
-    (toy / "repo/nemotron").mkdir()
-    (toy / "repo/nemotron/look.py").write_text(
+    (toy / "repo/model").mkdir()
+    (toy / "repo/model/look.py").write_text(
         textwrap.dedent("""\
         import pathlib, sys
         folder = pathlib.Path(sys.argv[1])
@@ -209,7 +209,7 @@ def test_a_command_reads_its_folder_and_can_write_nothing(toy):
     its, wanted = Docker(toy / "repo", toy / "home"), task(toy)
     its.prepare(wanted.image, lambda line: None)
     done = subprocess.run(
-        its.command(wanted.image, "nemotron.look", [toy / "input"]), capture_output=True, text=True
+        its.command(wanted.image, "model.look", [toy / "input"]), capture_output=True, text=True
     )
     assert (
         done.returncode == 1

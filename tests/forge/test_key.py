@@ -19,22 +19,22 @@ def test_a_key_holds_what_the_stage_reaches_and_nothing_else(its):
         "code/stages/words/__main__.py",
         "code/stages/job.py",
         "code/stages/__init__.py",
-        "code/nemotron/__init__.py",
-        "code/nemotron/spelling.py",
-        "code/nemotron/letters.py",
+        "code/model/__init__.py",
+        "code/model/spelling.py",
+        "code/model/letters.py",
         "param/upper",
         "param/times",
         "source/files",
         "seed",
         "gpu",
     } <= names(its, "words")
-    assert "code/nemotron/unused.py" not in names(its, "words")
-    assert not any(name.startswith("code/nemotron") for name in names(its, "count"))
+    assert "code/model/unused.py" not in names(its, "words")
+    assert not any(name.startswith("code/model") for name in names(its, "count"))
     assert "input/words" in names(its, "count")
 
 
 def test_imports_are_followed_however_they_are_written(its):
-    package = its.repo / "nemotron" / "deep"
+    package = its.repo / "model" / "deep"
     package.mkdir()
     for name, text in {
         "__init__": "",
@@ -49,11 +49,11 @@ def test_imports_are_followed_however_they_are_written(its):
     toy.edit(
         its.repo / "stages/count/__main__.py",
         "def run(its):",
-        "def run(its):\n    import nemotron.deep.a as deep",
+        "def run(its):\n    import model.deep.a as deep",
     )
     reached = {str(p) for p in code.closure(its.repo, "count")}
-    assert {f"nemotron/deep/{n}" for n in ("__init__.py", "a.py", "b.py", "c.py", "shapes.json")} <= reached
-    assert "nemotron/deep/table.py" not in reached
+    assert {f"model/deep/{n}" for n in ("__init__.py", "a.py", "b.py", "c.py", "shapes.json")} <= reached
+    assert "model/deep/table.py" not in reached
 
 
 def test_a_stage_that_imports_another_is_refused(its):
@@ -71,7 +71,7 @@ def test_a_stage_that_imports_another_is_refused(its):
     [
         ("recipes/toy.yaml", "upper: false", "upper: true", "the parameter upper changed: false -> true"),
         ("recipes/toy.yaml", "seed: 3", "seed: 4", "the seed changed: 3 -> 4"),
-        ("nemotron/letters.py", "UPPER", "# why\nUPPER", "the code nemotron/letters.py was edited"),
+        ("model/letters.py", "UPPER", "# why\nUPPER", "the code model/letters.py was edited"),
         ("data/b/c.txt", "gamma", "delta", "the source files has other content"),
     ],
 )
@@ -86,7 +86,7 @@ def test_explain_says_what_changed_in_one_phrase(its, path, old, new, phrase):
 
 def test_an_input_that_comes_out_the_same_stops_the_change(its):
     its.run()
-    toy.edit(its.repo / "nemotron/letters.py", "UPPER = {}", "UPPER = dict()")
+    toy.edit(its.repo / "model/letters.py", "UPPER = {}", "UPPER = dict()")
     assert its.states() == {"words": "run", "count": "waits", "slow": "waits"}
     assert its.run().ran == ("words",)
     assert its.states() == dict.fromkeys(("words", "count", "slow"), "cached")

@@ -14,17 +14,21 @@ ROOMS = {
     "build": ("forge",),
     "forge.venv": (),
     "forge": ("forge",),
-    "stages.warm": ("stages.job", "stages.train", "nemotron"),
+    "stages.warm": ("stages.job", "stages.train", "model"),
     **dict.fromkeys(SHARED, SHARED),
     **{
-        f"stages.{stage}": (f"stages.{stage}", *SHARED, "nemotron")
+        f"stages.{stage}": (f"stages.{stage}", *SHARED, "model")
         for stage in ("base", "data", "train", "merge", "quantize", "evaluate", "image")
     },
-    "nemotron": ("nemotron",),
+    "model.labels": (),
+    "model.weights": ("model.weights",),
+    "model.layers": ("model.layers", "model.weights", "model.labels"),
+    "model.families": ("model.families", "model.layers", "model.weights", "model.labels"),
+    "model": ("model",),
     "images": (),
-    "bench": ("bench", "stages", "nemotron"),
+    "bench": ("bench", "stages", "model"),
 }
-OWN = ("build", "forge", "stages", "nemotron", "images", "bench", "tests")
+OWN = ("build", "forge", "stages", "model", "images", "bench", "tests")
 
 
 def within(name: str, room: str) -> bool:
@@ -34,7 +38,7 @@ def within(name: str, room: str) -> bool:
 def modules() -> dict[str, Path]:
     """Dotted name -> file of every module outside the tests."""
     found = {}
-    for folder in ("build.py", "forge", "stages", "nemotron", "images", "bench"):
+    for folder in ("build.py", "forge", "stages", "model", "images", "bench"):
         place = REPO / folder
         for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
             parts = path.relative_to(REPO).with_suffix("").parts
@@ -106,7 +110,11 @@ def test_the_table_of_rooms_is_that_of_the_documents():
         "forge/venv.py",
         "stages/job.py",
         "stages/warm.py",
-        "nemotron/",
+        "model/labels.py",
+        "model/weights/",
+        "model/layers/",
+        "model/families/",
+        "model/",
         "bench/",
     ):
         assert f"`{room}`" in text, room

@@ -36,17 +36,17 @@ FILES = {
     "data/a.txt": "alpha beta\n",
     "data/b/c.txt": "gamma\n",
     "images/plain/note.txt": "an image without a lock runs on this interpreter\n",
-    "nemotron/__init__.py": "",
-    "nemotron/spelling.py": (
+    "model/__init__.py": "",
+    "model/spelling.py": (
         """\
-        from nemotron import letters
+        from model import letters
 
         def spell(word, upper):
             return letters.UPPER[word] if word in letters.UPPER else word.upper() if upper else word
         """
     ),
-    "nemotron/letters.py": "UPPER = {}\n",
-    "nemotron/unused.py": "NOTHING = 0\n",
+    "model/letters.py": "UPPER = {}\n",
+    "model/unused.py": "NOTHING = 0\n",
     "stages/__init__.py": "",
     "stages/words/stage.toml": (
         """\
@@ -78,7 +78,7 @@ FILES = {
         from stages import job
 
         def run(its):
-            from nemotron.spelling import spell
+            from model.spelling import spell
             files = [f for p in its.sources["files"] for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
             words = [spell(w, its.params["upper"]) for f in files for w in f.read_text().split()]
             for number, word in enumerate(words, 1):

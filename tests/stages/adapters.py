@@ -6,8 +6,8 @@ import peft
 import small
 import torch
 
-from nemotron import names, native
-from nemotron.checkpoint import Checkpoint
+from model.families.nemotron_h import names, native
+from model.weights.checkpoint import Checkpoint
 from stages import job
 from stages.merge import merge
 

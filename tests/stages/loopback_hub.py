@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemotron.checkpoint import INDEX, Checkpoint
+from model.weights.checkpoint import INDEX, Checkpoint
 
 REPO = Path(__file__).resolve().parents[2]
 TOKEN = "hf_nobody-may-read-this"

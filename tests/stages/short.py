@@ -9,8 +9,8 @@ import small
 import torch
 from safetensors.torch import load_file
 
-from nemotron import adapter
-from nemotron.chat import IGNORED
+from model import adapter
+from model.labels import IGNORED
 from stages import job
 from stages.train import fit
 from stages.train.loop import History, Loop

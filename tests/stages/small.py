@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from nemotron import native
+from model.families.nemotron_h import native
 from stages.base import tiny
 from stages.job import Job
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemotron import audit
-from nemotron.checkpoint import Checkpoint
+from model import audit
+from model.weights.checkpoint import Checkpoint
 from stages import job
 from stages.base import __main__ as base
 from stages.base import tokenizer as words
@@ -52,7 +52,7 @@ def made(lessons, tmp_path_factory):
 
 def test_tiny_makes_a_whole_checkpoint_with_the_published_keys(made):
     assert audit.bf16(made) == []
-    published = json.loads((REPO / "tests/nemotron/golden/nano-config.json").read_text())
+    published = json.loads((REPO / "tests/model/golden/nano-config.json").read_text())
     config = json.loads((made / "config.json").read_text())
     assert published.keys() - config.keys() == {"auto_map"} and config.keys() <= published.keys()
     assert {name: type(config[name]) for name in config} == {name: type(published[name]) for name in config}

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-from nemotron.serving import Serve
+from model.families.nemotron_h.serving import Serve
 from stages import job
 from stages.evaluate import evaluate, gate, report
 from stages.evaluate.checks import MODES, Failure

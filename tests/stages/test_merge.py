@@ -7,8 +7,8 @@ import pytest
 import small
 from safetensors.torch import load_file, save_file
 
-from nemotron.checkpoint import Checkpoint
-from nemotron.lora import Adapter, Change
+from model.lora import Adapter, Change
+from model.weights.checkpoint import Checkpoint
 from stages.job import StageError
 from stages.merge import merge
 

@@ -12,8 +12,9 @@ import torch
 from adapters import ATTENTION, DOWN, UP, by_peft, edited, facts, merged, saved, trained
 from safetensors.torch import load_file, save_file
 
-from nemotron import lora_config, native
-from nemotron.checkpoint import Checkpoint
+from model.families.nemotron_h import native
+from model.weights import lora_config
+from model.weights.checkpoint import Checkpoint
 from stages.job import StageError
 
 WEIGHTS = "adapter_model.safetensors"

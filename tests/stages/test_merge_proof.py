@@ -13,9 +13,9 @@ import torch
 from adapters import DOWN, UP, facts, merged, saved, task, trained
 from safetensors.torch import load_file, save_file
 
-from nemotron.checkpoint import Checkpoint
-from nemotron.lora import Adapter, Change
-from nemotron.lora_config import LoraSettings
+from model.lora import Adapter, Change
+from model.weights.checkpoint import Checkpoint
+from model.weights.lora_config import LoraSettings
 from stages.job import StageError
 from stages.merge import merge, proof
 from stages.merge.rounding import Agreement, compare

@@ -10,7 +10,7 @@ import pytest
 
 from bench import operations as bench
 from bench.lengths import LENGTHS
-from nemotron import operations
+from model.families.nemotron_h import operations
 from stages.train import loop
 from stages.train.balance import spread
 from stages.train.pack import (

@@ -8,8 +8,10 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemotron import audit, layout, names, native, quant_config
-from nemotron.checkpoint import Checkpoint
+from model import audit
+from model.families.nemotron_h import layout, names, native
+from model.weights import quant_config
+from model.weights.checkpoint import Checkpoint
 from stages.job import StageError
 from stages.quantize import calibrate, fidelity, quantize, reference
 

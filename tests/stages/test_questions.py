@@ -448,7 +448,7 @@ def test_the_kv_cache_is_said_with_its_reason(device, cache, asked, level, said)
 
 
 def test_an_fp8_cache_that_this_cpu_lacks_is_refused_before_the_first_stage(monkeypatch):
-    from nemotron import serving
+    from model.families.nemotron_h import serving
 
     monkeypatch.setattr(serving, "fp8_on_cpu", lambda cpuinfo: False)
     stage = check.Given(

@@ -11,8 +11,9 @@ import short
 import small
 import torch
 
-from nemotron import adapter, assemble, native
-from nemotron.checkpoint import Checkpoint, Slot, write
+from model import adapter, assemble
+from model.families.nemotron_h import native
+from model.weights.checkpoint import Checkpoint, Slot, write
 from stages import job
 from stages.train import fit, memory
 from stages.train.board import FILE
@@ -383,7 +384,7 @@ def test_a_base_that_is_nvfp4_already_is_refused(made, tmp_path):
 
 
 def test_too_little_memory_is_said_before_loading_with_what_would_fit(made, tmp_path, monkeypatch):
-    real = json.loads((Path(__file__).parents[1] / "nemotron" / "golden" / "nano-config.json").read_text())
+    real = json.loads((Path(__file__).parents[1] / "model" / "golden" / "nano-config.json").read_text())
     params = short.task(
         tmp_path,
         made,

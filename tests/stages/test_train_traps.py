@@ -7,10 +7,10 @@ import pytest
 import short
 import torch
 
-from nemotron import native
-from nemotron.checkpoint import Checkpoint
-from nemotron.documents import Documents
-from nemotron.projection import Projection
+from model.families.nemotron_h import native
+from model.layers.documents import Documents
+from model.layers.projection import Projection
+from model.weights.checkpoint import Checkpoint
 from stages import job
 from stages.train import fit
 from stages.train.guard import Guard

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import small
 
-from nemotron import kernel_cache, layout, nano
-from nemotron.projection import Projection
+from model.families.nemotron_h import layout, nano
+from model.layers import kernel_cache
+from model.layers.projection import Projection
 from stages import job, warm
 from stages.train.loop import Loop
 

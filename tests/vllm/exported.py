@@ -8,8 +8,10 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemotron import audit, checkpoint_audit, layout, names, native, nvfp4, quant_config
-from nemotron.checkpoint import INDEX, SINGLE, Checkpoint
+from model import audit, checkpoint_audit
+from model.families.nemotron_h import layout, names, native
+from model.weights import nvfp4, quant_config
+from model.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from stages.base import tokenizer
 from stages.evaluate import evaluate
 from stages.job import Job

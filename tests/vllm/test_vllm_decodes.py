@@ -5,7 +5,7 @@ tensors what `unpack` does.
 import pytest
 import torch
 
-from nemotron import nvfp4
+from model.weights import nvfp4
 
 
 @pytest.mark.parametrize("search", nvfp4.SEARCHES)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from nemotron import layout, names, quant_config
+from model.families.nemotron_h import layout, names
+from model.weights import quant_config
 
-NANO = json.loads((Path(__file__).parents[1] / "nemotron" / "golden" / "nano-config.json").read_text())
+NANO = json.loads((Path(__file__).parents[1] / "model" / "golden" / "nano-config.json").read_text())
 
 
 @pytest.mark.parametrize("chosen", layout.LAYOUTS)
@@ -87,4 +88,4 @@ def test_vllm_takes_weights_alone_from_config_json_only():
     nested = layout.hf_quant_config(NANO, "nvidia", "FP8", "0", weight_only=True)
     assert taken(quant_config.inside(nested))["quant_method"] == "modelopt"
     with pytest.raises(ValueError, match="Unknown ModelOpt quant algo: W4A16_NVFP4"):
-        taken(nested)  # once this passes, W4A16 can do without config.json: see nemotron/quant_config.py
+        taken(nested)  # once this passes, W4A16 can do without config.json: see model/weights/quant_config.py

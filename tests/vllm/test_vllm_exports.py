@@ -1,8 +1,9 @@
 """A real vLLM's loader on every export: each layout, in W4A4 and in W4A16, answers as the weights do that
 its codes stand for.
 
-vLLM runs in this process, with the flags of nemotron/serving.py as its own command line reads them. A
-W4A16 export is also held against vLLM itself on the decoded weights in BF16, which is the same arithmetic.
+vLLM runs in this process, with the flags of model/families/nemotron_h/serving.py as its own command line
+reads them. A W4A16 export is also held against vLLM itself on the decoded weights in BF16, which is the same
+arithmetic.
 """
 
 import functools
@@ -13,8 +14,9 @@ import exported
 import pytest
 import torch
 
-from nemotron import layout, nvfp4
-from nemotron.serving import installed, quantised, serve
+from model.families.nemotron_h import layout
+from model.families.nemotron_h.serving import installed, quantised, serve
+from model.weights import nvfp4
 
 # six chunks of the Mamba scan
 PROMPT = torch.randint(3, 500, (381,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -13,9 +13,10 @@ import pytest
 import small
 import torch
 
-from nemotron import native, nvfp4
-from nemotron.serving import SERVED_NAME, quantised, serve
-from nemotron.serving import Checkpoint as Served
+from model.families.nemotron_h import native
+from model.families.nemotron_h.serving import SERVED_NAME, quantised, serve
+from model.families.nemotron_h.serving import Checkpoint as Served
+from model.weights import nvfp4
 from stages.evaluate import evaluate
 from stages.evaluate.server import Server
 

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from vllm.entrypoints.openai.chat_completion import protocol
 from vllm.tool_parsers import ToolParserManager
 
-from nemotron.serving import SERVED_NAME, THINKING_OFF, serve
-from nemotron.serving import Checkpoint as Served
+from model.families.nemotron_h.serving import SERVED_NAME, THINKING_OFF, serve
+from model.families.nemotron_h.serving import Checkpoint as Served
 from stages.evaluate import evaluate
 from stages.evaluate.server import Server
 

@@ -1,0 +1,116 @@
+"""LoRA on the Projections of a model, kept on disk in PEFT's own form.
+
+PEFT, vLLM and stage merge read the same folder (model/lora.py says how its tensors lie). A stack of
+experts is one wrapper in PEFT: A (E * rank, in) is expert-major, B (out, rank * E) rank-major, and up_proj
+lies inside down_proj's wrapper.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from model.families.nemotron_h import native
+from model.layers.projection import Projection
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_STACKS = {"experts.up_proj": "experts.base_layer", "experts.down_proj": "experts"}
+
+
+def attach(model: nn.Module, preset: str, rank: int, alpha: float, seed: int) -> None:
+    """Gives LoRA factors to what `preset` names, in the model's order.
+
+    Raises native.NativeError if part of the preset matches nothing.
+    """
+    chosen = native.targets(model, preset)
+    suffixes = tuple("." + name for name in (*chosen.target_modules, *chosen.target_parameters))
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in model.named_modules():
+        if isinstance(module, Projection) and name.endswith(suffixes):
+            module.adapt(rank, alpha, generator)
+
+
+def adapted(model: nn.Module) -> dict[str, Projection]:
+    """Name -> Projection of all that has a change."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Projection) and module.rank
+    }
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The factors as PEFT names and lays them out, float32 on the CPU."""
+    found = {}
+    for name, module in adapted(model).items():
+        a, b = module.lora_a.detach().float().cpu(), module.lora_b.detach().float().cpu()
+        found[f"{peft_name(name)}.lora_A.weight"] = a.flatten(0, 1).contiguous()
+        found[f"{peft_name(name)}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
+    return found
+
+
+@torch.no_grad()
+def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts what `state` gave back. Raises ValueError where the two are not of the same adapter."""
+    wanted = {f"{peft_name(name)}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
+    if wanted != tensors.keys():
+        raise ValueError(
+            f"an adapter with other tensors: {sorted(wanted ^ tensors.keys())[0]} is in one of the two only"
+        )
+    for name, module in adapted(model).items():
+        a, b = (tensors[f"{peft_name(name)}.lora_{side}.weight"] for side in "AB")
+        for factor, value in zip(
+            (module.lora_a, module.lora_b), _stacks(a, b, module, module.rank), strict=True
+        ):
+            factor.copy_(value)
+
+
+def save(model: nn.Module, folder: Path, preset: str, rank: int, alpha: float) -> None:
+    """Writes the folder that PEFT reads; byte for byte the same for the same factors, and without a path
+    of this machine.
+    """
+    import peft
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state(model), folder / WEIGHTS, metadata={"format": "pt"})
+    chosen = native.targets(model, preset)
+    peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by the rank: any number will do
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        **chosen.arguments(),
+    ).save_pretrained(str(folder))
+    config = json.loads((folder / CONFIG).read_text())
+    config["target_modules"].sort()  # a set in peft, so in another order in every process
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load(model: nn.Module, folder: Path) -> None:
+    """Puts the factors of a folder back, as `restore` does."""
+    restore(model, load_file(folder / WEIGHTS))
+
+
+def _stacks(
+    a: torch.Tensor, b: torch.Tensor, module: Projection, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's A (experts * rank, in) and B (out, rank * experts) as (experts, rank, in) and (experts, out,
+    rank).
+    """
+    return a.view(module.experts, rank, -1), b.view(module.out_features, rank, module.experts).permute(
+        2, 0, 1
+    )
+
+
+def peft_name(name: str) -> str:
+    """What PEFT calls the Projection `name`, before `.lora_A.weight` and `.lora_B.weight`."""
+    for suffix, wrapper in _STACKS.items():
+        if name.endswith("." + suffix):
+            name = name.removesuffix(suffix) + wrapper
+    return _PREFIX + name

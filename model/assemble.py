@@ -1,0 +1,295 @@
+"""The native class with our own parts: Projections for every linear and expert stack, our Mamba mixer,
+attention by document.
+
+It is built on no device at all and filled from the shards a tensor at a time, packed on the device it is
+for: what is held in BF16 while loading is one matrix. `forms` is what a base can be held in; what NVIDIA's
+export leaves in BF16 stays in BF16 here too, so that an adapter on those layers is trained on exactly what
+will be served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from model.families.nemotron_h import layout, native
+from model.families.nemotron_h.names import FLOAT32, tensors
+from model.families.nemotron_h.names import native as native_name
+from model.layers import attention, experts, norm
+from model.layers.documents import Documents
+from model.layers.graphs import Graphs
+from model.layers.grouped import ALIGNMENT
+from model.layers.loss import cross_entropy, likeliest, trained
+from model.layers.loss import distillation as distilled
+from model.layers.projection import Projection
+from model.weights.checkpoint import Checkpoint
+from model.weights.shards import Shards
+
+if TYPE_CHECKING:
+    from model.layers.structure import Model
+
+LAYOUT = "nvidia"
+# random experts: thousands of small matrices would wait for the processor, and more at once need memory to
+# pack
+TOGETHER = 8
+
+
+def load(
+    checkpoint: Checkpoint,
+    form: str = "bf16",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+    shards: Shards = Shards(),
+) -> Model:
+    """The model of a checkpoint in hub layout, frozen, in training form. `progress` is told bytes read and
+    bytes in all.
+
+    With `shards` this process keeps its share of the Projections' weights, and every forward and backward
+    is one of all processes.
+
+    Raises ValueError if a tensor is missing, left over, or of another shape than config.json says.
+    """
+    config = checkpoint.config
+    if unknown := sorted(set(tensors(config)) ^ set(checkpoint.entries)):
+        raise ValueError(
+            f"{unknown[0]} is in {'the checkpoint' if unknown[0] in checkpoint.entries else 'config.json'}"
+            f" only ({len(unknown)} such tensors)"
+        )
+    model, done, total = empty(config, form, dtype, device, shards), 0, checkpoint.bytes
+    for file in checkpoint.files:
+        for name in checkpoint.in_file(file):
+            fill(model, name, checkpoint.tensor(name))
+            done += checkpoint.entries[name].bytes
+            if progress:
+                progress(done, total)
+    return finish(model)
+
+
+def random(
+    config: dict[str, Any],
+    form: str = "bf16",
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    std: float = 0.02,
+    shards: Shards = Shards(),
+) -> Model:
+    """The same with random weights, made on the device, `TOGETHER` experts at a time: for measuring speed
+    and memory at any size.
+    """
+    model = empty(config, form, dtype, device, shards)
+    generator = torch.Generator(device).manual_seed(0)
+    special: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
+        "A_log": lambda s: torch.arange(1, s[0] + 1).float().log(),
+        "D": torch.ones,
+        "dt_bias": lambda s: torch.full(s, -3.0),
+        "e_score_correction_bias": torch.zeros,
+    }
+    for name, spec in tensors(config).items():
+        last, shape = name.rsplit(".", 2), spec.shape
+        if ".experts." in name:
+            number = int(name.split(".experts.")[1].split(".")[0])
+            if number % TOGETHER:
+                continue  # came with an earlier one
+            shape = (min(TOGETHER, config["n_routed_experts"] - number), *shape)
+        if last[-1] in special:
+            value = special[last[-1]](shape)
+        elif "norm" in last[-2]:
+            value = torch.ones(shape)
+        else:
+            value = torch.randn(shape, generator=generator, device=device).mul_(std)
+        fill(model, name, value)
+    return finish(model)
+
+
+def empty(
+    config: dict[str, Any], form: str, dtype: torch.dtype, device: str, shards: Shards = Shards()
+) -> Model:
+    """The model without its weights: Projections allocated in their form, everything else still on no
+    device.
+    """
+    import transformers
+
+    native.check_version(transformers.__version__)
+    with torch.device("meta"):
+        model = cast(
+            "Model", transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**native.plain(config)))
+        )
+    packed = set(layout.quantised(config, LAYOUT))
+    for name in tensors(config):
+        hub = name.removesuffix(".weight")
+        if not hub.endswith("_proj") or (".experts." in hub and ".experts.0." not in hub):
+            continue
+        path, attribute = native_name(hub).rsplit(".", 1)
+        parent, old = model.get_submodule(path), getattr(model.get_submodule(path), attribute)
+        count, (out, inside) = (
+            (old.shape[0], old.shape[1:]) if isinstance(old, nn.Parameter) else (1, old.weight.shape)
+        )
+        delattr(parent, attribute)
+        setattr(
+            parent,
+            attribute,
+            Projection(count, out, inside, form if hub in packed else "bf16", dtype, device, shards),
+        )
+    model.placed, model.hub_config = (dtype, device), config
+    return model
+
+
+@torch.no_grad()
+def fill(model: Model, name: str, value: torch.Tensor) -> None:
+    """Puts one tensor of the checkpoint, by its hub name, where it belongs."""
+    dtype, device = model.placed
+    if name.endswith("_proj.weight"):
+        target = cast(Projection, model.get_submodule(native_name(name).removesuffix(".weight")))
+        target.put(int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0, value)
+        return
+    path, attribute = native_name(name).rsplit(".", 1)
+    module = model.get_submodule(path)
+    old = getattr(module, attribute)
+    if old.shape != value.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)} from config.json"
+        )
+    exact = attribute in FLOAT32 or path.endswith(".gate")
+    value = value.to(device=device, dtype=torch.float32 if exact else dtype)
+    setattr(
+        module,
+        attribute,
+        nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value,
+    )
+
+
+def finish(model: Model) -> Model:
+    """The filled model, prepared; raises ValueError if anything was not filled."""
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise ValueError(f"{left[0]} was not filled ({len(left)} such tensors)")
+    return prepare(model)
+
+
+def prepare(model: Model) -> Model:
+    """Repairs the model and gives it our mixers, norms, experts and attention; its weights may be filled
+    before or after.
+    """
+    native.repair(model)
+    for module in model.modules():
+        if type(module).__name__ == "NemotronHRMSNorm":
+            norm.attach(module)
+    experts.register()
+    attention.register()
+    model.set_experts_implementation(experts.NAME)
+    model.set_attn_implementation(attention.NAME)
+    return model.requires_grad_(False)
+
+
+def exported(model: Model) -> list[Projection]:
+    """The Projections with a change whose weights the export will quantise: those in its layout."""
+    packed = set(layout.quantised(model.hub_config, LAYOUT))
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, Projection) and module.rank:
+            first = name.replace(".experts.", ".experts.0.").replace("model.", "backbone.", 1)
+            found += [module] if first in packed else []
+    return found
+
+
+def keep_decoded(model: Model, room: float) -> tuple[int, int]:
+    """Holds 4-bit weights decoded in at most `room` bytes, as many Projections as fit. Returns how many,
+    and their bytes.
+
+    The first blocks come first: they are decoded once more in the backward, where the last ones may keep
+    their activations.
+    """
+    dtype, device = model.placed
+    multiple = ALIGNMENT if torch.device(device).type == "cuda" and dtype == torch.bfloat16 else 1
+    count, taken = 0, 0
+    for module in model.modules():
+        if (
+            isinstance(module, Projection)
+            and module.form != "bf16"
+            and taken + (size := module.bytes_to_keep(multiple)) <= room
+        ):
+            module.keep(multiple)
+            count, taken = count + 1, taken + size
+    return count, taken
+
+
+def parameters(model: Model) -> int:
+    """Weights of the base, however they are packed, and of the adapter."""
+    packed = sum(
+        m.experts * m.out_features * m.in_features for m in model.modules() if isinstance(m, Projection)
+    )
+    return packed + sum(p.numel() for p in model.parameters())
+
+
+def hidden_states(model: Model, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """What lm_head is given, (tokens, hidden size), of one packed sequence `ids` int64 (tokens,)."""
+    if len(ids) != documents.tokens:
+        raise ValueError(f"{len(ids)} tokens in documents of {documents.tokens}")
+    graphs: Graphs | None = getattr(model, "graphs", None)
+    if graphs and model.training and torch.is_grad_enabled():
+        return graphs.hidden(ids, documents)
+    return _run(model, ids, documents)
+
+
+def capture(model: Model) -> Graphs:
+    """From now on training steps of a model on a GPU replay CUDA graphs (model/layers/graphs.py)."""
+    model.graphs = Graphs(
+        model,
+        lambda ids, documents: _run(model, ids, documents),
+        [p for p in model.parameters() if p.requires_grad],
+    )
+    return model.graphs
+
+
+def _run(model: Model, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
+    # A mapping of masks is taken as it is; attention and Mamba keep documents apart by themselves.
+    hidden: torch.Tensor = model.model(
+        input_ids=ids[None], attention_mask={}, use_cache=False, documents=documents
+    ).last_hidden_state[0]
+    return hidden
+
+
+def loss(model: Model, ids: torch.Tensor, labels: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Sum of -log p over the trained tokens of one packed sequence: float32 scalar."""
+    hidden = hidden_states(model, ids, documents)
+    positions, targets = trained(labels)
+    return cross_entropy(hidden[positions], model.lm_head.weight, targets)
+
+
+def distillation(
+    model: Model,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    documents: Documents,
+    index: torch.Tensor,
+    logs: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the trained tokens of one packed sequence: the divergence from a teacher
+    (model/layers/loss.py), and -log p, without a gradient.
+    """
+    hidden = hidden_states(model, ids, documents)
+    positions, targets = trained(labels)
+    return distilled(hidden[positions], model.lm_head.weight, targets, index, logs)
+
+
+@torch.no_grad()
+def largest(
+    model: Model,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    documents: Documents,
+    count: int,
+    chunk: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` likeliest next tokens at every trained position of one packed sequence, as
+    model/layers/loss.py has them.
+    """
+    hidden = hidden_states(model, ids, documents)[trained(labels)[0]]
+    index, logs = zip(
+        *(likeliest(rows @ model.lm_head.weight.t(), count) for rows in hidden.split(chunk)), strict=True
+    )
+    return torch.cat(index), torch.cat(logs)

@@ -1,0 +1,84 @@
+"""Calls that do not fit the tools of their row. Stage data counts them, or refuses them if asked to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.families.nemotron_h.messages import normalise, served_tools
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+
+
+def outside(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[str]:
+    """A short reason for everything in the calls of `messages` that `tools` do not allow; empty if all fit.
+
+    Checked are: that the tool is declared, and of its schema's top level `properties` (unless
+    additionalProperties allows more), `required`, and each property's `type` and `enum`. What stands deeper,
+    and anyOf, $ref and the like, is not checked. Values never stand in a reason.
+    """
+    declared = {tool["function"]["name"]: tool["function"] for tool in served_tools(tools)}
+    reasons = []
+    for position, message in enumerate(normalise(messages), 1):
+        for call in message.get("tool_calls", ()):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            if name not in declared:
+                reasons.append(f"message {position} calls {name}, which the row's tools do not declare")
+            else:
+                reasons += [
+                    f"message {position}: {reason}"
+                    for reason in _against(declared[name]["parameters"], name, arguments)
+                ]
+    return reasons
+
+
+def _against(schema: dict[str, Any] | None, name: str, arguments: dict[str, Any]) -> list[str]:
+    schema = schema or {}
+    properties = schema.get("properties")
+    listed = properties if isinstance(properties, dict) else {}
+    reasons = []
+    more = schema.get("additionalProperties", False)
+    if (isinstance(properties, dict) or not schema) and not (more is True or isinstance(more, dict)):
+        reasons += [
+            f"argument {key} of {name} is not in its schema" for key in arguments if key not in listed
+        ]
+    required = schema.get("required")
+    for key in required if isinstance(required, list) else ():
+        if key not in arguments:
+            reasons.append(f"argument {key} of {name} is missing")
+    for key, value in arguments.items():
+        part = listed.get(key)
+        if not isinstance(part, dict):
+            continue
+        if (expected := part.get("type")) is not None and not _is(value, expected):
+            types = expected if isinstance(expected, list) else [expected]
+            reasons.append(f"argument {key} of {name} is {_type(value)}, not {' or '.join(map(str, types))}")
+        elif isinstance(part.get("enum"), list) and value not in part["enum"]:
+            reasons.append(f"argument {key} of {name} is none of its enum")
+    return reasons
+
+
+def _is(value: Any, expected: Any) -> bool:
+    """Whether `value` is of a JSON Schema type, or of one of a list; an unknown type allows everything.
+
+    1.0 is no integer: the template writes it as 1.0, which vLLM's parser does not read back as an integer.
+    """
+    kinds = expected if isinstance(expected, list) else [expected]
+    if not all(isinstance(kind, str) and kind in _TYPES for kind in kinds):
+        return True
+    if isinstance(value, bool):
+        return "boolean" in kinds
+    return any(isinstance(value, _TYPES[kind]) for kind in kinds)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    return next(kind for kind, types in _TYPES.items() if isinstance(value, types))

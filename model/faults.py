@@ -1,0 +1,323 @@
+"""Single checks of a checkpoint, each a generator of findings. model/audit.py and
+model/checkpoint_audit.py say which belong together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from model.families.nemotron_h.layout import PARTS
+from model.families.nemotron_h.names import Spec
+from model.weights.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, CheckpointError, header, weight_map
+from model.weights.quant_config import ALGORITHMS, CONFIG, GROUP, INSIDE, ONLY_INSIDE, QuantConfig, covers
+
+_AGAIN = "Copy or download it again."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault: which tensor or file, what is there, what should be, what to do."""
+
+    subject: str
+    found: str
+    expected: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: found {self.found}; expected {self.expected}. {self.remedy}"
+
+    def as_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def unreadable(subject: str, error: Exception) -> Finding:
+    what = f"no {error.args[0]} in config.json" if isinstance(error, KeyError) else str(error)
+    return Finding(subject, what, "a whole checkpoint with its config", _AGAIN)
+
+
+def shown(name: str) -> str:
+    """A tensor's name as it can be printed."""
+    return name if name.isprintable() else repr(name)
+
+
+def files(folder: Path) -> Iterator[Finding]:
+    """Shards that are missing, torn or foreign, and the index against what lies in them. Raises
+    CheckpointError on a broken index.
+    """
+    index = weight_map(folder) if (folder / INDEX).exists() else {}
+    named = list(dict.fromkeys(index.values())) or [SINGLE]
+    whole: set[str] = set()
+    held: dict[str, str] = {}  # tensor -> the file that has it
+    for file in named:
+        if not (folder / file).is_file():
+            yield Finding(
+                file, "no such file", f"the shard that {INDEX} names" if index else "the weights", _AGAIN
+            )
+            continue
+        try:
+            entries, _ = header(folder / file)
+        except (CheckpointError, OSError) as error:
+            yield Finding(file, str(error), "a whole safetensors file", _AGAIN)
+            continue
+        whole.add(file)
+        for name in entries:
+            if name in held:
+                yield Finding(
+                    shown(name),
+                    f"it in {held[name]} and in {file}",
+                    "each tensor once",
+                    "Which one is loaded depends on the loader: remove one.",
+                )
+            held[name] = file
+    for name, file in index.items():
+        if file in whole and held.get(name) != file:
+            yield Finding(
+                shown(name),
+                f"it in {held[name]}" if name in held else "it in no file",
+                f"it in {file}, as {INDEX} says",
+                f"Write {INDEX} again, or that file.",
+            )
+    for name, file in held.items():
+        if index and name not in index:
+            yield Finding(
+                shown(name),
+                f"it in {file} and not in {INDEX}",
+                "every tensor in the index",
+                f"Write {INDEX} again.",
+            )
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in named:
+            yield Finding(
+                path.name,
+                f"a file that {INDEX if index else SINGLE} does not speak of",
+                "no other safetensors file",
+                "A loader may take it for a shard: move it away.",
+            )
+
+
+def structure(checkpoint: Checkpoint, expected: dict[str, Spec]) -> Iterator[Finding]:
+    """Every tensor's name, dtype and shape. A linear without any of its scales is one finding."""
+    entries = checkpoint.entries
+    for name, spec in expected.items():
+        module, _, part = name.rpartition(".")
+        entry = entries.get(name)
+        if entry and (entry.dtype, entry.shape) == (spec.dtype, spec.shape):
+            continue
+        if entry:
+            transposed = (
+                len(entry.shape) == len(spec.shape) == 2
+                and entry.shape != spec.shape
+                and math.prod(entry.shape) == math.prod(spec.shape)
+            )
+            remedy = (
+                "It is transposed: a linear is (out, in)."
+                if transposed
+                else "It belongs to another model or was written wrongly."
+            )
+            yield Finding(name, f"{entry.dtype} {entry.shape}", f"{spec.dtype} {spec.shape}", remedy)
+        elif part not in PARTS:
+            yield Finding(
+                name,
+                "no such tensor",
+                f"{spec.dtype} {spec.shape}",
+                "The checkpoint is incomplete: make or download it again.",
+            )
+        elif any(f"{module}.{other}" in entries for other in PARTS):
+            yield Finding(
+                name,
+                "no such tensor",
+                f"{spec.dtype} {spec.shape}",
+                "vLLM does not miss a scale and computes with whatever memory holds: quantise again.",
+            )
+        elif part == PARTS[0]:
+            yield Finding(
+                module,
+                "none of its scales",
+                ", ".join(p for p in PARTS if f"{module}.{p}" in expected),
+                "An expert that no token reached needs scales too: quantise again.",
+            )
+    for name in sorted(entries.keys() - expected.keys()):
+        remedy = "A loader would stop at it or ignore it: remove it, or mend its name."
+        if not name.isprintable():
+            yield Finding(repr(name), "a control character in its name", "the model's own names", remedy)
+        else:
+            yield Finding(
+                name, "a tensor that the config has no place for", "only the model's own tensors", remedy
+            )
+
+
+def _said(config: QuantConfig) -> tuple[str, str | None, int, list[str]]:
+    return config.algorithm, config.kv_cache, config.group_size, sorted(config.excludes)
+
+
+def _shown(config: QuantConfig) -> str:
+    return (
+        f"{config.algorithm} with {len(config.excludes)} excludes, groups of {config.group_size} and KV cache"
+        f" {config.kv_cache or 'as computed'}"
+    )
+
+
+def settings(configs: list[QuantConfig]) -> Iterator[Finding]:
+    """What is said about the quantisation, against what vLLM reads."""
+    its = configs[0]
+    for other in configs[1:]:
+        if _said(its) != _said(other):
+            yield Finding(
+                other.file,
+                _shown(other),
+                f"what {its.file} says: {_shown(its)}",
+                f"vLLM takes {its.file}: make them agree.",
+            )
+    if its.algorithm in ONLY_INSIDE and its.file != CONFIG:
+        yield Finding(
+            its.file,
+            f"quant_algo {its.algorithm}, and no {INSIDE} in {CONFIG}",
+            f"these settings in {CONFIG}",
+            f"Every vLLM refuses {its.algorithm} from {its.file}: add {INSIDE} to {CONFIG} (its form is in"
+            " docs/formats.md), or quantise again.",
+        )
+    for config in configs:
+        if config.missing:
+            yield Finding(
+                config.file,
+                f"no {', '.join(config.missing)}",
+                "the keys that vLLM asks for",
+                "Add them; kv_cache_quant_algo may be null.",
+            )
+        if config.algorithm not in ALGORITHMS:
+            yield Finding(
+                config.file,
+                f"quant_algo {config.algorithm}",
+                " or ".join(ALGORITHMS),
+                "This audit knows no other for NemotronH.",
+            )
+        if config.group_size != GROUP:
+            yield Finding(
+                config.file,
+                f"group_size {config.group_size}",
+                str(GROUP),
+                "NVFP4 has groups of 16: write that.",
+            )
+
+
+def excludes(
+    checkpoint: Checkpoint, plain: Iterable[str], packed: set[str], config: QuantConfig
+) -> Iterator[Finding]:
+    """The exclude list against the files, in both directions. `plain` are the tensors before quantisation,
+    `packed` the packed modules.
+    """
+    modules = [name.removesuffix(".weight") for name in checkpoint.entries if name.endswith(".weight")]
+    for name in config.excludes:
+        covered = [module for module in modules if covers(name, module)]
+        wrong = [module for module in covered if module in packed]
+        if not name.isprintable():
+            yield Finding(
+                config.file,
+                f"the exclude {name!r}",
+                "no control character",
+                "vLLM would match nothing with it and quantise that layer: write the name out.",
+            )
+        elif not covered:
+            yield Finding(
+                config.file,
+                f"the exclude {name}, which is no module of this checkpoint",
+                "names of modules",
+                "Mend or remove it.",
+            )
+        elif wrong:
+            more = (
+                f" ({wrong[0]} and {len(wrong) - 1} more)"
+                if wrong[1:]
+                else ""
+                if wrong == [name]
+                else f" ({wrong[0]})"
+            )
+            yield Finding(
+                config.file,
+                f"the exclude {name}, which is quantised in the files{more}",
+                "excluded or quantised, not both",
+                "Take it off the list.",
+            )
+    for name in plain:
+        module = name.removesuffix(".weight")
+        linear = module.endswith(("_proj", ".conv1d")) or module == "lm_head"
+        if (
+            linear
+            and module not in packed
+            and not any(covers(exclude, module) for exclude in config.excludes)
+        ):
+            yield Finding(
+                config.file,
+                f"no exclude for {module}, which is not quantised",
+                "an exclude for it",
+                f"vLLM would read it as {config.algorithm}: add it.",
+            )
+
+
+def scales(checkpoint: Checkpoint) -> Iterator[Finding]:
+    for name, entry in checkpoint.entries.items():
+        if not name.endswith(PARTS) or entry.dtype not in DTYPES or not entry.bytes:
+            continue
+        # 1.9 GB in the real model: judged by its bytes, of which 1 to 126 are finite and positive
+        if entry.dtype == "F8_E4M3":
+            low, high = checkpoint.tensor(name).reshape(-1).view(torch.uint8).aminmax()
+            if low > 0 and high < 127:
+                continue
+        values = checkpoint.tensor(name).float()
+        if not torch.isfinite(values).all():
+            yield Finding(
+                name,
+                "NaN or infinity",
+                "finite scales",
+                "Quantise again; if it stays, the calibration met such values.",
+            )
+        elif not (values > 0).all():
+            yield Finding(
+                name,
+                f"{int((values <= 0).sum())} scales that are not positive",
+                "positive scales",
+                "Quantise again; a zero scale erases its group.",
+            )
+
+
+def unchanged(checkpoint: Checkpoint, source: Checkpoint, wanted: Iterable[str]) -> Iterator[Finding]:
+    """The tensors `wanted` that both have in one dtype, and the correction biases whatever theirs: equal
+    bits.
+    """
+    for name in wanted:
+        mine, its = checkpoint.entries.get(name), source.entries.get(name)
+        if mine is None:
+            continue  # said by `structure`
+        if its is None or its.shape != mine.shape:
+            yield Finding(
+                name,
+                f"{its.shape if its else 'no such tensor'} in the source",
+                f"{mine.shape}",
+                "The source is another model: name what this was made from.",
+            )
+        elif (its.dtype != mine.dtype and name.endswith("correction_bias")) or (
+            its.dtype == mine.dtype and not checkpoint.same(name, source)
+        ):
+            yield Finding(
+                name,
+                "other values than in the source",
+                "the same bits",
+                "It must be copied, not cast: quantise again.",
+            )
+
+
+def not_finite(checkpoint: Checkpoint, wanted: Iterable[str]) -> Iterator[Finding]:
+    for name in wanted:
+        tensor = checkpoint.tensor(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            yield Finding(
+                name,
+                "NaN or infinity",
+                "finite values",
+                "The checkpoint is damaged or its training diverged: do not build on it.",
+            )

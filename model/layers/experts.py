@@ -1,0 +1,184 @@
+"""The routed experts: tokens sorted once, then one grouped product per projection, forward and backward.
+
+For token t with choices e and shares p (the router's, float32):
+
+    y[t] = sum_e p[t, e] * down_e(relu(up_e(x[t]))^2)
+
+with up and down as in model/layers/projection.py: W x + scale * B (A x). Both terms are one product: the rows
+carry A x behind x, the decoded weights carry scale * B behind W. The backward is stated here and not left
+to autograd: it saves the input and packed weights (and what the up projection gave), gives the gradients
+of x, of the shares and of A and B, and never forms one of W. The gradient of a share needs no down
+projection again: with g what comes back, <g, W_down h> = <g W_down, h>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from model.layers import rows
+from model.layers.grouped import ALIGNMENT, Routing, back, fast, outer, product
+from model.layers.projection import Projection
+
+if TYPE_CHECKING:
+    from model.layers.structure import Stacks
+
+NAME = "annie"  # among transformers' experts implementations
+
+
+def register() -> None:
+    """Makes this the experts implementation `annie` of transformers; a second call changes nothing."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
+
+
+def forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' interface: (tokens, hidden), int64 (tokens, choices), (tokens, choices) -> (tokens,
+    hidden).
+
+    `module.up_proj` and `.down_proj` are Projections.
+    """
+    up, down = cast("Stacks", module).up_proj, cast("Stacks", module).down_proj
+    if not isinstance(up, Projection):
+        raise TypeError(
+            f"experts implementation {NAME!r} works on Projections, found {type(up).__name__}: load the model"
+            " with model.assemble"
+        )
+    return _Experts.apply(
+        hidden_states, Routing.of(top_k_index, up.experts), top_k_weights, *up.pair, *down.pair, up, down
+    )
+
+
+def run(
+    x: torch.Tensor, routing: Routing, share: torch.Tensor, up: Projection, down: Projection
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output (tokens, hidden), and what the up projection gave (tokens * choices, intermediate), in
+    sorted rows.
+    """
+    u = _multiply(up, rows.gather(x, routing.token, _room(up, x)), routing)
+    d = _multiply(down, rows.squared(u, _room(down, x)), routing)
+    return rows.combine(d, routing.inverse, share, share.shape[1]), u
+
+
+def gradients(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    share: torch.Tensor,
+    u: torch.Tensor | None,
+    up: Projection,
+    down: Projection,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of x, share, and A and B of both projections (None where there are none), given that
+    of the output.
+
+    `u` is what `run` returned beside the output; None computes it again.
+    """
+    hidden, width = up.in_features, up.out_features
+    p = share.flatten()[routing.order].float()
+    source = rows.gather(x, routing.token, _room(up, x))
+    if u is None:
+        u = _multiply(up, source, routing)
+    else:
+        _low(up, source, routing)
+    given = rows.gather(g, routing.token, _room(down, x))
+    dh = _back(down, given, routing)
+    da_down = db_down = da_up = db_up = None
+    if down.rank:
+        h = rows.squared(u, _room(down, x))
+        _low(down, h, routing)
+        # A share multiplies whole rows: it is put on the narrow side of each product.
+        da_down = _cut(
+            outer((given[:, hidden:] * p[:, None]).to(x.dtype), h[:, :width], routing), down.rank, 1
+        )
+        db_down = _cut(
+            outer(given[:, :hidden], (h[:, width:] * (down.scale * p[:, None])).to(x.dtype), routing),
+            down.rank,
+            2,
+        )
+        del h
+    del given
+    du, dp = rows.through(dh, u, p, _room(up, x))
+    del dh, u
+    dx = rows.combine(_back(up, du, routing), routing.inverse, None, share.shape[1])
+    if up.rank:
+        da_up = _cut(outer(du[:, width:].contiguous(), source[:, :hidden], routing), up.rank, 1)
+        db_up = _cut(outer(du[:, :width], source[:, hidden:] * up.scale, routing), up.rank, 2)
+    return dx, dp[routing.inverse].view_as(share).to(share.dtype), da_up, db_up, da_down, db_down
+
+
+class _Experts(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        routing: Routing,
+        share: torch.Tensor,
+        up_a: torch.Tensor | None,
+        up_b: torch.Tensor | None,
+        down_a: torch.Tensor | None,
+        down_b: torch.Tensor | None,
+        up: Projection,
+        down: Projection,
+    ) -> torch.Tensor:
+        y, u = run(x, routing, share, up, down)
+        ctx.routing, ctx.up, ctx.down = routing, up, down
+        ctx.save_for_backward(x, share, u)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, share, u = ctx.saved_tensors
+        dx, dshare, *rest = gradients(g, x, ctx.routing, share, u, ctx.up, ctx.down)
+        return dx, None, dshare, *rest, None, None
+
+
+def _multiple(x: torch.Tensor) -> int:
+    return ALIGNMENT if fast(x) else 1
+
+
+def _room(projection: Projection, x: torch.Tensor) -> int:
+    """Columns for the low-rank part: the rank, filled up to what grouped products ask for."""
+    return projection.rank + -projection.rank % _multiple(x)
+
+
+def _low(projection: Projection, source: torch.Tensor, routing: Routing) -> None:
+    """Puts A x into the last columns of rows (S, in + room) whose first hold x."""
+    if projection.rank:
+        inside = projection.in_features
+        source[:, inside:] = product(
+            source[:, :inside], projection.factors(source.dtype, _multiple(source))[0], routing
+        )
+
+
+def _multiply(projection: Projection, source: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """(S, in + room) -> (S, out): base and change in one product. Fills the last columns of `source`."""
+    _low(projection, source, routing)
+    if projection.rank and not projection.rounded:
+        return product(source, projection.beside(_multiple(source)), routing)
+    return product(source[:, : projection.in_features], projection.multiplied(), routing)
+
+
+def _back(projection: Projection, given: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """(S, out + room) -> (S, in): the gradient of a projection's input. Fills the last columns of `given`
+    with what B gives back.
+    """
+    out = projection.out_features
+    if projection.rank:
+        given[:, out:] = back(given[:, :out], projection.factors(given.dtype, _multiple(given))[1], routing)
+        if not projection.rounded:
+            return back(given, projection.above(_multiple(given)), routing)
+    return back(given[:, :out], projection.multiplied(), routing)
+
+
+def _cut(gradient: torch.Tensor, rank: int, dimension: int) -> torch.Tensor:
+    """The gradient of a factor in float32, without the rows or columns that filled its rank up."""
+    return gradient.narrow(dimension, 0, rank).float()

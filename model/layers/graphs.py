@@ -1,0 +1,215 @@
+"""Forward and backward of a training step as CUDA graphs: short steps are not bound by launching ten
+thousand kernels.
+
+A graph runs the same launches on the same memory, so a pack is padded to one of a few sizes (an eighth of
+its power of two apart, one idle document at its end), and what depends on its documents lies in tensors
+that are filled before each replay. The loss is outside: its size is the number of trained tokens. All
+graphs share one pool of memory, one set of gradients, and the two tensors through which the hidden states
+and their gradient come and go; nothing stays in the pool between them, so it is as large as the largest of
+them asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from model.layers.documents import Documents
+from model.layers.projection import Projection
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
+
+    from model.layers.structure import Model
+
+Run = Callable[[torch.Tensor, Documents], torch.Tensor]  # ids int64 (tokens,) -> (tokens, hidden size)
+FEWEST = 8  # documents that a graph has room for, at least
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a graph is captured for: tokens, documents, and whether weights go through the export's
+    rounding.
+    """
+
+    tokens: int
+    documents: int
+    rounded: bool
+
+
+def padded(tokens: int) -> int:
+    """The size that a pack of `tokens` is padded to: the next multiple of an eighth of its power of two,
+    of 128 at least.
+    """
+    step = max(128, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+class Captured:
+    """One pair of graphs and the tensors that they read and write. `run(ids, documents)` is the forward:
+    int64 (tokens,) -> (tokens, hidden).
+    """
+
+    def __init__(
+        self,
+        key: Key,
+        run: Run,
+        parameters: list[nn.Parameter],
+        gradients: list[torch.Tensor],
+        pool: _POOL_HANDLE,
+        hidden: torch.Tensor,
+        given: torch.Tensor,
+    ):
+        """Adds to `gradients`, writes `hidden` and reads `given`, its gradient: both (tokens, hidden
+        size).
+        """
+        device = parameters[0].device
+        self.key, self.hidden, self.given = key, hidden, given
+        self.ids = torch.zeros(key.tokens, dtype=torch.int64, device=device)
+        self.parts = {
+            "offsets": torch.zeros(key.documents + 1, dtype=torch.int32, device=device),
+            "index": torch.zeros(key.tokens, dtype=torch.int32, device=device),
+            "position": torch.zeros(key.tokens, dtype=torch.int32, device=device),
+        }
+        self.fill(torch.zeros(key.tokens, dtype=torch.int64), Documents((key.tokens,)))
+        documents = Documents((key.tokens,), {(name, str(device)): part for name, part in self.parts.items()})
+
+        def forward() -> torch.Tensor:
+            found = run(self.ids, documents)
+            hidden.copy_(found.detach())
+            return found
+
+        def backward(found: torch.Tensor) -> None:
+            torch._foreach_add_(gradients, list(torch.autograd.grad(found, parameters, given)))
+
+        # Once without capturing: kernels are compiled and loaded, and libraries take their workspaces.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            backward(forward())
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.empty_cache()  # what that stream was given is no other's, and would stay with it
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # thread_local: NCCL's own thread may ask for events meanwhile.
+        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
+            found = forward()
+        with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
+            backward(found)
+
+    def fill(self, ids: torch.Tensor, documents: Documents) -> None:
+        """Puts a pack, and an idle document behind it, where the graphs read them. `ids` int64 (tokens,)
+        on any device.
+        """
+        idle = self.key.tokens - documents.tokens
+        whole = Documents((*documents.lengths, idle)) if idle else documents
+        if len(whole.lengths) > self.key.documents:
+            raise ValueError(f"{len(whole.lengths)} documents for a graph of {self.key.documents}")
+        self.ids[: documents.tokens].copy_(ids, non_blocking=True)
+        self.ids[documents.tokens :].zero_()
+        # Documents that are not there begin and end where the last one ends.
+        offsets = whole.offsets("cpu")
+        offsets = torch.cat([offsets, offsets[-1:].expand(self.key.documents - len(whole.lengths))])
+        for name, made in (
+            ("offsets", offsets),
+            ("index", whole.index("cpu")),
+            ("position", whole.position("cpu")),
+        ):
+            self.parts[name].copy_(made.pin_memory(), non_blocking=True)
+
+
+class Graphs:
+    """The graphs of one model. `hidden(ids, documents)` is `run` with gradients for `parameters`; a size
+    that is new is captured first.
+    """
+
+    def __init__(self, model: Model, run: Run, parameters: Iterable[nn.Parameter]):
+        self.model, self.run, self.parameters = model, run, list(parameters)
+        self.projections = [module for module in model.modules() if isinstance(module, Projection)]
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        self.pool = torch.cuda.graph_pool_handle()
+        self.captured: dict[Key, Captured] = {}
+        self.rows = torch.empty(2, 0, 0)  # hidden states and their gradient, of the longest pack so far
+        self.link = torch.zeros((), device=self.gradients[0].device, requires_grad=True)
+
+    def key(self, documents: Documents) -> Key:
+        tokens = padded(documents.tokens)
+        count = len(documents.lengths) + (tokens > documents.tokens)
+        return Key(
+            tokens,
+            max(FEWEST, 1 << (count - 1).bit_length()),
+            any(module.rounded for module in self.projections),
+        )
+
+    def prepare(
+        self, packs: Iterable[Documents], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Captures every size among `packs`, the largest first, whose memory the smaller ones then take."""
+        wanted = sorted(
+            {self.key(documents) for documents in packs} - set(self.captured),
+            key=lambda key: (-key.tokens, -key.documents),
+        )
+        for number, key in enumerate(wanted, 1):
+            self.capture(key)
+            progress(number, len(wanted))
+
+    def capture(self, key: Key) -> Captured:
+        if not self.model.training:
+            raise ValueError("graphs are of training steps: call model.train() first")
+        if self.rows.shape[1] < key.tokens:
+            table = self.model.get_input_embeddings().weight
+            self.rows = torch.zeros(2, key.tokens, table.shape[1], dtype=table.dtype, device=table.device)
+        # In the middle of a step they hold what its packs gave so far, and capturing adds to them once.
+        kept = [gradient.clone() for gradient in self.gradients] if self.filled else None
+        found = Captured(
+            key, self.run, self.parameters, self.gradients, self.pool, *self.rows[:, : key.tokens]
+        )
+        self.captured[key] = found
+        torch._foreach_copy_(self.gradients, kept) if kept else torch._foreach_zero_(self.gradients)
+        return found
+
+    @property
+    def filled(self) -> bool:
+        """Whether the parameters' gradients are the ones here: a pack of the same step has been here
+        before.
+        """
+        return self.parameters[0].grad is self.gradients[0]
+
+    def hidden(self, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """As assemble.hidden_states: (tokens, hidden size). Its backward has to come before the next call."""
+        key = self.key(documents)
+        found = self.captured.get(key) or self.capture(key)
+        found.fill(ids, documents)
+        return _Replay.apply(self.link, self, found)[: documents.tokens]
+
+    def accumulate(self) -> None:
+        """After a backward: the parameters' gradients are what was summed here, beside what they had."""
+        for p, gradient in zip(self.parameters, self.gradients, strict=True):
+            if p.grad is None:
+                p.grad = gradient
+            elif p.grad is not gradient:
+                p.grad += gradient
+
+
+class _Replay(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
+    @staticmethod
+    def forward(ctx: Any, link: torch.Tensor, graphs: Graphs, found: Captured) -> torch.Tensor:
+        ctx.graphs, ctx.found = graphs, found
+        found.forward.replay()
+        return found.hidden
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[None, None, None]:
+        graphs, found = ctx.graphs, ctx.found
+        if not graphs.filled:
+            torch._foreach_zero_(graphs.gradients)  # what a step before left here
+        found.given.copy_(g)
+        found.backward.replay()
+        graphs.accumulate()
+        return None, None, None

@@ -1,0 +1,151 @@
+"""The loss on trained tokens alone, and logits of no others.
+
+A vocabulary of 131,072 makes the logits of 16,384 tokens 8.6 GB in float32, and three quarters of them are
+of tokens that are not trained. Here logits are formed for trained tokens only, a chunk at a time; each
+chunk's gradient is taken while its logits are there, so that none are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from model.labels import IGNORED
+
+CHUNK = 1024  # tokens whose logits are held: 0.5 GB in float32 at the real vocabulary
+
+
+def trained(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions whose next token is trained, and those tokens: int64, both (n,). `labels`: (tokens,), one
+    sequence.
+
+    A document's first label is ignored always (nothing stands before it), so no document predicts into the
+    next.
+    """
+    targets = labels[1:]
+    positions = (targets != IGNORED).nonzero()[:, 0]
+    return positions, targets[positions]
+
+
+def cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int = CHUNK
+) -> torch.Tensor:
+    """The sum, not the mean, over tokens of -log p(target): float32 scalar. It is the caller who knows how
+    many tokens a step has.
+
+    `hidden` (n, hidden size), `head` (vocabulary, hidden size) frozen, `targets` int64 (n,). Log-softmax
+    in float32.
+    """
+    return _CrossEntropy.apply(hidden, head, targets, chunk)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for at in range(0, len(targets), chunk):
+            rows, wanted = hidden[at : at + chunk], targets[at : at + chunk]
+            logits = (rows @ head.t()).float()
+            total += F.cross_entropy(logits, wanted, reduction="sum")
+            if gradient is not None:
+                # softmax minus one-hot: the derivative of the sum by the logits
+                logits = logits.softmax(-1)
+                logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+                gradient[at : at + chunk] = logits.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * g, None, None, None
+
+
+def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` likeliest tokens of each row of logits (n, vocabulary): index int64 (n, count), and
+    float32 (n, count + 1) their log-probabilities and, last, that of all others together."""
+    every = logits.float().log_softmax(-1)
+    found = every.topk(count)
+    return found.indices, torch.cat(
+        [found.values, _others(every, found.indices).logsumexp(-1, keepdim=True)], -1
+    )
+
+
+def _others(logs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities (n, vocabulary) without those at index (n, k), which become -inf."""
+    return logs.scatter(1, index, -torch.inf)
+
+
+def distillation(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    index: torch.Tensor,
+    logs: torch.Tensor,
+    chunk: int = CHUNK // 2,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over tokens of KL(teacher || student), and of -log p(target) beside it, which has no gradient:
+    float32 scalars.
+
+    Of the teacher the k likeliest tokens are known (`likeliest`: index (n, k), logs (n, k + 1)); all
+    others count as one. With p the teacher's and q the student's probabilities, both with that rest as one
+    more entry:
+
+        sum_j p_j log(p_j / q_j)
+        d/d logit_j = q_j - p_j among the k,  q_j - p_rest q_j / q_rest among the others
+
+    It is at most the full divergence, and zero where the two agree. The rest is summed and not taken from
+    one: of a model that is sure it is smaller than the rounding of one. Other shapes as in
+    `cross_entropy`.
+    """
+    return _Distillation.apply(hidden, head, targets, index, logs, chunk)
+
+
+class _Distillation(torch.autograd.Function):
+    apply: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]]]
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        index: torch.Tensor,
+        logs: torch.Tensor,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        divergence, entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device).unbind()
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for at in range(0, len(targets), chunk):
+            part = slice(at, at + chunk)
+            every = (hidden[part] @ head.t()).float().log_softmax(-1)
+            entropy += F.nll_loss(every, targets[part], reduction="sum")
+            others = _others(every, index[part])
+            rest = others.logsumexp(-1, keepdim=True)
+            p = logs[part].exp()
+            divergence += (p * (logs[part] - torch.cat([every.gather(1, index[part]), rest], -1))).sum()
+            if gradient is not None:
+                slope = (
+                    every.exp_()
+                    .sub_(others.sub_(rest).exp_().mul_(p[:, -1:]))
+                    .scatter_add_(1, index[part], -p[:, :-1])
+                )
+                gradient[part] = slope.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy)
+        return divergence, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, g: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * g, None, None, None, None, None

@@ -1,0 +1,309 @@
+"""Frozen matrices in one of three forms, with a trainable low-rank change of each.
+
+A `Projection` stands where the native class has a linear or a stack of expert matrices. Its weights are
+
+    bf16     as they are (any float dtype)
+    nf4      4-bit codes in blocks of 64          (model/weights/nf4.py)
+    nvfp4    the exporter's own grid, groups of 16 (model/weights/nvfp4.py)
+
+and are decoded anew whenever they are multiplied with: forward and backward each hold one dense stack, for
+the moment of the product, and autograd saves packed weights only. Where there is memory to spare, `keep`
+holds a stack decoded. Several processes may hold them between them (model/weights/shards.py). The low-rank
+factors are float32 always and are cast to the input's dtype for their products, so that a resumed run is
+an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from model.weights import decode, nf4, nvfp4, rounding
+from model.weights.shards import Shards
+
+FORMS = {"bf16": 16.0, "nf4": 4.25, "nvfp4": 4.5}  # bits a weight
+PACKINGS = {"nf4": nf4, "nvfp4": nvfp4}
+ROUNDED_AT_ONCE = 8  # matrices whose float32 form is held while a stack is rounded
+
+
+class Projection(nn.Module):
+    """`experts` matrices (out, in). `rank` is 0 until `adapt` gives it factors: `lora_a` (experts, rank,
+    in), `lora_b` (experts, out, rank).
+
+    Its buffers have a row for every row of the matrices, one under the other, or this process's share of
+    them.
+    """
+
+    weight: torch.Tensor
+    weight_scale_2: torch.Tensor
+
+    def __init__(
+        self,
+        experts: int,
+        out: int,
+        inside: int,
+        form: str = "bf16",
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        shards: Shards = Shards(),
+    ):
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"unknown form {form!r} of weights; known are {', '.join(FORMS)}")
+        self.experts = experts
+        self.out_features = out
+        self.in_features = inside
+        self.form = form
+        self.dtype = dtype
+        self.shards = shards
+        self.rank, self.scale, self.rounded = 0, 0.0, False
+        self.kept: torch.Tensor | None = None
+        rows = shards.height(experts * out)
+        forms: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
+            "bf16": {"weight": ((rows, inside), dtype)},
+            "nf4": {
+                "weight": ((rows, inside // 2), torch.uint8),
+                "weight_scale": ((rows, inside // nf4.BLOCK), torch.bfloat16),
+            },
+            "nvfp4": {
+                "weight": ((rows, inside // 2), torch.uint8),
+                "weight_scale": ((rows, inside // nvfp4.GROUP), torch.float8_e4m3fn),
+                # one number a matrix: every process has them all
+                "weight_scale_2": ((experts,), torch.float32),
+            },
+        }
+        parts = forms[form]
+        for name, (shape, kind) in parts.items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        self._by_rows = tuple(name for name in parts if name != "weight_scale_2")
+
+    @torch.no_grad()
+    def put(self, expert: int, matrices: torch.Tensor) -> None:
+        """Stores one matrix (out, in), or the n matrices from `expert` on (n, out, in), packing on the
+        device where the weights are.
+
+        Raises ValueError on another shape, and on more matrices than there are.
+        """
+        wanted = (self.out_features, self.in_features)
+        run = matrices if matrices.ndim == 3 else matrices[None]
+        count = len(run)
+        if tuple(run.shape[1:]) != wanted:
+            raise ValueError(f"a matrix of shape {tuple(matrices.shape)}, expected {wanted}")
+        if expert + count > self.experts:
+            raise ValueError(f"{count} matrices from {expert} on, expected {self.experts} in all")
+        run = run.to(self.weight.device)
+        packed = {"weight": run} if self.form == "bf16" else vars(PACKINGS[self.form].pack(run))
+        if self.form == "nvfp4":
+            self.weight_scale_2[expert : expert + count] = packed["weight_scale_2"]
+        for name in self._by_rows:
+            self.shards.put(getattr(self, name), expert * self.out_features, packed[name].flatten(0, 1))
+
+    def held(self) -> torch.Tensor | nf4.Packed | nvfp4.Packed:
+        """The frozen weights in their form, whole: tensors (experts, out, ...)."""
+        rows, sizes = self.experts * self.out_features, (self.experts, self.out_features)
+        whole: dict[str, torch.Tensor] = {
+            name: self.shards.whole(getattr(self, name), rows).unflatten(0, sizes) for name in self._by_rows
+        }
+        if self.form == "bf16":
+            return whole["weight"]
+        return (
+            nf4.Packed(**whole)
+            if self.form == "nf4"
+            else nvfp4.Packed(**whole, weight_scale_2=self.weight_scale_2)
+        )
+
+    def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The frozen weights (experts, out, in) in `dtype`, without any change; written into `out`, a view
+        of that shape, if it is given.
+        """
+        if self.kept is not None:
+            found = self.kept[:, : self.out_features, : self.in_features]
+            return found if out is None else out.copy_(found)
+        held = self.held()
+        if isinstance(held, torch.Tensor):
+            return held if out is None else out.copy_(held)
+        if self.weight.is_cuda:
+            return decode.stack(
+                held,
+                (
+                    torch.empty(
+                        self.experts,
+                        self.out_features,
+                        self.in_features,
+                        dtype=self.dtype,
+                        device=self.weight.device,
+                    )
+                    if out is None
+                    else out
+                ),
+            )
+        found = PACKINGS[self.form].unpack(held).to(self.dtype)
+        return found if out is None else out.copy_(found)
+
+    @torch.no_grad()
+    def keep(self, multiple: int = 1) -> None:
+        """Holds the weights decoded from now on, with room for the factors beside and below them; call it
+        after `adapt`.
+
+        `multiple` is the one that `beside` and `above` will be called with.
+        """
+        room = self.rank + -self.rank % multiple
+        made = torch.zeros(
+            self.experts,
+            self.out_features + room,
+            self.in_features + room,
+            dtype=self.dtype,
+            device=self.weight.device,
+        )
+        self.dense(made[:, : self.out_features, : self.in_features])
+        self.kept = made
+
+    def bytes_to_keep(self, multiple: int = 1) -> int:
+        """What `keep` takes."""
+        room = self.rank + -self.rank % multiple
+        return self.experts * (self.out_features + room) * (self.in_features + room) * self.dtype.itemsize
+
+    def adapt(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
+        """Gives every matrix a change `alpha / rank * B @ A`, at first zero: A as nn.Linear begins, B
+        zero.
+        """
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5), as PEFT has it
+        # Drawn on the CPU, so that one seed is one adapter on every device.
+        a = (torch.rand(self.experts, rank, self.in_features, generator=generator) * 2 - 1) * bound
+        self.lora_a = nn.Parameter(a.to(self.weight.device))
+        self.lora_b = nn.Parameter(
+            torch.zeros(self.experts, self.out_features, rank, device=self.weight.device)
+        )
+        self.rank, self.scale = rank, alpha / rank
+
+    def change(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+        """Puts a change that is there already: A (experts, rank, in), B (experts, out, rank), both times
+        `scale`. Rank 0 takes it away.
+        """
+        self.lora_a, self.lora_b = (
+            nn.Parameter(factor.to(self.weight.device, torch.float32), requires_grad=False)
+            for factor in (a, b)
+        )
+        self.rank, self.scale = a.shape[1], scale
+
+    @torch.no_grad()
+    def multiplied(self) -> torch.Tensor:
+        """The weights that the forward multiplies with, (experts, out, in) in `dtype`.
+
+        Rounded, they are what the export will write: NVFP4 of the BF16 merge of base and change, and the
+        low-rank product is inside them. Not rounded, they are the frozen weights, and the low-rank product
+        comes beside them.
+        """
+        if not self.rounded:
+            return self.dense()
+        made = torch.empty(
+            self.experts, self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device
+        )
+        frozen = self.dense()
+        for at in range(0, self.experts, ROUNDED_AT_ONCE):
+            some = slice(at, at + ROUNDED_AT_ONCE)
+            merged = frozen[some].float()
+            if self.rank:
+                merged = merged + self.scale * (self.lora_b[some] @ self.lora_a[some])
+            made[some] = rounding.rounded(merged.to(torch.bfloat16), self.dtype)
+        return made
+
+    @torch.no_grad()
+    def beside(self, multiple: int = 1) -> torch.Tensor:
+        """The frozen weights with scale * B behind them, (experts, out, in + rank): for rows that carry A
+        x behind x.
+        """
+        _, b = self.factors(self.dtype, multiple)
+        if self.kept is not None:
+            made = self.kept[:, : self.out_features]
+        else:
+            made = self.weight.new_empty(
+                self.experts, self.out_features, self.in_features + b.shape[2], dtype=self.dtype
+            )
+            self.dense(made[:, :, : self.in_features])
+        made[:, :, self.in_features :] = b
+        return made
+
+    @torch.no_grad()
+    def above(self, multiple: int = 1) -> torch.Tensor:
+        """The frozen weights with A below them, (experts, out + rank, in): for gradients that carry what B
+        gives back behind them.
+        """
+        a, _ = self.factors(self.dtype, multiple)
+        if self.kept is not None:
+            made = self.kept[:, :, : self.in_features]
+        else:
+            made = self.weight.new_empty(
+                self.experts, self.out_features + a.shape[1], self.in_features, dtype=self.dtype
+            )
+            self.dense(made[:, : self.out_features])
+        made[:, self.out_features :] = a
+        return made
+
+    @property
+    def pair(self) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
+        """What is trained: A and B, or None and None."""
+        return (self.lora_a, self.lora_b) if self.rank else (None, None)
+
+    def factors(self, dtype: torch.dtype, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (experts, rank, in) and scale * B (experts, out, rank) in `dtype`; the rank filled up with
+        zeros to `multiple`.
+        """
+        a, b = self.lora_a.detach().to(dtype), (self.scale * self.lora_b.detach()).to(dtype)
+        if missing := -self.rank % multiple:
+            a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+        return a, b
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As a linear without bias: (..., in) -> (..., out). Raises ValueError for a stack of several."""
+        if self.experts != 1:
+            raise ValueError(f"a stack of {self.experts} matrices is multiplied by model.layers.experts")
+        return _Linear.apply(x, *self.pair, self)
+
+    def extra_repr(self) -> str:
+        return f"{self.experts} x ({self.out_features}, {self.in_features}), {self.form}, rank {self.rank}"
+
+
+class _Linear(torch.autograd.Function):
+    """`x @ W.T + scale * (x @ A.T) @ B.T`, with W decoded again in the backward and no gradient of it.
+
+    Rounded, the forward multiplies with W' = NVFP4(W + scale * B @ A) alone, and the gradients of A and B
+    are those of the unrounded sum (straight-through).
+    """
+
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None, projection: Projection
+    ) -> torch.Tensor:
+        ctx.projection, ctx.change = projection, a is not None
+        ctx.save_for_backward(x if ctx.change else None)
+        y = x @ projection.multiplied()[0].t()
+        if ctx.change and not projection.rounded:
+            factor_a, factor_b = projection.factors(x.dtype)
+            y += (x @ factor_a[0].t()) @ factor_b[0].t()
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: Any, g: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
+        projection = ctx.projection
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ projection.multiplied()[0]
+        if ctx.change:
+            (x,) = ctx.saved_tensors
+            factor_a, factor_b = projection.factors(x.dtype)
+            rows, gradient = x.flatten(0, -2), g.flatten(0, -2)
+            within = gradient @ factor_b[0]
+            da = (within.t() @ rows).float()[None]
+            db = (gradient.t() @ (projection.scale * (rows @ factor_a[0].t()))).float()[None]
+            if dx is not None and not projection.rounded:
+                dx += (within @ factor_a[0]).view_as(dx)
+        return dx, da, db, None

@@ -1,0 +1,173 @@
+"""Blocks that keep their input alone for the backward, and compute the rest again; in shorter packs, only
+as many as memory asks for.
+
+torch's own checkpointing runs a block's whole forward again. For a block of experts that is more than the
+backward asks for: the down projection's output is never looked at (model/layers/experts.py), and nor is the
+sum over choices. Here those are left out, a sixth of the block's matrix products.
+
+Memory has to hold the longest pack with every block recomputed. A shorter one leaves some of it free, and
+there the last blocks keep everything, as many as fit: a step of eight short conversations is then spared a
+third of its launches and of its decoding.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from model.layers import experts
+from model.layers.grouped import Routing
+from model.layers.loss import CHUNK
+
+if TYPE_CHECKING:
+    from transformers import NemotronHConfig
+
+    from model.layers.structure import Block, Model
+
+
+def attach(model: Model, capacity: int = 0) -> None:
+    """From now on blocks of the model keep their input alone (in training mode).
+
+    `capacity`: tokens of the longest pack. On a GPU the last blocks of a shorter one keep what fits into
+    the memory that the longest takes; 0, and a CPU, whose scan keeps more than is counted here: none does.
+    """
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
+    )
+    for block in model.model.layers:
+        if block.block_type == "moe":
+            block.forward = types.MethodType(forward, block)
+    keep(model, 0)
+    if capacity:
+
+        def choose(inner: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            ids = named["input_ids"]
+            if inner.training and ids.is_cuda:
+                keep(
+                    model,
+                    fitting(
+                        model.config,
+                        [block.block_type for block in model.model.layers],
+                        ids.numel(),
+                        capacity,
+                    ),
+                )
+
+        model.model.register_forward_pre_hook(choose, with_kwargs=True)
+
+
+def keep(model: Model, count: int) -> None:
+    """The last `count` blocks keep everything from now on, the others their input."""
+    blocks = model.model.layers
+    for number, block in enumerate(blocks):
+        again = number < len(blocks) - count
+        block.recomputed = again
+        block.gradient_checkpointing = again and block.block_type != "moe"
+
+
+def fitting(config: NemotronHConfig, kinds: list[str], tokens: int, capacity: int) -> int:
+    """How many of the last blocks (`kinds`: their types in order) can keep everything in a pack of
+    `tokens`, so that it takes no more memory than one of `capacity` tokens does with every block
+    recomputed."""
+    logits = CHUNK * config.vocab_size * 12  # in float32, their softmax, and BF16 beside them
+
+    def held(length: int, kept: float) -> float:
+        inputs = len(kinds) * length * config.hidden_size * 2
+        # while a block of experts goes back
+        rows = 6 * length * config.num_experts_per_tok * config.moe_intermediate_size * 2
+        return inputs + kept + max(rows, logits)
+
+    kept, count, room = 0.0, 0, held(capacity, 0.0)
+    for kind in reversed(kinds):
+        kept += tokens * bytes_kept(config, kind)
+        if held(tokens, kept) > room:
+            break
+        count += 1
+    return count
+
+
+def bytes_kept(config: NemotronHConfig, kind: str) -> float:
+    """Bytes a token that a block of this type keeps beside its input, in BF16 on a GPU."""
+    hidden = config.hidden_size
+    if kind == "moe":
+        rows = config.num_experts_per_tok * config.moe_intermediate_size
+        return 2 * (3 * hidden + rows + 3 * config.moe_shared_expert_intermediate_size) + 4 * (
+            hidden + 8 * config.n_routed_experts
+        )
+    if kind == "full_attention":
+        return 2 * (
+            2 * hidden + 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+        )
+    inner = config.mamba_num_heads * config.mamba_head_dim
+    conv = inner + 2 * config.n_groups * config.ssm_state_size
+    return 2 * (2 * hidden + inner + 2 * conv + 3 * inner) + 16 * config.mamba_num_heads
+
+
+def forward(self: Block, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+    """A block of experts: (batch, tokens, hidden) to the same shape."""
+    mixer = self.mixer
+    if not (self.recomputed and self.training):
+        normed = self.norm(hidden_states)
+        whole: torch.Tensor = hidden_states + mixer(normed)
+        return whole
+    return _Block.apply(
+        hidden_states,
+        self,
+        *mixer.experts.up_proj.pair,
+        *mixer.experts.down_proj.pair,
+        *_trained(mixer.shared_experts),
+    )
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _parts(block: Block, hidden: torch.Tensor) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
+    """Normed rows (tokens, hidden), the router's choice as it sorts them and its shares, and what the
+    shared expert gives.
+    """
+    mixer = block.mixer
+    normed = block.norm(hidden)
+    _, share, index = mixer.gate(normed)
+    return (
+        normed.flatten(0, -2),
+        Routing.of(index, mixer.experts.up_proj.experts),
+        share,
+        mixer.shared_experts(normed),
+    )
+
+
+class _Block(torch.autograd.Function):
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, block: Block, *parameters: torch.Tensor | None
+    ) -> torch.Tensor:
+        rows, routing, share, shared = _parts(block, hidden)
+        routed, _ = experts.run(
+            rows, routing, share, block.mixer.experts.up_proj, block.mixer.experts.down_proj
+        )
+        ctx.block = block
+        ctx.save_for_backward(hidden)
+        return hidden + routed.view_as(hidden) + shared
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (hidden,), block = ctx.saved_tensors, ctx.block
+        with torch.enable_grad():
+            start = hidden.detach().requires_grad_()
+            rows, routing, share, shared = _parts(block, start)
+        its = block.mixer.experts
+        dx, dshare, *own = experts.gradients(
+            g.flatten(0, -2), rows.detach(), routing, share.detach(), None, its.up_proj, its.down_proj
+        )
+        around, *rest = torch.autograd.grad(
+            [rows, share, shared], [start, *_trained(block.mixer.shared_experts)], [dx, dshare, g]
+        )
+        return g + around, None, *own, *rest

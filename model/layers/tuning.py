@@ -1,0 +1,207 @@
+"""How mamba-ssm's Triton kernels are compiled and tuned here: nothing anew for a length, and no search
+where the winner is known.
+
+Each of its fifteen kernels of Mamba-2's scan is autotuned: seven to nine configurations are compiled and
+timed in every process. `prepare` gives each kernel the configuration of tuning.json for this GPU alone, so
+that it is compiled once and not timed. On a GPU that the table does not have, Triton searches as it would,
+and what it finds is remembered in the folder of model/layers/kernel_cache.py, for the next process; where
+runs have to be equal (model/layers/determinism.py), the smallest blocks are taken instead. Triton's own
+memory (TRITON_CACHE_AUTOTUNING) passes over kernels whose configurations have a hook, as most of these do.
+And a number of tokens or chunks is compiled as a number like any other: by default Triton compiles a kernel
+anew when such a number becomes a multiple of 16, or is no longer one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.layers import determinism, kernel_cache, kernel_watch
+
+if TYPE_CHECKING:
+    from triton import Config, JITFunction
+    from triton.runtime import Autotuner
+
+TABLE = Path(__file__).with_name("tuning.json")
+# arguments that follow from a pack's tokens
+LENGTHS = ("seqlen", "nchunks", "stride_seq_idx_batch", "M", "rows_per_program")
+MODULES = ("ssd_bmm", "ssd_chunk_scan", "ssd_chunk_state", "ssd_combined", "ssd_state_passing")
+
+
+def table(gpu: str) -> dict[str, dict[str, Any]]:
+    """Kernel -> configuration for a GPU by its name as torch gives it; empty for one that is not in
+    tuning.json.
+    """
+    found: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())["gpus"].get(gpu, {})
+    return found
+
+
+def digest() -> str:
+    """SHA-256 of the table: what decides which configurations run, and so the order of sums."""
+    return hashlib.sha256(TABLE.read_bytes()).hexdigest()
+
+
+def tuners() -> Iterator[tuple[str, Autotuner]]:
+    """Name and triton.runtime.Autotuner of every tuned kernel of mamba-ssm's scan. Raises ImportError
+    without mamba-ssm or Triton.
+    """
+    import importlib
+
+    from triton.runtime import Autotuner
+
+    seen = set()
+    for module in MODULES:
+        for name, value in vars(importlib.import_module(f"mamba_ssm.ops.triton.{module}")).items():
+            if isinstance(value, Autotuner) and name not in seen:
+                seen.add(name)
+                yield name, value
+
+
+@cache
+def prepare() -> None:
+    """Prepares every kernel for this process's GPU; once, before the first of them runs."""
+    import torch
+    import triton
+    from mamba_ssm.ops.triton import layernorm_gated
+    from triton.runtime.autotuner import Heuristics
+
+    for value in vars(layernorm_gated).values():
+        if isinstance(value, Heuristics):
+            while isinstance(value.fn, Heuristics):
+                value = value.fn
+            value.fn = _unspecialised(value.fn)
+    known = table(torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
+    kept = remembered()
+    for name, tuner in tuners():
+        tuner.fn = _unspecialised(tuner.fn)
+        if name in known:
+            chosen = dict(known[name])
+            config = triton.Config(chosen.pop("arguments"), **chosen)
+            config.pre_hook = next((its.pre_hook for its in tuner.configs if its.pre_hook), None)
+            tuner.configs = [config]
+        elif determinism.wanted():
+            tuner.configs = [smallest(tuner.configs)]
+        else:
+            recall(tuner, kept.get(name, []))
+            watch(name, tuner)
+
+
+def smallest(configs: list[Config]) -> Config:
+    """The configuration (triton.Config) whose blocks take the least shared memory: it fits on any GPU. Of
+    several, the first.
+    """
+    return min(configs, key=lambda config: config.num_stages * math.prod(config.kwargs.values()))
+
+
+def _unspecialised(kernel: JITFunction) -> JITFunction:
+    """The kernel, compiled once for every length."""
+    import triton
+
+    return triton.jit(kernel.fn, do_not_specialize=[name for name in kernel.arg_names if name in LENGTHS])
+
+
+# --- what searches found, in tuning.json of the folder that stays -------------------------------------------
+
+
+def remembered() -> dict[str, list[dict[str, Any]]]:
+    """Kernel -> what searches of earlier processes found: `key` (Triton's: sizes and dtypes) and the
+    configuration. Empty where nothing is kept.
+    """
+    path = _memory()
+    if path is None or not path.exists():
+        return {}
+    try:
+        kernels: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["kernels"]
+        return kernels
+    except (ValueError, KeyError, TypeError) as fault:
+        kernel_watch.say(f"{path} is not as it was written ({type(fault).__name__}): kernels are tuned anew")
+        return {}
+
+
+def recall(tuner: Autotuner, found: list[dict[str, Any]]) -> None:
+    """Lets a tuner know what was found before. What it has no such configuration for any more is left out,
+    and searched for again.
+    """
+    for entry in found:
+        for config in tuner.configs:
+            if described(config) == {name: entry.get(name) for name in described(config)}:
+                tuner.cache[tuple(entry["key"])] = config
+
+
+def watch(name: str, tuner: Autotuner) -> None:
+    """From now on a search of this tuner is told before it begins, and what it finds is written down at
+    once.
+    """
+    prune, run = tuner.prune_configs, tuner.run
+
+    def prune_configs(*arguments: Any, **named: Any) -> Any:  # Triton calls it once a search
+        kernel_watch.searching(name, len(tuner.configs))
+        return prune(*arguments, **named)
+
+    def run_and_remember(*arguments: Any, **named: Any) -> Any:
+        before = len(tuner.cache)
+        result = run(*arguments, **named)
+        if len(tuner.cache) > before:
+            remember(name, tuner)
+        return result
+
+    tuner.prune_configs, tuner.run = prune_configs, run_and_remember
+
+
+def remember(name: str, tuner: Autotuner) -> None:
+    """Writes down what this tuner knows, beside what other processes found. Does nothing where nothing is
+    kept; raises OSError.
+    """
+    path = _memory()
+    if path is None:
+        return
+    kernels = remembered()
+    own = [{"key": list(key), **described(config)} for key, config in tuner.cache.items()]
+    kernels[name] = own + [
+        entry for entry in kernels.get(name, []) if entry["key"] not in [its["key"] for its in own]
+    ]
+    # Renamed into place: a process that reads meanwhile, or one that is killed here, has the old file or the
+    # new one.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="tuning-", delete=False) as opened:
+        json.dump({"kernels": kernels}, opened, indent=1, sort_keys=True, default=str)
+        os.fchmod(opened.fileno(), 0o644)  # not for this user alone: the folder may be baked into an image
+    os.replace(opened.name, path)
+
+
+def _memory() -> Path | None:
+    folder = kernel_cache.folder()
+    return folder / "tuning.json" if folder else None
+
+
+def described(config: Config) -> dict[str, Any]:
+    """A triton.Config as tuning.json has it."""
+    return {"arguments": dict(config.kwargs), "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+# --- what ran -----------------------------------------------------------------------------------------------
+
+
+def used() -> dict[str, Any]:
+    """For a manifest: the table's digest, and the configurations of this process. Empty where `prepare`
+    has not run: no kernel of the scan ran.
+    """
+    return {"table": digest(), "chosen": chosen()} if prepare.cache_info().currsize else {}
+
+
+def chosen() -> dict[str, dict[str, Any]]:
+    """Kernel -> the configuration that this process has run it with, as tuning.json has it. Of several,
+    the last.
+    """
+    found = {}
+    for name, tuner in tuners():
+        config = tuner.configs[0] if len(tuner.configs) == 1 else getattr(tuner, "best_config", None)
+        if config is not None:
+            found[name] = described(config)
+    return found

@@ -1,0 +1,366 @@
+"""LoRA adapters as PEFT writes them, read as changes to the tensors of a checkpoint in hub layout.
+
+A linear's change is `scale * B @ A`, with A of shape (rank, in), B (out, rank) and scale = alpha / rank
+(alpha / sqrt(rank) with rsLoRA); DoRA then gives every row the length that its magnitude says. PEFT's wrapper
+of a stack of E experts keeps A as (E * rank, in), expert-major, and B as (out, rank * E), rank-major: the
+change of expert e is `scale * B.reshape(out, rank, E)[:, :, e] @ A[e * rank : (e + 1) * rank]`. PEFT wraps
+the parameters of a module in their order, one wrapper around the other: with both stacks targeted,
+`experts.base_layer.lora_*` belongs to up_proj and `experts.lora_*` to down_proj; with one of them,
+`experts.lora_*` belongs to that one. `target_parameters` says which.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from model.families.nemotron_h.names import native
+from model.weights import lora_config
+from model.weights.checkpoint import NAMES, Checkpoint, CheckpointError, Entry, Tensors, header, read_json
+from model.weights.lora_config import CONFIG, AdapterError
+
+__all__ = ["Adapter", "AdapterError", "Change", "Pair"]
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+INDEX = "adapter_model.safetensors.index.json"
+_KEY = re.compile(
+    r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>A|B|magnitude_vector)"
+    r"(?:\.(?P<adapter>(?!bias$)[^.]+?))??(?:\.weight)?$"
+)
+_COPY = re.compile(
+    r"^base_model\.model\.(?P<module>.+?)"
+    r"(?:\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+(?=\.))?)*"
+    r"\.(?P<parameter>[^.]+)$"
+)
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+KEPT = 6  # tensors: what the experts of a layer share
+ANOTHER = "is it an adapter of another model?"
+ITS_BASE = "Give stage merge the base that the adapter was trained on."
+SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The tensors of one change.
+
+    `expert` is an index into a stack of `experts`, or None for a plain linear.
+    """
+
+    a: str
+    b: str
+    rank: int
+    scale: float
+    magnitude: str | None = None
+    expert: int | None = None
+    experts: int = 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of one matrix, float32: A (rank, in), B (out, rank), and with DoRA the length of every row,
+    (out,).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def zero(self) -> bool:
+        """Whether it changes nothing, whatever the weight."""
+        return self.magnitude is None and not (self.a.any() and self.b.any())
+
+    @property
+    def finite(self) -> bool:
+        parts = (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+        return all(bool(torch.isfinite(part).all()) for part in parts)
+
+    def rows(self, first: int, count: int) -> Change:
+        """The change of some rows."""
+        part = slice(first, first + count)
+        return Change(
+            self.a, self.b[part], self.scale, None if self.magnitude is None else self.magnitude[part]
+        )
+
+    def applied(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight (out, in) with the change, float32, as PEFT computes it: `W + (B @ A) * scale`.
+
+        With DoRA that is multiplied by `magnitude / |W + (B @ A) * scale|`, the norm along each row (arXiv
+        2402.09353).
+        """
+        after = weight.float() + (self.b @ self.a) * self.scale
+        if self.magnitude is not None:
+            after = (self.magnitude / torch.linalg.norm(after, dim=1)).view(-1, 1) * after
+        return after
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """`applied`, rounded once to the weight's dtype; a change of zeros gives every bit back."""
+        return weight if self.zero else self.applied(weight).to(weight.dtype)  # -0.0 + 0.0 would be 0.0
+
+
+class _Loaded(Tensors):
+    """The tensors of a pickled file, all in memory."""
+
+    def __init__(self, file: Path, values: dict[str, torch.Tensor]):
+        super().__init__(
+            {
+                name: Entry(file, NAMES[value.dtype], tuple(value.shape), 0, value.nbytes)
+                for name, value in values.items()
+            }
+        )
+        self._values = values
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._values[name]
+
+
+class Adapter:
+    """An adapter folder. `pairs` maps hub names to the tensors of their change; `copies` are tensors of the
+    base beside them.
+
+    Raises AdapterError where a merge would not be what PEFT's merge is, and CheckpointError on a broken file.
+    """
+
+    def __init__(self, folder: str | Path, base: Checkpoint):
+        self.folder = lora_config.located(Path(folder))
+        self.settings = lora_config.read(self.folder)
+        self.rank, self.scale = self.settings.rank, self.settings.scale
+        self.tensors = _tensors(self.folder)
+        self._base = base
+        self._stacks: dict[str, list[str]] = {}  # native name of a stack -> the hub names of its experts
+        for name in base.entries:
+            if ".experts." in name:
+                self._stacks.setdefault(native(name), []).append(name)
+        self._read: dict[str, torch.Tensor] = {}
+        self.pairs, self.copies = self._pair()
+        for key in self.copies:
+            self._check_copy(key)
+
+    def _pair(self) -> tuple[dict[str, Pair], list[str]]:
+        sides: dict[str, dict[str, str]] = {}
+        adapters, copies = {}, []
+        for key in self.tensors.entries:
+            if match := _KEY.match(key):
+                sides.setdefault(match["module"], {})[match["side"]] = key
+                adapters[match["adapter"]] = key
+            elif ".lora_" in key or not _COPY.match(key):
+                raise AdapterError(
+                    f"{key} is not a tensor that a merge knows",
+                    "lora_A and lora_B of projections and lm_head",
+                    "Train without LoRA on embeddings, convolutions and biases.",
+                )
+            else:
+                copies.append(key)
+        if len(adapters) > 1:
+            first, second = list(adapters.values())[:2]
+            raise AdapterError(
+                f"{first} and {second} are of two adapters", "one adapter in the file", SAVE_AGAIN
+            )
+        if not sides:
+            raise AdapterError("the adapter holds no LoRA tensor", "lora_A and lora_B", SAVE_AGAIN)
+        for name in self.settings.saved_modules:
+            if not any(f".{name}." in key for key in copies):
+                raise AdapterError(
+                    f"modules_to_save in {CONFIG} names {name}, of which no tensor is stored",
+                    "its tensors",
+                    SAVE_AGAIN,
+                )
+        pairs: dict[str, Pair] = {}
+        for module, keys in sides.items():
+            for name, pair in self._changes(module, keys).items():
+                if name in pairs:
+                    raise AdapterError(
+                        f"{pair.a} and {pairs[name].a} both change {name}",
+                        "one change of each tensor",
+                        SAVE_AGAIN,
+                    )
+                pairs[name] = pair
+        return pairs, copies
+
+    def _changes(self, module: str, keys: dict[str, str]) -> dict[str, Pair]:
+        """The changes by one module of the adapter, by hub name. `keys` are its tensors by their kind."""
+        self._check_kinds(module, keys)
+        stack = self._stack(module) if module.removesuffix(".base_layer").endswith(".mixer.experts") else None
+        hub = re.sub(r"^model\.", "backbone.", module) + ".weight"
+        names = self._stacks.get(stack, []) if stack else [hub] if hub in self._base.entries else []
+        if not names:
+            raise AdapterError(
+                f"{module} of the adapter matches no tensor of the checkpoint; {ANOTHER}",
+                "modules of this model",
+                ITS_BASE,
+            )
+        if not names[0].endswith(("_proj.weight", "lm_head.weight")):
+            raise AdapterError(
+                f"the adapter changes {names[0]}",
+                "projections and lm_head only",
+                "Train without this module among the targets.",
+            )
+        if stack and self.settings.dora:
+            raise AdapterError(
+                f"use_dora in {CONFIG} is true, and {module} is a stack of experts",
+                "what PEFT takes: DoRA on linears only",
+                lora_config.PLAIN,
+            )
+        rank, scale = self.settings.of(stack or module)
+        out, inside = self._base.entries[names[0]].shape
+        count = len(names) if stack else 1
+        shapes = {"A": (rank * count, inside), "B": (out, rank * count), "magnitude_vector": (out,)}
+        for side, key in keys.items():
+            if (shape := self.tensors.entries[key].shape) != shapes[side]:
+                raise AdapterError(
+                    f"{key} has shape {shape}, expected {shapes[side]} for {names[0]}",
+                    f"rank {rank}, as {CONFIG} says",
+                    f"Copy {CONFIG} and the tensors again; or {ANOTHER}",
+                )
+        return {
+            name: Pair(
+                keys["A"],
+                keys["B"],
+                rank,
+                scale,
+                keys.get("magnitude_vector"),
+                _expert(name) if stack else None,
+                count,
+            )
+            for name in names
+        }
+
+    def _check_kinds(self, module: str, keys: dict[str, str]) -> None:
+        wanted = {"A", "B", "magnitude_vector"} if self.settings.dora else {"A", "B"}
+        if missing := wanted - keys.keys():
+            raise AdapterError(
+                f"{module} has lora_{' and lora_'.join(sorted(keys))} only",
+                f"lora_{' and lora_'.join(sorted(missing))} too",
+                "The file was cut or edited: copy it again.",
+            )
+        if extra := keys.keys() - wanted:
+            raise AdapterError(
+                f"{keys[extra.pop()]} is there, and use_dora in {CONFIG} is not set",
+                "the two files of one adapter",
+                "Copy them again.",
+            )
+
+    def _stack(self, module: str) -> str:
+        """The native name of the stack of experts that a wrapper of PEFT changes."""
+        experts = module.removesuffix(".base_layer")
+        both = (f"{experts}.up_proj", f"{experts}.down_proj")  # PEFT wraps up_proj first
+        targeted = [name for name in both if self.settings.targeted(name)]
+        if not targeted or (module != experts and len(targeted) == 1):
+            raise AdapterError(
+                f"the adapter has {module}, and target_parameters in {CONFIG} is "
+                f"{list(self.settings.parameters)}",
+                "target_parameters that name the stack of experts",
+                f"The two are of different adapters: copy {CONFIG} again.",
+            )
+        return targeted[0] if module != experts else targeted[-1]
+
+    def _check_copy(self, key: str) -> None:
+        """Raises AdapterError unless a tensor of the base that is stored in the adapter has the base's
+        values.
+        """
+        match = cast(re.Match[str], _COPY.match(key))  # as every key of `copies` does
+        path = f"{match['module']}.{match['parameter']}"
+        hub = re.sub(r"^model\.", "backbone.", path)
+        names = [hub] if hub in self._base.entries else self._stacks.get(path, [])
+        if not names:
+            raise AdapterError(
+                f"{key} is not a tensor of the checkpoint; {ANOTHER}", "modules of this model", ITS_BASE
+            )
+        stored, shape = self.tensors.entries[key].shape, self._base.entries[names[0]].shape
+        if stored != (shape if names == [hub] else (len(names), *shape)):
+            raise AdapterError(
+                f"{key} has shape {stored}, {names[0]} of the base has {shape}",
+                "the base's tensor",
+                "Train without resizing the vocabulary, and without modules_to_save.",
+            )
+        value = self.tensors.tensor(key)
+        for name in names:
+            part = value if names == [hub] else value[_expert(name)]
+            before = self._base.tensor(name)
+            if not torch.equal(part.to(before.dtype), before):
+                raise AdapterError(
+                    f"{key} differs from {name} of the base: it was trained, or is of another base",
+                    "the base's values, since a merge adds LoRA alone",
+                    f"Train without modules_to_save and bias. {ITS_BASE}",
+                )
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One tensor of the adapter in float32. The last few are kept: the experts of a layer share them."""
+        if key not in self._read:
+            while len(self._read) >= KEPT:
+                del self._read[next(iter(self._read))]
+            self._read[key] = self.tensors.tensor(key).float()
+        return self._read[key]
+
+    def change(self, name: str) -> Change:
+        """The change of one hub tensor. Raises CheckpointError if it is not finite."""
+        pair = self.pairs[name]
+        a, b = self.tensor(pair.a), self.tensor(pair.b)
+        if pair.expert is not None:
+            a = a[pair.expert * pair.rank : (pair.expert + 1) * pair.rank]
+            b = b.reshape(b.shape[0], pair.rank, pair.experts)[:, :, pair.expert].contiguous()
+        change = Change(a, b, pair.scale, self.tensor(pair.magnitude) if pair.magnitude else None)
+        if not change.finite:
+            raise CheckpointError(f"the adapter's change of {name} is not finite")
+        return change
+
+    def delta(self, name: str) -> torch.Tensor:
+        """What a LoRA without DoRA adds to one hub tensor, float32, in its shape (out, in)."""
+        change = self.change(name)
+        return (change.b @ change.a) * change.scale
+
+
+def _expert(name: str) -> int:
+    """The number of the expert whose tensor a hub name of a stack is."""
+    return int(cast(re.Match[str], _EXPERT.search(name))[1])
+
+
+def _tensors(folder: Path) -> Tensors:
+    """The tensors of an adapter folder: a safetensors file, shards with an index, or PyTorch's own format,
+    read without running its code.
+    """
+    if (folder / WEIGHTS).exists():
+        return Tensors(header(folder / WEIGHTS)[0])
+    if (folder / INDEX).exists():
+        table = read_json(folder / INDEX).get("weight_map")
+        named = table if isinstance(table, dict) else {}
+        files = sorted(set(named.values())) if all(isinstance(name, str) for name in named.values()) else []
+        if missing := [name for name in files if not (folder / name).is_file()] or (
+            [] if files else ["any file"]
+        ):
+            raise AdapterError(
+                f"{INDEX} names {missing[0]}, which is not there",
+                "every file of the index",
+                "Copy the adapter again.",
+            )
+        return Tensors({key: entry for name in files for key, entry in header(folder / name)[0].items()})
+    if not (folder / PICKLED).exists():
+        raise AdapterError(
+            f"there is no {WEIGHTS} or {PICKLED} beside {CONFIG}",
+            "the folder that PEFT's save_pretrained writes",
+            "Copy the file there.",
+        )
+    try:
+        values = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # torch.load names no error of its own: a broken zip, an end of file, a pickle that runs code
+        raise AdapterError(
+            f"{PICKLED} cannot be read safely ({type(error).__name__})",
+            "tensors and nothing else",
+            "Load it with PEFT where you trust it, and save it with save_pretrained, which writes "
+            "safetensors.",
+        ) from error
+    if not isinstance(values, dict) or not all(
+        isinstance(value, torch.Tensor) and value.dtype in NAMES for value in values.values()
+    ):
+        raise AdapterError(
+            f"{PICKLED} holds something other than named tensors", "tensors and nothing else", SAVE_AGAIN
+        )
+    return _Loaded(folder / PICKLED, values)

@@ -1,0 +1,120 @@
+"""A model's forward with one layer in memory: packed sequences go through layer after layer, each filled
+when it is their turn.
+
+What a 63 GB model needs for a forward is then its largest layer (2.6 GB) and the hidden states of the
+sequences (5.4 KB a token in BF16). Every layer is filled once, whatever the number of sequences, so a pass
+over hundreds of conversations reads the checkpoint once. Several models that differ in some of their
+weights can go side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import assemble
+from model.families.nemotron_h import names
+from model.layers.documents import Documents
+
+if TYPE_CHECKING:
+    from model.layers.structure import Model
+
+CAPACITY = 16384  # tokens of a packed sequence
+Sequence = tuple[torch.Tensor, Documents]  # ids int64 (tokens,), and the documents that they are
+Read = Callable[[str], torch.Tensor]  # the hub name of a tensor -> the tensor
+
+
+class Layers:
+    """The blocks of a model of `config`, of which one is filled at a time: three blocks in all, one for
+    each kind of layer.
+    """
+
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: str):
+        self.letters = names.pattern(config)
+        self._models: dict[str, Model] = {}
+        for letter in dict.fromkeys(self.letters):
+            self._models[letter] = assemble.prepare(
+                assemble.empty(
+                    config | {"hybrid_override_pattern": letter, "num_hidden_layers": 1},
+                    "bf16",
+                    dtype,
+                    device,
+                )
+            ).eval()
+        self._names: dict[int, list[str]] = {}
+        for name in names.tensors(config):
+            if name.startswith("backbone.layers."):
+                self._names.setdefault(int(name.split(".")[2]), []).append(name)
+
+    def __len__(self) -> int:
+        return len(self.letters)
+
+    def names(self, number: int) -> list[str]:
+        """Hub names of the tensors of layer `number`."""
+        return self._names[number]
+
+    def fill(self, number: int, read: Read, only: Iterable[str] | None = None) -> nn.Module:
+        """The block of layer `number` with its tensors, or with `only` those of them, as `read` gives
+        them.
+        """
+        model = self._models[self.letters[number]]
+        for name in self.names(number) if only is None else only:
+            assemble.fill(model, name.replace(f"layers.{number}.", "layers.0.", 1), read(name))
+        return model.model.layers[0]
+
+
+class Walk:
+    """Sequences on their way through the layers: `hidden` holds (tokens, hidden size) of each, at first
+    its embeddings.
+    """
+
+    def __init__(self, sequences: list[Sequence], embeddings: torch.Tensor, dtype: torch.dtype, device: str):
+        """`embeddings` (vocabulary, hidden size); it is not kept."""
+        table = embeddings.to(device, dtype)
+        self.documents = [documents for _, documents in sequences]
+        self.hidden = [F.embedding(ids.to(device), table) for ids, _ in sequences]
+
+    @torch.no_grad()
+    def through(self, block: nn.Module) -> None:
+        """Every sequence through one filled block."""
+        for n, (hidden, documents) in enumerate(zip(self.hidden, self.documents, strict=True)):
+            self.hidden[n] = block(hidden[None], attention_mask=None, documents=documents)[0]
+
+    def distance(self, other: Walk | None = None) -> float:
+        """Root of the summed squares of all that the hidden states differ by from another's; of themselves
+        without one.
+        """
+        others: Iterable[torch.Tensor | float] = other.hidden if other else [0.0] * len(self.hidden)
+        squares: float = sum(
+            (a.float() - b).square().sum().item() for a, b in zip(self.hidden, others, strict=True)
+        )
+        root: float = squares**0.5
+        return root
+
+    @torch.no_grad()
+    def logits(
+        self, norm: torch.Tensor, head: torch.Tensor, eps: float, chunk: int = 1024
+    ) -> Iterable[torch.Tensor]:
+        """Logits float32 (at most `chunk`, vocabulary) of all tokens in their order, a chunk at a time;
+        norm (hidden size,), head (vocabulary, hidden size).
+        """
+        for hidden in self.hidden:
+            head, norm = head.to(hidden), norm.to(hidden)
+            for rows in hidden.split(chunk):
+                yield (F.rms_norm(rows.float(), norm.shape, norm.float(), eps).to(rows) @ head.t()).float()
+
+
+def packed(rows: list[torch.Tensor], capacity: int = CAPACITY) -> list[Sequence]:
+    """Documents, ids int64 (tokens,) each, end to end in their order, in sequences of at most `capacity`
+    tokens (or one document).
+    """
+    groups: list[list[torch.Tensor]] = []
+    for row in rows:
+        if not groups or sum(map(len, groups[-1])) + len(row) > capacity:
+            groups.append([])
+        groups[-1].append(row)
+    return [(torch.cat(group), Documents(tuple(map(len, group)))) for group in groups]

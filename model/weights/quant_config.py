@@ -1,0 +1,129 @@
+"""What a checkpoint says of its own quantisation, for loaders: `quantization_config` in config.json, or
+hf_quant_config.json beside it.
+
+vLLM takes the first where both are there. ModelOpt writes both; NVIDIA's NVFP4 repository has only the
+second, and so has W4A4 of this project: every vLLM reads it the same way, and config.json stays the
+source's. W4A16_NVFP4 has both here, because vLLM reads it in the first alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from model.weights.checkpoint import CheckpointError, read_json
+
+FILE, CONFIG, INSIDE = "hf_quant_config.json", "config.json", "quantization_config"
+# quant_algo -> whether the activations are quantised too, which takes an input_scale for each linear.
+ALGORITHMS = {"NVFP4": True, "W4A16_NVFP4": False}
+# Where hf_quant_config.json alone says one of these, vLLM stops at "Unknown ModelOpt quant algo" (0.21, which
+# first knew it, to 0.32).
+ONLY_INSIDE = ("W4A16_NVFP4",)
+GROUP = 16
+_FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
+_CACHES: dict[tuple[object, object], str] = {("float", 8): "FP8", ("float", 4): "NVFP4"}
+# vLLM refuses the file without any of them
+_NEEDED = ("quant_algo", "group_size", "kv_cache_quant_algo", "exclude_modules")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """`file` is where it stands, `missing` the keys that vLLM asks for and that are not there."""
+
+    file: str
+    algorithm: str
+    group_size: int
+    kv_cache: str | None
+    excludes: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+
+
+def write(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes `settings`, as layout.hf_quant_config makes them, to where vLLM reads them:
+    hf_quant_config.json, and config.json where it has to be.
+
+    config.json has to be there already. Raises CheckpointError if it is no object, ValueError for settings
+    that have no form in it.
+    """
+    (folder / FILE).write_text(json.dumps(settings, indent=4) + "\n")
+    if settings["quantization"]["quant_algo"] in ONLY_INSIDE:
+        config = read_json(folder / CONFIG) | {INSIDE: inside(settings)}
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def inside(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` of hf_quant_config.json in the form of `quantization_config` in config.json: the names
+    differ, and the KV cache's is a table.
+    """
+    its = settings["quantization"]
+    kv_cache = its["kv_cache_quant_algo"]
+    if kv_cache not in (None, "FP8"):
+        raise ValueError(f"kv_cache_quant_algo {kv_cache!r} has no form in {CONFIG}; expected FP8 or null")
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": its["quant_algo"],
+        "group_size": its["group_size"],
+        "producer": settings["producer"],
+        **({"kv_cache_scheme": _FP8_CACHE} if kv_cache else {}),
+        "ignore": its["exclude_modules"],
+    }
+
+
+def read(folder: Path, config: dict[str, Any]) -> list[QuantConfig]:
+    """Everything that is said, what vLLM takes first. Raises CheckpointError on a file or value that is
+    none of the known forms.
+    """
+    found = []
+    if its := config.get(INSIDE):
+        found.append(_of(CONFIG, its, "ignore"))
+    if (folder / FILE).exists():
+        found.append(_of(FILE, read_json(folder / FILE).get("quantization"), "exclude_modules"))
+    return found
+
+
+def _of(file: str, raw: object, listed: str) -> QuantConfig:
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} has no table of quantisation settings")
+    excludes = raw.get(listed, [])
+    if not isinstance(excludes, list) or not all(isinstance(name, str) for name in excludes):
+        raise CheckpointError(f"{listed} of {file} is not a list of names")
+    groups = _table(raw, "config_groups", file) if file == CONFIG else {}
+    inner = [_table(_table(groups, name, file), "weights", file).get("group_size") for name in groups]
+    size = raw.get("group_size") or next(filter(None, inner), GROUP)
+    if type(size) is not int:
+        raise CheckpointError(f"group_size of {file} is {size!r}, expected a whole number")
+    kv_cache = raw.get("kv_cache_quant_algo")
+    if scheme := _table(raw, "kv_cache_scheme", file):  # as compressed-tensors says it
+        kind = (scheme.get("type"), scheme.get("num_bits"))
+        kv_cache = next((name for known, name in _CACHES.items() if known == kind), json.dumps(scheme))
+    if not isinstance(kv_cache, str | None):
+        raise CheckpointError(f"kv_cache_quant_algo of {file} is {kv_cache!r}, expected a name or null")
+    return QuantConfig(
+        file,
+        str(raw.get("quant_algo")).upper(),
+        size,
+        kv_cache,
+        tuple(excludes),
+        tuple(key for key in _NEEDED if key not in raw) if file == FILE else (),
+    )
+
+
+def _table(settings: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    """The table under `key`; empty where there is none. Raises CheckpointError for anything else."""
+    value = settings.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{key} of {file} is {value!r}, expected a table")
+    return value
+
+
+def covers(exclude: str, module: str) -> bool:
+    """Whether vLLM leaves `module` unquantised because of `exclude`: a part of its name, or a pattern of
+    all of it.
+
+    So `backbone.layers.1` also covers layers 10 to 19. A pattern `name*` stands for `name` and all below
+    it.
+    """
+    return exclude.removesuffix("*") in module or fnmatchcase(module, exclude)
