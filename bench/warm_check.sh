@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What stages.warm compiles and tunes on this GPU, and that the next process does neither. About five minutes on an H100.
+# What stages.train.warm compiles and tunes on this GPU, and that the next process does neither. About five minutes on an H100.
 #
 #   bench/warm_check.sh [FOLDER]      PYTHON=... names the train environment's python (default: python3)
 #
@@ -19,7 +19,7 @@ folder=$(cd "$folder" && pwd)
 cp -r "$here/model" "$here/stages" "$folder/hidden/"
 echo '{"gpus": {}}' > "$folder/hidden/model/layers/tuning.json"
 
-# The job of stages.warm: every parameter of stage train, with those of a 30B model on one GPU.
+# The job of stages.train.warm: every parameter of stage train, with those of a 30B model on one GPU.
 job() { # NAME -> FOLDER/NAME/job.json
     mkdir -p "$folder/$1/output" "$folder/$1/scratch"
     "$python" - "$here/stages/train/stage.toml" "$folder/$1" <<'PYTHON'
@@ -40,7 +40,7 @@ warm() { # NAME, CODE, KERNELS, SEED, then words that have to be 0
     shift 4
     job "$name"
     mkdir -p "$folder/$kernels"
-    if ! (cd "$code" && ANNIE_KERNELS="$folder/$kernels" ANNIE_KERNELS_SEED="$seed" PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" "$python" -m stages.warm "$folder/$name/job.json") \
+    if ! (cd "$code" && ANNIE_KERNELS="$folder/$kernels" ANNIE_KERNELS_SEED="$seed" PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" "$python" -m stages.train.warm "$folder/$name/job.json") \
         > "$folder/$name.log" 2>&1; then
         tail -n 20 "$folder/$name.log"
         echo "$name: failed; expected exit status 0. The whole log: $folder/$name.log" >&2

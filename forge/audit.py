@@ -1,4 +1,4 @@
-"""The audit of a checkpoint folder, run where the model's code runs: in the image `train`."""
+"""The audit of a checkpoint folder, run where the model's code runs: in the image of stage quantize."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 from forge.executor import Executor
 from forge.finding import Finding, Refused, error
 from forge.plan import Context
+from forge.program import Program
 
-IMAGE, MODULE = "train", "model.checkpoint_audit"
+STAGE, MODULE, ENVIRONMENT = "quantize", "audit", "train"
 
 
 def audit(
@@ -24,15 +25,17 @@ def audit(
     folders = {"FOLDER": folder} | ({"--base": base} if base else {})
     if missing := [finding for name, path in folders.items() for finding in _no_checkpoint(name, path)]:
         raise Refused(missing)
-    image = context.recipe.images[IMAGE]
-    if lacking := [f for f in executor.check([image], gpu=False) if f.level == "error"]:
+    environment = context.recipe.images[ENVIRONMENT]
+    program = Program(STAGE, environment, context.repo, MODULE)
+    if lacking := [f for f in executor.check([environment], gpu=False) if f.level == "error"]:
         raise Refused(lacking)
-    executor.prepare(image, lambda line: print(line, file=sys.stderr))
+    executor.prepare(environment, lambda line: print(line, file=sys.stderr))
+    executor.bake(program, lambda line: print(line, file=sys.stderr))
     arguments: list[str | Path] = [folder.absolute()]
     arguments += ["--base", base.absolute()] if base else []
     arguments += [f"--vllm={vllm}"] if vllm is not None else []
     done = subprocess.run(
-        executor.command(image, MODULE, arguments),
+        executor.command(program, arguments),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -10,16 +10,20 @@ from forge.finding import Refused, error
 
 # Packages of this repository that a stage may import.
 _ROOTS = ("stages", "model")
-# Beside the code and without effect on the output: a contract's values come into the key one by one.
-_APART = ("stage.toml", "README.md")
+# Beside the code and without effect on the output: a contract's values come into the key one by one, and a
+# Dockerfile as a part of the image.
+_BESIDE = ("stage.toml", "README.md", "Dockerfile")
 
 
-def closure(repo: Path, stage: str) -> list[Path]:
-    """Sorted paths, relative to `repo`. Imports inside functions count; so does a data file that a module
-    names in a string and that lies beside it. Refused if a file is not Python or imports what it may not."""
+def closure(repo: Path, stage: str, apart: tuple[str, ...] = ()) -> list[Path]:
+    """Sorted paths, relative to `repo`: the stage's folder without the files `apart`, and what its imports
+    reach. Imports inside functions count; so does a data file that a module names in a string and that lies
+    beside it. Refused if a file is not Python or imports what it may not.
+    """
     own = repo / "stages" / stage
+    left_out = {*_BESIDE, *apart}
     found = {
-        p for p in own.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name not in _APART
+        p for p in own.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name not in left_out
     }
     todo = [p for p in found if p.suffix == ".py"] + _packages(repo, own / "__main__.py")
     seen: set[Path] = set()
@@ -52,7 +56,7 @@ def closure(repo: Path, stage: str) -> list[Path]:
                             str(path.relative_to(repo)),
                             f"an import of {name}",
                             "no import of another stage",
-                            "What two stages share belongs in model/.",
+                            "What two stages share belongs in stages/ or model/.",
                         )
                     )
             todo += reached

@@ -114,6 +114,8 @@ class Contract:
     product: Product | None = None
     # a module that looks at the stage's sources before any stage runs (forge/sources.py)
     check: str | None = None
+    # modules of the stage's folder that can be started too and decide nothing of its output
+    apart: tuple[str, ...] = ()
 
 
 def _product(
@@ -168,6 +170,7 @@ _KEYS = {
     "needs": dict,
     "build": dict,
     "check": str,
+    "apart": list,
 }
 
 
@@ -188,7 +191,7 @@ def load(folder: Path) -> Contract:
         if key not in _KEYS:
             findings.append(error(name, f"unknown key {key}", "a key of a contract", nearest(key, _KEYS)))
         elif not isinstance(value, _KEYS[key]):
-            expected = "a table" if _KEYS[key] is dict else "a string"
+            expected = {dict: "a table", list: "a list of strings", str: "a string"}[_KEYS[key]]
             findings.append(error(name, f"{key} = {value!r}", expected, ""))
     for key in ("summary", "image", "produces"):
         if key not in raw:
@@ -276,6 +279,9 @@ def load(folder: Path) -> Contract:
                 "",
             )
         )
+    for module in raw.get("apart", []):
+        if not isinstance(module, str) or not (folder / module).is_file():
+            findings.append(error(name, f"apart names {module!r}", f"a file in stages/{folder.name}", ""))
     sources = {key: table(Source, f"sources.{key}", values) for key, values in raw.get("sources", {}).items()}
     secrets = {
         key: table(Secret, f"secrets.{key}", values).doc for key, values in raw.get("secrets", {}).items()
@@ -301,4 +307,5 @@ def load(folder: Path) -> Contract:
         needs=needs,
         product=product,
         check=raw.get("check"),
+        apart=tuple(raw.get("apart", ())),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge import code, hashing, image
+from forge.program import Program
 from forge.recipe import Recipe, Step
 
 
@@ -35,8 +36,13 @@ def of(
     """The key of `step`. `digest` gives the content digest of a stage's artifact, None if it is not built;
     `gpu` is the GPU's architecture or "none". Where content decides and not a file's age, an input that is
     built again and comes out the same leaves every key after it as it was."""
-    components = {f"code/{path}": memo.file(repo / path) for path in code.closure(repo, step.name)}
-    components |= image.components(recipe.images[step.contract.image], executor)
+    contract = step.contract
+    files = code.closure(repo, step.name, contract.apart)
+    components = {f"code/{path}": memo.file(repo / path) for path in files}
+    components |= image.components(recipe.images[contract.image], executor)
+    dockerfile = Program(step.name, recipe.images[contract.image], repo).dockerfile
+    if executor != "local" and dockerfile.is_file():
+        components[f"image/{dockerfile.relative_to(repo)}"] = memo.file(dockerfile)
     if step.contract.product:
         made = image.components(recipe.images[step.contract.product.image], executor)
         components |= {f"product/{name.removeprefix('image/')}": value for name, value in made.items()}

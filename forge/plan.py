@@ -11,6 +11,7 @@ from typing import Any, Literal
 from forge import key
 from forge.contract import nearest
 from forge.finding import Refused, error
+from forge.program import Program
 from forge.recipe import Recipe, Step
 from forge.store import Artifact, Store
 
@@ -206,6 +207,11 @@ def _why(
     else:
         why = "its artifact was deleted"
     return why + (", goes on where it stopped" if context.store.unfinished(name, its.sha256) else "")
+
+
+def program(context: Context, step: Step, start: str = "") -> Program:
+    """What runs a stage, or the module `start` of its folder."""
+    return Program(step.name, context.recipe.images[step.contract.image], context.repo, start)
 
 
 def _estimate(step: Step, newest: Artifact | None) -> Estimate:

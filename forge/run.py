@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,31 +172,38 @@ class _Run:
         return f"python build.py run --recipe {self.recipe.option} --executor {self.executor.name}"
 
     def prepare(self, wanted: Plan) -> None:
-        """Makes every environment that may be used, so that a broken one is found before hours of
-        training.
+        """Makes every environment and every stage's image that may be used, so that a broken one is found
+        before hours of training.
         """
-        for name in dict.fromkeys(self.recipe.stages[s.name].contract.image for s in wanted.pending):
-            log = self.journal.log(f"00-{name}")
-            started = time.monotonic()
-            lines = 0
+        steps = [self.recipe.stages[stage.name] for stage in wanted.pending]
+        for name in dict.fromkeys(step.contract.image for step in steps):
+            self.image(name, f"00-{name}", partial(self.executor.prepare, self.recipe.images[name]))
+        for step in steps:
+            program = plan.program(self.context, step)
+            self.image(f"of {step.name}", f"00-image-of-{step.name}", partial(self.executor.bake, program))
 
-            def on_line(line: str, name: str = name, log: Log = log) -> None:
-                nonlocal lines
-                lines += 1
-                if lines == 1:  # one that is there already has nothing to say
-                    self.journal.emit("image", image=name, state="preparing")
-                self.journal.emit("log", image=name, line=log.line(line))
+    def image(self, image: str, log_name: str, make: Callable[[Callable[[str], None]], None]) -> None:
+        """Makes one image; one that is there already has nothing to say, and is not mentioned."""
+        log = self.journal.log(log_name)
+        started = time.monotonic()
+        lines = 0
 
-            try:
-                self.executor.prepare(self.recipe.images[name], on_line)
-            except Refused as refused:
-                raise StageFailed(_one(refused.findings), log.path, log.tail(_TAIL)) from refused
-            finally:
-                log.close()
-            if lines:
-                self.journal.emit(
-                    "image", image=name, state="ready", seconds=round(time.monotonic() - started, 1)
-                )
+        def on_line(line: str) -> None:
+            nonlocal lines
+            lines += 1
+            if lines == 1:
+                self.journal.emit("image", image=image, state="preparing")
+            self.journal.emit("log", image=image, line=log.line(line))
+
+        try:
+            make(on_line)
+        except Refused as refused:
+            raise StageFailed(_one(refused.findings), log.path, log.tail(_TAIL)) from refused
+        finally:
+            log.close()
+        if lines:
+            seconds = round(time.monotonic() - started, 1)
+            self.journal.emit("image", image=image, state="ready", seconds=seconds)
 
     # --- one stage ------------------------------------------------------------------------------------------
 
@@ -216,9 +224,8 @@ class _Run:
             job = self.job(stage, output, scratch)
             task = Task(
                 stage=stage.name,
-                image=self.recipe.images[step.contract.image],
+                program=plan.program(self.context, step),
                 job=job,
-                repo=self.context.repo,
                 folder=self.journal.folder,
                 prefix=prefix,
                 gpu=self.recipe.on_gpu(stage.name),
@@ -351,6 +358,7 @@ class _Run:
 
         self.executor.build_product(
             self.recipe.images[product.image],
+            self.recipe.images[step.contract.image],
             product.folders(step.params, lambda name: suppliers[name].folder),
             output,
             key[:12],

@@ -1,5 +1,5 @@
-"""Compiling what stage train will run on this machine's GPU before it runs: stages/warm.py, in the image
-of that stage.
+"""Compiling what stage train will run on this machine's GPU before it runs: stages/train/warm.py, in the
+image of that stage.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def lacking(context: Context, executor: Executor, step: Step | None) -> list[Fin
 
 
 class _Warming:
-    """One run of stages/warm.py."""
+    """One run of stages/train/warm.py."""
 
     def __init__(self, context: Context, executor: Executor, journal: Journal, step: Step):
         self.context, self.executor, self.journal, self.step = context, executor, journal, step
@@ -111,9 +111,9 @@ class _Warming:
         self.journal.emit("plan", **planned, folder=str(self.journal.folder))
         log = self.journal.log(f"01-{MODULE}")
         try:
-            self.executor.prepare(
-                image, lambda line: self.journal.emit("log", image=image.name, line=log.line(line))
-            )
+            said = lambda line: self.journal.emit("log", image=image.name, line=log.line(line))
+            self.executor.prepare(image, said)
+            self.executor.bake(plan.program(self.context, self.step, MODULE), said)
             self.journal.emit("stage", stage=MODULE, why=about["why"], key=None, estimate=about["seconds"])
             task = self.task(output, scratch)
             run.follow(self.context, self.executor, self.journal, task, log)
@@ -137,7 +137,7 @@ class _Warming:
         return made
 
     def task(self, output: Path, scratch: Path) -> Task:
-        """stages/warm.py with the parameters of stage train, and those of its inputs that are built."""
+        """stages/train/warm.py with the parameters of stage train, and those of its inputs that are built."""
         recipe, step = self.context.recipe, self.step
         built = {name: plan.one(self.context, supplier) for name, supplier in step.inputs.items()}
         inputs = {
@@ -159,9 +159,8 @@ class _Warming:
         }
         return Task(
             stage=MODULE,
-            image=recipe.images[step.contract.image],
+            program=plan.program(self.context, step, MODULE),
             job=job,
-            repo=self.context.repo,
             folder=self.journal.folder,
             prefix=f"01-{MODULE}",
             gpu=True,

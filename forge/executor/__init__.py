@@ -1,6 +1,7 @@
-"""Where stages run. Five calls: prepare an image, submit a task, poll it, read its logs, cancel it.
+"""Where stages run. Five calls: prepare an environment, submit a task, poll it, read its logs, cancel it.
+A sixth, `bake`, is for executors whose stages have images of their own.
 
-A sixth, `command`, is for what only reads and answers on stdout: it takes no lock, leaves nothing, and no
+And `command` is for what only reads and answers on stdout: it takes no lock, leaves nothing, and no
 run notices it.
 """
 
@@ -16,18 +17,18 @@ from typing import IO, Any, Literal, Protocol, runtime_checkable
 
 from forge.finding import Finding, Refused, error
 from forge.image import Image
+from forge.program import Program
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run of one stage. `job` holds the host's paths; the files `<folder>/<prefix>.{json,sh}` are
-    written by `submit`.
+    """One run of one stage, under the name `stage`. `job` holds the host's paths; the files
+    `<folder>/<prefix>.{json,sh}` are written by `submit`.
     """
 
     stage: str
-    image: Image
+    program: Program
     job: dict[str, Any]
-    repo: Path
     folder: Path
     prefix: str
     gpu: bool = False
@@ -61,7 +62,12 @@ class Executor(Protocol):
         """What this machine lacks for these images."""
 
     def prepare(self, image: Image, on_line: Callable[[str], None]) -> None:
-        """Makes the environment or the image; does nothing if it is there. Refused if it cannot be made."""
+        """Makes the environment; does nothing if it is there. Refused if it cannot be made."""
+
+    def bake(self, program: Program, on_line: Callable[[str], None]) -> None:
+        """Makes the image of a stage, on its environment, which is prepared; does nothing if it is there, or
+        where stages run from the repository's files. Refused if it cannot be made.
+        """
 
     def submit(self, task: Task) -> Any:
         """Starts a task and returns a handle for the other calls."""
@@ -80,9 +86,9 @@ class Executor(Protocol):
         GPU, which compiles none.
         """
 
-    def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
-        """A command that runs a module of this repository in `image`, which is prepared. A Path among
-        `arguments` is a folder that it may read.
+    def command(self, program: Program, arguments: list[str | Path]) -> list[str]:
+        """A command that runs the program, which is baked. A Path among `arguments` is a
+        folder that it may read.
         """
 
 
@@ -93,14 +99,15 @@ class ProductBuilder(Protocol):
     def build_product(
         self,
         image: Image,
+        environment: Image,
         contexts: dict[str, Path | None],
         output: Path,
         tag: str,
         labels: dict[str, str],
         on_line: Callable[[str], None],
     ) -> None:
-        """Builds it from `output`, tags it by `tag` and `latest`, and writes output/image.json. A context of
-        None is empty.
+        """Builds it from `output` on `environment`, which is prepared, tags it by `tag` and `latest`, and
+        writes output/image.json. A context of None is empty.
         """
 
 

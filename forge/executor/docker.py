@@ -22,10 +22,10 @@ from forge.executor import KERNELS, Line, Task, kernel_folder, run_logged
 from forge.executor.local import stage_environment
 from forge.finding import Finding, Refused, error
 from forge.image import Image
+from forge.program import Program
 
 REPOSITORY = "annie"
 SERVED = "annie/vllm-nemotron-annie"
-CODE = ("stages", "model")
 SCRATCH = "/scratch"  # a task's scratch folder, in its container
 # the same in every container: Triton writes the absolute path of what it compiled beside it
 KERNELS_INSIDE = "/kernels"
@@ -87,7 +87,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Spec:
-    """A container as the API and as `docker run` take it."""
+    """A container as the API and as `docker run` take it. It mounts data; its code is the image's."""
 
     image: str
     command: list[str]
@@ -97,6 +97,7 @@ class Spec:
     mounts: list[tuple[str, str, bool]]  # (host path, container path, read-only)
     labels: dict[str, str] = field(default_factory=dict)
     gpu: bool = False
+    entrypoint: str | None = None  # None: the image's own
 
     def as_api(self) -> dict[str, Any]:
         return {
@@ -110,13 +111,12 @@ class Spec:
                 for source, target, read_only in self.mounts
             ],
             "labels": self.labels,
-            "working_dir": "/annie",
             "shm_size": "2g",
             "read_only": True,
             "tmpfs": {"/tmp": "exec,mode=1777"},
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
-            "entrypoint": [],
+            "entrypoint": self.entrypoint,
             "device_requests": [DeviceRequest(count=-1, capabilities=[["gpu"]])] if self.gpu else [],
         }
 
@@ -128,7 +128,6 @@ class Spec:
             "--rm",
             f"--user={self.user}",
             f"--network={self.network}",
-            "--workdir=/annie",
             "--read-only",
             "--tmpfs=/tmp:exec,mode=1777",
             "--shm-size=2g",
@@ -142,7 +141,9 @@ class Spec:
             f"--mount=type=bind,source={source},target={target}{',readonly' if read_only else ''}"
             for source, target, read_only in self.mounts
         ]
-        return [*command, "--entrypoint=", self.image, *self.command]
+        if self.entrypoint:
+            command.append(f"--entrypoint={self.entrypoint}")
+        return [*command, self.image, *self.command]
 
 
 class Docker:
@@ -153,8 +154,6 @@ class Docker:
         """`user` is (uid, gid) of the containers; the caller's if not given."""
         self.repo, self.home = repo, home.absolute()
         self.user = user or (os.getuid(), os.getgid())
-        # image name -> tag of what was prepared, which a product may start from
-        self._bases: dict[str, str] = {}
         self._client: Any = None
 
     @property
@@ -168,12 +167,16 @@ class Docker:
                 raise Refused(_no_engine(fault)) from fault
         return self._client
 
-    def reference(self, image: Image) -> str:
-        """What the engine knows a prepared image by."""
-        return self._bases.get(image.name) or self.tag(image)
-
     def tag(self, image: Image) -> str:
-        return f"{REPOSITORY}/{image.name}:{images.fingerprint(image, self.name)}"
+        """What an environment is called once it is made."""
+        return f"{REPOSITORY}/env-{image.name}:{images.fingerprint(image, self.name)}"
+
+    def environment(self, image: Image) -> str:
+        """What a stage's image starts from: the environment, or its base where it has no Dockerfile."""
+        return self.tag(image) if (image.folder / "Dockerfile").exists() else image.args.get("base", "")
+
+    def baked(self, program: Program) -> str:
+        return f"{REPOSITORY}/{program.stage}:{program.fingerprint(self.name)}"
 
     # --- what is missing ------------------------------------------------------------------------------------
 
@@ -227,48 +230,65 @@ class Docker:
     # --- images ---------------------------------------------------------------------------------------------
 
     def prepare(self, image: Image, on_line: Callable[[str], None]) -> None:
-        """Builds `annie/<image>:<fingerprint>`; a folder without a Dockerfile stands for its base image as
-        it is.
+        """Builds `annie/env-<image>:<fingerprint>`; a folder without a Dockerfile stands for its base image
+        as it is.
         """
         if not (image.folder / "Dockerfile").exists():
-            self._bases[image.name] = image.args.get("base", "")
             return
         tag = self.tag(image)
-        self._bases[image.name] = tag
         if not self._there(tag):
             arguments = {name.upper(): value for name, value in image.args.items()}
             self._build(
-                image,
+                image.folder / "Dockerfile",
                 tag,
                 image.folder.parent,
                 {"wheels": _wheels()},
                 arguments,
-                {"io.annie.image": image.name},
+                {"io.annie.environment": image.name},
                 on_line,
             )
+
+    def bake(self, program: Program, on_line: Callable[[str], None]) -> None:
+        """Builds `annie/<stage>:<fingerprint>`, which `annie/<stage>:latest` names too."""
+        if not program.dockerfile.is_file():
+            raise Refused(
+                error(
+                    f"stages/{program.stage}",
+                    "no Dockerfile",
+                    "one that puts the stage's code on its environment",
+                    "CONTRIBUTING.md, Add a stage, has its lines; or run with --executor local.",
+                )
+            )
+        tag, environment = self.baked(program), self.environment(program.environment)
+        if not self._there(tag):
+            with tempfile.TemporaryDirectory() as context:
+                program.copy(Path(context))
+                self._build(
+                    program.dockerfile,
+                    tag,
+                    Path(context),
+                    {},
+                    {"ENVIRONMENT": environment},
+                    {"io.annie.stage": program.stage, "io.annie.environment": environment},
+                    on_line,
+                )
+        self.client.images.get(tag).tag(f"{REPOSITORY}/{program.stage}", "latest")
 
     def build_product(
         self,
         image: Image,
+        environment: Image,
         contexts: dict[str, Path | None],
         output: Path,
         tag: str,
         labels: dict[str, str],
         on_line: Callable[[str], None],
     ) -> None:
-        """Builds the serving image with `output` as context (a named context of None is empty), tags it by
-        `tag` and `latest`, and writes output/image.json.
+        """Builds the serving image with `output` as context (a named context of None is empty), on the base
+        that its arguments name or else on `environment`, tags it by `tag` and `latest`, and writes
+        output/image.json.
         """
-        base = image.args.get("base") or self._bases.get("vllm")
-        if not base:
-            raise Refused(
-                error(
-                    f"image {image.name}",
-                    "no base",
-                    "the vllm image, prepared before",
-                    "Let the stage run in the image vllm, or name `base` in the recipe.",
-                )
-            )
+        base = image.args.get("base") or self.environment(environment)
         name = f"{SERVED}:{tag}"
         labels = labels | {
             "org.opencontainers.image.title": "vllm-nemotron-annie",
@@ -276,7 +296,7 @@ class Docker:
             "io.annie.base": base,
         }
         named: dict[str, Path | None] = {**contexts, "image": image.folder}
-        self._build(image, name, output, named, {"BASE": base}, labels, on_line)
+        self._build(image.folder / "Dockerfile", name, output, named, {"BASE": base}, labels, on_line)
         built = self.client.images.get(name)
         built.tag(SERVED, "latest")
         (output / "image.json").write_text(
@@ -286,7 +306,7 @@ class Docker:
 
     def _build(
         self,
-        image: Image,
+        dockerfile: Path,
         tag: str,
         context: Path,
         contexts: dict[str, Path | None],
@@ -303,7 +323,7 @@ class Docker:
                 "--progress=plain",
                 "--provenance=false",
                 f"--tag={tag}",
-                f"--file={image.folder / 'Dockerfile'}",
+                f"--file={dockerfile}",
             ]
             command += [f"--build-context={name}={folder or empty}" for name, folder in contexts.items()]
             command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
@@ -311,7 +331,7 @@ class Docker:
             run_logged(
                 [*command, str(context)],
                 on_line,
-                f"image {image.name}",
+                f"image {tag}",
                 "The lines above say which step; run again, finished steps are kept.",
                 env={**os.environ, "SOURCE_DATE_EPOCH": _EPOCH},
             )
@@ -360,35 +380,34 @@ class Docker:
         return Running(container, output)
 
     def spec(self, task: Task, job: Path, mounts: list[tuple[str, str, bool]]) -> Spec:
+        program = task.program
         environment = {
             "HOME": "/scratch/home",
             "USER": "annie",
             "LOGNAME": "annie",
-            "PYTHONPATH": "/annie",
             **stage_environment(task.network),
         }
         if kernels := self.kernels(task):
             environment[KERNELS] = KERNELS_INSIDE
             mounts = [*mounts, (str(kernels), KERNELS_INSIDE, False)]
         return Spec(
-            image=self.reference(task.image),
-            command=["python3", "-m", f"stages.{task.stage}", "/job.json"],
+            image=self.baked(program),
+            command=["/job.json"] if program.own else ["-m", program.module, "/job.json"],
             user=f"{self.user[0]}:{self.user[1]}",
             network="bridge" if task.network else "none",
             environment=environment,
-            mounts=[*code(task.repo), (str(job), "/job.json", True), *mounts],
+            mounts=[(str(job), "/job.json", True), *mounts],
             labels={_OWNER: str(self.home), "io.annie.stage": task.stage},
             gpu=task.gpu,
+            entrypoint=None if program.own else "python3",
         )
 
     def kernels(self, task: Task) -> Path | None:
-        return (
-            kernel_folder(self.home, task.image, images.fingerprint(task.image, self.name))
-            if task.gpu
-            else None
-        )
+        environment = task.program.environment
+        fingerprint = images.fingerprint(environment, self.name)
+        return kernel_folder(self.home, environment, fingerprint) if task.gpu else None
 
-    def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
+    def command(self, program: Program, arguments: list[str | Path]) -> list[str]:
         """Each file of a folder is mounted by its real path: in the hub's cache, files are links to where
         the container cannot follow them.
         """
@@ -407,12 +426,13 @@ class Docker:
 
         words = [inside(number, argument) for number, argument in enumerate(arguments)]
         return Spec(
-            image=self.reference(image),
-            command=["python3", "-m", module, *words],
+            image=self.baked(program),
+            command=["-m", program.module, *words],
             user=f"{self.user[0]}:{self.user[1]}",
             network="none",
-            environment={"HOME": "/tmp", "PYTHONPATH": "/annie", **stage_environment(network=False)},
-            mounts=[*code(self.repo), *mounts],
+            environment={"HOME": "/tmp", **stage_environment(network=False)},
+            mounts=mounts,
+            entrypoint="python3",
         ).as_command()
 
     def poll(self, running: Running) -> int | None:
@@ -467,11 +487,6 @@ def machine_findings(wanted: list[Image], machine: str) -> list[Finding]:
             "Take a base with its own torch and `torch: base`.",
         )
     ]
-
-
-def code(repo: Path) -> list[tuple[str, str, bool]]:
-    """The mounts of the code that runs in a container."""
-    return [(str(repo / name), f"/annie/{name}", True) for name in CODE if (repo / name).exists()]
 
 
 def container_job(task: Task) -> tuple[dict[str, Any], list[tuple[str, str, bool]]]:

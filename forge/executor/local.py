@@ -21,6 +21,7 @@ from forge.executor import KERNELS, Line, Task, kernel_folder, merged, run_logge
 from forge.executor.uv import Uv
 from forge.finding import Finding, Refused, error
 from forge.image import Image
+from forge.program import Program
 
 _PASSED_ON = (
     "LANG",
@@ -170,18 +171,21 @@ class Local:
             step([python, str(image.folder / "install.py")])
         (target / ".ready").write_text(f"{target}\n")
 
+    def bake(self, program: Program, on_line: Callable[[str], None]) -> None:
+        """Nothing: stages run from the repository's own files."""
+
     def submit(self, task: Task) -> Running:
         job = task.folder / f"{task.prefix}.json"
         job.write_text(json.dumps(task.job, indent=1) + "\n")
         home = Path(task.job["scratch"]) / "home"
         home.mkdir(parents=True, exist_ok=True)
-        python = self.interpreter(task.image)
-        command = [str(python), "-m", f"stages.{task.stage}", str(job)]
+        python = self.interpreter(task.program.environment)
+        command = [str(python), "-m", task.program.module, str(job)]
         environment = {
             **{name: os.environ[name] for name in (*_PASSED_ON, *_INSTRUCTIONS) if name in os.environ},
             "PATH": os.pathsep.join([str(python.parent), "/usr/local/bin", "/usr/bin", "/bin"]),
             "HOME": str(home),
-            "PYTHONPATH": str(task.repo),
+            "PYTHONPATH": str(task.program.repo),
             **_NO_GPU,
             **stage_environment(task.network),
         }
@@ -195,14 +199,14 @@ class Local:
             task.stage,
             "Its output goes where the job says.",
             [
-                ["cd", str(task.repo)],
+                ["cd", str(task.program.repo)],
                 ["mkdir", "-p", *folders],
                 ["exec", "env", "-i", *(f"{k}={v}" for k, v in environment.items()), *command],
             ],
         )
         process = subprocess.Popen(
             command,
-            cwd=task.repo,
+            cwd=task.program.repo,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -234,16 +238,14 @@ class Local:
                 continue
 
     def kernels(self, task: Task) -> Path | None:
-        return (
-            kernel_folder(self.home, task.image, images.fingerprint(task.image, self.name, self.machine))
-            if task.gpu
-            else None
-        )
+        environment = task.program.environment
+        fingerprint = images.fingerprint(environment, self.name, self.machine)
+        return kernel_folder(self.home, environment, fingerprint) if task.gpu else None
 
-    def command(self, image: Image, module: str, arguments: list[str | Path]) -> list[str]:
+    def command(self, program: Program, arguments: list[str | Path]) -> list[str]:
         # Without PYTHONSAFEPATH -m looks first in the caller's folder, which may be another clone.
         environment = {
-            "PYTHONPATH": str(self.repo),
+            "PYTHONPATH": str(program.repo),
             "PYTHONSAFEPATH": "1",
             **_NO_GPU,
             **stage_environment(network=False),
@@ -252,9 +254,9 @@ class Local:
             "env",
             "-i",
             *(f"{k}={v}" for k, v in environment.items()),
-            str(self.interpreter(image)),
+            str(self.interpreter(program.environment)),
             "-m",
-            module,
+            program.module,
             *map(str, arguments),
         ]
 

@@ -136,7 +136,8 @@ def checkpoints(its):
     """Folders that look like checkpoints, and an image whose audit is the one above."""
     (its.repo / "images/train").mkdir()
     (its.repo / "images/train/note.txt").write_text("this interpreter")
-    (its.repo / "model/checkpoint_audit.py").write_text(textwrap.dedent(AUDIT))
+    (its.repo / "stages/quantize").mkdir()
+    (its.repo / "stages/quantize/audit.py").write_text(textwrap.dedent(AUDIT))
     for name in ("good", "bad", "crash"):
         folder = its.repo / name
         folder.mkdir()

@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 from forge.executor import Task
-from forge.executor.docker import Docker, answers, code, container_job, machine_findings, no_engine
+from forge.executor.docker import Docker, answers, container_job, machine_findings, no_engine
+from forge.finding import Refused
 from forge.image import Image, fingerprint, machine_type
+from forge.program import Program
 
 BASE = "python:3.11-slim-bookworm"
 REPO = Path(__file__).resolve().parents[2]
@@ -42,9 +44,13 @@ STAGE = """\
     """
 
 
+DOCKERFILE = (REPO / "stages/quantize/Dockerfile").read_text().replace("quantize", "toy")
+
+
 @pytest.fixture
 def toy(tmp_path):
     (tmp_path / "repo/stages/toy").mkdir(parents=True)
+    (tmp_path / "repo/stages/toy/Dockerfile").write_text(DOCKERFILE)
     (tmp_path / "repo/stages/toy/__main__.py").write_text(textwrap.dedent(STAGE))
     folder = tmp_path / "repo/images/toy"
     folder.mkdir(parents=True)
@@ -72,9 +78,15 @@ def task(toy, **params):
         "device": "cpu",
         "provenance": {},
     }
-    return Task(
-        "toy", Image("toy", toy / "repo/images/toy", {"base": BASE}), job, toy / "repo", run, "01-toy"
-    )
+    environment = Image("toy", toy / "repo/images/toy", {"base": BASE})
+    return Task("toy", Program("toy", environment, toy / "repo"), job, run, "01-toy")
+
+
+def made(executor, task, said=print):
+    """The task, whose environment and image are made."""
+    executor.prepare(task.program.environment, said)
+    executor.bake(task.program, said)
+    return task
 
 
 def test_the_job_in_a_container_has_no_path_of_the_host(toy):
@@ -88,16 +100,97 @@ def test_the_job_in_a_container_has_no_path_of_the_host(toy):
     }
 
 
+def test_a_container_mounts_data_and_no_code(toy):
+    executor, wanted = Docker(toy / "repo", toy / "home"), task(toy)
+    spec = executor.spec(wanted, toy / "run/01-toy.json", container_job(wanted)[1])
+    assert {target for _, target, _ in spec.mounts} == {
+        "/job.json",
+        "/inputs/base",
+        "/sources/words/0/words.txt",
+        "/output",
+        "/scratch",
+    }
+    assert not any(Path(source).is_relative_to(toy / "repo") for source, _, _ in spec.mounts)
+
+
+@engine
+def test_a_stages_image_is_its_own_layer_on_its_environment(toy):
+    (toy / "repo/stages/job.py").write_text("")
+    (toy / "repo/stages/unused.py").write_text("")
+    (toy / "repo/stages/toy/stage.toml").write_text("")
+    (toy / "repo/stages/toy/__main__.py").write_text("import stages.job\n")
+    executor = Docker(toy / "repo", toy / "home")
+    program = made(executor, task(toy)).program
+    described = executor.client.images.get(executor.baked(program)).attrs
+    below = executor.client.images.get(executor.tag(program.environment)).attrs["RootFS"]["Layers"]
+    layers = described["RootFS"]["Layers"]
+    assert layers[: len(below)] == below and len(layers) > len(below)
+    assert described["Config"]["Labels"] == {
+        "io.annie.stage": "toy",
+        "io.annie.environment": executor.tag(program.environment),
+    }
+    sources = ["--entrypoint=find", "annie/toy", "/annie", "-type", "f", "-name", "*[!c]"]
+    found = subprocess.run(
+        ["docker", "run", "--rm", *sources], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert sorted(found) == [
+        "/annie/stages/job.py",
+        "/annie/stages/toy/__main__.py",
+        "/annie/stages/toy/stage.toml",
+    ]
+
+
+@engine
+def test_the_same_files_give_the_same_layer(toy, tmp_path_factory):
+    """Whatever their times and modes are in the clone."""
+    executor, program = Docker(toy / "repo", toy / "home"), task(toy).program
+    executor.prepare(program.environment, print)
+    seen = []
+    for time_, mode in ((1_000_000_000, 0o600), (1_500_000_000, 0o755)):
+        code = toy / "repo/stages/toy/__main__.py"
+        os.utime(code, (time_, time_))
+        code.chmod(mode)
+        context = tmp_path_factory.mktemp("context")
+        program.copy(context)
+        copied = context / "stages/toy/__main__.py"
+        seen.append((copied.stat().st_mtime, copied.stat().st_mode & 0o777, copied.read_text()))
+    assert seen[0] == seen[1] and seen[0][:2] == (0, 0o644)
+
+
+def test_an_image_is_named_by_what_goes_into_it(toy):
+    executor, program = Docker(toy / "repo", toy / "home"), task(toy).program
+    names = [executor.baked(program)]
+    (toy / "repo/stages/toy/README.md").write_text("beside")
+    (toy / "repo/stages/other.py").write_text("not imported")
+    assert executor.baked(program) == names[0]
+    for changed in ("stages/toy/__main__.py", "stages/toy/Dockerfile", "images/toy/Dockerfile"):
+        with (toy / "repo" / changed).open("a") as file:
+            file.write("# changed\n")
+        names.append(executor.baked(program))
+    assert len(set(names)) == 4 and all(name.startswith("annie/toy:") for name in names)
+
+
+def test_a_stage_without_a_dockerfile_is_named(toy):
+    (toy / "repo/stages/toy/Dockerfile").unlink()
+    with pytest.raises(Refused, match="no Dockerfile") as refused:
+        Docker(toy / "repo", toy / "home").bake(task(toy).program, print)
+    assert "CONTRIBUTING.md" in str(refused.value)
+
+
+@pytest.mark.parametrize("stage", sorted(path.parent.name for path in REPO.glob("stages/*/stage.toml")))
+def test_every_stage_has_a_dockerfile_on_its_environment(stage):
+    text = (REPO / "stages" / stage / "Dockerfile").read_text()
+    assert "FROM ${ENVIRONMENT}" in text and f'ENTRYPOINT ["python3", "-m", "stages.{stage}"]' in text
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_task_with_a_gpu_has_the_one_more_mount_where_kernels_stay(toy, gpu):
     """Always at one path: Triton writes absolute paths beside what it compiled."""
     its, wanted = Docker(toy / "repo", toy / "home"), replace(task(toy), gpu=gpu)
     _, mounts = container_job(wanted)
     spec = its.spec(wanted, toy / "job.json", mounts)
-    folder = toy / "home/kernels" / f"toy-{fingerprint(wanted.image, 'docker')}"
-    added = (
-        set(spec.mounts) - set(mounts) - set(code(wanted.repo)) - {(str(toy / "job.json"), "/job.json", True)}
-    )
+    folder = toy / "home/kernels" / f"toy-{fingerprint(wanted.program.environment, 'docker')}"
+    added = set(spec.mounts) - set(mounts) - {(str(toy / "job.json"), "/job.json", True)}
     assert added == ({(str(folder), "/kernels", False)} if gpu else set())
     assert spec.environment.get("ANNIE_KERNELS") == ("/kernels" if gpu else None)
     assert (f"--mount=type=bind,source={folder},target=/kernels" in spec.as_command()) == gpu
@@ -116,8 +209,7 @@ def test_kernels_stay_for_the_next_container_and_belong_to_its_user(toy):
         (folder / "kernel").touch()
         """)
     )
-    wanted = replace(task(toy), gpu=True)
-    its.prepare(wanted.image, lambda line: None)
+    wanted = made(its, replace(task(toy), gpu=True))
     real = its.spec
     its.spec = lambda *of: replace(real(*of), gpu=False)
     said = [[line.text for line in its.logs(its.submit(wanted))] for _ in range(2)]
@@ -161,10 +253,8 @@ def test_an_image_with_a_seed_begins_with_its_kernels(toy):
         print(sorted(str(path.relative_to("/kernels")) for path in kept))
         """)
     )
-    wanted = replace(
-        task(toy), gpu=True, image=Image("toy", toy / "repo/images/toy", {"base": "annie/toy-warm"})
-    )
-    its.prepare(wanted.image, lambda line: None)
+    environment = Image("toy", toy / "repo/images/toy", {"base": "annie/toy-warm"})
+    wanted = made(its, replace(task(toy), gpu=True, program=Program("toy", environment, toy / "repo")))
     real = its.spec
     its.spec = lambda *of: replace(real(*of), gpu=False)
     assert [line.text for line in its.logs(its.submit(wanted))] == [f"['{name}/triton/k.cubin']"]
@@ -179,14 +269,15 @@ def test_a_command_mounts_what_links_lead_to_and_has_no_path_of_the_host(toy):
     (blobs / "abcd").write_text("{}")
     (folder / "config.json").symlink_to("../../blobs/abcd")
     (folder / "torn.safetensors").symlink_to("../../blobs/nothing")
-    words = Docker(toy / "repo", toy / "home").command(
-        task(toy).image, "model.audit", [folder, "--vllm=0.31.0"]
-    )
-    assert words[-5:] == ["python3", "-m", "model.audit", "/read/0/1234", "--vllm=0.31.0"]
+    its = Docker(toy / "repo", toy / "home")
+    program = replace(task(toy).program, start="audit")
+    words = its.command(program, [folder, "--vllm=0.31.0"])
+    assert words[-5:] == [its.baked(program), "-m", "stages.toy.audit", "/read/0/1234", "--vllm=0.31.0"]
     assert {
         "--rm",
         "--network=none",
         "--read-only",
+        "--entrypoint=python3",
         f"--mount=type=bind,source={blobs}/abcd,target=/read/0/1234/config.json,readonly",
     } <= set(words)
     assert not any("torn" in word or "scratch" in word for word in words) and all(
@@ -196,8 +287,7 @@ def test_a_command_mounts_what_links_lead_to_and_has_no_path_of_the_host(toy):
 
 @engine
 def test_a_command_reads_its_folder_and_can_write_nothing(toy):
-    (toy / "repo/model").mkdir()
-    (toy / "repo/model/look.py").write_text(
+    (toy / "repo/stages/toy/look.py").write_text(
         textwrap.dedent("""\
         import pathlib, sys
         folder = pathlib.Path(sys.argv[1])
@@ -206,11 +296,9 @@ def test_a_command_reads_its_folder_and_can_write_nothing(toy):
         """)
     )
     (toy / "input/words.txt").write_text("alpha")
-    its, wanted = Docker(toy / "repo", toy / "home"), task(toy)
-    its.prepare(wanted.image, lambda line: None)
-    done = subprocess.run(
-        its.command(wanted.image, "model.look", [toy / "input"]), capture_output=True, text=True
-    )
+    its = Docker(toy / "repo", toy / "home")
+    program = replace(made(its, task(toy)).program, start="look")
+    done = subprocess.run(its.command(program, [toy / "input"]), capture_output=True, text=True)
     assert (
         done.returncode == 1
         and done.stdout == "alpha\n"
@@ -222,10 +310,9 @@ def test_a_command_reads_its_folder_and_can_write_nothing(toy):
 @engine
 def test_what_a_container_writes_belongs_to_the_user_it_runs_as(toy):
     its = Docker(toy / "repo", toy / "home", user=(1234, 1234))
-    wanted = task(toy)
-    its.prepare(wanted.image, lambda line: None)
+    wanted = made(its, task(toy))
     lines: list[str] = []
-    its.prepare(wanted.image, lines.append)
+    made(its, wanted, lines.append)
     assert lines == []  # built once
     running = its.submit(wanted)
     said = list(its.logs(running))
@@ -239,9 +326,7 @@ def test_what_a_container_writes_belongs_to_the_user_it_runs_as(toy):
 @engine
 def test_the_script_beside_a_run_does_the_same_again(toy):
     its = Docker(toy / "repo", toy / "home")
-    wanted = task(toy, code=3)
-    its.prepare(wanted.image, lambda line: None)
-    running = its.submit(wanted)
+    running = its.submit(made(its, task(toy, code=3)))
     list(its.logs(running))
     assert its.poll(running) == 3
     (toy / "output/made.txt").unlink()
@@ -252,11 +337,9 @@ def test_the_script_beside_a_run_does_the_same_again(toy):
 @engine
 def test_a_container_that_a_killed_run_left_is_removed_by_the_next(toy):
     its = Docker(toy / "repo", toy / "home")
-    its.prepare(task(toy).image, lambda line: None)
-    left = its.submit(task(toy, sleep=600))
+    left = its.submit(made(its, task(toy, sleep=600)))
     running = Docker(toy / "repo", toy / "home")
-    running.prepare(task(toy).image, lambda line: None)
-    next_ = running.submit(task(toy))
+    next_ = running.submit(made(running, task(toy)))
     list(running.logs(next_))
     assert running.poll(next_) == 0
     list(its.logs(left))
@@ -267,8 +350,7 @@ def test_a_container_that_a_killed_run_left_is_removed_by_the_next(toy):
 @engine
 def test_cancel_ends_a_container(toy):
     its = Docker(toy / "repo", toy / "home")
-    its.prepare(task(toy).image, lambda line: None)
-    running = its.submit(task(toy, sleep=600))
+    running = its.submit(made(its, task(toy, sleep=600)))
     began = time.monotonic()
     its.cancel(running)
     assert time.monotonic() - began < 15 and its.poll(running) not in (None, 0)
@@ -321,7 +403,7 @@ def test_an_engine_is_refused_only_on_a_machine_for_which_no_lock_holds_torch(ma
 def test_this_machine_has_what_the_small_recipe_needs(toy):
     assert [
         f
-        for f in Docker(toy / "repo", toy / "home").check([task(toy).image], gpu=False)
+        for f in Docker(toy / "repo", toy / "home").check([task(toy).program.environment], gpu=False)
         if f.level == "error"
     ] == []
 
@@ -357,7 +439,8 @@ def test_the_serving_image_holds_the_checkpoint_and_an_adapter_if_there_is_one(t
         "image": image.folder,
     }
     # build_product would tag it as the newest
-    Docker(toy / "repo", toy / "home")._build(image, tag, toy / "output", contexts, {"BASE": BASE}, {}, print)
+    its = Docker(toy / "repo", toy / "home")
+    its._build(image.folder / "Dockerfile", tag, toy / "output", contexts, {"BASE": BASE}, {}, print)
     try:
         shown = subprocess.run(
             [

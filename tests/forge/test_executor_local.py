@@ -23,6 +23,7 @@ from forge.executor.local import Local
 from forge.executor.uv import Uv
 from forge.finding import Refused
 from forge.image import Image, components, fingerprint
+from forge.program import Program
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -32,10 +33,12 @@ FORGE = """\
     from forge.executor import Task
     from forge.executor.local import Local
     from forge.image import Image
+    from forge.program import Program
     root = Path(sys.argv[1])
     its = Local(root, root / "home")
     job = {"output": str(root / "output"), "scratch": str(root / "scratch")}
-    running = its.submit(Task("slow", Image("none", root / "images/none"), job, root, root, "01-slow"))
+    program = Program("slow", Image("none", root / "images/none"), root)
+    running = its.submit(Task("slow", program, job, root, "01-slow"))
     print(running.process.pid, flush=True)
     for line in its.logs(running):
         pass
@@ -212,15 +215,14 @@ def test_torch_comes_from_a_folder_of_wheels_or_from_the_index_that_machines_tom
 def test_a_cuda_build_of_torch_sees_no_gpu(tmp_path):
     """aarch64: the package index has no other build, and a DGX Spark has a GPU."""
     local = Local(REPO, tmp_path / "home", "aarch64")
-    assert "CUDA_VISIBLE_DEVICES=" in local.command(TRAIN, "json.tool", [])
+    assert "CUDA_VISIBLE_DEVICES=" in local.command(Program("look", TRAIN, REPO), [])
     (tmp_path / "stages/look").mkdir(parents=True)
     (tmp_path / "stages/look/__main__.py").write_text(
         "import os\nprint(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))\n"
     )
     job = {"output": str(tmp_path / "output"), "scratch": str(tmp_path / "scratch")}
-    running = local.submit(
-        Task("look", Image("none", tmp_path / "images/none"), job, tmp_path, tmp_path, "01-look")
-    )
+    program = Program("look", Image("none", tmp_path / "images/none"), tmp_path)
+    running = local.submit(Task("look", program, job, tmp_path, "01-look"))
     assert [line.text for line in local.logs(running)] == ["''"]
 
 
@@ -246,7 +248,7 @@ def test_a_task_with_a_gpu_is_told_where_kernels_stay(tmp_path, gpu):
     (tmp_path / "stages/look").mkdir(parents=True)
     (tmp_path / "stages/look/__main__.py").write_text("import os\nprint(os.environ.get('ANNIE_KERNELS'))\n")
     job = {"output": str(tmp_path / "output"), "scratch": str(tmp_path / "scratch")}
-    task = Task("look", image, job, tmp_path, tmp_path, "01-look", gpu=gpu)
+    task = Task("look", Program("look", image, tmp_path), job, tmp_path, "01-look", gpu=gpu)
     said = [line.text for line in local.logs(local.submit(task))]
     folder = tmp_path / "home/kernels" / f"none-{fingerprint(image, 'local', 'x86_64')}"
     assert said == ([str(folder)] if gpu else ["None"]) and folder.is_dir() == gpu

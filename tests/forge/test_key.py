@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import toy
 
@@ -106,3 +108,30 @@ def test_a_moved_source_is_the_same_source(its):
     (its.repo / "data/a.txt").rename(its.repo / "data/moved/a.txt")
     toy.edit(its.recipe, "data/a.txt", "data/moved/a.txt")
     assert set(its.states().values()) == {"cached"}
+
+
+def test_a_file_apart_is_in_no_key_unless_the_stage_imports_it(its):
+    folder = its.repo / "stages/count"
+    (folder / "warm.py").write_text("from model import unused\n")
+    toy.edit(folder / "stage.toml", 'image = "plain"', 'image = "plain"\napart = ["warm.py"]')
+    apart = {"stages/count/warm.py", "model/unused.py"}
+    in_key = {f"code/{name}" for name in apart}
+    assert not in_key & names(its, "count")
+    context = its.context()
+    program = plan.program(context, context.recipe.stages["count"])
+    assert apart <= {str(path) for path in program.files()}
+    toy.edit(folder / "__main__.py", "def run(its):", "def run(its):\n    from stages.count import warm")
+    assert in_key <= names(its, "count")
+
+
+def test_a_file_apart_that_is_not_there_is_named(its):
+    toy.edit(its.repo / "stages/count/stage.toml", 'image = "plain"', 'image = "plain"\napart = ["no.py"]')
+    with pytest.raises(Refused, match=r"apart names 'no.py'"):
+        its.context()
+
+
+def test_a_stages_dockerfile_is_in_the_keys_of_containers_alone(its):
+    (its.repo / "stages/count/Dockerfile").write_text("FROM x\n")
+    in_containers = plan.one(replace(its.context(), executor="docker"), "count").key.components
+    assert "image/stages/count/Dockerfile" in in_containers
+    assert not any("Dockerfile" in name for name in names(its, "count"))

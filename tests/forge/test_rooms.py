@@ -14,7 +14,6 @@ ROOMS = {
     "build": ("forge",),
     "forge.venv": (),
     "forge": ("forge",),
-    "stages.warm": ("stages.job", "stages.train", "model"),
     **dict.fromkeys(SHARED, SHARED),
     **{
         f"stages.{stage}": (f"stages.{stage}", *SHARED, "model")
@@ -109,7 +108,6 @@ def test_the_table_of_rooms_is_that_of_the_documents():
         "forge/",
         "forge/venv.py",
         "stages/job.py",
-        "stages/warm.py",
         "model/labels.py",
         "model/weights/",
         "model/layers/",

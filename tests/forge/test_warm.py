@@ -19,6 +19,7 @@ TRAIN = """\
     summary = "training"
     image = "plain"
     produces = "text"
+    apart = ["warm.py"]
     [consumes]
     count = "text"
     words = "text"
@@ -65,7 +66,7 @@ def trained(its):
     folder.mkdir()
     (folder / "stage.toml").write_text(textwrap.dedent(TRAIN))
     (folder / "__main__.py").write_text("")
-    (its.repo / "stages/warm.py").write_text(textwrap.dedent(WARM))
+    (its.repo / "stages/train/warm.py").write_text(textwrap.dedent(WARM))
     toy.edit(its.recipe, "seed: 3", "seed: 3\ngpu: cuda")
     with its.recipe.open("a") as recipe:
         recipe.write("  train: {}\n")
@@ -122,7 +123,7 @@ def test_it_leaves_no_artifact_no_scratch_and_no_run_of_the_recipe(trained):
 def test_it_enters_no_key(trained):
     before = {stage.name: stage.key.components for stage in trained.plan().stages}
     warmed(trained)
-    with (trained.repo / "stages/warm.py").open("a") as code:
+    with (trained.repo / "stages/train/warm.py").open("a") as code:
         code.write("# changed\n")
     assert {stage.name: stage.key.components for stage in trained.plan().stages} == before
 

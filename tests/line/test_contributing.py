@@ -33,16 +33,17 @@ def clone(tmp_path_factory):
         "stages/hello/stage.toml": block("**1. Its contract**", "toml"),
         "stages/hello/__init__.py": "",
         "stages/hello/__main__.py": block("**2. Its code**", "python"),
-        "recipes/hello.yaml": block("**4. A recipe**", "yaml"),
+        "stages/hello/Dockerfile": block("**3. Its image**", "dockerfile"),
+        "recipes/hello.yaml": block("**5. A recipe**", "yaml"),
         "data/names.txt": "Ada\nGrace\n",
-        "tests/stages/test_hello.py": block("**6. A test**, `tests/stages/test_hello.py`", "python"),
+        "tests/stages/test_hello.py": block("**7. A test**, `tests/stages/test_hello.py`", "python"),
         "forge/executor/plain.py": block("**1. The class**", "python"),
         "tests/forge/test_executor_plain.py": block("**4. A test**, `tests/forge", "python"),
     }
     for name, content in written.items():
         (clone / name).parent.mkdir(exist_ok=True)
         (clone / name).write_text(content)
-    edit(clone / "forge/contract.py", "\n}\n", f"\n{block('**3. Its artifact type**', 'python')}}}\n")
+    edit(clone / "forge/contract.py", "\n}\n", f"\n{block('**4. Its artifact type**', 'python')}}}\n")
     names = ('("docker", "local")', '("docker", "local", "plain")')
     edit(clone / "forge/recipe.py", f"_EXECUTORS = {names[0]}", f"_EXECUTORS = {names[1]}")
     edit(clone / "build.py", '["docker", "local"]', '["docker", "local", "plain"]')

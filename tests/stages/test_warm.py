@@ -1,4 +1,4 @@
-"""stages.warm trains, with random weights, all that stage train compiles: every kind of layer, full and
+"""stages.train.warm trains, with random weights, all that stage train compiles: every kind of layer, full and
 usual steps, held-out losses.
 """
 
@@ -13,7 +13,8 @@ import small
 from model.families.nemotron_h import layout, nano
 from model.layers import kernel_cache
 from model.layers.projection import Projection
-from stages import job, warm
+from stages import job
+from stages.train import warm
 from stages.train.loop import Loop
 
 CONTRACT = Path(__file__).resolve().parents[2] / "stages/train/stage.toml"

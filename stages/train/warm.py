@@ -1,7 +1,7 @@
 """Compiles and tunes what stage train will run under a recipe, so that its first start is as fast as every
 later one.
 
-    ANNIE_KERNELS=FOLDER python -m stages.warm job.json
+    ANNIE_KERNELS=FOLDER python -m stages.train.warm job.json
 
 No stage: it has no contract, makes no artifact and is in no key; `build.py warm` starts it with the
 parameters of stage train (docs/formats.md, Kernels). It trains two steps of random weights: one packed
@@ -45,8 +45,8 @@ def run(task: job.Job) -> None:
         raise job.StageError(
             "no folder in which kernels stay",
             f"one that can be written, named in {kernel_cache.FOLDER}",
-            f"build.py warm names one by itself; by hand: {kernel_cache.FOLDER}=FOLDER python -m stages.warm"
-            " job.json",
+            "build.py warm names one by itself; by hand:"
+            f" {kernel_cache.FOLDER}=FOLDER python -m stages.train.warm job.json",
         )
     from model.layers import tuning
     from stages.train import fit
