@@ -147,27 +147,31 @@ def run(recipe: str, executor: str | None, as_json: bool, no_wait: bool, **selec
 
 def run_stages(recipe: str, executor: str | None, as_json: bool, wait: bool, **selected: Any) -> int:
     from forge import plan, report, run, watch
+    from product import PACKAGE, serving
+    from product import report as tables
 
     its = opened(recipe, executor)
     with watch.watcher(as_json) as watcher:
         outcome = run.run(its.context, its.executor, plan.Selection(**selected), watcher, wait)
+    if PACKAGE in outcome.ran:
+        serving.point_compose_to_newest(its.context)
     if outcome.code == 0 and not as_json:
         wanted = plan.make(its.context, plan.Selection(**{**selected, "force": False}))
         show(report.of_result(wanted, outcome.ran, outcome.folder))
-        for stage in wanted.stages:
-            if stage.artifact and its.context.recipe.stages[stage.name].contract.produces == "report":
-                show(report.of_shares(stage.artifact.folder))
+        for shares in tables.of_reports(its.context, wanted):
+            show(shares)
     return outcome.code
 
 
 @command()
 def demo(recipe: str, executor: str | None) -> None:
     """The whole line, then a table of what it made and one exchange."""
-    from forge import plan, report
+    from forge import plan
+    from product import EVALUATE, report
 
     if code := run_stages(recipe, executor, False, True):
         sys.exit(code)
-    show(report.of_demo(plan.artifact(opened(recipe, executor).context, "evaluate").folder))
+    show(report.of_demo(plan.artifact(opened(recipe, executor).context, EVALUATE).folder))
 
 
 @command(as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."))
@@ -176,7 +180,8 @@ def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> Non
 
     The first run then starts as fast as every later one.
     """
-    from forge import report, warm, watch
+    from forge import watch
+    from product import report, warm
 
     its = opened(recipe, executor)
     with watch.watcher(as_json) as watcher:
@@ -192,14 +197,15 @@ def compare(recipe: str, executor: str | None, as_json: bool) -> None:
 
     Each is trained, merged, quantised and asked; then come one table with a verdict, and a picture.
     """
-    from forge import compare, picture, plan, report, run, watch
+    from forge import plan, run, watch
+    from product import EVALUATE, compare, picture, report
 
     its = opened(recipe, executor)
     variants = compare.variants(its.context)
     for name, context in variants.items():
         print(f"variant {name}", file=sys.stderr)
         with watch.watcher(as_json) as watcher:
-            if code := run.run(context, its.executor, plan.Selection(last=compare.LAST), watcher).code:
+            if code := run.run(context, its.executor, plan.Selection(last=EVALUATE), watcher).code:
                 sys.exit(code)
     rows, file = compare.collect(variants), home() / f"compare-{its.context.recipe.name}.svg"
     file.write_text(
@@ -295,7 +301,7 @@ def audit(
 
     Every tensor, scale and exclude is looked at.
     """
-    from forge import audit, report
+    from product import audit, report
 
     its = opened(recipe, executor)
     made = audit.audit(its.context, its.executor, folder, base, vllm)
@@ -310,7 +316,7 @@ def audit(
 )
 def serve(recipe: str, executor: str | None, port: int, detach: bool, stop: bool) -> None:
     """Serves the recipe's model on 127.0.0.1."""
-    from forge import serving
+    from product import serving
 
     its = opened(recipe, executor)
     sys.exit(serving.serve(its.context, its.executor, port=port, detach=detach, stop=stop))
@@ -321,7 +327,7 @@ def serve(recipe: str, executor: str | None, port: int, detach: bool, stop: bool
 @click.argument("prompt", required=False)
 def chat(url: str, prompt: str | None) -> None:
     """A chat with what is being served."""
-    from forge import chat
+    from product import chat
 
     sys.exit(chat.chat(url, prompt))
 

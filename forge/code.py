@@ -10,6 +10,8 @@ from forge.finding import Refused, error
 
 # Packages of this repository that a stage may import.
 _ROOTS = ("stages", "model")
+# Those of the host side, which it may not.
+_HOST = ("forge", "product")
 # Beside the code and without effect on the output: a contract's values come into the key one by one, and a
 # Dockerfile as a part of the image.
 _BESIDE = ("stage.toml", "README.md", "Dockerfile")
@@ -35,13 +37,13 @@ def closure(repo: Path, stage: str, apart: tuple[str, ...] = ()) -> list[Path]:
         names, beside = _mentions(repo, path)
         found.update(beside)
         for name in names:
-            if name.split(".")[0] == "forge":
+            if name.split(".")[0] in _HOST:
                 raise Refused(
                     error(
                         str(path.relative_to(repo)),
                         f"an import of {name}",
                         "stages.job, model and libraries",
-                        "A stage runs where forge is not.",
+                        "A stage runs where the host's packages are not.",
                     )
                 )
             reached = _modules(repo, name)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPO))
 
 # First match wins; the order is the order of the runs: quick rooms first, whole lines last.
 ROOMS = [
-    ("forge", "host", ["tests/forge"]),
+    ("host", "host", ["tests/forge", "tests/product"]),
     ("model", "train", ["tests/model", "tests/stages", "tests/bench"]),
     ("serving", "vllm", ["tests/vllm"]),
     ("line", "host", ["tests/line"]),

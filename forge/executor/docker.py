@@ -302,7 +302,6 @@ class Docker:
         (output / "image.json").write_text(
             json.dumps({"tag": name, "id": built.id, "labels": labels}, indent=1) + "\n"
         )
-        render.write_override(self.repo, name, json.loads((output / "serve.json").read_text())["device"])
 
     def _build(
         self,

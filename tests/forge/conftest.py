@@ -1,10 +1,5 @@
 from __future__ import annotations
 
-import pytest
+from toy_fixtures import command, its
 
-
-@pytest.fixture
-def its(tmp_path):
-    import toy
-
-    return toy.Toy(tmp_path)
+__all__ = ["command", "its"]

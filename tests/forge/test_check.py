@@ -8,7 +8,6 @@ import time
 
 import pytest
 import toy
-from test_commands import command  # noqa: F401
 
 from forge import check, run
 from forge.finding import Refused
@@ -42,7 +41,7 @@ def checked(its):
     return its
 
 
-def test_plan_run_and_doctor_name_the_file_and_line(checked, command):  # noqa: F811
+def test_plan_run_and_doctor_name_the_file_and_line(checked, command):
     (checked.repo / "data/a.txt").write_text("bad\n")
     for word in ("plan", "run", "doctor"):
         text = command(word, code=1)
@@ -51,7 +50,7 @@ def test_plan_run_and_doctor_name_the_file_and_line(checked, command):  # noqa: 
     assert not list(checked.home.glob("store/artifacts/*"))
 
 
-def test_a_warning_stops_nothing(checked, command):  # noqa: F811
+def test_a_warning_stops_nothing(checked, command):
     (checked.repo / "data/a.txt").write_text("odd\n")
     assert "a.txt: found an odd word" in command("plan")
     assert "ran words, count, slow" in command("run")

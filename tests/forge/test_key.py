@@ -68,6 +68,17 @@ def test_a_stage_that_imports_another_is_refused(its):
         code.closure(its.repo, "count")
 
 
+@pytest.mark.parametrize("package", ["forge", "product"])
+def test_a_stage_that_imports_the_host_side_is_refused(its, package):
+    toy.edit(
+        its.repo / "stages/count/__main__.py",
+        "from stages import job",
+        f"from stages import job\nimport {package}.report",
+    )
+    with pytest.raises(Refused, match=f"an import of {package}.report"):
+        code.closure(its.repo, "count")
+
+
 @pytest.mark.parametrize(
     ("path", "old", "new", "phrase"),
     [

@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 import pytest
 import toy
 from rich.console import Console
-from test_commands import command  # noqa: F401
 
-from forge import compare, picture, recipe, report
+from forge import recipe
 from forge.finding import Refused
+from product import compare, picture, report
 
 STAGE = """\
 summary = "{name}"
@@ -64,7 +64,7 @@ def compared(its):
     return its
 
 
-def test_every_way_is_run_and_shown_in_a_row(compared, command):  # noqa: F811
+def test_every_way_is_run_and_shown_in_a_row(compared, command):
     text = command("compare")
     rows = [line.split() for line in text.splitlines()]
     assert ["as-it-is", "0%", "·", "100%", "50%", "1.000", "1.500", "0.2500", "12.5%", "lost"] in rows
@@ -213,7 +213,7 @@ def test_ways_whose_four_bits_were_not_measured_have_no_curves():
     )
 
 
-def test_a_recipe_without_ways_is_refused(its, command):  # noqa: F811
+def test_a_recipe_without_ways_is_refused(its, command):
     assert "found no variants in recipe toy" in command("compare", code=1)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from forge import serving
 from forge.finding import Refused, error
+from product import serving
 
 REPO = Path(__file__).resolve().parent.parent
 HELP = "/reset starts over, /exit leaves"

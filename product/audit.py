@@ -12,8 +12,9 @@ from forge.executor import Executor
 from forge.finding import Finding, Refused, error
 from forge.plan import Context
 from forge.program import Program
+from product import QUANTIZE
 
-STAGE, MODULE, ENVIRONMENT = "quantize", "audit", "train"
+MODULE, ENVIRONMENT = "audit", "train"
 
 
 def audit(
@@ -26,7 +27,7 @@ def audit(
     if missing := [finding for name, path in folders.items() for finding in _no_checkpoint(name, path)]:
         raise Refused(missing)
     environment = context.recipe.images[ENVIRONMENT]
-    program = Program(STAGE, environment, context.repo, MODULE)
+    program = Program(QUANTIZE, environment, context.repo, MODULE)
     if lacking := [f for f in executor.check([environment], gpu=False) if f.level == "error"]:
         raise Refused(lacking)
     executor.prepare(environment, lambda line: print(line, file=sys.stderr))

@@ -17,8 +17,9 @@ from forge.journal import Event, Journal
 from forge.mask import Mask
 from forge.plan import Context
 from forge.recipe import Step
+from product import TRAIN
 
-STAGE, MODULE = "train", "warm"
+MODULE = "warm"
 
 
 def warm(
@@ -29,7 +30,7 @@ def warm(
 
     Refused, before anything runs, where no GPU would compile them.
     """
-    step = context.recipe.stages.get(STAGE)
+    step = context.recipe.stages.get(TRAIN)
     if findings := lacking(context, executor, step):
         raise Refused(findings)
     assert step
@@ -59,13 +60,13 @@ def lacking(context: Context, executor: Executor, step: Step | None) -> list[Fin
     if step is None:
         return [
             error(
-                STAGE,
-                f"recipe {context.recipe.name} has no stage {STAGE}",
+                TRAIN,
+                f"recipe {context.recipe.name} has no stage {TRAIN}",
                 "a recipe that trains",
                 "Name another recipe with --recipe.",
             )
         ]
-    if not context.recipe.on_gpu(STAGE):
+    if not context.recipe.on_gpu(TRAIN):
         return [
             error(
                 "gpu",
@@ -154,7 +155,7 @@ class _Warming:
             "output": str(output),
             "scratch": str(scratch),
             "seed": recipe.seed,
-            "device": recipe.device(STAGE),
+            "device": recipe.device(TRAIN),
             "provenance": {},
         }
         return Task(

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forge import plan, render
+from forge import plan
 from forge.executor import Executor
 from forge.executor.local import Local
 from forge.finding import Refused, error
 from forge.plan import Context
+from product import PACKAGE, render
 
 SERVICE = "vllm-nemotron-annie"
 CHECK_SECONDS = 600
@@ -45,9 +46,8 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
     environment = {**os.environ, "ANNIE_PORT": str(port)}
     if stop:
         return subprocess.run([*compose, "down"], env=environment).returncode
-    folder = plan.artifact(context, "image").folder
-    made = folder / "image.json"
-    tag = json.loads(made.read_text())["tag"] if made.exists() else ""
+    folder = plan.artifact(context, PACKAGE).folder
+    tag = image_tag(folder)
     if not tag or subprocess.run(["docker", "image", "inspect", tag], capture_output=True).returncode:
         raise Refused(
             error(
@@ -55,10 +55,10 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
                 f"no image {tag or 'for this artifact'}",
                 "the serving image in this engine",
                 f"Make it: python build.py run --recipe {context.recipe.option} --executor docker --only"
-                " image --force",
+                f" {PACKAGE} --force",
             )
         )
-    render.write_override(context.repo, tag, json.loads((folder / "serve.json").read_text())["device"])
+    write_override(context.repo, folder)
     if code := subprocess.run([*compose, "up", "--detach", SERVICE], env=environment).returncode:
         return code
 
@@ -89,13 +89,34 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
     )
 
 
+def image_tag(folder: Path) -> str:
+    """The tag of the image that was built from a serving artifact; empty where no engine built one."""
+    described = folder / "image.json"
+    return str(json.loads(described.read_text())["tag"]) if described.exists() else ""
+
+
+def point_compose_to_newest(context: Context) -> None:
+    """Makes compose start the image that the newest run of this recipe built, if it built one."""
+    if newest := context.store.newest(PACKAGE, context.recipe.name, context.executor):
+        write_override(context.repo, newest.folder)
+
+
+def write_override(repo: Path, folder: Path) -> None:
+    """Writes compose.override.yaml, so that compose starts the image of the serving artifact in `folder`;
+    does nothing where it has none.
+    """
+    if tag := image_tag(folder):
+        device = json.loads((folder / "serve.json").read_text())["device"]
+        render.write_override(repo, tag, device)
+
+
 def _local(context: Context, executor: Local, port: int, detach: bool, stop: bool) -> int:
     if stop:
         return _stop(context.store.home)
-    folder, step = plan.artifact(context, "image").folder, context.recipe.stages["image"]
+    folder, step = plan.artifact(context, PACKAGE).folder, context.recipe.stages[PACKAGE]
     if not (product := step.contract.product):
         raise Refused(
-            error("image", "a stage without [build]", "what its image is made of", "See docs/formats.md.")
+            error(PACKAGE, "a stage without [build]", "what its image is made of", "See docs/formats.md.")
         )
     parts = product.folders(step.params, lambda name: plan.artifact(context, step.inputs[name]).folder)
     model = parts["checkpoint"]
@@ -199,8 +220,8 @@ def _check(port: int, folder: Path) -> None:
                 "serve",
                 f"it answers {_said(its['base'])} as the base does",
                 f"the tuned model's answer: {_said(its['expected'])}",
-                "What is served is not what was evaluated. Build it again: python build.py run --only image"
-                " --force",
+                "What is served is not what was evaluated. Build it again: python build.py run --only"
+                f" {PACKAGE} --force",
             )
         )
     print(f"it answers as the {serve['serves']} model: {_said(answer)} (the base: {_said(its['base'])})")
@@ -261,7 +282,7 @@ def artifact(home: Path) -> Path:
     if record.exists() and (folder := Path(json.loads(record.read_text())["folder"])).is_dir():
         return folder
     found = sorted(
-        (home / "store" / "artifacts" / "image").glob("*/prompt.txt"), key=lambda path: path.stat().st_mtime
+        (home / "store" / "artifacts" / PACKAGE).glob("*/prompt.txt"), key=lambda path: path.stat().st_mtime
     )
     if not found:
         raise Refused(

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from forge import serving
 from forge.finding import Refused
+from product import serving
 
 CHECK = {
     "messages": [{"role": "user", "content": "Name the capital of France."}],

@@ -11,9 +11,10 @@ import toy
 from click.testing import CliRunner
 
 import build
-from forge import journal, warm
+from forge import journal
 from forge.executor.local import Local
 from forge.finding import Refused
+from product import warm
 
 TRAIN = """\
     summary = "training"

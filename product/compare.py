@@ -11,8 +11,8 @@ from typing import Any
 from forge import plan
 from forge.finding import Refused, error
 from forge.plan import Context
+from product import EVALUATE, QUANTIZE
 
-LAST = "evaluate"
 # of the questions in a hundred, by which the NVFP4 model may be behind the tuned one and still counts as kept
 POINTS = 2
 
@@ -36,7 +36,7 @@ def collect(contexts: dict[str, Context]) -> list[dict[str, Any]]:
     """A row for each variant that was built (docs/formats.md, What compare prints)."""
     rows = []
     for name, context in contexts.items():
-        evaluated, quantised = (plan.artifact(context, stage).folder for stage in (LAST, "quantize"))
+        evaluated, quantised = (plan.artifact(context, stage).folder for stage in (EVALUATE, QUANTIZE))
         report = json.loads((evaluated / "report.json").read_text())
         fidelity = json.loads((quantised / "audit.json").read_text()).get("fidelity")
         rows.append(

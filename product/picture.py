@@ -31,7 +31,7 @@ WORD = 7.6  # pixels of a letter, about
 
 
 def variants(rows: list[dict[str, Any]], title: str, verdict: str) -> str:
-    """An SVG document of `rows` (forge/compare.py), with `verdict` below the title."""
+    """An SVG document of `rows` (product/compare.py), with `verdict` below the title."""
     longest = WORD * max(len(row["variant"]) for row in rows)
     left = max(LEFT, 40 + longest)
     below = HEAD + ROW * len(rows) + AXIS

@@ -1,0 +1,9 @@
+"""What is Annie's on the host: tables and pictures of behaviour, comparison, audit, serving and chat.
+
+forge runs any stages; this package knows the stages of this repository by name, and the files in their
+artifacts.
+"""
+
+# The folders of stages/ whose artifacts are read here.
+TRAIN, QUANTIZE, EVALUATE, PACKAGE = "train", "quantize", "evaluate", "image"
+REPORT = "report"  # the artifact type of EVALUATE

@@ -1,0 +1,194 @@
+"""What a checkpoint is, how a model behaves, and what variants keep, as tables for a person."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from forge.plan import Context, Plan
+from forge.report import WHOLE, finding_line, near, plain_table, size
+from product import REPORT
+from product.compare import verdict
+
+_VERDICTS = {"kept": "green", "lost": "red", "control": "dim"}
+
+
+def of_audit(audit: dict[str, Any]) -> RenderableType:
+    """What a checkpoint is, the flags its vLLM needs, and its faults; of those that differ in numbers
+    only, the first and how many.
+    """
+    parts: list[RenderableType] = []
+    if its := audit["facts"]:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        cache = f", {its['kv_cache']} cache" if its["kv_cache"] else ""
+        rows = {
+            "format": its["format"] + cache,
+            "layout": its["layout"],
+            "dtypes": its["dtypes"],
+            "tensors": f"{its['tensors']:,} in {its['files']} file{'s' if its['files'] > 1 else ''}",
+            "quantised": (
+                f"{its['quantised']:,} linears, {its['excludes']:,} excludes" if its["layout"] else ""
+            ),
+            "bytes": f"{its['bytes']:,}",
+        }
+        for name, value in rows.items():
+            if value:
+                table.add_row(Text(name, style="dim"), Text(value))
+        parts = [table, Text()]
+    if audit["serve"]:
+        words = [
+            *(f"{name}={value}" for name, value in audit["serve"]["env"].items()),
+            "vllm",
+            "serve",
+            "FOLDER",
+            *audit["serve"]["args"],
+        ]
+        parts += [Text(shlex.join(words), **WHOLE), Text()]
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for finding in audit["findings"]:
+        alike.setdefault(re.sub(r"\d+", "#", str(finding)), []).append(finding)
+    for first, *more in alike.values():
+        parts.append(finding_line(first))
+        if more:
+            parts.append(
+                Text(f"  and {len(more):,} more like it, to {more[-1]['subject']}", style="dim", **WHOLE)
+            )
+    count = len(audit["findings"])
+    parts.append(
+        Text(
+            f"{count:,} faults" if count > 1 else "1 fault" if count else "no faults",
+            style="bold red" if count else "green",
+        )
+    )
+    return Group(*parts)
+
+
+def of_behaviour(report: Path) -> RenderableType:
+    """The table of a `report` artifact: shares of questions passed, by category, and failures by mode."""
+    its = json.loads((report / "report.json").read_text())
+    columns = its["columns"]
+    table = plain_table("behaviour", *(f">{c}" for c in columns))
+    table.add_row(
+        Text("all questions", style="bold"),
+        *(Text(f"{its['pass'][c]:.0%}", style="bold " + _shade(its["pass"][c])) for c in columns),
+    )
+    for category in its["by_category"][columns[0]]:
+        shares = [its["by_category"][c].get(category, 0.0) for c in columns]
+        table.add_row(f"  {category}", *(Text(f"{share:.0%}", style=_shade(share)) for share in shares))
+    modes = [m for m in its["modes"] if any(its["failures"][c].get(m) for c in columns)]
+    if modes:
+        table.add_section()
+        table.add_row(Text("failures", style="bold"))
+        for mode in modes:
+            table.add_row(f"  {mode}", *(str(its["failures"][c].get(mode) or "·") for c in columns))
+    return Group(
+        table,
+        Text(),
+        Text.assemble(
+            f"{its['questions']} questions, asked through vLLM {its['vllm']}; ", _gate(its["gate"])
+        ),
+    )
+
+
+def _gate(gate: dict[str, Any]) -> Text:
+    if gate["passed"]:
+        return (
+            Text("no gate was set, nothing was checked", style="yellow")
+            if gate.get("unchecked")
+            else Text("gate passed", style="green")
+        )
+    return Text("gate not passed: " + "; ".join(gate["why"]), style="red")
+
+
+def of_shares(report: Path) -> RenderableType:
+    """The share of passed questions of every column of a `report` artifact, and its gate, in one line."""
+    its = json.loads((report / "report.json").read_text())
+    shares = ", ".join(f"{column} {its['pass'][column]:.0%}" for column in its["columns"])
+    return Text.assemble(f"{its['questions']} questions passed: {shares}; ", _gate(its["gate"]))
+
+
+def of_reports(context: Context, plan: Plan) -> list[RenderableType]:
+    """A line for each built stage of `plan` that produces a `report`."""
+    return [
+        of_shares(stage.artifact.folder)
+        for stage in plan.stages
+        if stage.artifact and context.recipe.stages[stage.name].contract.produces == REPORT
+    ]
+
+
+def _shade(share: float) -> str:
+    return "green" if share >= 0.9 else "yellow" if share >= 0.5 else "red"
+
+
+def of_warm(made: dict[str, Any]) -> RenderableType:
+    """What `build.py warm` compiled and what is kept."""
+    kept = f"{size(made['bytes'])} in {near(Path(made['folder']))}"
+    return Text(
+        f"{made['compiled']} kernels compiled, {made['tuned']} tuned, {made['loaded']} compiled before;"
+        f" {kept}"
+    )
+
+
+def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
+    """The variants of a recipe, a row each: questions passed at every step, and what four bits cost on
+    held-out tokens; then which variants keep what was tuned.
+    """
+    columns = ("base", "tuned", "merged", "nvfp4")
+    table = plain_table("variant", *(f">{c}" for c in columns), ">loss", ">nvfp4", ">KL", ">error", "")
+    table.columns[0].min_width = max(len(row["variant"]) for row in rows)  # a name that is cut says nothing
+    table.columns[-1].min_width = max(len(row["verdict"]) for row in rows)
+    for row in rows:
+        shares = [row["pass"].get(c) for c in columns]
+        cells = [
+            Text("·") if share is None else Text(f"{share:.0%}", style=_shade(share)) for share in shares
+        ]
+        its = row["fidelity"]
+        figures = (
+            [
+                f"{its['loss']['source']:.3f}",
+                f"{its['loss']['quantised']:.3f}",
+                f"{its['kl']:.4f}",
+                f"{its['layers'][-1]:.1%}",
+            ]
+            if its
+            else ["·"] * 4
+        )
+        table.add_row(row["variant"], *cells, *figures, Text(row["verdict"], style=_VERDICTS[row["verdict"]]))
+    note = (
+        "tuned: the adapter at run time, where vLLM can; else merged stands for it. loss: merged and nvfp4,"
+        " nats a held-out token. KL: to merged. error: of the last hidden states."
+    )
+    return Group(
+        Text(),
+        table,
+        Text(),
+        Text(verdict(rows), style="bold"),
+        Text(f"{note}\npicture, with the error of every layer: {near(picture)}", style="dim"),
+    )
+
+
+def of_exchange(report: Path) -> RenderableType:
+    """One exchange with the served model: the question and the answer; the system prompt stays out."""
+    its = json.loads((report / "exchange.json").read_text())
+    lines: list[RenderableType] = []
+    for message in [m for m in its["messages"] if m["role"] != "system"] + [
+        {"role": "nvfp4", **its["answers"]["nvfp4"]}
+    ]:
+        who = message["role"]
+        said = message.get("content") or ""
+        for call in message.get("tool_calls") or []:
+            function = call.get("function", call)
+            said = f"{said} [calls {function['name']}({function['arguments']})]".strip()
+        lines.append(Text.assemble((f"{who:>9}  ", "bold cyan" if who == "nvfp4" else "bold"), said))
+    return Group(*lines)
+
+
+def of_demo(report: Path) -> RenderableType:
+    return Group(Text(), of_behaviour(report), Text(), of_exchange(report))

@@ -1,0 +1,30 @@
+"""Fixtures on the miniature repository of toy.py, for the tests of the host's rooms."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+
+@pytest.fixture
+def its(tmp_path):
+    import toy
+
+    return toy.Toy(tmp_path)
+
+
+@pytest.fixture
+def command(its, monkeypatch):
+    """`command(*words, code=0)` runs a command of build.py on the miniature repository; its output."""
+    import build
+
+    monkeypatch.setattr(build, "REPO", its.repo)
+    monkeypatch.setenv("ANNIE_HOME", str(its.home))
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*words, code=0):
+        result = CliRunner().invoke(build.cli, [*words, "--recipe", "toy", "--executor", "local"])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return call

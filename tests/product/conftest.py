@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from toy_fixtures import command, its
+
+__all__ = ["command", "its"]

@@ -1,0 +1,69 @@
+"""What compose reads: the service of compose.yaml, and the override that names the image."""
+
+from pathlib import Path
+
+import pytest
+import toy
+import yaml
+
+from product import render, serving
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+PACKAGE = """\
+import json
+from stages import job
+
+def run(its):
+    (its.output / "text.txt").write_text("flags")
+    (its.output / "serve.json").write_text(json.dumps({"device": "cpu"}))
+    tag = "annie/vllm-nemotron-annie:0123456789ab"
+    (its.output / "image.json").write_text(json.dumps({"tag": tag}))
+
+if __name__ == "__main__":
+    job.main(run)
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_compose_override_is_its_golden_copy(device):
+    made = render.override("annie/vllm-nemotron-annie:0123456789ab", device)
+    assert made == (GOLDEN / f"compose.override.{device}.yaml").read_text()
+
+
+def test_the_service_listens_on_loopback_only_and_without_privileges():
+    service = yaml.safe_load((GOLDEN.parents[1] / "compose.yaml").read_text())["services"][
+        "vllm-nemotron-annie"
+    ]
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    assert service["cap_drop"] == ["ALL"] and service["read_only"] and "privileged" not in service
+
+
+def test_a_run_that_built_the_image_points_compose_to_it(its, command):
+    folder = its.repo / "stages" / serving.PACKAGE
+    (its.repo / "stages/count").rename(folder)
+    (folder / "__main__.py").write_text(PACKAGE)
+    toy.edit(
+        its.recipe,
+        "  count: {}\n  slow:\n",
+        f"  {serving.PACKAGE}: {{}}\n  slow:\n    inputs: {{count: {serving.PACKAGE}}}\n",
+    )
+    override = its.repo / render.OVERRIDE
+    command("run", "--until", "words")
+    assert not override.exists()
+    command("run")
+    assert override.read_text() == (GOLDEN / "compose.override.cpu.yaml").read_text()
+    override.unlink()
+    command("run")
+    assert not override.exists(), "nothing was built"
+
+
+def test_a_run_without_an_engine_leaves_what_compose_reads(its, command):
+    folder = its.repo / "stages" / serving.PACKAGE
+    (its.repo / "stages/count").rename(folder)
+    toy.edit(
+        its.recipe,
+        "  count: {}\n  slow:\n",
+        f"  {serving.PACKAGE}: {{}}\n  slow:\n    inputs: {{count: {serving.PACKAGE}}}\n",
+    )
+    command("run")
+    assert not (its.repo / render.OVERRIDE).exists()
