@@ -9,48 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forge import artifact_types
 from forge.finding import Finding, Refused, error
 from forge.parameter import TYPES as PARAMETER_TYPES
 from forge.parameter import Parameter, Unfit, convert, nearest
 
 __all__ = ["Contract", "Needs", "Parameter", "Unfit", "convert", "load", "nearest"]
-
-# Artifact type -> patterns of which each must match at least one file (docs/formats.md).
-TYPES: dict[str, tuple[str, ...]] = {
-    "hf-checkpoint": (
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "*.safetensors",
-    ),
-    "chat-dataset": (
-        "train.jsonl",
-        "eval.jsonl",
-        "prompt.txt",
-        "tools.json",
-        "stats.json",
-        "tokens.png",
-        "rejects.jsonl",
-    ),
-    "peft-adapter": (
-        "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
-        "training.json",
-        "loss.jsonl",
-        "loss.png",
-    ),
-    "nvfp4-checkpoint": (
-        "config.json",
-        "hf_quant_config.json",
-        "tokenizer.json",
-        "*.safetensors",
-        "audit.json",
-    ),
-    "report": ("report.json", "report.md", "behaviour.png", "answers.jsonl", "exchange.json"),
-    "serving": ("serve.json", "check.json", "prompt.txt", "tools.json", "README.md"),
-}
 
 
 @dataclass(frozen=True)
@@ -106,6 +70,7 @@ class Contract:
     summary: str
     image: str
     produces: str
+    files: tuple[str, ...]  # patterns of which each must match a file of the output
     consumes: dict[str, str] = field(default_factory=dict)
     sources: dict[str, Source] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
@@ -174,8 +139,8 @@ _KEYS = {
 }
 
 
-def load(folder: Path) -> Contract:
-    """Reads `folder/stage.toml`. Refused with every fault it has."""
+def load(folder: Path, types: artifact_types.Types) -> Contract:
+    """Reads `folder/stage.toml`; `types` are those of the repository. Refused with every fault it has."""
     path = folder / "stage.toml"
     name = f"stages/{folder.name}/stage.toml"
     if not path.is_file():
@@ -202,8 +167,9 @@ def load(folder: Path) -> Contract:
         ("produces", raw["produces"]),
         *((f"consumes.{k}", v) for k, v in raw.get("consumes", {}).items()),
     ]:
-        if not isinstance(kind, str) or kind not in TYPES:
-            findings.append(error(name, f"{owner} = {kind!r}", "an artifact type", nearest(str(kind), TYPES)))
+        if not isinstance(kind, str) or kind not in types:
+            expected = f"an artifact type of {artifact_types.FILE}"
+            findings.append(error(name, f"{owner} = {kind!r}", expected, nearest(str(kind), types)))
 
     def table(kind: type, where: str, values: Any, **renamed: Any) -> Any:
         allowed = [its.name for its in dataclasses.fields(kind)]
@@ -300,6 +266,7 @@ def load(folder: Path) -> Contract:
         summary=raw["summary"],
         image=raw["image"],
         produces=raw["produces"],
+        files=types[raw["produces"]],
         consumes=raw.get("consumes", {}),
         sources=sources,
         secrets=secrets,

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from forge import contract
+from forge import artifact_types, contract
 from forge.contract import Contract, Needs, nearest
 from forge.finding import Finding, Refused, error
 from forge.image import Image
@@ -247,6 +247,10 @@ class _Reading:
         folder = self.repo / "stages"
         known = sorted(p.parent.name for p in folder.glob("*/stage.toml"))
         steps = {}
+        try:
+            types = artifact_types.load(folder)
+        except Refused as refused:
+            raise Refused([*self.findings, *refused.findings]) from None
         for name, values in raw.items():
             where = ("stages", name)
             if name not in known:
@@ -258,7 +262,7 @@ class _Reading:
                 )
                 continue
             try:
-                its = contract.load(folder / name)
+                its = contract.load(folder / name, types)
             except Refused as refused:
                 self.findings += refused.findings
                 continue

@@ -242,7 +242,9 @@ class _Run:
                 "recipe": self.recipe.name,
                 "executor": self.executor.name,
             }
-            artifact = self.store.accept(stage.name, key, output, step.contract.produces, facts)
+            artifact = self.store.accept(
+                stage.name, key, output, step.contract.produces, step.contract.files, facts
+            )
         except Refused as refused:
             raise StageFailed(_one(refused.findings), log.path, log.tail(_TAIL)) from refused
         except OSError as fault:

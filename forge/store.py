@@ -12,12 +12,12 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forge import hashing
-from forge.contract import TYPES
 from forge.finding import Finding, Refused, error
 
 MANIFEST = "manifest.json"
@@ -138,12 +138,15 @@ class Store:
         output.chmod(0o755)  # mkdtemp's 0700 would shut out a container's user
         return output, scratch
 
-    def accept(self, stage: str, key: str, output: Path, kind: str, facts: dict[str, Any]) -> Artifact:
-        """Makes `output` the artifact of `key`. `facts`: components, seconds, recipe, executor.
+    def accept(
+        self, stage: str, key: str, output: Path, kind: str, patterns: Sequence[str], facts: dict[str, Any]
+    ) -> Artifact:
+        """Makes `output` the artifact of `key`, of type `kind`, in which each of `patterns` matches a file.
+        `facts`: components, seconds, recipe, executor.
 
         Refused if the output lacks what its type needs; OSError (disk full) leaves the store as it was.
         """
-        if findings := faults(output, kind):
+        if findings := faults(output, kind, patterns):
             raise Refused(findings)
         files: dict[str, dict[str, Any]] = {}
         for path in sorted(p for p in output.rglob("*") if not p.is_dir()):
@@ -177,11 +180,11 @@ class Store:
         return Artifact(stage, key, target, manifest)
 
 
-def faults(output: Path, kind: str) -> list[Finding]:
+def faults(output: Path, kind: str, patterns: Sequence[str]) -> list[Finding]:
     """What an output lacks to be an artifact of type `kind`: by names and sizes, not by content."""
     subject = f"output of type {kind}"
     found = []
-    for pattern in TYPES[kind]:
+    for pattern in patterns:
         if not any(p.is_file() for p in output.glob(pattern)):
             found.append(
                 error(

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from forge import contract
+from forge import artifact_types, contract
 from forge.finding import Refused
 
 REPO = Path(__file__).resolve().parents[2]
+TYPES = artifact_types.load(REPO / "stages")
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ REPO = Path(__file__).resolve().parents[2]
 )
 def test_every_way_to_serve_has_its_contexts(serves, wanted):
     assert (
-        contract.load(REPO / "stages/image").product.folders(
+        contract.load(REPO / "stages/image", TYPES).product.folders(
             {"serves": serves}, lambda name: Path("/") / name
         )
         == wanted
@@ -41,4 +42,4 @@ def test_a_build_that_fits_no_parameter_or_input_is_refused(before, after, found
     assert before in text
     (tmp_path / "stage.toml").write_text(text.replace(before, after))
     with pytest.raises(Refused, match=found):
-        contract.load(tmp_path)
+        contract.load(tmp_path, TYPES)

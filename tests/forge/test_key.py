@@ -58,6 +58,12 @@ def test_imports_are_followed_however_they_are_written(its):
     assert "model/deep/table.py" not in reached
 
 
+def test_the_files_of_a_type_are_in_no_key(its):
+    before = [stage.key for stage in its.plan().stages]
+    toy.edit(its.repo / "stages/artifacts.toml", '"text.txt"', '"text.txt", "more.txt"')
+    assert [stage.key for stage in its.plan().stages] == before
+
+
 def test_a_stage_that_imports_another_is_refused(its):
     toy.edit(
         its.repo / "stages/count/__main__.py",

@@ -6,12 +6,12 @@ import pytest
 import toy
 import yaml
 
-from forge import contract, recipe
+from forge import artifact_types, contract, recipe
 from forge.finding import Refused
 from forge.parameter import Parameter, Unfit
 
 CONTRACTS = {
-    path.parent.name: contract.load(path.parent)
+    path.parent.name: contract.load(path.parent, artifact_types.load(toy.REPO / "stages"))
     for path in sorted((toy.REPO / "stages").glob("*/stage.toml"))
 }
 NUMBERS = [

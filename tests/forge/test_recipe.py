@@ -124,7 +124,25 @@ def test_a_faulty_contract_is_named_by_its_file(its):
         "stages/slow/stage.toml: found unknown key parameters.how.choises" in said
         and "Did you mean choices?" in said
     )
-    assert "stages/count/stage.toml: found produces = 'txet'" in said and "Did you mean text?" in said
+    assert "stages/count/stage.toml: found produces = 'txet'" in said
+    assert "expected an artifact type of stages/artifacts.toml. Did you mean text?" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "found no such file; expected the types of artifacts"),
+        ("text = [", "expected TOML"),
+        ("text = []", "found text = []; expected a list of names or patterns of files, at least one"),
+        ('text = "text.txt"', "found text = 'text.txt'; expected a list"),
+        ("[text]\nfiles = []", "found text = {'files': []}; expected a list"),
+    ],
+)
+def test_faulty_artifact_types_are_named_by_their_file_and_once(its, text, said):
+    path = its.repo / "stages/artifacts.toml"
+    path.unlink() if text is None else path.write_text(text)
+    (fault,) = faults(its)
+    assert fault.startswith("stages/artifacts.toml: ") and said in fault
 
 
 def test_numbers_that_yaml_reads_as_words_are_numbers(its):

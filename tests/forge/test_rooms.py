@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,32 @@ def test_no_module_reaches_itself_by_what_it_imports_at_its_top():
     done: set[str] = set()
     for name in graph:
         walk(name, ())
+
+
+def strings(path: Path) -> set[str]:
+    """The constant strings of a file, docstrings apart."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    }
+
+
+def test_forge_names_no_stage_no_type_and_no_file_of_an_artifact():
+    types = tomllib.loads((REPO / "stages/artifacts.toml").read_text())
+    files = {pattern for patterns in types.values() for pattern in patterns} - {"README.md"}
+    stages = {path.parent.name for path in (REPO / "stages").glob("*/stage.toml")}
+    # of contracts and of Dockerfiles these are words too: what runs a stage, and what an image starts from
+    names = (stages | set(types) | files) - {"image", "base"}
+    for path in sorted((REPO / "forge").rglob("*.py")):
+        assert strings(path) & names == set(), path
 
 
 def test_the_table_of_rooms_is_that_of_the_documents():

@@ -6,7 +6,6 @@ import os
 import time
 
 import pytest
-import toy  # noqa: F401  (declares the artifact type "text")
 
 from forge import hashing
 from forge.finding import Refused
@@ -14,6 +13,7 @@ from forge.store import Store
 
 FACTS = {"components": {"seed": "1"}, "seconds": 1.0, "recipe": "toy", "executor": "local"}
 KEY = "a" * 64
+FILES = ("text.txt",)
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def written(store, text):
 
 
 def test_an_artifact_is_sealed_and_its_scratch_removed(store):
-    artifact = store.accept("words", KEY, written(store, "one"), "text", FACTS)
+    artifact = store.accept("words", KEY, written(store, "one"), "text", FILES, FACTS)
     assert (artifact.folder / "text.txt").stat().st_mode & 0o222 == 0
     assert not store.unfinished("words", KEY) and not list(store.tmp.iterdir())
     assert store.find("words", KEY) == artifact and artifact.bytes == 3
@@ -39,8 +39,8 @@ def test_an_artifact_is_sealed_and_its_scratch_removed(store):
 
 
 def test_a_new_artifact_of_the_same_key_takes_the_place_of_the_old(store):
-    old = store.accept("words", KEY, written(store, "one"), "text", FACTS)
-    new = store.accept("words", KEY, written(store, "two"), "text", FACTS)
+    old = store.accept("words", KEY, written(store, "one"), "text", FILES, FACTS)
+    new = store.accept("words", KEY, written(store, "two"), "text", FILES, FACTS)
     assert (
         old.folder == new.folder
         and (new.folder / "text.txt").read_text() == "two"
@@ -49,12 +49,12 @@ def test_a_new_artifact_of_the_same_key_takes_the_place_of_the_old(store):
 
 
 def test_a_refused_output_leaves_the_old_artifact_and_the_scratch(store):
-    old = store.accept("words", KEY, written(store, "one"), "text", FACTS)
+    old = store.accept("words", KEY, written(store, "one"), "text", FILES, FACTS)
     output = written(store, "two")
     (output / "text.txt").unlink()
     (output / "link").symlink_to("/etc/passwd")
     with pytest.raises(Refused) as refused:
-        store.accept("words", KEY, output, "text", FACTS)
+        store.accept("words", KEY, output, "text", FILES, FACTS)
     assert [f.found for f in refused.value.findings] == ["no text.txt", "link, which is no plain file"]
     assert (old.folder / "text.txt").read_text() == "one" and store.unfinished("words", KEY)
 
@@ -64,7 +64,7 @@ def test_a_file_that_the_user_still_has_stays_writable(store, tmp_path):
     mine.write_text("mine")
     output, _ = store.begin("words", KEY)
     os.link(mine, output / "text.txt")
-    store.accept("words", KEY, output, "text", FACTS)
+    store.accept("words", KEY, output, "text", FILES, FACTS)
     assert mine.stat().st_mode & 0o200
 
 
@@ -75,8 +75,8 @@ def test_leftovers_of_a_killed_run_go(store):
 
 
 def test_the_digest_is_that_of_names_and_content(store):
-    one = store.accept("words", KEY, written(store, "same"), "text", FACTS)
-    two = store.accept("count", "b" * 64, written(store, "same"), "text", {**FACTS, "seconds": 9.0})
+    one = store.accept("words", KEY, written(store, "same"), "text", FILES, FACTS)
+    two = store.accept("count", "b" * 64, written(store, "same"), "text", FILES, {**FACTS, "seconds": 9.0})
     assert one.digest == two.digest == hashing.of_entries([("text.txt", hashing.of_text("same"))])
 
 

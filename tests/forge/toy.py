@@ -9,12 +9,11 @@ import sys
 import textwrap
 from pathlib import Path
 
-from forge import contract, plan, recipe, run
+from forge import plan, recipe, run
 from forge.executor.local import Local
 from forge.store import Store
 
 REPO = Path(__file__).resolve().parents[2]
-contract.TYPES["text"] = ("text.txt",)
 
 FILES = {
     "recipes/toy.yaml": (
@@ -48,6 +47,7 @@ FILES = {
     "model/letters.py": "UPPER = {}\n",
     "model/unused.py": "NOTHING = 0\n",
     "stages/__init__.py": "",
+    "stages/artifacts.toml": 'text = ["text.txt"]\nreport = ["report.json"]\n',
     "stages/words/stage.toml": (
         """\
         summary = "the words of some files"

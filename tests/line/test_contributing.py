@@ -43,7 +43,8 @@ def clone(tmp_path_factory):
     for name, content in written.items():
         (clone / name).parent.mkdir(exist_ok=True)
         (clone / name).write_text(content)
-    edit(clone / "forge/contract.py", "\n}\n", f"\n{block('**4. Its artifact type**', 'python')}}}\n")
+    with (clone / "stages/artifacts.toml").open("a") as types:
+        types.write(block("**4. Its artifact type**", "toml"))
     names = ('("docker", "local")', '("docker", "local", "plain")')
     edit(clone / "forge/recipe.py", f"_EXECUTORS = {names[0]}", f"_EXECUTORS = {names[1]}")
     edit(clone / "build.py", '["docker", "local"]', '["docker", "local", "plain"]')
