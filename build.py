@@ -24,6 +24,7 @@ if __name__ == "__main__" and Path(sys.prefix) != REPO / ".venv":
 import click  # noqa: E402
 
 from forge import VERSION  # noqa: E402
+from forge.executor import EXECUTORS  # noqa: E402
 
 if TYPE_CHECKING:
     from forge.executor import Executor
@@ -72,7 +73,7 @@ def command(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., None]]
         ),
         click.option(
             "--executor",
-            type=click.Choice(["docker", "local"]),
+            type=click.Choice(list(EXECUTORS)),
             help="Default: the recipe's, else docker where an engine answers.",
         ),
     ]

@@ -14,6 +14,7 @@ import yaml
 
 from forge import artifact_types, contract
 from forge.contract import Contract, Needs, nearest
+from forge.executor import EXECUTORS
 from forge.finding import Finding, Refused, error
 from forge.image import Image
 from forge.parameter import Fault, Unfit, renamed
@@ -32,7 +33,6 @@ _TOP = {
 _RENAMED = {"ways": "variants"}
 _GPU = ("none", "cuda")
 LARGEST_SEED = 2**32 - 1  # numpy's limit
-_EXECUTORS = ("docker", "local")
 _RESERVED = ("inputs", "sources", "needs")
 
 
@@ -186,8 +186,8 @@ class _Reading:
         gpu, executor = top.get("gpu") or "none", top.get("executor")
         if gpu not in _GPU:
             self.fault(("gpu",), f"gpu = {gpu!r}", "one of " + ", ".join(_GPU))
-        if executor is not None and executor not in _EXECUTORS:
-            self.fault(("executor",), f"executor = {executor!r}", "one of " + ", ".join(_EXECUTORS))
+        if executor is not None and executor not in EXECUTORS:
+            self.fault(("executor",), f"executor = {executor!r}", "one of " + ", ".join(EXECUTORS))
         if not 0 <= (top.get("seed") or 0) <= LARGEST_SEED:
             self.fault(("seed",), f"seed = {top['seed']}", f"0 to {LARGEST_SEED}, which every library takes")
         images = self.images(top.get("images") or {})

@@ -7,6 +7,7 @@ run notices it.
 
 from __future__ import annotations
 
+import importlib
 import queue
 import subprocess
 import threading
@@ -111,21 +112,32 @@ class ProductBuilder(Protocol):
         """
 
 
+# Name -> module and class, which takes the repository and the home folder. Only the one that is asked for is
+# imported. `make lint` holds every class to the protocol (tests/lint.py).
+EXECUTORS = {
+    "docker": "forge.executor.docker:Docker",
+    "local": "forge.executor.local:Local",
+}
+
+
 def make(name: str | None, repo: Path, home: Path) -> Executor:
     """The executor called `name`; without a name docker where an engine answers, else local."""
-    if name == "local":
-        from forge.executor.local import Local
-
-        return Local(repo, home)
-    from forge.executor.docker import Docker, answers
-
-    if name == "docker":
-        return Docker(repo, home)
     if name is None:
-        return make("docker" if answers() else "local", repo, home)
-    raise Refused(
-        error("executor", f"no executor {name}", "docker or local", "Name one of the two with --executor.")
-    )
+        from forge.executor.docker import answers
+
+        name = "docker" if answers() else "local"
+    if name not in EXECUTORS:
+        raise Refused(
+            error(
+                "executor",
+                f"no executor {name}",
+                " or ".join(EXECUTORS),
+                "Name one of these with --executor.",
+            )
+        )
+    module, _, class_name = EXECUTORS[name].partition(":")
+    executor: Executor = getattr(importlib.import_module(module), class_name)(repo, home)
+    return executor
 
 
 def run_logged(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import toy
 from click.testing import CliRunner
 
 import build
-from forge import VERSION
+from forge import VERSION, executor
+from forge.executor import EXECUTORS
+from forge.finding import Refused
 
 
 def test_the_version_is_one_that_the_changelog_knows():
@@ -105,3 +108,16 @@ def test_a_plan_that_cannot_run_does_not_say_that_everything_is_built(command):
     assert "no stage in --from slow --until words" in command(
         "plan", "--from", "slow", "--until", "words", code=1
     )
+
+
+def test_every_executor_of_the_table_is_made_and_may_stand_in_a_recipe(its):
+    for name in EXECUTORS:
+        assert executor.make(name, its.repo, its.home).name == name
+    assert "'docker', 'local'" in CliRunner().invoke(build.cli, ["plan", "--executor", "cloud"]).output
+    with pytest.raises(Refused, match="no executor cloud; expected docker or local"):
+        executor.make("cloud", its.repo, its.home)
+    toy.edit(its.recipe, "seed: 3", "seed: 3\nexecutor: cloud")
+    with pytest.raises(Refused, match="executor = 'cloud'; expected one of docker, local"):
+        its.context()
+    toy.edit(its.recipe, "executor: cloud", "executor: docker")
+    assert its.context().recipe.executor == "docker"

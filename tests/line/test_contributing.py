@@ -45,11 +45,8 @@ def clone(tmp_path_factory):
         (clone / name).write_text(content)
     with (clone / "stages/artifacts.toml").open("a") as types:
         types.write(block("**4. Its artifact type**", "toml"))
-    names = ('("docker", "local")', '("docker", "local", "plain")')
-    edit(clone / "forge/recipe.py", f"_EXECUTORS = {names[0]}", f"_EXECUTORS = {names[1]}")
-    edit(clone / "build.py", '["docker", "local"]', '["docker", "local", "plain"]')
-    place = "    from forge.executor.docker import Docker, answers\n"
-    edit(clone / "forge/executor/__init__.py", place, block("**2. Its name**", "python") + place)
+    table = "EXECUTORS = {\n"
+    edit(clone / "forge/executor/__init__.py", table, table + block("**2. Its name**", "python"))
     return clone
 
 
@@ -82,6 +79,15 @@ def test_the_stage_runs_on_either_executor_and_then_has_nothing_to_do(clone, exe
 @pytest.mark.parametrize("file", ["tests/stages/test_hello.py", "tests/forge/test_executor_plain.py"])
 def test_the_tests_that_it_shows_pass(clone, file):
     assert "0 failed" in ran(clone, sys.executable, "tests/run.py", file)
+
+
+def test_the_class_that_it_shows_is_held_to_the_protocol(clone):
+    pytest.importorskip("mypy", reason="make lint installs it")
+    lint = (sys.executable, "tests/lint.py", "--executors")
+    assert "Success" in ran(clone, *lint)
+    edit(clone / "forge/executor/plain.py", "def poll(", "def polled(")
+    with pytest.raises(AssertionError, match="protocol member"):
+        ran(clone, *lint)
 
 
 def test_its_other_commands_are_there():
