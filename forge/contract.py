@@ -81,6 +81,8 @@ class Contract:
     check: str | None = None
     # modules of the stage's folder that can be started too and decide nothing of its output
     apart: tuple[str, ...] = ()
+    # whether it is given its newest artifact, to take from it what it can prove to be right
+    previous: bool = False
 
 
 def _product(
@@ -136,6 +138,7 @@ _KEYS = {
     "build": dict,
     "check": str,
     "apart": list,
+    "previous": bool,
 }
 
 
@@ -156,7 +159,9 @@ def load(folder: Path, types: artifact_types.Types) -> Contract:
         if key not in _KEYS:
             findings.append(error(name, f"unknown key {key}", "a key of a contract", nearest(key, _KEYS)))
         elif not isinstance(value, _KEYS[key]):
-            expected = {dict: "a table", list: "a list of strings", str: "a string"}[_KEYS[key]]
+            expected = {dict: "a table", list: "a list of strings", str: "a string", bool: "true or false"}[
+                _KEYS[key]
+            ]
             findings.append(error(name, f"{key} = {value!r}", expected, ""))
     for key in ("summary", "image", "produces"):
         if key not in raw:
@@ -275,4 +280,5 @@ def load(folder: Path, types: artifact_types.Types) -> Contract:
         product=product,
         check=raw.get("check"),
         apart=tuple(raw.get("apart", ())),
+        previous=raw.get("previous", False),
     )

@@ -269,6 +269,8 @@ class _Run:
         """The job of docs/formats.md, with the host's paths."""
         step = self.recipe.stages[stage.name]
         suppliers = {name: self.built[supplier] for name, supplier in step.inputs.items()}
+        earlier = self.store.newest(stage.name, self.recipe.name, self.executor.name)
+        previous = {"previous": str(earlier.folder)} if step.contract.previous and earlier else {}
         return {
             "stage": stage.name,
             "params": step.params,
@@ -277,6 +279,7 @@ class _Run:
             "secrets": {n: str(p) for n, p in self.recipe.secrets.items() if n in step.contract.secrets},
             "output": str(output),
             "scratch": str(scratch),
+            **previous,
             "seed": self.recipe.seed,
             "device": self.recipe.device(stage.name),
             "provenance": {

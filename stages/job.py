@@ -14,7 +14,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one stage. Folders under `inputs` and `sources` are read-only; `output` starts empty."""
+    """One run of one stage. Folders under `inputs` and `sources` are read-only; `output` starts empty.
+    `previous` is the stage's newest artifact, made under another key, for a stage whose contract asks for it.
+    """
 
     stage: str
     params: dict[str, Any]
@@ -26,6 +28,7 @@ class Job:
     secrets: dict[str, Path] = field(default_factory=dict)
     device: str = "cpu"
     provenance: dict[str, dict[str, str]] = field(default_factory=dict)
+    previous: Path | None = None
 
 
 class StageError(Exception):
@@ -49,6 +52,7 @@ def read(path: str | Path) -> Job:
         secrets={name: Path(p) for name, p in raw.get("secrets", {}).items()},
         device=raw.get("device", "cpu"),
         provenance=raw.get("provenance", {}),
+        previous=Path(raw["previous"]) if "previous" in raw else None,
     )
 
 

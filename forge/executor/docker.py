@@ -508,6 +508,8 @@ def container_job(task: Task) -> tuple[dict[str, Any], list[tuple[str, str, bool
         for name, paths in task.job["sources"].items()
     }
     job["secrets"] = {name: mounted(path, f"/secrets/{name}") for name, path in task.job["secrets"].items()}
+    if "previous" in task.job:
+        job["previous"] = mounted(task.job["previous"], "/previous")
     job["output"] = mounted(task.job["output"], "/output", False)
     job["scratch"] = mounted(task.job["scratch"], SCRATCH, False)
     return job, mounts

@@ -1,7 +1,7 @@
 """`source: hub`: one commit of a repository, every file checked against the hub's own digests.
 
 A connection that drops is taken up where it broke, within the file. A run that ends leaves its whole files
-to the next one.
+to the next one, and what the stage's earlier artifact has of this commit is not downloaded again.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def run(task: job.Job) -> None:
     try:
         info = HfApi().model_info(repository, revision=commit, files_metadata=True, token=token)
         files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in WANTED)]
-        whole, done = sum(f.size or 0 for f in files), 0
+        total, done = sum(f.size or 0 for f in files), 0
         for file in files:
-            job.progress(done, whole, "bytes", file.rfilename)
-            fetch(hf_hub_download, repository, commit, file, task.scratch, token)
+            job.progress(done, total, "bytes", file.rfilename)
+            if not taken(file, task.previous, task.scratch):
+                fetch(hf_hub_download, repository, commit, file, task.scratch, token)
             done += file.size or 0
     except (HTTPError, OSError) as error:
         # Only the kind of error and its status or the system's words: the text of a request may carry what
@@ -63,15 +64,32 @@ def run(task: job.Job) -> None:
             "Run again: what has arrived is kept. 401 or 403 want a token with access (secret hf_token), 404"
             " another name or commit",
         ) from None
-    job.progress(whole, whole, "bytes", "checked")
+    job.progress(total, total, "bytes", "checked")
     for file in files:
         target = task.output / file.rfilename
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(task.scratch / file.rfilename, target)
-        except OSError:  # scratch and output on different file systems
-            shutil.copyfile(task.scratch / file.rfilename, target)
+        link(task.scratch / file.rfilename, target)
     folder.check(task.output)
+
+
+def taken(file, previous: Path | None, scratch: Path) -> bool:
+    """Whether `previous`, the stage's earlier artifact, had a file with the digest that the hub announces; it
+    is in `scratch` then.
+    """
+    target = scratch / file.rfilename
+    if previous is None or target.exists() or not whole(previous / file.rfilename, file):
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    link(previous / file.rfilename, target)
+    return whole(target, file)
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the two folders are on different file systems or mounts."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def fetch(download, repository: str, commit: str, file, scratch: Path, token) -> None:
@@ -79,7 +97,7 @@ def fetch(download, repository: str, commit: str, file, scratch: Path, token) ->
     is left alone.
     """
     path = scratch / file.rfilename
-    if path.exists() and path.stat().st_size == file.size and digest(path, file) == announced(file):
+    if whole(path, file):
         return
     download(repository, file.rfilename, revision=commit, local_dir=scratch, token=token)
     found = digest(path, file)
@@ -91,6 +109,10 @@ def fetch(download, repository: str, commit: str, file, scratch: Path, token) ->
             "Run again to download it anew; if it comes back, something between here and the hub changes"
             " files",
         )
+
+
+def whole(path: Path, file) -> bool:
+    return path.is_file() and path.stat().st_size == file.size and digest(path, file) == announced(file)
 
 
 def announced(file) -> str:

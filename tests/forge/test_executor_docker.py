@@ -183,6 +183,13 @@ def test_every_stage_has_a_dockerfile_on_its_environment(stage):
     assert "FROM ${ENVIRONMENT}" in text and f'ENTRYPOINT ["python3", "-m", "stages.{stage}"]' in text
 
 
+def test_the_earlier_artifact_is_mounted_for_a_stage_that_is_given_it(toy):
+    wanted = task(toy)
+    given, mounts = container_job(replace(wanted, job={**wanted.job, "previous": str(toy / "earlier")}))
+    assert given["previous"] == "/previous" and (str(toy / "earlier"), "/previous", True) in mounts
+    assert "previous" not in container_job(wanted)[0]
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_task_with_a_gpu_has_the_one_more_mount_where_kernels_stay(toy, gpu):
     """Always at one path: Triton writes absolute paths beside what it compiled."""

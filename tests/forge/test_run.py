@@ -12,7 +12,7 @@ import time
 import pytest
 import toy
 
-from forge import journal
+from forge import journal, plan
 from forge.finding import Refused
 from forge.store import Store
 
@@ -248,3 +248,16 @@ def test_a_message_of_a_container_names_scratch_files_as_the_host_does():
         _on_host(event, "", "/store") == event
         and _on_host({"event": "log", "x": "/scratch/a"}, "/scratch", "/s")["x"] == "/scratch/a"
     )
+
+
+def test_a_stage_that_asks_for_it_is_given_its_newest_artifact(its):
+    contract = its.repo / "stages/words/stage.toml"
+    toy.edit(contract, 'image = "plain"', 'image = "plain"\nprevious = true')
+    job = lambda outcome: json.loads((outcome.folder / "01-words.json").read_text())
+    assert "previous" not in job(its.run(last="words"))
+    before = plan.artifact(its.context(), "words").folder
+    toy.edit(its.recipe, "upper: false", "upper: true")
+    assert job(its.run(last="words"))["previous"] == str(before)
+    toy.edit(contract, "previous = true", "")
+    toy.edit(its.recipe, "upper: true", "upper: false\n    times: 2")
+    assert "previous" not in job(its.run(last="words"))

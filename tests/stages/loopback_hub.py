@@ -145,7 +145,7 @@ class Download:
     imported.
     """
 
-    def __init__(self, folder, params, endpoint):
+    def __init__(self, folder, params, endpoint, **job):
         self.output, self.scratch = folder / "output", folder / "scratch"
         shutil.rmtree(self.output, ignore_errors=True)
         for made in (self.output, self.scratch):
@@ -158,6 +158,7 @@ class Download:
             "output": str(self.output),
             "scratch": str(self.scratch),
             "seed": 0,
+            **job,
         }
         (folder / "job.json").write_text(json.dumps({**its, "secrets": {"hf_token": str(folder / "token")}}))
         hub = {

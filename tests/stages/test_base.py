@@ -231,6 +231,17 @@ def test_hub_resumes_an_interrupted_download_and_never_shows_the_token(hub, publ
     } and loopback_hub.TOKEN not in printed
 
 
+def test_hub_downloads_nothing_that_the_earlier_artifact_has(hub, published, tmp_path):
+    previous = shutil.copytree(published, tmp_path / "previous")
+    (previous / "config.json").write_text((published / "config.json").read_text().replace(" ", "\t"))
+    (previous / "generation_config.json").unlink()
+    download = loopback_hub.Download(tmp_path, HUB, hub.url, previous=str(previous))
+    code, _, printed = download.finish()
+    assert code == 0, printed
+    assert contents(download.output) == contents(published)
+    assert {r.file for r in hub.requests if r.file} == {"config.json", "generation_config.json"}
+
+
 def test_hub_refuses_a_file_with_another_digest(hub, tmp_path):
     hub.altered = "config.json"
     its = loopback_hub.Download(tmp_path, HUB, hub.url)
