@@ -1,4 +1,7 @@
-"""Leaves out the tests of a room whose environment this is not, and says so; `tests/run.py` takes each."""
+"""Leaves out the tests of a room whose environment this is not, and says so; `tests/run.py` takes each.
+
+With --trap NAME only the tests run that meet this entry of docs/traps.md.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,17 @@ MISSING = {
     if (missing := [name for name in needed if find_spec(name) is None])
 }
 collect_ignore_glob = [f"{room}/test_*.py" for room in MISSING]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--trap", metavar="NAME", help="only the tests of this entry of docs/traps.md")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if trap := config.getoption("--trap"):
+        meets = {item: any(trap in mark.args for mark in item.iter_markers("trap")) for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not meets[item]])
+        items[:] = [item for item in items if meets[item]]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -15,7 +15,8 @@ MemAvailable:    97656250 kB
 """
 
 
-def test_trap_32_memory_comes_from_proc_meminfo(tmp_path):
+@pytest.mark.trap("memory-of-a-gb10")
+def test_memory_comes_from_proc_meminfo(tmp_path):
     """A GB10's NVML has no memory figure; MemAvailable counts what caches would give back, MemFree does
     not.
     """

@@ -128,6 +128,7 @@ def test_kill_9_in_the_middle_and_the_next_run_goes_on(its):
     assert not list(its.home.glob("store/tmp/*")) and not list(its.home.glob("store/scratch/slow/*"))
 
 
+@pytest.mark.trap("half-written-artifact")
 @pytest.mark.parametrize("moment", ["_seal", "_sync", "_place"])
 def test_kill_9_while_an_artifact_is_taken(its, moment):
     process = its.start(
@@ -198,6 +199,7 @@ def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(its):
     assert not list(its.home.glob("store/tmp/*"))
 
 
+@pytest.mark.trap("half-written-artifact")
 def test_a_damaged_artifact_is_not_taken_for_whole(its):
     its.run()
     folder = its.plan().stages[1].artifact.folder

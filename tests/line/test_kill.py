@@ -57,6 +57,7 @@ def killed(line, stage: str, enough) -> None:
     assert process.wait() == -9
 
 
+@pytest.mark.trap("half-written-artifact")
 def test_kill_9_in_train_and_in_quantize(line):
     home = line / "home"
     killed(line, "train", lambda event: event["done"] >= 25)

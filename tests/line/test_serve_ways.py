@@ -13,8 +13,9 @@ import yaml
 from conftest import BUILD, REPO, ran
 
 
+@pytest.mark.trap("adapter-not-applied")
 @pytest.mark.parametrize("serves", ["nvfp4", "merged", "tuned"])
-def test_trap_29_what_is_served_answers_as_the_tuned_model(serves, tmp_path):
+def test_what_is_served_answers_as_the_tuned_model(serves, tmp_path):
     recipe = yaml.safe_load((REPO / "recipes/tiny.yaml").read_text())
     recipe["stages"]["image"] = {"serves": serves}
     (tmp_path / "its.yaml").write_text(yaml.safe_dump(recipe))

@@ -56,11 +56,12 @@ def test_a_document_has_the_logits_of_the_native_class(base, device):
         )
 
 
+@pytest.mark.trap("packing-leaks")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("form", "dtype"), [("bf16", torch.float32), ("nf4", torch.float32), ("nvfp4", torch.bfloat16)]
 )
-def test_trap_12_a_packed_document_has_the_logits_of_the_document_alone(base, form, dtype, device):
+def test_a_packed_document_has_the_logits_of_the_document_alone(base, form, dtype, device):
     model, ids = tuned(base, form=form, dtype=dtype, device=device), tokens().to(device)
     with torch.no_grad():
         packed = logits(model, ids, LENGTHS)
@@ -99,8 +100,9 @@ def test_packed_and_alone_give_the_adapter_the_same_gradient(base, device):
     assert any(relative(packed[name], masked[name]) > 1e-3 for name in packed)
 
 
+@pytest.mark.trap("expert-adapter-misread")
 @pytest.mark.parametrize("preset", native.PRESETS)
-def test_trap_21_peft_reads_the_adapter_that_we_write(base, tmp_path, preset):
+def test_peft_reads_the_adapter_that_we_write(base, tmp_path, preset):
     model, ids = tuned(base, preset), tokens()
     adapter.save(model, tmp_path, preset, 4, 8)
     theirs = peft.PeftModel.from_pretrained(native.load(base), tmp_path)
@@ -239,9 +241,10 @@ def test_shorter_packs_keep_more_blocks_and_the_longest_none(base):
     assert counts[0] == 0 and counts == sorted(counts) and counts[-1] == len(kinds) and counts[1] < counts[3]
 
 
+@pytest.mark.trap("router-in-bf16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["bf16", "nf4", "nvfp4"])
-def test_trap_4_router_and_float32_tensors_keep_every_bit(base, form, dtype):
+def test_router_and_float32_tensors_keep_every_bit(base, form, dtype):
     stored, model = Checkpoint(base), assemble.load(Checkpoint(base), form, dtype)
     here = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = [
@@ -254,8 +257,9 @@ def test_trap_4_router_and_float32_tensors_keep_every_bit(base, form, dtype):
         assert torch.equal(here[native.native(name)], stored.tensor(name).float()), name
 
 
+@pytest.mark.trap("experts-not-quantised")
 @pytest.mark.parametrize(("form", "bits"), [("nf4", 4.25), ("nvfp4", 4.5)])
-def test_trap_7_every_expert_is_packed_and_what_the_export_leaves_in_bf16_is_not(base, form, bits):
+def test_every_expert_is_packed_and_what_the_export_leaves_in_bf16_is_not(base, form, bits):
     model = assemble.load(Checkpoint(base), form, torch.bfloat16)
     groups = native.bytes_by_group(model)
     weights = 2 * 2 * 4 * 128 * 64  # layers, projections, experts, shape
@@ -278,7 +282,8 @@ def test_trap_7_every_expert_is_packed_and_what_the_export_leaves_in_bf16_is_not
     } | {f"model.layers.2.mixer.{its}_proj" for its in ("in", "out")}
 
 
-def test_trap_8_and_10_every_adapter_tensor_gets_a_gradient_out_proj_too(base):
+@pytest.mark.trap("experts-not-trained")
+def test_and_10_every_adapter_tensor_gets_a_gradient_out_proj_too(base):
     model = assemble.load(Checkpoint(base))
     for module in model.modules():
         if isinstance(module, assemble.Projection):
@@ -309,7 +314,8 @@ def test_weights_are_held_decoded_in_the_room_that_is_given_the_first_blocks_fir
     ), "those that are BF16 anyway stay as they are"
 
 
-def test_trap_18_rounded_weights_are_bit_for_bit_what_the_export_writes(base, tmp_path):
+@pytest.mark.trap("quantiser-before-adapter")
+def test_rounded_weights_are_bit_for_bit_what_the_export_writes(base, tmp_path):
     model = tuned(base)
     adapter.save(model, tmp_path, "all", 4, 8)
     stored = Checkpoint(base)

@@ -307,7 +307,8 @@ def test_a_transposed_expert_is_called_so(base, tmp_path):
     assert "transposed" in finding.remedy
 
 
-def test_trap_20_a_renamed_embedding(base, tmp_path):
+@pytest.mark.trap("renamed-and-recast-tensors")
+def test_a_renamed_embedding(base, tmp_path):
     values = tensors(base)
     values["backbone.embedding.weight"] = values.pop(EMBEDDINGS)
     assert subjects(written(tmp_path / "made", Checkpoint(base).config, values)) == {
@@ -316,7 +317,8 @@ def test_trap_20_a_renamed_embedding(base, tmp_path):
     }
 
 
-def test_trap_20_float32_that_save_pretrained_rounded(base, tmp_path):
+@pytest.mark.trap("renamed-and-recast-tensors")
+def test_float32_that_save_pretrained_rounded(base, tmp_path):
     """NVIDIA's NVFP4 checkpoint has A_log and D in BF16; the BF16 one does not."""
     values = {n: v.bfloat16() if n.endswith(".A_log") else v for n, v in tensors(base).items()}
     assert subjects(written(tmp_path / "made", Checkpoint(base).config, values)) == {
@@ -358,8 +360,9 @@ EXCLUDES = {
 }
 
 
+@pytest.mark.trap("corrupted-names")
 @pytest.mark.parametrize("fault", EXCLUDES)
-def test_trap_23_a_wrong_exclude_is_named(nvidia, tmp_path, fault):
+def test_a_wrong_exclude_is_named(nvidia, tmp_path, fault):
     change, said = EXCLUDES[fault]
     found = audit(
         edited(nvidia, tmp_path / "made", lambda quant: change(quant["quantization"]["exclude_modules"]))
@@ -441,8 +444,9 @@ def test_two_settings_that_differ_and_none_at_all(nvidia, base, tmp_path):
 # --- against a base -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.trap("router-in-bf16")
 @pytest.mark.parametrize("name", [BIAS, "backbone.layers.3.mixer.q_proj.weight", "backbone.layers.0.mixer.D"])
-def test_trap_4_what_is_not_quantised_equals_the_base_bit_for_bit(base, tmp_path, name):
+def test_what_is_not_quantised_equals_the_base_bit_for_bit(base, tmp_path, name):
     def next_up(values):
         values[name] = torch.nextafter(values[name], torch.full_like(values[name], 1e4))
 
@@ -521,7 +525,8 @@ def test_a_config_that_describes_no_nemotron_h(nvidia, tmp_path, text):
 # --- what a vLLM can load -----------------------------------------------------------------------------------
 
 
-def test_trap_26_a_vllm_that_reads_a_quantised_in_proj_wrongly(nvidia, base, tmp_path):
+@pytest.mark.trap("in-proj-on-old-vllm")
+def test_a_vllm_that_reads_a_quantised_in_proj_wrongly(nvidia, base, tmp_path):
     made = audit(nvidia, vllm="0.17.1")
     assert (
         made.serve is None

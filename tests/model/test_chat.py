@@ -34,7 +34,8 @@ def only_call(messages):
     return call["function"]["arguments"]
 
 
-def test_trap_13_arguments_become_a_mapping_in_their_own_order():
+@pytest.mark.trap("tool-arguments-as-text")
+def test_arguments_become_a_mapping_in_their_own_order():
     message = calls("send_message", '{"to": "Priya", "text": "late", "again": true}')
     assert list(only_call(chat.normalise([user("Go on."), message])).items()) == [
         ("to", "Priya"),
@@ -96,14 +97,16 @@ True
 """
 
 
-def test_trap_13_mixed_tool_calls_read_exactly_so(tokenizer):
+@pytest.mark.trap("tool-arguments-as-text")
+def test_mixed_tool_calls_read_exactly_so(tokenizer):
     talk = [turn for call in MIXED for turn in (user("Go on."), call, {"role": "tool", "content": "ok"})]
     text = chat.render(tokenizer, talk).text
     turns = [part.partition("<|im_end|>")[0] for part in text.split("<|im_start|>assistant\n")[1:]]
     assert turns == MIXED_TEXT.split("|")
 
 
-def test_trap_13_rows_that_went_through_arrow_are_refused():
+@pytest.mark.trap("tool-arguments-as-text")
+def test_rows_that_went_through_arrow_are_refused():
     pyarrow = pytest.importorskip("pyarrow")
     rows = [
         {"messages": [calls("set_timer", {"minutes": 5})]},
@@ -117,6 +120,7 @@ def test_trap_13_rows_that_went_through_arrow_are_refused():
             chat.normalise(back["messages"])
 
 
+@pytest.mark.trap("tool-arguments-as-text")
 @pytest.mark.parametrize(
     "arguments, reason",
     [
@@ -127,7 +131,7 @@ def test_trap_13_rows_that_went_through_arrow_are_refused():
         ('{"minutes": null}', "minutes of set_timer is null"),
     ],
 )
-def test_trap_13_arguments_that_are_no_object_are_refused(arguments, reason):
+def test_arguments_that_are_no_object_are_refused(arguments, reason):
     with pytest.raises(chat.ChatError, match=reason):
         chat.normalise([calls("set_timer", arguments)])
 
@@ -142,7 +146,8 @@ def spans(rendered):
     ]
 
 
-def test_trap_15_the_server_s_prompt_and_the_trained_span_make_the_training_text(tokenizer):
+@pytest.mark.trap("think-block-disagrees")
+def test_the_server_s_prompt_and_the_trained_span_make_the_training_text(tokenizer):
     rendered = chat.render(tokenizer, TALK, TOOLS)
     answers = [number for number, message in enumerate(TALK) if message["role"] == "assistant"]
     assert len(spans(rendered)) == len(answers) == 4
@@ -165,12 +170,14 @@ def test_trap_15_the_server_s_prompt_and_the_trained_span_make_the_training_text
     assert tokenizer.decode(rendered.input_ids[slice(*spans(rendered)[0])]) == "Tokyo.<|im_end|>"
 
 
-def test_trap_15_the_default_prompt_would_not_lead_to_the_training_text(tokenizer):
+@pytest.mark.trap("think-block-disagrees")
+def test_the_default_prompt_would_not_lead_to_the_training_text(tokenizer):
     prompt = tokenizer.apply_chat_template(TALK[:2], tokenize=False, add_generation_prompt=True)
     assert prompt.endswith("<think>\n") and not chat.render(tokenizer, TALK[:3]).text.startswith(prompt)
 
 
-def test_trap_15_labels_are_the_tokens_themselves_and_never_those_of_others(tokenizer):
+@pytest.mark.trap("think-block-disagrees")
+def test_labels_are_the_tokens_themselves_and_never_those_of_others(tokenizer):
     rendered = chat.render(tokenizer, TALK, TOOLS)
     assert all(
         label in (token, chat.IGNORED)
@@ -184,15 +191,17 @@ def test_trap_15_labels_are_the_tokens_themselves_and_never_those_of_others(toke
     assert said == f"Tokyo.<|im_end|>Starting it.\n{call.format(5)}Done.<|im_end|>\n{call.format(7)}"
 
 
+@pytest.mark.trap("think-block-disagrees")
 @pytest.mark.parametrize(
     "answer", ["<think>hm</think>Tokyo.", "Tokyo.</think>", "Tokyo.<|im_end|>\n<|im_start|>user\n"]
 )
-def test_trap_15_thoughts_and_markers_in_a_message_are_refused(tokenizer, answer):
+def test_thoughts_and_markers_in_a_message_are_refused(tokenizer, answer):
     with pytest.raises(chat.ChatError, match="message 2"):
         chat.render(tokenizer, [user("Capital of Japan?"), says(answer)])
 
 
-def test_trap_15_reasoning_is_left_out_unless_it_is_asked_for(tokenizer):
+@pytest.mark.trap("think-block-disagrees")
+def test_reasoning_is_left_out_unless_it_is_asked_for(tokenizer):
     thoughtful = [user("Capital of Japan?"), {**says("Tokyo."), "reasoning_content": "Japan is in Asia."}]
     assert chat.render(tokenizer, thoughtful) == chat.render(
         tokenizer, [user("Capital of Japan?"), says("Tokyo.")]
@@ -201,7 +210,8 @@ def test_trap_15_reasoning_is_left_out_unless_it_is_asked_for(tokenizer):
         chat.normalise([user("Capital of Japan?"), {**says("Tokyo."), "reasoning_content": 3}])
 
 
-def test_trap_15_a_template_that_writes_no_think_block_is_refused(tokenizer):
+@pytest.mark.trap("think-block-disagrees")
+def test_a_template_that_writes_no_think_block_is_refused(tokenizer):
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = own.replace("<think></think>", "")
@@ -211,7 +221,8 @@ def test_trap_15_a_template_that_writes_no_think_block_is_refused(tokenizer):
         tokenizer.chat_template = own
 
 
-def test_trap_16_every_answer_s_end_is_trained_and_the_newline_after_it_is_not(tokenizer):
+@pytest.mark.trap("pad-is-the-end-token")
+def test_every_answer_s_end_is_trained_and_the_newline_after_it_is_not(tokenizer):
     rendered = chat.render(tokenizer, TALK, TOOLS)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (tokenizer.eos_token_id, end, tokenizer.pad_token) == (11, 11, None)
@@ -219,7 +230,8 @@ def test_trap_16_every_answer_s_end_is_trained_and_the_newline_after_it_is_not(t
     assert rendered.labels[-1] == chat.IGNORED and tokenizer.decode(rendered.input_ids[-1]) == "\n"
 
 
-def test_trap_16_padding_is_zero_and_masks_no_answer_s_end(tokenizer):
+@pytest.mark.trap("pad-is-the-end-token")
+def test_padding_is_zero_and_masks_no_answer_s_end(tokenizer):
     rows = [chat.render(tokenizer, TALK[:3]), chat.render(tokenizer, TALK, TOOLS)]
     ids, labels = teach.collate(rows)
     short = len(rows[0].input_ids)
@@ -228,12 +240,14 @@ def test_trap_16_padding_is_zero_and_masks_no_answer_s_end(tokenizer):
     assert [int((row == tokenizer.eos_token_id).sum()) for row in labels] == [1, 4]
 
 
+@pytest.mark.trap("text-read-as-control-token")
 def test_a_tool_that_holds_the_template_s_markers_is_refused(tokenizer):
     tools = json.loads(json.dumps(TOOLS).replace("integer", "<|im_start|>assistant\\n<|im_end|>"))
     with pytest.raises(chat.ChatError, match=r"tool set_timer holds <\|im_start\|>"):
         chat.render(tokenizer, TALK[:3], tools)
 
 
+@pytest.mark.trap("template-with-a-date")
 def test_a_template_with_today_s_date_is_refused(tokenizer):
     own = tokenizer.chat_template
     try:
@@ -260,6 +274,7 @@ def served(tokenizer, messages, tools):
 
 
 # Blanks around content: the row's history is the one that the server renders for each turn.
+@pytest.mark.trap("trained-text-is-not-the-served-text")
 @pytest.mark.parametrize("content", ["  Sure.", "Sure.\n", "\u2003Sure. ", "\r\nSure.\r\n", "", None])
 def test_case_17_blanks_around_an_answer_do_not_change_later_prompts(tokenizer, content):
     talk = [

@@ -32,6 +32,7 @@ def test_it_is_off_unless_asked_for():
     assert not determinism.wanted()
 
 
+@pytest.mark.trap("runs-differ-on-a-gpu")
 def test_a_kernel_that_the_table_does_not_have_takes_the_smallest_blocks():
     sizes = [(3, 64, 128), (4, 32, 64), (2, 64, 64), (2, 64, 64), (5, 32, 128)]
     configs = [
@@ -42,6 +43,7 @@ def test_a_kernel_that_the_table_does_not_have_takes_the_smallest_blocks():
     assert tuning.smallest(configs[2:]) is configs[2], "of several, the first"
 
 
+@pytest.mark.trap("runs-differ-on-a-gpu")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 @pytest.mark.parametrize("form", ["nf4", "rounded"])
 def test_gradients_of_a_step_are_equal_bit_for_bit_on_a_gpu(tmp_path, deterministic, form):

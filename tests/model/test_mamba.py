@@ -130,10 +130,11 @@ def a_mixer(model, dt_bias=-3.0):
     return mixer.requires_grad_()
 
 
+@pytest.mark.trap("state-lost-between-chunks")
 @everywhere
 @pytest.mark.parametrize("lengths", [PACKED, None], ids=["packed", "batch"])
 @pytest.mark.parametrize("dt_bias", [-3.0, -8.0])
-def test_trap_1_scan_equals_the_recurrence_with_all_gradients(place, dt_bias, lengths):
+def test_scan_equals_the_recurrence_with_all_gradients(place, dt_bias, lengths):
     device, way = place
     batch, tokens = (1, sum(PACKED)) if lengths else (2, 3 * CHUNK + 8)
     exact = inputs(batch, tokens, dt_bias)
@@ -185,7 +186,8 @@ def test_scan_stays_exact_where_states_die_at_once_and_where_they_never_do():
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(found.sum(), given))
 
 
-def test_trap_5_no_temporary_has_an_element_per_token_and_state():
+@pytest.mark.trap("naive-scan-memory")
+def test_no_temporary_has_an_element_per_token_and_state():
     class Largest(TorchDispatchMode):
         elements = 0
 
@@ -208,9 +210,10 @@ def test_trap_5_no_temporary_has_an_element_per_token_and_state():
     )
 
 
+@pytest.mark.trap("packing-leaks")
 @everywhere
 @pytest.mark.parametrize("lengths", [(5,), (1,), (9, 1, 2, 1, 3, 70)])
-def test_trap_12_convolution_starts_anew_in_every_document(place, lengths):
+def test_convolution_starts_anew_in_every_document(place, lengths):
     device, way = place
     torch.manual_seed(0)
     exact = [
@@ -251,8 +254,9 @@ def test_convolution_takes_a_batch_and_no_bias(place):
     )
 
 
+@pytest.mark.trap("gate-after-the-norm")
 @everywhere
-def test_trap_3_gate_comes_before_the_grouped_norm(place):
+def test_gate_comes_before_the_grouped_norm(place):
     device, way = place
     torch.manual_seed(0)
     exact = [
@@ -278,9 +282,10 @@ def test_trap_3_gate_comes_before_the_grouped_norm(place):
     )
 
 
+@pytest.mark.trap("time-step-floor")
 @everywhere
 @pytest.mark.parametrize("dt_bias", [-3.0, -8.0])
-def test_trap_2_mixer_equals_its_definition_and_nothing_clamps_dt(model, place, dt_bias):
+def test_mixer_equals_its_definition_and_nothing_clamps_dt(model, place, dt_bias):
     device, way = place
     mixer = mamba.attach(a_mixer(model, dt_bias).to(device), way)
     mixer.time_step_limit = (0.001, float("inf"))  # as the class has it before native.repair
@@ -324,8 +329,9 @@ def test_mixer_equals_the_class_in_output_and_every_gradient(model, padded, monk
         assert error(results[1][name], wanted) < 5e-5, name
 
 
+@pytest.mark.trap("packing-leaks")
 @everywhere
-def test_trap_12_a_packed_document_is_the_document_alone(model, place):
+def test_a_packed_document_is_the_document_alone(model, place):
     device, way = place
     mixer = mamba.attach(a_mixer(model).to(device), way)
     torch.manual_seed(2)
@@ -348,7 +354,8 @@ def test_trap_12_a_packed_document_is_the_document_alone(model, place):
     assert leak > 0.05, "without documents the state has to leak, or this test shows nothing"
 
 
-def test_trap_12_no_gradient_reaches_another_document(model):
+@pytest.mark.trap("packing-leaks")
+def test_no_gradient_reaches_another_document(model):
     mixer = mamba.attach(a_mixer(model))
     hidden = torch.randn(1, sum(PACKED), mixer.hidden_size, requires_grad=True)
     start, end = Documents(PACKED).spans[2]
@@ -391,7 +398,8 @@ def test_generation_with_a_cache_equals_the_full_forward(model, monkeypatch):
     assert error(torch.cat(found, 1), full) < 1e-4
 
 
-def test_trap_10_what_wraps_a_projection_is_computed_in_training(model):
+@pytest.mark.trap("out-proj-bypassed")
+def test_what_wraps_a_projection_is_computed_in_training(model):
     mixer = mamba.attach(a_mixer(model)).train()
     hidden = torch.randn(1, 10, mixer.hidden_size)
     plain = mixer(hidden)
@@ -435,6 +443,7 @@ def test_what_would_leak_or_not_fit_is_refused(model):
         mamba.attach(mixer)
 
 
+@pytest.mark.trap("slow-path-instead-of-kernels")
 def test_missing_kernels_on_cuda_are_an_error_and_never_a_silent_fallback(monkeypatch):
     assert mamba.implementation("cpu") == "torch"
     monkeypatch.setattr(mamba, "_kernels", lambda: "No module named 'mamba_ssm'")

@@ -16,6 +16,7 @@ def tokenizer(tmp_path_factory):
 
 
 # A call that is written out as text.
+@pytest.mark.trap("call-written-as-text")
 @pytest.mark.parametrize(
     "content, string",
     [
@@ -51,6 +52,7 @@ def test_case_03_what_only_looks_like_a_call_is_trained(tokenizer, content):
 
 
 # Text that the tokenizer reads as a control token, wherever it stands.
+@pytest.mark.trap("text-read-as-control-token")
 @pytest.mark.parametrize(
     "token",
     [
@@ -93,6 +95,7 @@ def test_case_04_a_control_token_in_a_text_is_refused(tokenizer, token, where, p
     assert token in str(refusal.value), "the reason names the string"
 
 
+@pytest.mark.trap("text-read-as-control-token")
 def test_case_04_an_added_token_that_is_not_special_counts(tokenizer):
     from transformers import AutoTokenizer
 

@@ -16,6 +16,7 @@ def tokenizer(tmp_path_factory):
 
 
 # Results without a call.
+@pytest.mark.trap("results-under-the-wrong-call")
 @pytest.mark.parametrize(
     "messages, place",
     [
@@ -79,6 +80,7 @@ def test_case_06_results_and_calls_that_do_not_belong_together_are_refused_by_po
 
 
 # Results in another order than the calls.
+@pytest.mark.trap("results-under-the-wrong-call")
 def test_case_07_results_stand_in_the_order_of_the_calls(tokenizer):
     turn = several(
         ("get_weather", {"city": "Pune"}, "a"),
@@ -148,6 +150,7 @@ def test_case_15_tools_are_what_the_server_makes_of_them(given, expected):
     assert chat.served_tools([made]) == [made]
 
 
+@pytest.mark.trap("trained-text-is-not-the-served-text")
 def test_case_15_a_tool_without_description_is_trained_as_the_server_writes_it(tokenizer):
     text = chat.render(tokenizer, [user("Hi."), says("Hi.")], [BARE]).text
     assert "<name>stop</name>\n<description>None</description>\n<parameters>\n</parameters>" in text

@@ -66,18 +66,21 @@ def mixer_error(model, dt_bias):
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
-def test_trap_1_state_is_carried_between_chunks(checkpoint):
+@pytest.mark.trap("state-lost-between-chunks")
+def test_state_is_carried_between_chunks(checkpoint):
     assert mixer_error(native.load(checkpoint), -3.0) < 1e-4
 
 
+@pytest.mark.trap("state-lost-between-chunks")
 @pytest.mark.parametrize("version", ["5.3.0", "5.14.0", "5.15.0"])
-def test_trap_1_releases_that_lose_state_are_refused(version):
+def test_releases_that_lose_state_are_refused(version):
     with pytest.raises(native.NativeError, match="loses Mamba state"):
         native.check_version(version)
     native.check_version("5.15.1")
 
 
-def test_trap_2_small_time_steps_are_not_clamped(checkpoint, monkeypatch):
+@pytest.mark.trap("time-step-floor")
+def test_small_time_steps_are_not_clamped(checkpoint, monkeypatch):
     class_in_torch(monkeypatch)
     model = native.load(checkpoint)
     assert mixer_error(model, -8.0) < 1e-4
@@ -92,7 +95,8 @@ def test_trap_2_small_time_steps_are_not_clamped(checkpoint, monkeypatch):
     )
 
 
-def test_trap_3_gate_comes_before_the_grouped_norm(checkpoint):
+@pytest.mark.trap("gate-after-the-norm")
+def test_gate_comes_before_the_grouped_norm(checkpoint):
     norm = native.load(checkpoint).model.layers[0].mixer.norm
     x, z = torch.randn(2, 5, norm.weight.numel())
     gated = (x * torch.nn.functional.silu(z)).view(5, -1, norm.group_size)
@@ -102,8 +106,9 @@ def test_trap_3_gate_comes_before_the_grouped_norm(checkpoint):
     assert torch.allclose(norm(x, z), wanted, atol=1e-5)
 
 
+@pytest.mark.trap("router-in-bf16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trap_4_router_and_float32_tensors_keep_every_bit(checkpoint, dtype):
+def test_router_and_float32_tensors_keep_every_bit(checkpoint, dtype):
     model, stored = native.load(checkpoint, dtype), Checkpoint(checkpoint)
     here = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = [name for name in stored.entries if name.endswith(("A_log", ".D", "e_score_correction_bias"))]
@@ -116,7 +121,8 @@ def test_trap_4_router_and_float32_tensors_keep_every_bit(checkpoint, dtype):
     )
 
 
-def test_trap_4_autocast_does_not_reach_the_router(checkpoint):
+@pytest.mark.trap("router-in-bf16")
+def test_autocast_does_not_reach_the_router(checkpoint):
     router = native.load(checkpoint).model.layers[1].mixer.gate
     hidden = torch.randn(64, 128)
     exact = router(hidden)

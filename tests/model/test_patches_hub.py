@@ -353,10 +353,11 @@ def test_without_the_patch_the_import_is_an_error():
         run(HUB)
 
 
+@pytest.mark.trap("gate-after-the-norm")
 @pytest.mark.parametrize(
     ("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)]
 )
-def test_trap_3_the_gate_comes_before_the_norm_and_the_norm_is_per_group(dtype, near):
+def test_the_gate_comes_before_the_norm_and_the_norm_is_per_group(dtype, near):
     torch.manual_seed(0)
     width, group = 24, 8
     norm = run(patches.patched(HUB)).Norm(width, group).to(dtype)
@@ -406,8 +407,9 @@ def test_mamba_ssm_stays_in_use_where_it_imports(monkeypatch):
     assert run(patches.patched(HUB)).rmsnorm_fn is sys.modules[name].rmsnorm_fn
 
 
+@pytest.mark.trap("router-in-bf16")
 @pytest.mark.parametrize("as_patched", [False, True])
-def test_trap_4_the_router_is_kept_out_of_autocast(as_patched):
+def test_the_router_is_kept_out_of_autocast(as_patched):
     gate = moe(None if as_patched else unpatched("b router")).gate
     tokens = torch.randn(7, WIDTH)
     indices, shares = gate(tokens)
@@ -470,7 +472,8 @@ def test_an_idle_expert_in_four_bits_still_gets_a_gradient(monkeypatch):
         assert sum(expert.lora.grad is not None for expert in model.experts) == learns
 
 
-def test_trap_19_tied_weights_keys_can_be_asked_for_their_keys():
+@pytest.mark.trap("save-stops-after-the-config")
+def test_tied_weights_keys_can_be_asked_for_their_keys():
     tied = run(patches.patched(HUB)).NemotronHForCausalLM._tied_weights_keys
     assert list(tied.keys()) == []
     assert isinstance(run(unpatched("e tied keys")).NemotronHForCausalLM._tied_weights_keys, list)

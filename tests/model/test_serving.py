@@ -23,20 +23,23 @@ def value(made, flag):
     return made.args[made.args.index(flag) + 1] if flag in made.args else None
 
 
+@pytest.mark.trap("in-proj-on-old-vllm")
 @pytest.mark.parametrize("vllm", ["0.12.0", "0.15.1", "0.17.1"])
-def test_trap_26_a_quantised_in_proj_is_refused_before_0_18(vllm):
+def test_a_quantised_in_proj_is_refused_before_0_18(vllm):
     with pytest.raises(ServingError, match="layout: conservative"):
         served(vllm, OFFICIAL)
     served(vllm, CONSERVATIVE)
 
 
+@pytest.mark.trap("in-proj-on-old-vllm")
 @pytest.mark.parametrize("vllm", ["0.18", "0.18.0", "0.31.0"])
-def test_trap_26_it_is_served_from_0_18_on(vllm):
+def test_it_is_served_from_0_18_on(vllm):
     served(vllm, OFFICIAL)
 
 
+@pytest.mark.trap("kv-cache-dtype-ignored")
 @pytest.mark.parametrize("vllm", RELEASES)
-def test_trap_27_the_kv_cache_is_always_said(vllm):
+def test_the_kv_cache_is_always_said(vllm):
     assert value(served(vllm), "--kv-cache-dtype") == "fp8"
     # before, some attention backends knew BF16 as auto only
     bf16 = "bfloat16" if version(vllm) >= (0, 15) else "auto"
@@ -75,14 +78,16 @@ def test_an_fp8_cache_on_a_cpu_is_served_only_where_vllm_can(cpu, tmp_path):
     assert kv_cache("0.32.0+cpu", "cpu", BF16, "auto", cpuinfo).dtype == "auto"
 
 
+@pytest.mark.trap("adapter-not-applied")
 @pytest.mark.parametrize("vllm", ["0.12.0", "0.14.1"])
-def test_trap_29_an_adapter_is_refused_before_0_15(vllm):
+def test_an_adapter_is_refused_before_0_15(vllm):
     with pytest.raises(ServingError, match="merge it"):
         served(vllm, ADAPTER)
     served(vllm, BF16)
 
 
-def test_trap_29_an_adapter_goes_to_attention_alone():
+@pytest.mark.trap("adapter-not-applied")
+def test_an_adapter_goes_to_attention_alone():
     made = served("0.15.1", ADAPTER)
     start = made.args.index("--lora-target-modules")
     assert "--enable-lora" in made.args and made.args[start + 1 : start + 6] == [
@@ -107,14 +112,16 @@ def test_a_rank_beyond_vllm_s_is_refused():
         served("0.31.0", Checkpoint(lora_rank=513))
 
 
+@pytest.mark.trap("wrong-expert-backend")
 @pytest.mark.parametrize("vllm", ["0.31.0", "0.33.0"])
-def test_trap_30_flashinfer_is_a_flag_from_0_31_on(vllm):
+def test_flashinfer_is_a_flag_from_0_31_on(vllm):
     made = served(vllm, OFFICIAL)
     assert value(made, "--moe-backend") == "flashinfer_cutlass" and made.env == {}
 
 
+@pytest.mark.trap("wrong-expert-backend")
 @pytest.mark.parametrize("vllm", ["0.12.0", "0.30.2"])
-def test_trap_30_before_that_flashinfer_is_two_variables(vllm):
+def test_before_that_flashinfer_is_two_variables(vllm):
     made = served(vllm)
     assert value(made, "--moe-backend") is None
     assert made.env == {"VLLM_USE_FLASHINFER_MOE_FP4": "1", "VLLM_FLASHINFER_MOE_BACKEND": "throughput"}
@@ -143,16 +150,18 @@ def test_limits_are_named_all_at_once():
     ]
 
 
-def test_trap_30_bf16_experts_take_vllm_s_own_choice():
+@pytest.mark.trap("wrong-expert-backend")
+def test_bf16_experts_take_vllm_s_own_choice():
     assert all(
         value(served(vllm, BF16), "--moe-backend") is None and served(vllm, BF16).env == {}
         for vllm in RELEASES
     )
 
 
+@pytest.mark.trap("prefix-cache-and-float16")
 @pytest.mark.parametrize("vllm", RELEASES)
 @pytest.mark.parametrize("checkpoint", [BF16, CONSERVATIVE])
-def test_trap_31_no_prefix_caching_on_a_cpu_and_float16_nowhere(vllm, checkpoint):
+def test_no_prefix_caching_on_a_cpu_and_float16_nowhere(vllm, checkpoint):
     on_cpu, on_cuda = served(vllm, checkpoint, "cpu"), served(vllm, checkpoint)
     assert "--no-enable-prefix-caching" in on_cpu.args and "--no-enable-prefix-caching" not in on_cuda.args
     assert (
@@ -162,8 +171,9 @@ def test_trap_31_no_prefix_caching_on_a_cpu_and_float16_nowhere(vllm, checkpoint
     assert not {"float16", "half"} & {*on_cpu.args, *on_cuda.args}
 
 
+@pytest.mark.trap("think-block-disagrees")
 @pytest.mark.parametrize("vllm", RELEASES)
-def test_trap_15_thinking_is_off_unless_a_client_asks(vllm):
+def test_thinking_is_off_unless_a_client_asks(vllm):
     said = value(served(vllm), "--default-chat-template-kwargs")
     if version(vllm) >= (0, 15):
         assert json.loads(said) == {"enable_thinking": False}

@@ -75,7 +75,8 @@ def test_the_tuned_answer_is_shown_beside_the_base_one(its, capsys):
     )
 
 
-def test_trap_29_a_server_that_answers_as_the_base_is_refused(its):
+@pytest.mark.trap("adapter-not-applied")
+def test_a_server_that_answers_as_the_base_is_refused(its):
     with pytest.raises(Refused, match="as the base does"):
         its({"content": CHECK["base"]["content"], "tool_calls": []})
 

@@ -61,7 +61,8 @@ def test_tiny_makes_a_whole_checkpoint_with_the_published_keys(made):
     assert len(Checkpoint(made).files) > 1, "several shards, so that what streams shards is exercised"
 
 
-def test_trap_16_tiny_has_the_special_tokens_at_their_ids_and_no_pad(made):
+@pytest.mark.trap("pad-is-the-end-token")
+def test_tiny_has_the_special_tokens_at_their_ids_and_no_pad(made):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(made)
@@ -74,7 +75,8 @@ def test_trap_16_tiny_has_the_special_tokens_at_their_ids_and_no_pad(made):
     assert json.loads((made / "config.json").read_text())["vocab_size"] >= len(tokenizer)
 
 
-def test_trap_4_tiny_s_correction_bias_is_one_that_bf16_would_flatten(made):
+@pytest.mark.trap("router-in-bf16")
+def test_tiny_s_correction_bias_is_one_that_bf16_would_flatten(made):
     checkpoint = Checkpoint(made)
     for name in (n for n in checkpoint.entries if n.endswith("e_score_correction_bias")):
         bias = checkpoint.tensor(name)
@@ -141,7 +143,7 @@ BREAKS = {
     "wrong shape": (EXPERT, lambda t: t.update({EXPERT: t[EXPERT].T.contiguous()}), r"BF16 \(128, 64\)"),
     "NaN": (EXPERT, lambda t: t[EXPERT][3, 4].fill_(float("nan")), "NaN or infinity"),
     "infinite": (EXPERT, lambda t: t[EXPERT][3, 4].fill_(float("inf")), "NaN or infinity"),
-    "trap 20: recast": (A_LOG, lambda t: t.update({A_LOG: t[A_LOG].bfloat16()}), r"BF16 \(4,\)"),
+    "recast": (A_LOG, lambda t: t.update({A_LOG: t[A_LOG].bfloat16()}), r"BF16 \(4,\)"),
 }
 
 

@@ -177,6 +177,7 @@ def test_prompt_and_rows_are_compared_alike_and_trained_exactly(line, ends, prom
     )
 
 
+@pytest.mark.trap("stale-prompt")
 def test_a_prompt_that_looks_alike_is_refused_with_the_character(line):
     line.put("a.jsonl", talk(prompt="You are\u00a0Annie."))
     with pytest.raises(
@@ -330,6 +331,7 @@ def test_empty_arguments_are_trained_as_a_call_without_parameters(line, argument
     assert "<function=set_timer>\n</function>" in line.trained()[0]
 
 
+@pytest.mark.trap("held-out-rows-are-trained")
 def test_a_folders_own_test_split_is_held_out_and_never_trained(line):
     line.put("train.jsonl", talk("a"), talk("both"), talk("c"))
     line.put("test.jsonl", talk("both"), talk("d"))

@@ -108,10 +108,10 @@ BAD = {
         "message 1 has the unknown role 'bot'",
     ),
     "empty assistant turn": (talk("Hello?", " "), "message 3 is an empty assistant turn"),
-    "trap 14: nothing to train on": ({"messages": talk("Hello?")["messages"][:2]}, "nothing to train on"),
+    "nothing to train on": ({"messages": talk("Hello?")["messages"][:2]}, "nothing to train on"),
     "too long": (talk("Why? " * 500), r"\d+ tokens, max_tokens is 500"),
-    "trap 13: a null argument": (timer('{"minutes": null}'), "argument minutes of set_timer is null"),
-    "trap 13: arguments that are no JSON": (timer("{minutes: 5}"), "arguments of set_timer are not JSON"),
+    "a null argument": (timer('{"minutes": null}'), "argument minutes of set_timer is null"),
+    "arguments that are no JSON": (timer("{minutes: 5}"), "arguments of set_timer are not JSON"),
     "no content": (talk("Hello?", None), "content of message 3 is null"),
     "thinks aloud": (talk("Hello?", "<think>hm</think>Hi."), "message 3 thinks aloud"),
     "a number without end": (b'{"messages": ' + b"1" * 5000 + b"}", "not JSON"),
@@ -179,6 +179,7 @@ def test_sources_are_merged_in_their_order_and_duplicates_left_out(base, tmp_pat
 STALE = PROMPT.replace("2. No markdown.\n", "2. Use emoji.\n")
 
 
+@pytest.mark.trap("stale-prompt")
 def test_a_stale_prompt_is_counted_shown_and_refused(base, tmp_path):
     folder = written(
         tmp_path / "talks",
@@ -245,9 +246,8 @@ def test_sources_that_leave_nothing_to_train_on_are_refused(base, tmp_path):
         prepared(base, tmp_path / "nothing", [tmp_path / "none"])
 
 
-def test_trap_14_the_trained_share_is_told_by_conversation_and_a_small_one_warned_of(
-    base, tmp_path, monkeypatch
-):
+@pytest.mark.trap("few-trained-tokens")
+def test_the_trained_share_is_told_by_conversation_and_a_small_one_warned_of(base, tmp_path, monkeypatch):
     events = io.StringIO()
     monkeypatch.setattr(job, "_events", events)
     prompt = PROMPT + " Never forget." * 30

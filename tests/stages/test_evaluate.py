@@ -137,7 +137,8 @@ def warnings(monkeypatch):
     return found
 
 
-def test_trap_22_one_table_holds_every_model_of_the_line_in_order(its, toy, warnings):
+@pytest.mark.trap("small-change-drowns-in-fp4")
+def test_one_table_holds_every_model_of_the_line_in_order(its, toy, warnings):
     its.sources["questions"] = [its.scratch / "questions.jsonl"]
     its.sources["questions"][0].write_text("".join(json.dumps(q) + "\n\n" for q in ASKED))
     its.params["gate"] = {"tuned": 1.0, "nvfp4": {"at_least": 0.9, "within": 0.02, "of": "tuned"}}
@@ -212,7 +213,8 @@ def test_every_request_is_greedy_and_without_thoughts(its, toy):
     assert all(("tools" in b) == (b["messages"][0]["content"] == "Tea.") for b in toy.asked)
 
 
-def test_trap_29_an_adapter_that_changes_no_answer_is_refused(its, toy):
+@pytest.mark.trap("adapter-not-applied")
+def test_an_adapter_that_changes_no_answer_is_refused(its, toy):
     toy.says = {**toy.says, "tuned": toy.says["base"]}
     with pytest.raises(StageError, match="the adapter changes no answer"):
         evaluate.run(its)
@@ -233,11 +235,12 @@ def test_a_control_may_change_no_answer_and_passes_no_gate(its, toy, warnings, t
     assert warnings == said
 
 
+@pytest.mark.trap("adapter-not-applied")
 @pytest.mark.parametrize(
     "tuned",
     [[{"content": "a"}, {"content": "c"}], [{"content": "a"}, {"content": "b", "tool_calls": [CALL]}]],
 )
-def test_trap_29_one_other_answer_is_enough(tuned):
+def test_one_other_answer_is_enough(tuned):
     evaluate.check_adapter({"base": [{"content": "a"}, {"content": "b"}], "tuned": tuned})
 
 
@@ -300,7 +303,8 @@ def test_no_question_at_all_is_refused(its):
         evaluate.questions(its)
 
 
-def test_trap_13_arguments_go_out_as_json_text_and_stay_mappings_at_home():
+@pytest.mark.trap("tool-arguments-as-text")
+def test_arguments_go_out_as_json_text_and_stay_mappings_at_home():
     sent = evaluate.as_openai(CALLED)["tool_calls"][0]
     assert (
         json.loads(sent["function"]["arguments"]) == {"minutes": 5}
@@ -310,6 +314,7 @@ def test_trap_13_arguments_go_out_as_json_text_and_stay_mappings_at_home():
     assert evaluate.as_openai({**CALLED, "tool_calls": [sent]})["tool_calls"] == [sent]
 
 
+@pytest.mark.trap("trained-text-is-not-the-served-text")
 def test_a_message_is_sent_without_the_keys_that_are_for_training():
     said = {"role": "assistant", "content": "Tokyo."}
     assert evaluate.as_openai({**said, "train": False, "reasoning_content": "Japan is in Asia."}) == said
@@ -407,6 +412,7 @@ def test_nvfp4_may_lose_two_points_or_one_question_whichever_is_more(questions, 
     assert gate.judge({"nvfp4": {"within": 0.02, "of": "tuned"}}, shares, questions)["passed"] is passed
 
 
+@pytest.mark.trap("empty-gate-passes")
 def test_a_report_without_a_gate_does_not_say_that_it_passed():
     made = report.summarise(ASKED, {"base": [[EMOJI]] * 3, "nvfp4": [[EMOJI]] * 3}, {})
     assert (
@@ -542,6 +548,7 @@ def test_a_question_is_asked_under_the_production_prompt_to_the_byte(its):
     ]
 
 
+@pytest.mark.trap("held-out-rows-are-trained")
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [

@@ -73,7 +73,7 @@ def test_conversations_are_read_in_each_of_the_forms_that_people_have(tmp_path, 
 
 
 def test_parquet_is_read_and_the_keys_that_arrow_added_are_gone_again(tmp_path):
-    """Trap 13: Arrow gives all objects of a column the same keys; a null argument would be trained as the
+    """Arrow gives all objects of a column the same keys; a null argument would be trained as the
     word None.
     """
     call = [
@@ -358,6 +358,7 @@ def test_sources_that_are_all_held_out_are_refused(tmp_path):
         files.listed([tree(tmp_path / "talks", "test.jsonl")])
 
 
+@pytest.mark.trap("held-out-rows-are-trained")
 def test_a_copy_of_a_held_out_row_is_never_trained(tmp_path):
     both = json.dumps(ROW).encode() + b"\n"
     folder = tree(

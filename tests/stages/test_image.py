@@ -116,7 +116,8 @@ def test_the_artifact_holds_what_the_formats_say(its):
     )
 
 
-def test_trap_15_clients_are_told_that_thinking_is_off(its, monkeypatch):
+@pytest.mark.trap("think-block-disagrees")
+def test_clients_are_told_that_thinking_is_off(its, monkeypatch):
     monkeypatch.setattr(image, "installed", lambda: "0.12.0")  # no flag for it there
     (its.inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "conservative"}))
     image.run(its)
@@ -134,14 +135,16 @@ def said(its):
     return args[args.index("--kv-cache-dtype") + 1]
 
 
-def test_trap_27_the_fp8_cache_follows_the_checkpoint(its):
+@pytest.mark.trap("kv-cache-dtype-ignored")
+def test_the_fp8_cache_follows_the_checkpoint(its):
     (its.inputs["quantize"] / "hf_quant_config.json").write_text(
         json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}})
     )
     assert said(its) == "bfloat16"
 
 
-def test_trap_26_a_layout_that_this_vllm_reads_wrongly_is_refused(its, monkeypatch):
+@pytest.mark.trap("in-proj-on-old-vllm")
+def test_a_layout_that_this_vllm_reads_wrongly_is_refused(its, monkeypatch):
     monkeypatch.setattr(image, "installed", lambda: "0.17.1")
     with pytest.raises(StageError, match="layout: conservative"):
         image.run(its)
@@ -158,6 +161,7 @@ def test_a_gate_that_did_not_pass_stops_the_image_and_says_why(its):
     assert not list(its.output.iterdir())
 
 
+@pytest.mark.trap("empty-gate-passes")
 @pytest.mark.parametrize("changed", [{"passed": False, "why": ["no gate was set"], "asks": []}, {"asks": []}])
 def test_a_report_that_was_asked_nothing_gets_no_image(its, changed):
     (its.inputs["evaluate"] / "report.json").write_text(json.dumps({**REPORT, "gate": {**GATE, **changed}}))
@@ -222,7 +226,8 @@ def test_the_check_is_a_question_that_the_adapter_answers(its, serves):
     )
 
 
-def test_trap_29_a_model_that_answers_as_the_base_is_not_served(its):
+@pytest.mark.trap("adapter-not-applied")
+def test_a_model_that_answers_as_the_base_is_not_served(its):
     answers = EXCHANGE["answers"] | {"nvfp4": EXCHANGE["answers"]["base"]}
     (its.inputs["evaluate"] / "exchange.json").write_text(json.dumps({**EXCHANGE, "answers": answers}))
     with pytest.raises(StageError, match="as the base does"):

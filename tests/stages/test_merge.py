@@ -29,7 +29,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def merged(made, tmp_path_factory):
     its = small.job("merge", tmp_path_factory.mktemp("merged"), PARAMS, **made)
-    merge.run(its)  # holds the forward proof of trap 21 on 300 tokens
+    merge.run(its)  # holds the forward proof on 300 tokens
     return its.output
 
 
@@ -40,7 +40,8 @@ def test_the_proof_holds_in_bfloat16_which_the_real_model_needs_for_its_memory(m
     assert 0 < facts["rounding_error"] == facts["merge_error"] < facts["adapter_effect"]
 
 
-def test_trap_20_names_and_dtypes_survive_the_merge(made, merged):
+@pytest.mark.trap("renamed-and-recast-tensors")
+def test_names_and_dtypes_survive_the_merge(made, merged):
     before, after = Checkpoint(made["base"]), Checkpoint(merged)
     assert {n: (e.dtype, e.shape, e.file.name) for n, e in before.entries.items()} == {
         n: (e.dtype, e.shape, e.file.name) for n, e in after.entries.items()
@@ -50,25 +51,29 @@ def test_trap_20_names_and_dtypes_survive_the_merge(made, merged):
             assert (made["base"] / name).read_bytes() == (merged / name).read_bytes()
 
 
-def test_trap_19_nothing_goes_through_save_pretrained(made, merged):
+@pytest.mark.trap("save-stops-after-the-config")
+def test_nothing_goes_through_save_pretrained(made, merged):
     assert sum(f.stat().st_size for f in merged.glob("*.safetensors")) == sum(
         f.stat().st_size for f in made["base"].glob("*.safetensors")
     )
 
 
-def test_trap_4_the_correction_bias_keeps_its_bits(made, merged):
+@pytest.mark.trap("router-in-bf16")
+def test_the_correction_bias_keeps_its_bits(made, merged):
     before, after = Checkpoint(made["base"]), Checkpoint(merged)
     biases = [n for n in before.entries if n.endswith("e_score_correction_bias")]
     assert biases and all(before.raw(n) == after.raw(n) for n in biases)
 
 
-def test_trap_21_every_expert_gets_its_own_change(made, merged):
+@pytest.mark.trap("expert-adapter-misread")
+def test_every_expert_gets_its_own_change(made, merged):
     before, after = Checkpoint(made["base"]), Checkpoint(merged)
     experts = [n for n in before.entries if ".experts." in n]
     assert len(experts) == 2 * 2 * 4 and all(before.raw(n) != after.raw(n) for n in experts)
 
 
-def test_trap_21_a_misread_packing_is_refused(made, tmp_path, monkeypatch):
+@pytest.mark.trap("expert-adapter-misread")
+def test_a_misread_packing_is_refused(made, tmp_path, monkeypatch):
     right, other = Adapter.change, {".experts.0.": ".experts.1.", ".experts.1.": ".experts.0."}
 
     def exchanged(self, name):
@@ -82,7 +87,8 @@ def test_trap_21_a_misread_packing_is_refused(made, tmp_path, monkeypatch):
         merge.run(small.job("merge", tmp_path, PARAMS, **made))
 
 
-def test_trap_8_an_adapter_that_changes_nothing_is_refused(made, tmp_path):
+@pytest.mark.trap("experts-not-trained")
+def test_an_adapter_that_changes_nothing_is_refused(made, tmp_path):
     idle = small.adapter(tmp_path / "idle", made["base"], size=0.0)
     with pytest.raises(StageError, match="changes nothing in"):
         merge.run(small.job("merge", tmp_path, PARAMS, **{**made, "train": idle}))
@@ -138,7 +144,8 @@ def test_a_zero_adapter_gives_back_every_byte(made, tmp_path):
     )
 
 
-def test_trap_21_an_adapter_with_a_module_for_every_expert_is_the_same_merge(made, merged, tmp_path):
+@pytest.mark.trap("expert-adapter-misread")
+def test_an_adapter_with_a_module_for_every_expert_is_the_same_merge(made, merged, tmp_path):
     """As PEFT writes it on the hub's own class."""
     native = load_file(made["train"] / "adapter" / "adapter_model.safetensors")
     split = {}

@@ -79,6 +79,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.trap("adapter-setting-ignored")
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_merge_has_the_bits_of_peft(made, tmp_path, feature):
     model = trained(made["base"], **FEATURES[feature])
@@ -213,6 +214,7 @@ def test_an_adapter_of_the_hubs_class_may_have_a_rank_for_every_expert(made, tmp
     assert right and all(torch.equal(right[name], found.tensor(name)) for name in right)
 
 
+@pytest.mark.trap("adapter-that-changed-its-base")
 @pytest.mark.parametrize(
     "how", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "OLoRA", "something new"]
 )
@@ -225,6 +227,7 @@ def test_a_beginning_that_changes_the_base_is_refused_by_name(made, plain, tmp_p
     )
 
 
+@pytest.mark.trap("adapter-that-changed-its-base")
 def test_pissa_is_refused_as_peft_saves_it_and_merged_once_converted(made, tmp_path):
     """Case 24: PiSSA belongs on the base without its principal part; PEFT turns it into a plain LoRA."""
     model = peft.get_peft_model(
@@ -278,6 +281,7 @@ VALUES = {
 }
 
 
+@pytest.mark.trap("adapter-setting-ignored")
 @pytest.mark.parametrize("field", VALUES)
 def test_a_field_that_changes_the_meaning_is_refused_by_name_and_value(made, plain, tmp_path, field):
     folder = edited(Path(shutil.copytree(plain, tmp_path / "train")), **{field: VALUES[field]})
@@ -286,6 +290,7 @@ def test_a_field_that_changes_the_meaning_is_refused_by_name_and_value(made, pla
     assert json.dumps(VALUES[field]) in error.value.found and error.value.remedy
 
 
+@pytest.mark.trap("adapter-setting-ignored")
 def test_every_field_of_pefts_configuration_has_its_kind():
     fields = set(peft.LoraConfig().to_dict()) | {"runtime_config"}
     kinds = [lora_config.UNDERSTOOD, lora_config.NO_EFFECT, set(lora_config.DEFAULTS)]

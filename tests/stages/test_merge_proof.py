@@ -227,6 +227,7 @@ def scaled(folder, share, part):
     return folder
 
 
+@pytest.mark.trap("change-rounded-away-in-bf16")
 def test_a_change_too_small_for_bf16_is_called_that(made, tmp_path, monkeypatch):
     messages = adapters.warnings(monkeypatch)
     output = merged(tmp_path, made, scaled(saved(tmp_path, trained(made["base"], **ALL)), 1e-20, "k_proj"))
@@ -237,6 +238,7 @@ def test_a_change_too_small_for_bf16_is_called_that(made, tmp_path, monkeypatch)
     assert "too small for BF16 in 1 of 14 tensors" in messages[0]
 
 
+@pytest.mark.trap("change-rounded-away-in-bf16")
 def test_an_adapter_that_bf16_rounds_away_is_refused(made, tmp_path):
     with pytest.raises(StageError, match="too small for BF16 in all of its 14 tensors"):
         merged(tmp_path, made, scaled(saved(tmp_path, trained(made["base"], **ALL)), 1e-20, ""))

@@ -71,6 +71,7 @@ def test_a_packed_sequence_is_its_rows_end_to_end():
     ]
 
 
+@pytest.mark.trap("packing-leaks")
 def test_a_label_on_a_documents_first_token_is_trained_by_nothing_whatever_stands_before_it():
     rows = numbered([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [4, 5], "labels": [4, 5]}])
     assert packs(rows, 4)[0].labels.tolist() == [-100, 2, -100, 5] and trained_tokens(rows) == 2

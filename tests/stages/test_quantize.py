@@ -46,7 +46,8 @@ def test_the_audit_passes_and_the_config_is_the_source_s(source, made):
     assert (made / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
-def test_trap_4_the_correction_bias_keeps_its_bits(source, made):
+@pytest.mark.trap("router-in-bf16")
+def test_the_correction_bias_keeps_its_bits(source, made):
     before, after = Checkpoint(source), Checkpoint(made)
     assert all(
         before.raw(n) == after.raw(n)
@@ -55,7 +56,8 @@ def test_trap_4_the_correction_bias_keeps_its_bits(source, made):
     )
 
 
-def test_trap_23_no_control_character_in_any_name(made):
+@pytest.mark.trap("corrupted-names")
+def test_no_control_character_in_any_name(made):
     listed = json.loads((made / audit.QUANT).read_text())["quantization"]["exclude_modules"]
     assert all(n.isprintable() for n in [*listed, *Checkpoint(made).entries])
     assert "lm_head" in listed
@@ -85,7 +87,8 @@ def test_our_calibration_finds_modelopt_s_maxima(source, made, chosen):
         assert ours[name] <= wanted * 1.00001
 
 
-def test_trap_24_an_idle_expert_takes_its_layer_s_maximum_and_is_named(source):
+@pytest.mark.trap("missing-scales")
+def test_an_idle_expert_takes_its_layer_s_maximum_and_is_named(source):
     """One token reaches two of four experts."""
     checkpoint = Checkpoint(source)
     found, idle = calibrate.maxima(checkpoint, "experts", [torch.tensor([30])], "cpu")
@@ -143,14 +146,16 @@ def test_a_kv_cache_that_config_json_has_no_form_for_is_refused(source):
         )
 
 
-def test_trap_24_every_expert_has_every_scale(source, made):
+@pytest.mark.trap("missing-scales")
+def test_every_expert_has_every_scale(source, made):
     after = Checkpoint(made)
     for name in layout.quantised(after.config, "nvidia"):
         for part in layout.PARTS:
             assert (after.tensor(f"{name}.{part}").float() > 0).all()
 
 
-def test_trap_25_attention_is_not_quantised(made):
+@pytest.mark.trap("unified-attention-scales")
+def test_attention_is_not_quantised(made):
     assert all(
         e.dtype == "BF16"
         for n, e in Checkpoint(made).entries.items()
@@ -265,7 +270,8 @@ def test_a_quantised_base_is_refused_with_its_reason(made):
     assert "NVFP4" in audit.bf16(made)[0].found
 
 
-def test_trap_28_the_calibrated_scales_come_from_a_forward_that_ran_on_cpu(made):
+@pytest.mark.trap("quantiser-refuses-cpu-late")
+def test_the_calibrated_scales_come_from_a_forward_that_ran_on_cpu(made):
     after = Checkpoint(made)
     scales = {after.tensor(n).item() for n in after.entries if n.endswith("input_scale")}
     assert len(scales) > 2  # one a projection and layer, not one default for all

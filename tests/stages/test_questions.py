@@ -231,6 +231,7 @@ def found(question, training):
 LONG = "Please tell me how late the last train to Mysuru leaves tonight."
 
 
+@pytest.mark.trap("held-out-rows-are-trained")
 @pytest.mark.parametrize(
     "copied",
     [

@@ -131,8 +131,9 @@ def test_a_run_of_no_steps_leaves_the_adapter_as_it_begins_and_measures_the_base
     ).is_file()
 
 
+@pytest.mark.trap("experts-not-trained")
 @pytest.mark.parametrize("steps", [1, 2])
-def test_trap_8_a_run_that_ends_before_the_guard_looks_is_refused(made, tmp_path, steps):
+def test_a_run_that_ends_before_the_guard_looks_is_refused(made, tmp_path, steps):
     with pytest.raises(job.StageError, match=f"steps = {steps}; expected 3 or more"):
         short.run(tmp_path, made, steps=steps)
 
@@ -252,6 +253,7 @@ def test_distillation_learns_what_the_model_said_before_rounding(made, distilled
     assert qad < 0.9 * before and before < qat
 
 
+@pytest.mark.trap("teacher-has-moved-on")
 def test_a_distilling_run_that_is_resumed_asks_no_teacher_that_has_moved_on(
     made, distilled, tmp_path, monkeypatch
 ):

@@ -81,6 +81,7 @@ def a_missing_file(folder):
     (folder / "history.json").unlink()
 
 
+@pytest.mark.trap("damaged-checkpoint-resumed")
 @pytest.mark.parametrize("tear", [without_seal, half_a_seal, half_a_file, a_changed_byte, a_missing_file])
 def test_a_torn_checkpoint_is_passed_over_by_name(again, monkeypatch, tear):
     warnings = short.warnings(monkeypatch)
@@ -89,6 +90,7 @@ def test_a_torn_checkpoint_is_passed_over_by_name(again, monkeypatch, tear):
     assert warnings == ["checkpoint-15 was torn by a kill in the middle of its save"]
 
 
+@pytest.mark.trap("damaged-checkpoint-resumed")
 def test_a_changed_checkpoint_would_train_another_adapter_without_a_word(again, whole, monkeypatch):
     shutil.rmtree(again.scratch / "checkpoint-15")
     a_changed_byte(again.scratch / "checkpoint-10")
@@ -118,13 +120,15 @@ def test_a_run_killed_after_its_last_step_has_nothing_left_to_train(again, whole
     assert_same(again.output, whole)
 
 
-def test_trap_17_a_resumed_run_equals_an_uninterrupted_one(again, whole):
+@pytest.mark.trap("resumed-run-differs")
+def test_a_resumed_run_equals_an_uninterrupted_one(again, whole):
     shutil.rmtree(again.scratch / "checkpoint-15")
     fit.run(again)
     assert_same(again.output, whole)
 
 
-def test_trap_17_so_it_does_on_a_base_that_is_not_in_four_bits(made, tmp_path):
+@pytest.mark.trap("resumed-run-differs")
+def test_so_it_does_on_a_base_that_is_not_in_four_bits(made, tmp_path):
     whole = short.task(tmp_path, made, **{**RUN, "method": "lora"})
     fit.run(whole)
     shutil.rmtree(tmp_path / "checkpoint-15")
@@ -134,7 +138,8 @@ def test_trap_17_so_it_does_on_a_base_that_is_not_in_four_bits(made, tmp_path):
     assert_same(again.output, whole)
 
 
-def test_trap_17_an_order_that_forgets_where_it_was_goes_on_with_other_rows(again, whole, monkeypatch):
+@pytest.mark.trap("resumed-run-differs")
+def test_an_order_that_forgets_where_it_was_goes_on_with_other_rows(again, whole, monkeypatch):
     right = pack.Order.step
     monkeypatch.setattr(pack.Order, "step", lambda self, number: right(self, number - 10))
     shutil.rmtree(again.scratch / "checkpoint-15")
@@ -142,7 +147,8 @@ def test_trap_17_an_order_that_forgets_where_it_was_goes_on_with_other_rows(agai
     assert short.losses(again.output) != pytest.approx(short.losses(whole.output), abs=1e-3)
 
 
-def test_trap_17_a_run_by_tokens_goes_on_with_the_steps_that_it_would_have_had(made, tmp_path):
+@pytest.mark.trap("resumed-run-differs")
+def test_a_run_by_tokens_goes_on_with_the_steps_that_it_would_have_had(made, tmp_path):
     whole = short.task(tmp_path, made, **{**RUN, "batch_tokens": 200})
     fit.run(whole)
     shutil.rmtree(tmp_path / "checkpoint-15")
@@ -164,7 +170,8 @@ def start(task, path):
     )
 
 
-def test_trap_17_a_killed_run_goes_on_to_the_same_adapter(made, whole, tmp_path):
+@pytest.mark.trap("resumed-run-differs")
+def test_a_killed_run_goes_on_to_the_same_adapter(made, whole, tmp_path):
     task = short.task(tmp_path, made, **RUN)
     with start(task, tmp_path / "job.json") as process:
         for line in process.stdout:
@@ -223,6 +230,7 @@ UNEVEN = {"batch": 3, "sequence_tokens": 150}  # in some steps one rank has two 
 BY_TOKENS = {"batch_tokens": 250, "sequence_tokens": 150}
 
 
+@pytest.mark.trap("loss-not-divided-by-accumulation")
 @pytest.mark.parametrize(
     ("ranks", "sharded"),
     [

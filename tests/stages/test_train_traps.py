@@ -29,7 +29,8 @@ def trained(made, tmp_path_factory):
     return short.watched(tmp_path_factory.mktemp("trained"), made)
 
 
-def test_trap_4_training_leaves_every_bit_of_the_router(made, tmp_path, monkeypatch):
+@pytest.mark.trap("router-in-bf16")
+def test_training_leaves_every_bit_of_the_router(made, tmp_path, monkeypatch):
     def changed(model):
         here, stored = model.state_dict(), Checkpoint(made["base"])
         names = [
@@ -55,7 +56,8 @@ def test_trap_4_training_leaves_every_bit_of_the_router(made, tmp_path, monkeypa
     assert changed(model) == ["backbone.layers.1.mixer.gate.weight", "backbone.layers.4.mixer.gate.weight"]
 
 
-def test_trap_6_many_sequences_log_the_loss_of_one(made, tmp_path, monkeypatch):
+@pytest.mark.trap("loss-not-divided-by-accumulation")
+def test_many_sequences_log_the_loss_of_one(made, tmp_path, monkeypatch):
     one = short.task(tmp_path / "one", made, sequence_tokens=4096)
     many = short.task(tmp_path / "many", made, sequence_tokens=144)
     rows = fit.read(made["data"] / "train.jsonl")
@@ -83,8 +85,9 @@ def test_trap_6_many_sequences_log_the_loss_of_one(made, tmp_path, monkeypatch):
     assert short.losses(wrong)[1] > 3 * short.losses(one.output)[1]
 
 
+@pytest.mark.trap("experts-not-quantised")
 @pytest.mark.parametrize("method", ["qlora", "nvfp4"])
-def test_trap_7_the_experts_are_in_four_bits(made, tmp_path, method):
+def test_the_experts_are_in_four_bits(made, tmp_path, method):
     groups = json.loads((short.run(tmp_path, made, method=method) / "training.json").read_text())["groups"]
     assert set(groups) == {
         "embeddings",
@@ -102,7 +105,8 @@ def test_trap_7_the_experts_are_in_four_bits(made, tmp_path, method):
     )
 
 
-def test_trap_8_every_adapter_tensor_has_left_its_start(trained):
+@pytest.mark.trap("experts-not-trained")
+def test_every_adapter_tensor_has_left_its_start(trained):
     after = {name: p for name, p in trained["model"].named_parameters() if p.requires_grad}
     # A and B of attention, in_proj, shared, experts
     assert after.keys() == trained["start"].keys() and len(after) == 2 * (4 + 2 + 2 * 2 + 2 * 2)
@@ -111,7 +115,8 @@ def test_trap_8_every_adapter_tensor_has_left_its_start(trained):
     assert len(saved) == len(after) and all(value.abs().sum() > 0 for value in saved.values())
 
 
-def test_trap_8_an_adapter_without_gradient_is_refused_by_name(made, tmp_path, monkeypatch):
+@pytest.mark.trap("experts-not-trained")
+def test_an_adapter_without_gradient_is_refused_by_name(made, tmp_path, monkeypatch):
     def cut_off(model):
         """What a kernel does that reads a weight past its module: the forward is right, the module's
         adapter gets nothing.
@@ -132,7 +137,8 @@ def test_trap_8_an_adapter_without_gradient_is_refused_by_name(made, tmp_path, m
     ]
 
 
-def test_trap_8_an_adapter_that_does_not_move_is_refused_by_name(made, tmp_path, monkeypatch):
+@pytest.mark.trap("experts-not-trained")
+def test_an_adapter_that_does_not_move_is_refused_by_name(made, tmp_path, monkeypatch):
     def begin_with_b(model):
         for module in model.modules():
             if isinstance(module, Projection) and module.rank:
@@ -155,8 +161,9 @@ def test_trap_8_an_adapter_that_does_not_move_is_refused_by_name(made, tmp_path,
         short.run(tmp_path, made)
 
 
+@pytest.mark.trap("out-proj-bypassed")
 @pytest.mark.parametrize("preset", native.PRESETS)
-def test_trap_10_no_preset_puts_an_adapter_on_out_proj(made, tmp_path, preset):
+def test_no_preset_puts_an_adapter_on_out_proj(made, tmp_path, preset):
     """peft, which vLLM and stage merge's proof read adapters with, refuses it."""
     model = fit.adapted(short.task(tmp_path, made, targets=preset), Ranks())
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -166,15 +173,17 @@ def test_trap_10_no_preset_puts_an_adapter_on_out_proj(made, tmp_path, preset):
     )
 
 
-def test_trap_10_peft_still_refuses_out_proj(made):
+@pytest.mark.trap("out-proj-bypassed")
+def test_peft_still_refuses_out_proj(made):
     with pytest.raises(ValueError, match="out_proj"):
         peft.get_peft_model(
             native.load(made["base"]), peft.LoraConfig(target_modules=["out_proj"], task_type="CAUSAL_LM")
         )
 
 
+@pytest.mark.trap("repacked-in-evaluation")
 @pytest.mark.parametrize("method", ["lora", "qlora", "nvfp4"])
-def test_trap_11_evaluating_between_steps_changes_nothing(made, tmp_path, method):
+def test_evaluating_between_steps_changes_nothing(made, tmp_path, method):
     never, always = (
         short.run(tmp_path / name, made, method=method, eval_every=every)
         for name, every in (("never", 4), ("always", 1))
@@ -182,7 +191,8 @@ def test_trap_11_evaluating_between_steps_changes_nothing(made, tmp_path, method
     assert short.losses(always) == short.losses(never)
 
 
-def test_trap_12_a_packed_step_is_its_conversations_one_by_one(made, tmp_path):
+@pytest.mark.trap("packing-leaks")
+def test_a_packed_step_is_its_conversations_one_by_one(made, tmp_path):
     its, rows = short.loop(tmp_path, made)
     [pack] = packs(rows, 1024)
     assert sorted(pack.documents.lengths) == sorted(len(row["input_ids"]) for row in rows), (
@@ -206,7 +216,8 @@ def test_trap_12_a_packed_step_is_its_conversations_one_by_one(made, tmp_path):
         )
 
 
-def test_trap_14_a_row_of_which_nothing_is_trained_adds_nothing(made, tmp_path):
+@pytest.mark.trap("few-trained-tokens")
+def test_a_row_of_which_nothing_is_trained_adds_nothing(made, tmp_path):
     its, rows = short.loop(tmp_path, made)
     untrained = {**rows[0], "labels": [-100] * len(rows[0]["labels"])}
     with torch.no_grad():
@@ -214,15 +225,17 @@ def test_trap_14_a_row_of_which_nothing_is_trained_adds_nothing(made, tmp_path):
     assert trained_tokens(rows) == 2 * sum(length + 1 for length in short.LENGTHS)
 
 
-def test_trap_16_no_padding_and_every_answers_end_is_trained(made):
+@pytest.mark.trap("pad-is-the-end-token")
+def test_no_padding_and_every_answers_end_is_trained(made):
     rows = fit.read(made["data"] / "train.jsonl")
     [pack] = packs(rows, 1024)
     assert len(pack.ids) == sum(len(row["input_ids"]) for row in rows) and 0 not in pack.ids
     assert (pack.labels == 11).sum() == 2 * len(rows)  # <|im_end|> of two answers a row
 
 
+@pytest.mark.trap("resumed-run-differs")
 @pytest.mark.parametrize("method", ["lora", "qlora", "nvfp4"])
-def test_trap_17_adapters_are_float32_on_a_bf16_base(made, tmp_path, monkeypatch, method):
+def test_adapters_are_float32_on_a_bf16_base(made, tmp_path, monkeypatch, method):
     seen, right = set(), Guard.gradients
 
     def look(self, step):

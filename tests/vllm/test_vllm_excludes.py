@@ -1,4 +1,4 @@
-"""What vLLM reads of a checkpoint's settings: trap 23, its own matching agrees with our layout on every
+"""What vLLM reads of a checkpoint's settings: its own matching agrees with our layout on every
 module of the real model; and weight-only.
 """
 
@@ -14,8 +14,9 @@ from model.weights import quant_config
 NANO = json.loads((Path(__file__).parents[1] / "model" / "golden" / "nano-config.json").read_text())
 
 
+@pytest.mark.trap("corrupted-names")
 @pytest.mark.parametrize("chosen", layout.LAYOUTS)
-def test_trap_23_vllm_excludes_what_the_layout_leaves_in_bf16(chosen):
+def test_vllm_excludes_what_the_layout_leaves_in_bf16(chosen):
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
     config = ModelOptNvFp4Config.from_config(layout.hf_quant_config(NANO, chosen, "FP8", "0"))
@@ -25,6 +26,7 @@ def test_trap_23_vllm_excludes_what_the_layout_leaves_in_bf16(chosen):
     assert set(excluded).isdisjoint(quantised) and len(excluded) + len(quantised) < len(names.tensors(NANO))
 
 
+@pytest.mark.trap("corrupted-names")
 @pytest.mark.parametrize(
     "exclude",
     [
@@ -37,7 +39,7 @@ def test_trap_23_vllm_excludes_what_the_layout_leaves_in_bf16(chosen):
         "lm_head.\0x",
     ],
 )
-def test_trap_23_the_audit_matches_an_exclude_as_vllm_does(exclude):
+def test_the_audit_matches_an_exclude_as_vllm_does(exclude):
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
     from vllm.model_executor.models.utils import WeightsMapper
 

@@ -21,7 +21,7 @@ from stages.evaluate import evaluate
 from stages.evaluate.server import Server
 
 THINK, NO_MORE = 12, 13  # token ids of <think> and </think>
-# 381 tokens: six chunks of the Mamba scan, and beyond the 319 of trap 31
+# 381 tokens: six chunks of the Mamba scan, and beyond the 319 of prefix-cache-and-float16
 LONG = "hello how are you today " * 60
 
 
@@ -88,7 +88,8 @@ def difference(answer, model):
     return (found[..., 1] - expected.gather(1, found[..., 0].long())).abs()
 
 
-def test_trap_2_bf16_answers_as_transformers_does_after_the_repair(made, bf16):
+@pytest.mark.trap("time-step-floor")
+def test_bf16_answers_as_transformers_does_after_the_repair(made, bf16):
     answer, model = ask(bf16), native.load(made / "base")
     assert difference(answer, model).max() < 1e-3
     assert answer["choices"][0]["message"]["content"] and not answer["choices"][0]["message"].get("reasoning")
@@ -99,13 +100,15 @@ def test_trap_2_bf16_answers_as_transformers_does_after_the_repair(made, bf16):
     assert difference(answer, model).max() > 1e-2  # what transformers computes by itself
 
 
-def test_trap_15_thinking_is_off_unless_asked_for(bf16):
+@pytest.mark.trap("think-block-disagrees")
+def test_thinking_is_off_unless_asked_for(bf16):
     assert ask(bf16, content="hello")["prompt_token_ids"][-2:] == [THINK, NO_MORE]
     asked = ask(bf16, content="hello", chat_template_kwargs={"enable_thinking": True})["prompt_token_ids"]
     assert THINK in asked and NO_MORE not in asked
 
 
-def test_trap_29_an_attention_adapter_is_applied(made, bf16):
+@pytest.mark.trap("adapter-not-applied")
+def test_an_attention_adapter_is_applied(made, bf16):
     base, tuned = ask(bf16), ask(bf16, "tuned")
     model = native.load(made / "base")
     assert difference(tuned, model).max() > 0.1  # it changes the answer
@@ -117,7 +120,8 @@ def test_trap_29_an_attention_adapter_is_applied(made, bf16):
     )
 
 
-def test_trap_31_a_long_prompt_that_comes_back_does_not_kill_the_engine(bf16):
+@pytest.mark.trap("prefix-cache-and-float16")
+def test_a_long_prompt_that_comes_back_does_not_kill_the_engine(bf16):
     answers = [ask(bf16) for _ in range(2)]
     assert answers[0]["usage"]["prompt_tokens"] > 319
     assert answers[0]["choices"][0]["token_ids"] == answers[1]["choices"][0]["token_ids"]
