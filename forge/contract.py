@@ -77,8 +77,9 @@ class Contract:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
     product: Product | None = None
-    # a module that looks at the stage's sources before any stage runs (forge/sources.py)
+    # a module that looks at the stage's sources before any stage runs (forge/check.py)
     check: str | None = None
+    was: str = ""  # its name before: who still says that is told the new one
     # modules of the stage's folder that can be started too and decide nothing of its output
     apart: tuple[str, ...] = ()
     # whether it is given its newest artifact, to take from it what it can prove to be right
@@ -139,6 +140,7 @@ _KEYS = {
     "check": str,
     "apart": list,
     "previous": bool,
+    "was": str,
 }
 
 
@@ -279,6 +281,7 @@ def load(folder: Path, types: artifact_types.Types) -> Contract:
         needs=needs,
         product=product,
         check=raw.get("check"),
+        was=raw.get("was", ""),
         apart=tuple(raw.get("apart", ())),
         previous=raw.get("previous", False),
     )

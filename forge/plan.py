@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forge import key
-from forge.contract import nearest
 from forge.finding import Refused, error
 from forge.program import Program
-from forge.recipe import Recipe, Step
+from forge.recipe import Recipe, Step, nearest_stage
 from forge.store import Artifact, Store
 
 GB = 1e9
@@ -48,7 +47,7 @@ class Selection:
                         "stage",
                         f"no stage {name} in recipe {recipe.name}",
                         "one of its stages",
-                        nearest(name, recipe.stages),
+                        nearest_stage(name, recipe.stages),
                     )
                 )
         names = [n for n in recipe.stages if not self.only or n in self.only]

@@ -5,7 +5,9 @@ Reading is strict: everything that is wrong is named at once, each with its line
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import yaml
 
 from forge import artifact_types, contract
+from forge.artifact_types import Types
 from forge.contract import Contract, Needs, nearest
 from forge.executor import EXECUTORS
 from forge.finding import Finding, Refused, error
@@ -254,11 +257,12 @@ class _Reading:
         for name, values in raw.items():
             where = ("stages", name)
             if name not in known:
+                new = self.renamed_stages(known, types).get(name)
                 self.fault(
                     where,
                     f"unknown stage {name}",
                     "a folder of stages/ with a stage.toml",
-                    nearest(name, known),
+                    renamed(new) if new else nearest(name, known),
                 )
                 continue
             try:
@@ -278,6 +282,15 @@ class _Reading:
                 steps[name] = self.step(name, its, values)
         return steps
 
+    def renamed_stages(self, known: list[str], types: Types) -> dict[str, str]:
+        """A stage's name before -> its name, of all stages of the repository."""
+        names = {}
+        for name in known:
+            # The faults of a contract are named where the recipe has its stage.
+            with contextlib.suppress(Refused):
+                names[contract.load(self.repo / "stages" / name, types).was] = name
+        return names
+
     def variant(self, name: str, values: Any, steps: dict[str, Step]) -> dict[str, Step]:
         """The stages with the parameters that one variant changes."""
         where = ("variants", name)
@@ -291,7 +304,7 @@ class _Reading:
                     (*where, stage),
                     f"unknown stage {stage} in the variant {name}",
                     "a stage of this recipe",
-                    nearest(stage, steps),
+                    nearest_stage(stage, steps),
                 )
             elif (given := self.typed((*where, stage), its_values or {}, "map")) is not None:
                 kept = _beside(self.raw["stages"][stage] or {}, given, steps[stage].contract)
@@ -418,7 +431,7 @@ class _Reading:
                             f"input {name} of {step.name} comes from {supplier}, which the recipe does not"
                             " have",
                             "a stage of this recipe",
-                            nearest(supplier, steps),
+                            nearest_stage(supplier, steps),
                         )
                 elif (found := steps[supplier].contract.produces) != (
                     expected := step.contract.consumes[name]
@@ -447,6 +460,12 @@ class _Reading:
                 return done
             done[ready.name] = left.pop(ready.name)
         return done
+
+
+def nearest_stage(name: str, stages: Mapping[str, Step]) -> str:
+    """A sentence that names the stage that has the name now, or else the one whose name is closest."""
+    new = next((new for new, step in stages.items() if step.contract.was == name), None)
+    return renamed(new) if new else nearest(name, stages)
 
 
 def _beside(values: dict[str, Any], given: dict[str, Any], its: Contract) -> dict[str, Any]:

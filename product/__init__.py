@@ -5,5 +5,5 @@ artifacts.
 """
 
 # The folders of stages/ whose artifacts are read here.
-TRAIN, QUANTIZE, EVALUATE, PACKAGE = "train", "quantize", "evaluate", "image"
+TRAIN, QUANTIZE, EVALUATE, PACKAGE = "train", "quantize", "evaluate", "package"
 REPORT = "report"  # the artifact type of EVALUATE

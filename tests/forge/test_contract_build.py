@@ -21,7 +21,7 @@ TYPES = artifact_types.load(REPO / "stages")
 )
 def test_every_way_to_serve_has_its_contexts(serves, wanted):
     assert (
-        contract.load(REPO / "stages/image", TYPES).product.folders(
+        contract.load(REPO / "stages/package", TYPES).product.folders(
             {"serves": serves}, lambda name: Path("/") / name
         )
         == wanted
@@ -38,7 +38,7 @@ def test_every_way_to_serve_has_its_contexts(serves, wanted):
     ],
 )
 def test_a_build_that_fits_no_parameter_or_input_is_refused(before, after, found, tmp_path):
-    text = (REPO / "stages/image/stage.toml").read_text()
+    text = (REPO / "stages/package/stage.toml").read_text()
     assert before in text
     (tmp_path / "stage.toml").write_text(text.replace(before, after))
     with pytest.raises(Refused, match=found):

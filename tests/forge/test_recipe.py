@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import toy
 
+from forge import recipe
 from forge.finding import Refused
 
 
@@ -109,6 +110,28 @@ def test_every_fault_is_named_at_once(its):
     toy.edit(its.recipe, "steps: 3", "steps: many")
     toy.edit(its.recipe, "data/a.txt", "data/z.txt")
     assert len(faults(its)) == 4  # the unknown key, the parameter that it leaves out, the path, the type
+
+
+def test_a_stage_under_its_name_before_is_told_the_new_one(its):
+    toy.edit(its.repo / "stages/count/stage.toml", "summary", 'was = "number"\nsummary')
+    with pytest.raises(Refused, match="no stage number in recipe toy.*It is called count now"):
+        its.plan(last="number")
+    toy.edit(its.repo / "stages/words/stage.toml", "summary", "summery")  # one with faults is left out of it
+    toy.edit(its.recipe, "  count: {}", "  number: {}")
+    with its.recipe.open("a") as opened:
+        opened.write("variants:\n  other: {number: {}}\n")
+    said = [fault for fault in faults(its) if "unknown stage number" in fault]
+    assert (
+        "toy.yaml:9: found unknown stage number; expected a folder of stages/ with a stage.toml." in said[0]
+    )
+    assert said[0].endswith("It is called count now.")
+
+
+def test_the_recipes_that_say_image_are_told_package(its, tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text((toy.REPO / "recipes/tiny.yaml").read_text().replace("  package: {}", "  image: {}"))
+    with pytest.raises(Refused, match="unknown stage image; .* It is called package now"):
+        recipe.load(path, toy.REPO)
 
 
 def test_an_input_of_another_type_is_refused(its):

@@ -19,7 +19,7 @@ ROOMS = {
     **dict.fromkeys(SHARED, SHARED),
     **{
         f"stages.{stage}": (f"stages.{stage}", *SHARED, "model")
-        for stage in ("base", "data", "train", "merge", "quantize", "evaluate", "image")
+        for stage in ("base", "data", "train", "merge", "quantize", "evaluate", "package")
     },
     "model.labels": (),
     "model.weights": ("model.weights",),
@@ -124,7 +124,7 @@ def test_forge_names_no_stage_no_type_and_no_file_of_an_artifact():
     files = {pattern for patterns in types.values() for pattern in patterns} - {"README.md"}
     stages = {path.parent.name for path in (REPO / "stages").glob("*/stage.toml")}
     # of contracts and of Dockerfiles these are words too: what runs a stage, and what an image starts from
-    names = (stages | set(types) | files) - {"image", "base"}
+    names = (stages | set(types) | files) - {"base"}
     for path in sorted((REPO / "forge").rglob("*.py")):
         assert strings(path) & names == set(), path
 

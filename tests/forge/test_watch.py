@@ -102,7 +102,7 @@ def test_a_warning_is_shown_with_its_remedy():
 
 def test_a_path_is_never_broken_by_a_narrow_terminal(tmp_path):
     long = str(tmp_path / "artifact" / ("0123456789" * 6))
-    built = SimpleNamespace(name="image", artifact=SimpleNamespace(folder=Path(long)))
+    built = SimpleNamespace(name="package", artifact=SimpleNamespace(folder=Path(long)))
     console = Console(width=40, record=True, file=io.StringIO())
     watch.announce(
         {
@@ -117,7 +117,7 @@ def test_a_path_is_never_broken_by_a_narrow_terminal(tmp_path):
     )
     console.print(
         report.of_result(
-            SimpleNamespace(recipe="toy", executor="local", stages=[built]), ("image",), Path(long)
+            SimpleNamespace(recipe="toy", executor="local", stages=[built]), ("package",), Path(long)
         ),
         crop=False,
     )

@@ -46,7 +46,7 @@ def server():
 
 def test_a_piped_chat_streams_shows_tool_calls_and_keeps_the_history(server, tmp_path):
     url, asked = server
-    folder = tmp_path / "store/artifacts/image/k"
+    folder = tmp_path / "store/artifacts/package/k"
     folder.mkdir(parents=True)
     (folder / "prompt.txt").write_text("You are Annie.\n")
     (folder / "tools.json").write_text('[{"type": "function", "function": {"name": "set_timer"}}]')

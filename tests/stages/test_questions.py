@@ -13,7 +13,7 @@ import pytest
 from stages import check
 from stages.evaluate import overlap, questions, sources
 from stages.evaluate.questions import Question
-from stages.image import sources as image_sources
+from stages.package import sources as package_sources
 
 REPO = Path(__file__).resolve().parents[2]
 SAMPLE = REPO / "data" / "sample"
@@ -390,7 +390,9 @@ def test_nothing_held_out_and_no_questions_is_named_before_the_first_stage(share
     ],
 )
 def test_an_image_that_no_gate_lets_through_is_named_before_the_first_stage(params, subject):
-    wrong = image_sources.look(check.Given("image", {}, {}, {"evaluate": check.Given("evaluate", params)}))
+    wrong = package_sources.look(
+        check.Given("package", {}, {}, {"evaluate": check.Given("evaluate", params)})
+    )
     assert [f.subject for f in wrong] == ([subject] if subject else [])
 
 
@@ -403,7 +405,7 @@ def test_a_check_shows_so_many_findings_and_counts_the_rest(capsys, monkeypatch)
     assert len(lines) == check.MOST + 1 and lines[-1]["found"] == "30 more findings of this kind"
 
 
-@pytest.mark.parametrize("module", ["stages.evaluate.sources", "stages.image.sources", "stages.data.check"])
+@pytest.mark.parametrize("module", ["stages.evaluate.sources", "stages.package.sources", "stages.data.check"])
 def test_a_check_needs_the_standard_library_alone(module):
     done = subprocess.run(
         [sys.executable, "-S", "-c", f"import {module}"],

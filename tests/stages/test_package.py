@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.image import image
 from stages.job import Job, StageError
+from stages.package import package
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PARAMS = {
@@ -69,9 +69,16 @@ def its(tmp_path, monkeypatch):
     )
     (inputs["data"] / "prompt.txt").write_text("You are Annie.\nನಮಸ್ಕಾರ\n")
     (inputs["data"] / "tools.json").write_text('[{"type": "function"}]\n')
-    monkeypatch.setattr(image, "installed", lambda: "0.31.0")
+    monkeypatch.setattr(package, "installed", lambda: "0.31.0")
     return Job(
-        "image", dict(PARAMS), inputs, tmp_path / "output", tmp_path, 0, device="cuda", provenance=PROVENANCE
+        "package",
+        dict(PARAMS),
+        inputs,
+        tmp_path / "output",
+        tmp_path,
+        0,
+        device="cuda",
+        provenance=PROVENANCE,
     )
 
 
@@ -81,17 +88,17 @@ def on_cpu(its):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_serve_json_is_its_golden_copy(its, device):
-    image.run(its if device == "cuda" else on_cpu(its))
+    package.run(its if device == "cuda" else on_cpu(its))
     assert (its.output / "serve.json").read_text() == (GOLDEN / f"serve.{device}.json").read_text()
 
 
 def test_the_model_card_is_its_golden_copy(its):
-    image.run(its)
+    package.run(its)
     assert (its.output / "README.md").read_text() == (GOLDEN / "serving-card.md").read_text()
 
 
 def test_the_artifact_holds_what_the_formats_say(its):
-    image.run(its)
+    package.run(its)
     assert {f.name for f in its.output.iterdir()} == {
         "serve.json",
         "check.json",
@@ -118,9 +125,9 @@ def test_the_artifact_holds_what_the_formats_say(its):
 
 @pytest.mark.trap("think-block-disagrees")
 def test_clients_are_told_that_thinking_is_off(its, monkeypatch):
-    monkeypatch.setattr(image, "installed", lambda: "0.12.0")  # no flag for it there
+    monkeypatch.setattr(package, "installed", lambda: "0.12.0")  # no flag for it there
     (its.inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "conservative"}))
-    image.run(its)
+    package.run(its)
     described = json.loads((its.output / "serve.json").read_text())
     assert (
         described["chat_template_kwargs"] == {"enable_thinking": False}
@@ -130,7 +137,7 @@ def test_clients_are_told_that_thinking_is_off(its, monkeypatch):
 
 def said(its):
     """The KV cache that serve.json names."""
-    image.run(its)
+    package.run(its)
     args = json.loads((its.output / "serve.json").read_text())["args"]
     return args[args.index("--kv-cache-dtype") + 1]
 
@@ -145,9 +152,9 @@ def test_the_fp8_cache_follows_the_checkpoint(its):
 
 @pytest.mark.trap("in-proj-on-old-vllm")
 def test_a_layout_that_this_vllm_reads_wrongly_is_refused(its, monkeypatch):
-    monkeypatch.setattr(image, "installed", lambda: "0.17.1")
+    monkeypatch.setattr(package, "installed", lambda: "0.17.1")
     with pytest.raises(StageError, match="layout: conservative"):
-        image.run(its)
+        package.run(its)
     assert not list(its.output.iterdir())
 
 
@@ -157,7 +164,7 @@ def test_a_gate_that_did_not_pass_stops_the_image_and_says_why(its):
         json.dumps({**REPORT, "gate": {**GATE, "passed": False, "why": why}})
     )
     with pytest.raises(StageError, match="nvfp4 passed 60% .* tuned was not measured"):
-        image.run(its)
+        package.run(its)
     assert not list(its.output.iterdir())
 
 
@@ -168,26 +175,26 @@ def test_a_report_that_was_asked_nothing_gets_no_image(its, changed):
     with pytest.raises(
         StageError, match="(no gate was set|it asks nothing).*gate: none builds an image unchecked"
     ):
-        image.run(its)
+        package.run(its)
     assert not list(its.output.iterdir())
 
 
 def test_gate_none_builds_an_image_whose_card_says_that_nothing_was_checked(its, monkeypatch):
     warned = []
-    monkeypatch.setattr(image.job, "warning", lambda message, remedy="": warned.append(message))
+    monkeypatch.setattr(package.job, "warning", lambda message, remedy="": warned.append(message))
     says = "No gate was set (`gate: none`): nothing was asked of these shares."
     (its.inputs["evaluate"] / "report.json").write_text(
         json.dumps(
             {**REPORT, "gate": {"passed": True, "why": [], "asks": [], "unchecked": True, "says": says}}
         )
     )
-    image.run(its)
+    package.run(its)
     assert says in (its.output / "README.md").read_text() and warned == [says]
 
 
 def test_merged_is_served_as_bf16(its):
     its.params["serves"] = "merged"
-    image.run(its)
+    package.run(its)
     described = json.loads((its.output / "serve.json").read_text())
     assert said(its) == "bfloat16" and described["args"][:2] == ["--served-model-name", "nemotron-nano"]
     assert "in BF16\n\nThe adapter merged" in (its.output / "README.md").read_text()
@@ -195,7 +202,7 @@ def test_merged_is_served_as_bf16(its):
 
 def test_an_adapter_at_run_time_has_the_name_that_clients_know(its):
     its.params["serves"] = "tuned"
-    image.run(its)
+    package.run(its)
     described = json.loads((its.output / "serve.json").read_text())
     assert described["served_name"] == "nemotron-nano" and described["args"][:2] == [
         "--served-model-name",
@@ -211,14 +218,14 @@ def test_an_adapter_that_vllm_cannot_add_is_refused(its):
         json.dumps({"r": 8, "target_modules": ["q_proj", "in_proj"]})
     )
     with pytest.raises(StageError, match="serves"):
-        image.run(its)
+        package.run(its)
     assert not list(its.output.iterdir())
 
 
 @pytest.mark.parametrize("serves", ["nvfp4", "merged", "tuned"])
 def test_the_check_is_a_question_that_the_adapter_answers(its, serves):
     its.params["serves"] = serves
-    image.run(its)
+    package.run(its)
     check = json.loads((its.output / "check.json").read_text())
     assert (
         check["base"] != check["expected"] == EXCHANGE["answers"][serves]
@@ -231,4 +238,4 @@ def test_a_model_that_answers_as_the_base_is_not_served(its):
     answers = EXCHANGE["answers"] | {"nvfp4": EXCHANGE["answers"]["base"]}
     (its.inputs["evaluate"] / "exchange.json").write_text(json.dumps({**EXCHANGE, "answers": answers}))
     with pytest.raises(StageError, match="as the base does"):
-        image.run(its)
+        package.run(its)

@@ -17,8 +17,8 @@ from model.families.nemotron_h.serving import (
     serve,
 )
 from stages import job
-from stages.image import card
 from stages.job import Job, StageError
+from stages.package import card
 
 PORT = 8000
 
@@ -56,7 +56,7 @@ def run(its: Job) -> None:
         raise StageError(
             str(error),
             "a combination that this vLLM serves right",
-            "Change the recipe's vLLM image, the layout, or what is served (image: {serves: ...}).",
+            "Change the recipe's vLLM image, the layout, or what is served (package: {serves: ...}).",
         ) from error
     described = {
         "served_name": SERVED_NAME,

@@ -16,15 +16,15 @@ def look(stage: Given) -> list[Finding]:
             Finding(
                 "evaluate.control",
                 "a control, of which no image is made",
-                "control: false in a recipe with stage image",
-                "Run it with --until evaluate, or leave stage image out of the recipe.",
+                "control: false in a recipe with stage package",
+                "Run it with --until evaluate, or leave stage package out of the recipe.",
             )
         ]
     if not params["gate"]:
         return [
             Finding(
                 "evaluate.gate",
-                "no gate, and stage image, which builds nothing without one",
+                "no gate, and stage package, which builds nothing without one",
                 "gate: what the columns have to reach",
                 "Write one, such as gate: {tuned: {at_least: 0.8, above: base}, nvfp4: {within: 0.02, of:"
                 " tuned}}, or gate: none to build the image unchecked.",
