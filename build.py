@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Opened:
+class Session:
     """What every command starts from."""
 
     context: Context
@@ -43,16 +43,16 @@ def home() -> Path:
     return Path(os.environ.get("ANNIE_HOME") or REPO / ".annie").absolute()
 
 
-def opened(recipe: str, executor: str | None) -> Opened:
+def open_session(recipe: str, executor: str | None) -> Session:
     from forge import executor as executors
     from forge import plan, preflight
     from forge import recipe as recipes
     from forge.store import Store
 
-    its = recipes.load(recipes.find(recipe, REPO), REPO)
-    its_executor = executors.make(executor or its.executor, REPO, home())
-    gpu = preflight.gpu_architecture() if its.gpu == "cuda" else None
-    return Opened(plan.Context(its, Store(home()), REPO, its_executor.name, gpu or "none"), its_executor)
+    parsed = recipes.load(recipes.find(recipe, REPO), REPO)
+    started_by = executors.make(executor or parsed.executor, REPO, home())
+    gpu = preflight.gpu_architecture() if parsed.gpu == "cuda" else None
+    return Session(plan.Context(parsed, Store(home()), REPO, started_by.name, gpu or "none"), started_by)
 
 
 def show(renderable: Any, *, to_stderr: bool = False) -> None:
@@ -127,13 +127,13 @@ def plan(recipe: str, executor: str | None, as_json: bool, **selected: Any) -> N
     """What would run, why, and what it would take."""
     from forge import check, plan, report
 
-    context = opened(recipe, executor).context
-    its = plan.make(context, plan.Selection(**selected))
-    findings = check.findings(context, its)
+    context = open_session(recipe, executor).context
+    planned = plan.make(context, plan.Selection(**selected))
+    findings = check.findings(context, planned)
     if as_json:
-        print(json.dumps({**its.as_json(), "findings": [f.__dict__ for f in findings]}, indent=1))
+        print(json.dumps({**planned.as_json(), "findings": [f.__dict__ for f in findings]}, indent=1))
     else:
-        show(report.of_plan(its))
+        show(report.of_plan(planned))
         show(report.of_findings(findings), to_stderr=True) if findings else None
     sys.exit(any(f.level == "error" for f in findings))
 
@@ -151,15 +151,15 @@ def run_stages(recipe: str, executor: str | None, as_json: bool, wait: bool, **s
     from product import PACKAGE, serving
     from product import report as tables
 
-    its = opened(recipe, executor)
+    session = open_session(recipe, executor)
     with watch.watcher(as_json) as watcher:
-        outcome = run.run(its.context, its.executor, plan.Selection(**selected), watcher, wait)
+        outcome = run.run(session.context, session.executor, plan.Selection(**selected), watcher, wait)
     if PACKAGE in outcome.ran:
-        serving.point_compose_to_newest(its.context)
+        serving.point_compose_to_newest(session.context)
     if outcome.code == 0 and not as_json:
-        wanted = plan.make(its.context, plan.Selection(**{**selected, "force": False}))
-        show(report.of_result(wanted, outcome.ran, outcome.folder))
-        for shares in tables.of_reports(its.context, wanted):
+        planned = plan.make(session.context, plan.Selection(**{**selected, "force": False}))
+        show(report.of_result(planned, outcome.ran, outcome.folder))
+        for shares in tables.of_reports(session.context, planned):
             show(shares)
     return outcome.code
 
@@ -172,7 +172,7 @@ def demo(recipe: str, executor: str | None) -> None:
 
     if code := run_stages(recipe, executor, False, True):
         sys.exit(code)
-    show(report.of_demo(plan.artifact(opened(recipe, executor).context, EVALUATE).folder))
+    show(report.of_demo(plan.artifact(open_session(recipe, executor).context, EVALUATE).folder))
 
 
 @command(as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."))
@@ -184,12 +184,12 @@ def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> Non
     from forge import watch
     from product import report, warm
 
-    its = opened(recipe, executor)
+    session = open_session(recipe, executor)
     with watch.watcher(as_json) as watcher:
-        made = warm.warm(its.context, its.executor, watcher, not no_wait)
-    if made is None:
+        kernels = warm.warm(session.context, session.executor, watcher, not no_wait)
+    if kernels is None:
         sys.exit(1)
-    print(json.dumps({"event": "warmed", **made})) if as_json else show(report.of_warm(made))
+    print(json.dumps({"event": "warmed", **kernels})) if as_json else show(report.of_warm(kernels))
 
 
 @command(as_json)
@@ -201,21 +201,21 @@ def compare(recipe: str, executor: str | None, as_json: bool) -> None:
     from forge import plan, run, watch
     from product import EVALUATE, compare, picture, report
 
-    its = opened(recipe, executor)
-    variants = compare.variants(its.context)
+    session = open_session(recipe, executor)
+    variants = compare.variants(session.context)
     for name, context in variants.items():
         print(f"variant {name}", file=sys.stderr)
         with watch.watcher(as_json) as watcher:
-            if code := run.run(context, its.executor, plan.Selection(last=EVALUATE), watcher).code:
+            if code := run.run(context, session.executor, plan.Selection(last=EVALUATE), watcher).code:
                 sys.exit(code)
-    rows, file = compare.collect(variants), home() / f"compare-{its.context.recipe.name}.svg"
-    file.write_text(
-        picture.variants(rows, f"{its.context.recipe.name}: what survives four bits", compare.verdict(rows))
+    rows, picture_file = compare.rows(variants), home() / f"compare-{session.context.recipe.name}.svg"
+    picture_file.write_text(
+        picture.svg(rows, f"{session.context.recipe.name}: what survives four bits", compare.verdict(rows))
     )
     (
-        print(json.dumps({"event": "compared", "variants": rows, "picture": str(file)}))
+        print(json.dumps({"event": "compared", "variants": rows, "picture": str(picture_file)}))
         if as_json
-        else show(report.of_compare(rows, file))
+        else show(report.of_compare(rows, picture_file))
     )
 
 
@@ -224,11 +224,11 @@ def explain(stage: str, recipe: str, executor: str | None, as_json: bool) -> Non
     """What changed since STAGE was last built, from what to what."""
     from forge import plan, report
 
-    its = plan.explain(opened(recipe, executor).context, stage)
+    explanation = plan.explain(open_session(recipe, executor).context, stage)
     if as_json:
-        print(json.dumps(its.as_json(), indent=1))
+        print(json.dumps(explanation.as_json(), indent=1))
     else:
-        show(report.of_explanation(its))
+        show(report.of_explanation(explanation))
 
 
 @command(as_json)
@@ -236,15 +236,15 @@ def status(recipe: str, executor: str | None, as_json: bool) -> None:
     """The state of every stage, and of the run under way."""
     from forge import journal, lock, plan, report
 
-    context = opened(recipe, executor).context
-    its = plan.make(context)
-    newest = {s.name: context.store.newest(s.name, its.recipe, its.executor) for s in its.stages}
+    context = open_session(recipe, executor).context
+    planned = plan.make(context)
+    newest = {s.name: context.store.newest(s.name, planned.recipe, planned.executor) for s in planned.stages}
     holder = lock.holder(context.store.root / "lock")
     if as_json:
-        print(json.dumps({**its.as_json(), "running": holder}, indent=1))
+        print(json.dumps({**planned.as_json(), "running": holder}, indent=1))
     else:
-        ending = journal.last_ending(home(), its.recipe)
-        show(report.of_status(its, newest, lock.describe(holder) if holder else "", ending))
+        ending = journal.last_ending(home(), planned.recipe)
+        show(report.of_status(planned, newest, lock.describe(holder) if holder else "", ending))
 
 
 @command(on_stage, click.option("--follow", "-f", is_flag=True, help="Go on until the stage ends."))
@@ -253,8 +253,8 @@ def logs(stage: str, recipe: str, executor: str | None, follow: bool) -> None:
     from forge import journal
     from forge import recipe as recipes
 
-    its = recipes.load(recipes.find(recipe, REPO), REPO)
-    for text in journal.read_log(home(), its.name, stage, list(its.stages), follow, executor):
+    parsed = recipes.load(recipes.find(recipe, REPO), REPO)
+    for text in journal.read_log(home(), parsed.name, stage, list(parsed.stages), follow, executor):
         print(text, end="", flush=True)
 
 
@@ -263,7 +263,7 @@ def path(stage: str, recipe: str, executor: str | None) -> None:
     """The folder of STAGE's artifact. Prints nothing else; exit 1 if it is not built."""
     from forge import plan
 
-    print(plan.artifact(opened(recipe, executor).context, stage).folder)
+    print(plan.artifact(open_session(recipe, executor).context, stage).folder)
 
 
 @command(as_json)
@@ -271,12 +271,12 @@ def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
     """What this machine lacks for the recipe. Exit 1 if that stops it."""
     from forge import plan, report, run
 
-    its = opened(recipe, executor)
-    findings = run.lacking(its.context, its.executor, plan.make(its.context))
+    session = open_session(recipe, executor)
+    findings = run.lacking(session.context, session.executor, plan.make(session.context))
     if as_json:
         print(json.dumps([f.__dict__ for f in findings], indent=1))
     else:
-        show(report.of_doctor(findings, its.context))
+        show(report.of_doctor(findings, session.context))
     sys.exit(any(f.level == "error" for f in findings))
 
 
@@ -304,10 +304,10 @@ def audit(
     """
     from product import audit, report
 
-    its = opened(recipe, executor)
-    made = audit.audit(its.context, its.executor, folder, base, vllm)
-    print(json.dumps(made, indent=1)) if as_json else show(report.of_audit(made))
-    sys.exit(bool(made["findings"]))
+    session = open_session(recipe, executor)
+    result = audit.audit(session.context, session.executor, folder, base, vllm)
+    print(json.dumps(result, indent=1)) if as_json else show(report.of_audit(result))
+    sys.exit(bool(result["findings"]))
 
 
 @command(
@@ -319,8 +319,8 @@ def serve(recipe: str, executor: str | None, port: int, detach: bool, stop: bool
     """Serves the recipe's model on 127.0.0.1."""
     from product import serving
 
-    its = opened(recipe, executor)
-    sys.exit(serving.serve(its.context, its.executor, port=port, detach=detach, stop=stop))
+    session = open_session(recipe, executor)
+    sys.exit(serving.serve(session.context, session.executor, port=port, detach=detach, stop=stop))
 
 
 @cli.command()

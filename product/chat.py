@@ -116,14 +116,14 @@ def chat(url: str, prompt: str | None = None) -> int:
     """Chats until /exit or the end of stdin; with `prompt` asks that and nothing else. Returns the exit
     status.
     """
-    folder = serving.artifact(Path(os.environ.get("ANNIE_HOME", REPO / ".annie")))
-    its = json.loads((folder / "serve.json").read_text())
+    folder = serving.served_artifact(Path(os.environ.get("ANNIE_HOME", REPO / ".annie")))
+    server = json.loads((folder / "serve.json").read_text())
     conversation = Conversation(
         url.rstrip("/"),
-        its["served_name"],
+        server["served_name"],
         (folder / "prompt.txt").read_text().strip(),
         json.loads((folder / "tools.json").read_text()),
-        its["chat_template_kwargs"],
+        server["chat_template_kwargs"],
     )
     console = Console(highlight=False, soft_wrap=True)
     if prompt:
@@ -131,7 +131,7 @@ def chat(url: str, prompt: str | None = None) -> int:
         return 0
     interactive = sys.stdin.isatty()
     if interactive:
-        console.print(f"[dim]{its['served_name']} at {url}; {HELP}[/dim]")
+        console.print(f"[dim]{server['served_name']} at {url}; {HELP}[/dim]")
     try:
         while True:
             line = _input(console, "[bold]you[/bold]  ", interactive)

@@ -18,9 +18,9 @@ POINTS = 2
 
 
 def variants(context: Context) -> dict[str, Context]:
-    """Way -> the context to run it in. Refused if the recipe has none."""
-    found = context.recipe.variants
-    if not found:
+    """Variant -> the context to run it in. Refused if the recipe has none."""
+    recipes = context.recipe.variants
+    if not recipes:
         raise Refused(
             error(
                 "compare",
@@ -29,28 +29,28 @@ def variants(context: Context) -> dict[str, Context]:
                 "recipes/tiny.yaml has some: variants: {qad: {train: {qat_share: 0.3, qat_loss: teacher}}}",
             )
         )
-    return {name: replace(context, recipe=variant) for name, variant in found.items()}
+    return {name: replace(context, recipe=variant) for name, variant in recipes.items()}
 
 
-def collect(contexts: dict[str, Context]) -> list[dict[str, Any]]:
+def rows(contexts: dict[str, Context]) -> list[dict[str, Any]]:
     """A row for each variant that was built (docs/formats.md, What compare prints)."""
-    rows = []
+    collected = []
     for name, context in contexts.items():
         evaluated, quantised = (plan.artifact(context, stage).folder for stage in (EVALUATE, QUANTIZE))
         report = json.loads((evaluated / "report.json").read_text())
         fidelity = json.loads((quantised / "audit.json").read_text()).get("fidelity")
-        rows.append(
+        collected.append(
             {
                 "variant": name,
                 "pass": report["pass"],
                 "fidelity": fidelity,
-                **judged(report["pass"], report["control"]),
+                **judgement(report["pass"], report["control"]),
             }
         )
-    return rows
+    return collected
 
 
-def judged(passed: dict[str, float], control: bool) -> dict[str, str]:
+def judgement(passed: dict[str, float], control: bool) -> dict[str, str]:
     """What the NVFP4 column is held `against` (tuned, or merged where tuned was not asked) and the
     `verdict`: kept, lost, or control.
     """

@@ -30,7 +30,7 @@ DASHES = ("none", "9 7", "2 6")
 WORD = 7.6  # pixels of a letter, about
 
 
-def variants(rows: list[dict[str, Any]], title: str, verdict: str) -> str:
+def svg(rows: list[dict[str, Any]], title: str, verdict: str) -> str:
     """An SVG document of `rows` (product/compare.py), with `verdict` below the title."""
     longest = WORD * max(len(row["variant"]) for row in rows)
     left = max(LEFT, 40 + longest)
@@ -106,10 +106,10 @@ def _curves(errors: dict[str, list[float]], left: float, top: float) -> list[str
     legend in the order of the ends.
     """
     height, right, layers = _height(errors), left + WIDTH, max(map(len, errors.values()))
-    step = _step(max(max(its) for its in errors.values()) / 4)
-    steps = max(1, math.ceil(round(max(max(its) for its in errors.values()) / step, 6)))
+    step = _step(max(max(curve) for curve in errors.values()) / 4)
+    steps = max(1, math.ceil(round(max(max(curve) for curve in errors.values()) / step, 6)))
 
-    def at(layer: int, error: float) -> tuple[float, float]:
+    def point(layer: int, error: float) -> tuple[float, float]:
         return left + WIDTH * ((layer - 1) / (layers - 1) if layers > 1 else 0.5), top + height * (
             1 - error / (step * steps)
         )
@@ -123,7 +123,7 @@ def _curves(errors: dict[str, list[float]], left: float, top: float) -> list[str
         )
     ]
     for number in range(steps + 1):
-        y = at(1, step * number)[1]
+        y = point(1, step * number)[1]
         parts += [
             _line(left, right, y, y),
             _text(
@@ -133,10 +133,10 @@ def _curves(errors: dict[str, list[float]], left: float, top: float) -> list[str
                 'text-anchor="end"',
             ),
         ]
-    every = next(its for its in (1, 2, 5, 10, 20, 50, 100, layers) if layers / its <= 12)
+    every = next(count for count in (1, 2, 5, 10, 20, 50, 100, layers) if layers / count <= 12)
     for layer in range(1, layers + 1):
         if layer == 1 or layer % every == 0:
-            x = at(layer, 0)[0]
+            x = point(layer, 0)[0]
             parts += [
                 _line(x, x, top + height, top + height + 4, f'stroke="{PALE}"'),
                 _text(x, top + height + 18, str(layer), 'text-anchor="middle"'),
@@ -144,16 +144,16 @@ def _curves(errors: dict[str, list[float]], left: float, top: float) -> list[str
     parts.append(_text(left + WIDTH / 2, top + height + 38, "layer", 'text-anchor="middle"'))
     places = sorted(errors, key=lambda variant: -errors[variant][-1])
     for place, variant in sorted(enumerate(places), key=lambda item: item[0] % len(DASHES)):
-        its, colour = errors[variant], COLOURS[list(errors).index(variant) % len(COLOURS)]
+        curve, colour = errors[variant], COLOURS[list(errors).index(variant) % len(COLOURS)]
         style = f'stroke="{colour}" stroke-width="2.5" stroke-dasharray="{DASHES[place % len(DASHES)]}"'
         points = " ".join(
-            f"{x:.1f},{y:.1f}" for x, y in (at(layer, error) for layer, error in enumerate(its, 1))
+            f"{x:.1f},{y:.1f}" for x, y in (point(layer, error) for layer, error in enumerate(curve, 1))
         )
         parts.append(f'<polyline points="{points}" fill="none" {style}/>')
         y = top + 24 * place + 12
         parts += [
             _line(right + 30, right + 54, y, y, style),
-            _text(right + 62, y + 4, f"{variant}, {its[-1]:.1%}"),
+            _text(right + 62, y + 4, f"{variant}, {curve[-1]:.1%}"),
         ]
     return parts
 
@@ -165,4 +165,4 @@ def _step(least: float) -> float:
     if not least:
         return 0.01
     power = 10.0 ** math.floor(math.log10(least))
-    return next(power * its for its in (1, 2, 5, 10) if power * its >= least * (1 - 1e-9))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))

@@ -25,18 +25,18 @@ def of_audit(audit: dict[str, Any]) -> RenderableType:
     only, the first and how many.
     """
     parts: list[RenderableType] = []
-    if its := audit["facts"]:
+    if facts := audit["facts"]:
         table = Table.grid(padding=(0, 2, 0, 0))
-        cache = f", {its['kv_cache']} cache" if its["kv_cache"] else ""
+        cache = f", {facts['kv_cache']} cache" if facts["kv_cache"] else ""
         rows = {
-            "format": its["format"] + cache,
-            "layout": its["layout"],
-            "dtypes": its["dtypes"],
-            "tensors": f"{its['tensors']:,} in {its['files']} file{'s' if its['files'] > 1 else ''}",
+            "format": facts["format"] + cache,
+            "layout": facts["layout"],
+            "dtypes": facts["dtypes"],
+            "tensors": f"{facts['tensors']:,} in {facts['files']} file{'s' if facts['files'] > 1 else ''}",
             "quantised": (
-                f"{its['quantised']:,} linears, {its['excludes']:,} excludes" if its["layout"] else ""
+                f"{facts['quantised']:,} linears, {facts['excludes']:,} excludes" if facts["layout"] else ""
             ),
-            "bytes": f"{its['bytes']:,}",
+            "bytes": f"{facts['bytes']:,}",
         }
         for name, value in rows.items():
             if value:
@@ -70,29 +70,29 @@ def of_audit(audit: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def of_behaviour(report: Path) -> RenderableType:
+def of_behaviour(folder: Path) -> RenderableType:
     """The table of a `report` artifact: shares of questions passed, by category, and failures by mode."""
-    its = json.loads((report / "report.json").read_text())
-    columns = its["columns"]
+    report = json.loads((folder / "report.json").read_text())
+    columns = report["columns"]
     table = plain_table("behaviour", *(f">{c}" for c in columns))
     table.add_row(
         Text("all questions", style="bold"),
-        *(Text(f"{its['pass'][c]:.0%}", style="bold " + _shade(its["pass"][c])) for c in columns),
+        *(Text(f"{report['pass'][c]:.0%}", style="bold " + _shade(report["pass"][c])) for c in columns),
     )
-    for category in its["by_category"][columns[0]]:
-        shares = [its["by_category"][c].get(category, 0.0) for c in columns]
+    for category in report["by_category"][columns[0]]:
+        shares = [report["by_category"][c].get(category, 0.0) for c in columns]
         table.add_row(f"  {category}", *(Text(f"{share:.0%}", style=_shade(share)) for share in shares))
-    modes = [m for m in its["modes"] if any(its["failures"][c].get(m) for c in columns)]
+    modes = [m for m in report["modes"] if any(report["failures"][c].get(m) for c in columns)]
     if modes:
         table.add_section()
         table.add_row(Text("failures", style="bold"))
         for mode in modes:
-            table.add_row(f"  {mode}", *(str(its["failures"][c].get(mode) or "·") for c in columns))
+            table.add_row(f"  {mode}", *(str(report["failures"][c].get(mode) or "·") for c in columns))
     return Group(
         table,
         Text(),
         Text.assemble(
-            f"{its['questions']} questions, asked through vLLM {its['vllm']}; ", _gate(its["gate"])
+            f"{report['questions']} questions, asked through vLLM {report['vllm']}; ", _gate(report["gate"])
         ),
     )
 
@@ -107,11 +107,11 @@ def _gate(gate: dict[str, Any]) -> Text:
     return Text("gate not passed: " + "; ".join(gate["why"]), style="red")
 
 
-def of_shares(report: Path) -> RenderableType:
+def of_shares(folder: Path) -> RenderableType:
     """The share of passed questions of every column of a `report` artifact, and its gate, in one line."""
-    its = json.loads((report / "report.json").read_text())
-    shares = ", ".join(f"{column} {its['pass'][column]:.0%}" for column in its["columns"])
-    return Text.assemble(f"{its['questions']} questions passed: {shares}; ", _gate(its["gate"]))
+    report = json.loads((folder / "report.json").read_text())
+    shares = ", ".join(f"{column} {report['pass'][column]:.0%}" for column in report["columns"])
+    return Text.assemble(f"{report['questions']} questions passed: {shares}; ", _gate(report["gate"]))
 
 
 def of_reports(context: Context, plan: Plan) -> list[RenderableType]:
@@ -127,12 +127,12 @@ def _shade(share: float) -> str:
     return "green" if share >= 0.9 else "yellow" if share >= 0.5 else "red"
 
 
-def of_warm(made: dict[str, Any]) -> RenderableType:
+def of_warm(kernels: dict[str, Any]) -> RenderableType:
     """What `build.py warm` compiled and what is kept."""
-    kept = f"{size(made['bytes'])} in {near(Path(made['folder']))}"
+    kept = f"{size(kernels['bytes'])} in {near(Path(kernels['folder']))}"
     return Text(
-        f"{made['compiled']} kernels compiled, {made['tuned']} tuned, {made['loaded']} compiled before;"
-        f" {kept}"
+        f"{kernels['compiled']} kernels compiled, {kernels['tuned']} tuned,"
+        f" {kernels['loaded']} compiled before; {kept}"
     )
 
 
@@ -149,15 +149,15 @@ def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
         cells = [
             Text("·") if share is None else Text(f"{share:.0%}", style=_shade(share)) for share in shares
         ]
-        its = row["fidelity"]
+        fidelity = row["fidelity"]
         figures = (
             [
-                f"{its['loss']['source']:.3f}",
-                f"{its['loss']['quantised']:.3f}",
-                f"{its['kl']:.4f}",
-                f"{its['layers'][-1]:.1%}",
+                f"{fidelity['loss']['source']:.3f}",
+                f"{fidelity['loss']['quantised']:.3f}",
+                f"{fidelity['kl']:.4f}",
+                f"{fidelity['layers'][-1]:.1%}",
             ]
-            if its
+            if fidelity
             else ["·"] * 4
         )
         table.add_row(row["variant"], *cells, *figures, Text(row["verdict"], style=_VERDICTS[row["verdict"]]))
@@ -174,12 +174,12 @@ def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
     )
 
 
-def of_exchange(report: Path) -> RenderableType:
+def of_exchange(folder: Path) -> RenderableType:
     """One exchange with the served model: the question and the answer; the system prompt stays out."""
-    its = json.loads((report / "exchange.json").read_text())
+    exchange = json.loads((folder / "exchange.json").read_text())
     lines: list[RenderableType] = []
-    for message in [m for m in its["messages"] if m["role"] != "system"] + [
-        {"role": "nvfp4", **its["answers"]["nvfp4"]}
+    for message in [m for m in exchange["messages"] if m["role"] != "system"] + [
+        {"role": "nvfp4", **exchange["answers"]["nvfp4"]}
     ]:
         who = message["role"]
         said = message.get("content") or ""
@@ -190,5 +190,5 @@ def of_exchange(report: Path) -> RenderableType:
     return Group(*lines)
 
 
-def of_demo(report: Path) -> RenderableType:
-    return Group(Text(), of_behaviour(report), Text(), of_exchange(report))
+def of_demo(folder: Path) -> RenderableType:
+    return Group(Text(), of_behaviour(folder), Text(), of_exchange(folder))

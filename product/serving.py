@@ -122,14 +122,14 @@ def _local(context: Context, executor: Local, port: int, detach: bool, stop: boo
     model = parts["checkpoint"]
     image = context.recipe.images["vllm"]
     executor.prepare(image, print)
-    its = json.loads((folder / "serve.json").read_text())
+    server = json.loads((folder / "serve.json").read_text())
     program = executor.environment(image) / "bin" / "vllm"
-    command = [str(program), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *its["args"]]
+    command = [str(program), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *server["args"]]
     if parts["adapter"]:
-        command += ["--lora-modules", f"{its['served_name']}={parts['adapter']}"]
+        command += ["--lora-modules", f"{server['served_name']}={parts['adapter']}"]
     environment = {
         **os.environ,
-        **its["env"],
+        **server["env"],
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -183,15 +183,15 @@ def _check(port: int, folder: Path) -> None:
     """Asks what the base answers otherwise, so that nobody takes for tuned what is not. Refused if it
     answers as the base.
     """
-    its, serve = (json.loads((folder / name).read_text()) for name in ("check.json", "serve.json"))
+    question, server = (json.loads((folder / name).read_text()) for name in ("check.json", "serve.json"))
     body = {
-        "model": serve["served_name"],
-        "messages": its["messages"],
+        "model": server["served_name"],
+        "messages": question["messages"],
         "temperature": 0,
         "seed": 0,
-        "max_tokens": its["max_tokens"],
-        "chat_template_kwargs": serve["chat_template_kwargs"],
-        **({"tools": its["tools"]} if its["tools"] else {}),
+        "max_tokens": question["max_tokens"],
+        "chat_template_kwargs": server["chat_template_kwargs"],
+        **({"tools": question["tools"]} if question["tools"] else {}),
     }
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",
@@ -214,20 +214,23 @@ def _check(port: int, folder: Path) -> None:
         {"function": {key: call["function"][key] for key in ("name", "arguments")}}
         for call in answer.get("tool_calls") or []
     ]
-    if {"content": answer.get("content"), "tool_calls": calls} == its["base"]:
+    if {"content": answer.get("content"), "tool_calls": calls} == question["base"]:
         raise Refused(
             error(
                 "serve",
-                f"it answers {_said(its['base'])} as the base does",
-                f"the tuned model's answer: {_said(its['expected'])}",
+                f"it answers {_shortened(question['base'])} as the base does",
+                f"the tuned model's answer: {_shortened(question['expected'])}",
                 "What is served is not what was evaluated. Build it again: python build.py run --only"
                 f" {PACKAGE} --force",
             )
         )
-    print(f"it answers as the {serve['serves']} model: {_said(answer)} (the base: {_said(its['base'])})")
+    print(
+        f"it answers as the {server['serves']} model: {_shortened(answer)}"
+        f" (the base: {_shortened(question['base'])})"
+    )
 
 
-def _said(answer: dict[str, Any]) -> str:
+def _shortened(answer: dict[str, Any]) -> str:
     """An answer in a few words."""
     calls = [f"{call['function']['name']}(...)" for call in answer.get("tool_calls") or []]
     text = " ".join([*(answer.get("content") or "").split(), *calls])
@@ -241,15 +244,15 @@ def _record(context: Context, folder: Path, port: int, pid: int | None = None) -
 
 
 def _stop(home: Path) -> int:
-    record = home / _RECORD
-    its = json.loads(record.read_text()) if record.exists() else {}
-    pid = its.get("pid")
+    record_file = home / _RECORD
+    record = json.loads(record_file.read_text()) if record_file.exists() else {}
+    pid = record.get("pid")
     command = Path(f"/proc/{pid}/cmdline")
     if not pid or not command.exists() or b"vllm" not in command.read_bytes():
         print("nothing is being served from here")
         return 0
     _end(pid)
-    record.unlink()
+    record_file.unlink()
     print("stopped")
     return 0
 
@@ -274,18 +277,18 @@ def _reap(pid: int) -> None:
         return
 
 
-def artifact(home: Path) -> Path:
+def served_artifact(home: Path) -> Path:
     """The serving artifact that a chat belongs to: what `serve` started last, else the newest one. Refused
     if there is none.
     """
     record = home / _RECORD
     if record.exists() and (folder := Path(json.loads(record.read_text())["folder"])).is_dir():
         return folder
-    found = sorted(
+    prompts = sorted(
         (home / "store" / "artifacts" / PACKAGE).glob("*/prompt.txt"), key=lambda path: path.stat().st_mtime
     )
-    if not found:
+    if not prompts:
         raise Refused(
             error("chat", f"no serving artifact in {home}", "one", "Build it: make model, or make demo.")
         )
-    return found[-1].parent
+    return prompts[-1].parent

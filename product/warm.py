@@ -34,21 +34,22 @@ def warm(
     if findings := lacking(context, executor, step):
         raise Refused(findings)
     assert step
-    its = context.store
     with lock.held(
-        its.root / "lock", wait, lambda who: listener({"event": "waiting", "holder": lock.describe(who)})
+        context.store.root / "lock",
+        wait,
+        lambda who: listener({"event": "waiting", "holder": lock.describe(who)}),
     ):
-        its.clean()
+        context.store.clean()
         # A name of its own: `status` and `logs` tell of the recipe's runs, which this is none of.
         journal = Journal(
-            its.home,
+            context.store.home,
             f"{context.recipe.name}.{MODULE}",
             Mask.of_files(context.recipe.secrets.values()),
             listener,
         )
-        output, scratch = its.begin(MODULE, MODULE)
+        output, scratch = context.store.begin(MODULE, MODULE)
         try:
-            return _Warming(context, executor, journal, step).done(output, scratch)
+            return _Warming(context, executor, journal, step).kernels(output, scratch)
         finally:
             store.remove(output)
             store.remove(scratch)
@@ -75,9 +76,9 @@ def lacking(context: Context, executor: Executor, step: Step | None) -> list[Fin
                 "Nothing needs to be warmed for this recipe; name another with --recipe.",
             )
         ]
-    found = executor.check([context.recipe.images[step.contract.image]], gpu=True)
+    findings = executor.check([context.recipe.images[step.contract.image]], gpu=True)
     if context.gpu == "none":
-        found.append(
+        findings.append(
             error(
                 "gpu",
                 "no GPU that nvidia-smi can see",
@@ -85,7 +86,7 @@ def lacking(context: Context, executor: Executor, step: Step | None) -> list[Fin
                 "Install the driver, or run this on the machine that will train.",
             )
         )
-    return [finding for finding in found if finding.level == "error"]
+    return [finding for finding in findings if finding.level == "error"]
 
 
 class _Warming:
@@ -94,7 +95,7 @@ class _Warming:
     def __init__(self, context: Context, executor: Executor, journal: Journal, step: Step):
         self.context, self.executor, self.journal, self.step = context, executor, journal, step
 
-    def done(self, output: Path, scratch: Path) -> dict[str, Any] | None:
+    def kernels(self, output: Path, scratch: Path) -> dict[str, Any] | None:
         recipe, began = self.context.recipe, time.monotonic()
         image = recipe.images[self.step.contract.image]
         about = {
@@ -129,13 +130,13 @@ class _Warming:
         finally:
             log.close()
         report = json.loads((output / f"{MODULE}.json").read_text())
-        made = {name: report[name] for name in ("compiled", "loaded", "tuned", "bytes")} | {
+        kernels = {name: report[name] for name in ("compiled", "loaded", "tuned", "bytes")} | {
             "folder": str(self.executor.kernels(task))
         }
         seconds = round(time.monotonic() - began, 1)
-        self.journal.emit("stage_done", stage=MODULE, seconds=seconds, bytes=made["bytes"])
+        self.journal.emit("stage_done", stage=MODULE, seconds=seconds, bytes=kernels["bytes"])
         self.journal.emit("done", ran=[MODULE], seconds=seconds)
-        return made
+        return kernels
 
     def task(self, output: Path, scratch: Path) -> Task:
         """stages/train/warm.py with the parameters of stage train, and those of its inputs that are built."""

@@ -100,8 +100,8 @@ def test_every_way_is_run_and_shown_in_a_row(compared, command):
     ],
 )
 def test_a_way_keeps_what_was_tuned_if_nvfp4_is_within_two_points_of_it(passed, against, verdict):
-    assert compare.judged(passed, False) == {"against": against, "verdict": verdict}
-    assert compare.judged(passed, True)["verdict"] == "control", "nothing was taught that could be kept"
+    assert compare.judgement(passed, False) == {"against": against, "verdict": verdict}
+    assert compare.judgement(passed, True)["verdict"] == "control", "nothing was taught that could be kept"
 
 
 def test_the_verdict_names_the_ways_that_keep_and_those_that_do_not():
@@ -140,16 +140,14 @@ def rows(count, layers):
                 "variant": f"a-variant-{10**number}",
                 "pass": passed,
                 "fidelity": {"kl": 0.1, "layers": errors},
-                **compare.judged(passed, False),
+                **compare.judgement(passed, False),
             }
         )
     return made
 
 
 def drawn(its):
-    return ElementTree.fromstring(
-        picture.variants(its, "some: what survives four bits", compare.verdict(its))
-    )
+    return ElementTree.fromstring(picture.svg(its, "some: what survives four bits", compare.verdict(its)))
 
 
 def boxes(svg):
