@@ -179,7 +179,7 @@ def load(folder: Path, types: artifact_types.Types) -> Contract:
             findings.append(error(name, f"{owner} = {kind!r}", expected, nearest(str(kind), types)))
 
     def table(kind: type, where: str, values: Any, **renamed: Any) -> Any:
-        allowed = [its.name for its in dataclasses.fields(kind)]
+        allowed = [entry.name for entry in dataclasses.fields(kind)]
         if not isinstance(values, dict):
             findings.append(error(name, f"{where} = {values!r}", "a table", ""))
             return kind(**renamed)

@@ -40,9 +40,9 @@ def _read(path: Path) -> dict[str, Any]:
         return {"pid": 0, "host": "?", "command": "a run that has just started", "since": time.time()}
 
 
-def describe(its: dict[str, Any]) -> str:
-    minutes = max(0, int((time.time() - its["since"]) / 60))
-    return f"process {its['pid']} on {its['host']}, for {minutes} min: {its['command']}"
+def describe(owner: dict[str, Any]) -> str:
+    minutes = max(0, int((time.time() - owner["since"]) / 60))
+    return f"process {owner['pid']} on {owner['host']}, for {minutes} min: {owner['command']}"
 
 
 @contextlib.contextmanager
@@ -56,26 +56,26 @@ def held(path: Path, wait: bool, on_wait: Callable[[dict[str, Any]], None]) -> I
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            its = _read(path)
+            owner = _read(path)
             if not wait:
                 raise Refused(
                     error(
                         "store",
-                        f"the lock is held by {describe(its)}",
+                        f"the lock is held by {describe(owner)}",
                         "no other run",
                         "Wait for it, or run without --no-wait.",
                     )
                 ) from None
-            on_wait(its)
+            on_wait(owner)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         os.ftruncate(descriptor, 0)
-        its = {
+        owner = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "command": shlex.join(sys.argv),
             "since": time.time(),
         }
-        os.pwrite(descriptor, json.dumps(its).encode(), 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -172,40 +172,47 @@ def examine(
     def digest(supplier: str) -> str | None:
         return built[supplier].digest if supplier in built else None
 
-    its = key.of(
+    stage_key = key.of(
         step, context.recipe, context.repo, context.executor, context.store.memo, context.gpu, digest
     )
     newest = context.store.newest(step.name, context.recipe.name, context.executor)
-    artifact = context.store.find(step.name, its.sha256)
+    artifact = context.store.find(step.name, stage_key.sha256)
     estimate = _estimate(step, newest)
-    if its.waits:
-        missing = [n for n in its.waits if names is not None and n not in names]
+    if stage_key.waits:
+        missing = [n for n in stage_key.waits if names is not None and n not in names]
         if missing:
             return Stage(
-                step.name, "blocked", f"{', '.join(missing)} not built and not selected", its, None, estimate
+                step.name,
+                "blocked",
+                f"{', '.join(missing)} not built and not selected",
+                stage_key,
+                None,
+                estimate,
             )
-        return Stage(step.name, "waits", f"after {', '.join(its.waits)}", its, None, estimate)
+        return Stage(step.name, "waits", f"after {', '.join(stage_key.waits)}", stage_key, None, estimate)
     if artifact and not (selection.force and selected):
-        return Stage(step.name, "cached", f"built {age(artifact.created)}", its, artifact, estimate)
-    return Stage(step.name, "run", _why(context, step.name, its, newest, artifact), its, artifact, estimate)
+        return Stage(step.name, "cached", f"built {age(artifact.created)}", stage_key, artifact, estimate)
+    return Stage(
+        step.name, "run", _why(context, step.name, stage_key, newest, artifact), stage_key, artifact, estimate
+    )
 
 
 def _why(
-    context: Context, name: str, its: key.Key, newest: Artifact | None, artifact: Artifact | None
+    context: Context, name: str, stage_key: key.Key, newest: Artifact | None, artifact: Artifact | None
 ) -> str:
-    assert its.sha256
+    assert stage_key.sha256
     if artifact:
         why = "forced"
-    elif broken := context.store.broken(name, its.sha256):
+    elif broken := context.store.broken(name, stage_key.sha256):
         why = f"its artifact is damaged: {broken}"
     elif newest is None:
         why = "never built"
-    elif differ := key.changes(newest.manifest["components"], its.components):
+    elif differ := key.changes(newest.manifest["components"], stage_key.components):
         more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
         why = differ[0].phrase + more
     else:
         why = "its artifact was deleted"
-    return why + (", goes on where it stopped" if context.store.unfinished(name, its.sha256) else "")
+    return why + (", goes on where it stopped" if context.store.unfinished(name, stage_key.sha256) else "")
 
 
 def program(context: Context, step: Step, start: str = "") -> Program:
@@ -252,7 +259,7 @@ class Explanation:
 
 def explain(context: Context, name: str) -> Explanation:
     """Why a stage runs or does not. Inputs that are not built yet are left out of the comparison."""
-    stage = one(context, name)
+    stage = planned_stage(context, name)
     newest = context.store.newest(name, context.recipe.name, context.executor)
     if newest is None or stage.state == "cached":
         return Explanation(stage, newest.key if newest else None, ())
@@ -262,14 +269,14 @@ def explain(context: Context, name: str) -> Explanation:
     return Explanation(stage, newest.key, tuple(differ))
 
 
-def one(context: Context, name: str) -> Stage:
+def planned_stage(context: Context, name: str) -> Stage:
     """The plan of a single stage as it stands, its inputs being what they are."""
     return next(s for s in make(context, Selection(last=name)).stages if s.name == name)
 
 
 def artifact(context: Context, name: str) -> Artifact:
     """The artifact of a stage under the present recipe and code. Refused if it is not built."""
-    stage = one(context, name)
+    stage = planned_stage(context, name)
     if stage.artifact is None:
         raise Refused(
             error(

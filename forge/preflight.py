@@ -46,10 +46,10 @@ def gpu_architecture() -> str | None:
 
 def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Finding]:
     """What stands in the way of `plan` on this machine, apart from what the executor itself finds."""
-    found = []
+    lacking = []
     free = disk_gb(home)
     if free < plan.disk_gb:
-        found.append(
+        lacking.append(
             error(
                 "disk",
                 f"{free:.1f} GB free at {home}",
@@ -61,7 +61,7 @@ def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Fi
     for stage in plan.pending:
         if stage.estimate.memory_gb > available:
             what = f"{available:.1f} GB of memory available of {total:.1f}"
-            found.append(
+            lacking.append(
                 error(
                     stage.name,
                     what,
@@ -70,7 +70,7 @@ def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Fi
                 )
             )
     if gpu is None and any(recipe.on_gpu(s.name) for s in plan.pending):
-        found.append(
+        lacking.append(
             error(
                 "gpu",
                 "no GPU that nvidia-smi can see",
@@ -78,11 +78,11 @@ def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Fi
                 "Install the driver, or take a recipe with gpu: none (tiny).",
             )
         )
-    wanted = {name for s in plan.pending for name in recipe.stages[s.name].contract.secrets}
-    for name in sorted(wanted & set(recipe.secrets)):
+    secrets = {name for s in plan.pending for name in recipe.stages[s.name].contract.secrets}
+    for name in sorted(secrets & set(recipe.secrets)):
         path = recipe.secrets[name]
         if not path.is_file():
-            found.append(
+            lacking.append(
                 error(
                     f"secret {name}",
                     f"no file {path}",
@@ -91,7 +91,7 @@ def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Fi
                 )
             )
         elif path.stat().st_mode & 0o077:
-            found.append(
+            lacking.append(
                 warning(
                     f"secret {name}",
                     f"{path} can be read by others",
@@ -99,4 +99,4 @@ def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Fi
                     f"chmod 600 {path}",
                 )
             )
-    return found
+    return lacking

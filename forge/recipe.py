@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from forge import artifact_types, contract
+from forge import artifact_types
 from forge.artifact_types import Types
-from forge.contract import Contract, Needs, nearest
+from forge.contract import NEEDS_TYPES, Contract, Needs, convert, nearest
+from forge.contract import load as load_contract
 from forge.executor import EXECUTORS
 from forge.finding import Finding, Refused, error
 from forge.image import Image
@@ -162,7 +163,7 @@ class _Reading:
 
     def typed(self, where: tuple[str, ...], value: Any, kind: str) -> Any:
         try:
-            return contract.convert(value, kind)
+            return convert(value, kind)
         except TypeError:
             self.fault(where, f"{'.'.join(where)} = {value!r}", kind, "")
             return None
@@ -210,7 +211,7 @@ class _Reading:
             raise Refused(self.findings)
         home = self.path.absolute().parent == (self.repo / "recipes").absolute()
         option = self.path.stem if home else str(self.path)
-        its = Recipe(
+        recipe = Recipe(
             name=top["name"],
             option=option,
             about=top.get("about") or "",
@@ -222,9 +223,9 @@ class _Reading:
             stages=ordered,
         )
         return replace(
-            its,
+            recipe,
             variants={
-                name: replace(its, name=f"{its.name}.{name}", stages=stages)
+                name: replace(recipe, name=f"{recipe.name}.{name}", stages=stages)
                 for name, stages in variants.items()
             },
         )
@@ -266,20 +267,20 @@ class _Reading:
                 )
                 continue
             try:
-                its = contract.load(folder / name, types)
+                contract = load_contract(folder / name, types)
             except Refused as refused:
                 self.findings += refused.findings
                 continue
-            if its.image not in images:
+            if contract.image not in images:
                 self.fault(
                     where,
-                    f"image {its.image} in the contract of {name}",
+                    f"image {contract.image} in the contract of {name}",
                     "a folder of images/",
-                    nearest(its.image, images),
+                    nearest(contract.image, images),
                 )
             values = self.typed(where, values or {}, "map")
             if values is not None:
-                steps[name] = self.step(name, its, values)
+                steps[name] = self.step(name, contract, values)
         return steps
 
     def renamed_stages(self, known: list[str], types: Types) -> dict[str, str]:
@@ -288,7 +289,7 @@ class _Reading:
         for name in known:
             # The faults of a contract are named where the recipe has its stage.
             with contextlib.suppress(Refused):
-                names[contract.load(self.repo / "stages" / name, types).was] = name
+                names[load_contract(self.repo / "stages" / name, types).was] = name
         return names
 
     def variant(self, name: str, values: Any, steps: dict[str, Step]) -> dict[str, Step]:
@@ -298,7 +299,7 @@ class _Reading:
             self.fault(where, f"the variant {name!r}", "letters, digits and dashes, since it names folders")
         changed, said = dict(steps), {(f.found, f.expected) for f in self.findings}
         before = len(self.findings)
-        for stage, its_values in (self.typed(where, values, "map") or {}).items():
+        for stage, raw in (self.typed(where, values, "map") or {}).items():
             if stage not in steps:
                 self.fault(
                     (*where, stage),
@@ -306,22 +307,26 @@ class _Reading:
                     "a stage of this recipe",
                     nearest_stage(stage, steps),
                 )
-            elif (given := self.typed((*where, stage), its_values or {}, "map")) is not None:
+            elif (given := self.typed((*where, stage), raw or {}, "map")) is not None:
                 kept = _beside(self.raw["stages"][stage] or {}, given, steps[stage].contract)
                 changed[stage] = self.step(stage, steps[stage].contract, {**kept, **given}, (*where, stage))
         # What the variant has from the recipe's own stages has been named there, with its line.
         self.findings[before:] = [f for f in self.findings[before:] if (f.found, f.expected) not in said]
         return changed
 
-    def step(self, name: str, its: Contract, values: dict[str, Any], where: tuple[str, ...] = ()) -> Step:
+    def step(
+        self, name: str, contract: Contract, values: dict[str, Any], where: tuple[str, ...] = ()
+    ) -> Step:
         where = where or ("stages", name)
         for key in values:
-            if key not in its.parameters and key not in _RESERVED:
-                new = next((to for to, parameter in its.parameters.items() if parameter.was == key), None)
-                remedy = renamed(new) if new else nearest(key, [*its.parameters, *_RESERVED])
+            if key not in contract.parameters and key not in _RESERVED:
+                new = next(
+                    (to for to, parameter in contract.parameters.items() if parameter.was == key), None
+                )
+                remedy = renamed(new) if new else nearest(key, [*contract.parameters, *_RESERVED])
                 self.fault((*where, key), f"unknown key {name}.{key}", f"a parameter of {name}", remedy)
         params = {}
-        for key, parameter in its.parameters.items():
+        for key, parameter in contract.parameters.items():
             if key in values:
                 try:
                     params[key] = parameter.accept(values[key])
@@ -332,7 +337,7 @@ class _Reading:
                 self.fault(where, f"no {key} in {name}", f"{key}: {parameter.expected}", parameter.doc)
             else:
                 params[key] = parameter.accept(parameter.default)
-        for key, parameter in its.parameters.items():
+        for key, parameter in contract.parameters.items():
             limit = params.get(parameter.at_most)
             if limit and key in params and params[key] > limit:
                 unsaid = "" if key in values else " (the default)"
@@ -351,18 +356,25 @@ class _Reading:
                     f"one of {key} and {other}",
                     f"Leave out {other} to use {key}, or {key} to use {other}.",
                 )
-        inputs = {key: key for key in its.consumes}
+        inputs = {key: key for key in contract.consumes}
         for key, value in (self.typed((*where, "inputs"), values.get("inputs") or {}, "map") or {}).items():
-            if key not in its.consumes:
+            if key not in contract.consumes:
                 self.fault(
                     (*where, "inputs", key),
                     f"unknown input {key}",
                     f"an input of {name}",
-                    nearest(key, its.consumes),
+                    nearest(key, contract.consumes),
                 )
             elif self.typed((*where, "inputs", key), value, "str") is not None:
                 inputs[key] = value
-        return Step(name, its, params, inputs, self.sources(name, its, values), self.needs(name, its, values))
+        return Step(
+            name,
+            contract,
+            params,
+            inputs,
+            self.sources(name, contract, values),
+            self.needs(name, contract, values),
+        )
 
     def unfit(self, where: tuple[str, ...], name: str, fault: Fault) -> None:
         """A finding for one fault of the parameter at `where` of the stage `name`."""
@@ -370,16 +382,19 @@ class _Reading:
         found = f"unknown key {path}" if fault.found.startswith("unknown key ") else f"{path} = {fault.found}"
         self.fault((*where, *fault.where), found, fault.expected, fault.remedy)
 
-    def sources(self, name: str, its: Contract, values: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
+    def sources(self, name: str, contract: Contract, values: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
         where = ("stages", name, "sources")
         given = self.typed(where, values.get("sources") or {}, "map") or {}
         for key in given:
-            if key not in its.sources:
+            if key not in contract.sources:
                 self.fault(
-                    (*where, key), f"unknown source {key}", f"a source of {name}", nearest(key, its.sources)
+                    (*where, key),
+                    f"unknown source {key}",
+                    f"a source of {name}",
+                    nearest(key, contract.sources),
                 )
         sources = {}
-        for key, source in its.sources.items():
+        for key, source in contract.sources.items():
             if key not in given or given[key] in (None, []):
                 if not source.optional:
                     self.fault(where, f"no source {key} in {name}", f"sources: {{{key}: ...}}", source.doc)
@@ -402,22 +417,22 @@ class _Reading:
             sources[key] = paths
         return sources
 
-    def needs(self, name: str, its: Contract, values: dict[str, Any]) -> Needs:
+    def needs(self, name: str, contract: Contract, values: dict[str, Any]) -> Needs:
         where = ("stages", name, "needs")
         changed = {}
         for key, value in (self.typed(where, values.get("needs") or {}, "map") or {}).items():
-            if key not in contract.NEEDS_TYPES:
+            if key not in NEEDS_TYPES:
                 self.fault(
                     (*where, key),
                     f"unknown key {name}.needs.{key}",
                     "a key of needs",
-                    nearest(key, contract.NEEDS_TYPES),
+                    nearest(key, NEEDS_TYPES),
                 )
-            elif (checked := self.typed((*where, key), value, contract.NEEDS_TYPES[key])) is not None:
+            elif (checked := self.typed((*where, key), value, NEEDS_TYPES[key])) is not None:
                 if checked < 0:
                     self.fault((*where, key), f"{name}.needs.{key} = {checked:g}", "0 or more")
                 changed[key] = checked
-        return replace(its.needs, **changed)
+        return replace(contract.needs, **changed)
 
     def check_inputs(self, steps: dict[str, Step]) -> None:
         for step in steps.values():
@@ -433,14 +448,14 @@ class _Reading:
                             "a stage of this recipe",
                             nearest_stage(supplier, steps),
                         )
-                elif (found := steps[supplier].contract.produces) != (
-                    expected := step.contract.consumes[name]
+                elif (produced := steps[supplier].contract.produces) != (
+                    consumed := step.contract.consumes[name]
                 ):
                     self.fault(
                         where,
-                        f"input {name} of {step.name} is the {found} of {supplier}",
-                        expected,
-                        f"Give it a stage that produces {expected}.",
+                        f"input {name} of {step.name} is the {produced} of {supplier}",
+                        consumed,
+                        f"Give it a stage that produces {consumed}.",
                     )
 
     def ordered(self, steps: dict[str, Step]) -> dict[str, Step]:
@@ -468,13 +483,13 @@ def nearest_stage(name: str, stages: Mapping[str, Step]) -> str:
     return renamed(new) if new else nearest(name, stages)
 
 
-def _beside(values: dict[str, Any], given: dict[str, Any], its: Contract) -> dict[str, Any]:
+def _beside(values: dict[str, Any], given: dict[str, Any], contract: Contract) -> dict[str, Any]:
     """The recipe's `values` of a stage that stay beside those that a variant gives.
 
     Of two parameters that stand instead of each other, the one that the variant gives replaces the other.
     """
     replaced = set()
-    for key, parameter in its.parameters.items():
+    for key, parameter in contract.parameters.items():
         if key in given and given[key] != parameter.default:
             replaced.add(parameter.instead_of)
         if parameter.instead_of in given:

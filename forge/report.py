@@ -160,14 +160,16 @@ def of_result(plan: Plan, ran: tuple[str, ...], folder: Path | None) -> Renderab
     return Group(text)  # a bare Text is joined to a new one by print, which then wraps it
 
 
-def of_explanation(its: Explanation) -> RenderableType:
+def of_explanation(explanation: Explanation) -> RenderableType:
     """A stage, its state, and each changed component in one line."""
-    stage = its.stage
+    stage = explanation.stage
     head = Text.assemble((stage.name, "bold"), ": ", (stage.state, _STATES[stage.state]), f", {stage.why}")
-    keys = f"  key {(its.old or 'none')[:12]} -> {(stage.key.sha256 or 'open')[:12]}"
-    if stage.state == "cached" or its.old is None:
+    keys = f"  key {(explanation.old or 'none')[:12]} -> {(stage.key.sha256 or 'open')[:12]}"
+    if stage.state == "cached" or explanation.old is None:
         return Group(head, Text(f"  key {(stage.key.sha256 or 'open')[:12]}", style="dim"))
-    return Group(head, Text(keys, style="dim"), *(Text(f"  {change.phrase}") for change in its.changes))
+    return Group(
+        head, Text(keys, style="dim"), *(Text(f"  {change.phrase}") for change in explanation.changes)
+    )
 
 
 def of_doctor(findings: list[Finding], context: Context) -> RenderableType:

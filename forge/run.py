@@ -35,7 +35,7 @@ class StageFailed(Exception):
 
     def as_event(self) -> dict[str, Any]:
         """The values of the event `failed`, without the stage's name."""
-        return {**_found(self.finding), "log": str(self.log), "tail": self.tail}
+        return {**_finding_values(self.finding), "log": str(self.log), "tail": self.tail}
 
 
 @dataclass(frozen=True)
@@ -55,30 +55,31 @@ def run(
     wait: bool = True,
 ) -> Outcome:
     """Runs what is not cached. Refused, before anything runs, with whatever this machine lacks for it."""
-    wanted = plan.make(context, selection)
-    _refuse_blocked(wanted)
-    if not wanted.pending:
-        listener({"event": "plan", **wanted.as_json()})
+    planned = plan.make(context, selection)
+    _refuse_blocked(planned)
+    if not planned.pending:
+        listener({"event": "plan", **planned.as_json()})
         listener({"event": "done", "ran": [], "seconds": 0.0})
         return Outcome(0, (), None)
-    its = context.store
     with lock.held(
-        its.root / "lock", wait, lambda who: listener({"event": "waiting", "holder": lock.describe(who)})
+        context.store.root / "lock",
+        wait,
+        lambda who: listener({"event": "waiting", "holder": lock.describe(who)}),
     ):
-        its.clean()
-        wanted = plan.make(context, selection)  # another run may have built some of it while this one waited
-        _refuse_lacking(context, executor, wanted, listener)
+        context.store.clean()
+        planned = plan.make(context, selection)  # another run may have built some of it while this one waited
+        _refuse_lacking(context, executor, planned, listener)
         mask = Mask.of_files(context.recipe.secrets.values())
-        journal = Journal(its.home, context.recipe.name, mask, listener)
+        journal = Journal(context.store.home, context.recipe.name, mask, listener)
         try:
             with _interruptible():
-                return _Run(context, executor, selection, journal).all(wanted)
+                return _Run(context, executor, selection, journal).outcome_of(planned)
         finally:
             journal.close()
 
 
-def _refuse_blocked(wanted: Plan) -> None:
-    blocked = [s for s in wanted.stages if s.state == "blocked"]
+def _refuse_blocked(planned: Plan) -> None:
+    blocked = [s for s in planned.stages if s.state == "blocked"]
     if blocked:
         raise Refused(
             error(s.name, s.why, "its inputs built", "Leave --only and --from out, or build those first.")
@@ -87,27 +88,27 @@ def _refuse_blocked(wanted: Plan) -> None:
 
 
 def _refuse_lacking(
-    context: Context, executor: Executor, wanted: Plan, listener: Callable[[Event], None]
+    context: Context, executor: Executor, planned: Plan, listener: Callable[[Event], None]
 ) -> None:
-    found = lacking(context, executor, wanted)
-    for finding in found:
+    findings = lacking(context, executor, planned)
+    for finding in findings:
         if finding.level != "error":
             listener({"event": "finding", **finding.__dict__})
-    if errors := [f for f in found if f.level == "error"]:
+    if errors := [f for f in findings if f.level == "error"]:
         raise Refused(errors)
 
 
-def lacking(context: Context, executor: Executor, wanted: Plan) -> list[Finding]:
+def lacking(context: Context, executor: Executor, planned: Plan) -> list[Finding]:
     """Every finding about this machine that matters to `wanted`."""
     recipe = context.recipe
-    contracts = [recipe.stages[s.name].contract for s in wanted.pending]
+    contracts = [recipe.stages[s.name].contract for s in planned.pending]
     names = dict.fromkeys([c.image for c in contracts] + [c.product.image for c in contracts if c.product])
-    gpu = any(recipe.on_gpu(s.name) for s in wanted.pending)
-    found = preflight.findings(
-        recipe, wanted, context.store.home, None if context.gpu == "none" else context.gpu
+    gpu = any(recipe.on_gpu(s.name) for s in planned.pending)
+    findings = preflight.findings(
+        recipe, planned, context.store.home, None if context.gpu == "none" else context.gpu
     )
-    found += executor.check([recipe.images[name] for name in names], gpu)
-    return found + [finding for finding in check.findings(context, wanted) if finding.level != "note"]
+    findings += executor.check([recipe.images[name] for name in names], gpu)
+    return findings + [finding for finding in check.findings(context, planned) if finding.level != "note"]
 
 
 @contextlib.contextmanager
@@ -134,14 +135,14 @@ class _Run:
         self.built: dict[str, Artifact] = {}
         self.ran: list[str] = []
 
-    def all(self, wanted: Plan) -> Outcome:
+    def outcome_of(self, planned: Plan) -> Outcome:
         started = time.monotonic()
-        self.journal.plan(wanted.as_json())
-        self.journal.emit("plan", **wanted.as_json(), folder=str(self.journal.folder))
-        selected = {stage.name for stage in wanted.stages}
+        self.journal.plan(planned.as_json())
+        self.journal.emit("plan", **planned.as_json(), folder=str(self.journal.folder))
+        selected = {stage.name for stage in planned.stages}
         current = ""
         try:
-            self.prepare(wanted)
+            self.prepare(planned)
             for step in self.recipe.stages.values():
                 stage = plan.examine(self.context, step, self.built, self.selection, step.name in selected)
                 current = step.name
@@ -151,7 +152,7 @@ class _Run:
                     if step.name in selected:
                         self.journal.emit("cached", stage=step.name, why=stage.why)
                 elif step.name in selected:
-                    self.built[step.name] = self.one(stage)
+                    self.built[step.name] = self.artifact(stage)
                     self.ran.append(step.name)
         except KeyboardInterrupt:
             self.journal.emit("interrupted", stage=current, resume=self.resume())
@@ -160,7 +161,9 @@ class _Run:
             self.journal.emit("failed", stage=current, **failed.as_event())
             return self.outcome(1)
         except (OSError, sqlite3.Error) as fault:
-            self.journal.emit("failed", stage=current, **_found(self.disk_finding(fault)), log="", tail=[])
+            self.journal.emit(
+                "failed", stage=current, **_finding_values(self.disk_finding(fault)), log="", tail=[]
+            )
             return self.outcome(1)
         self.journal.emit("done", ran=self.ran, seconds=round(time.monotonic() - started, 1))
         return self.outcome(0)
@@ -171,11 +174,11 @@ class _Run:
     def resume(self) -> str:
         return f"python build.py run --recipe {self.recipe.option} --executor {self.executor.name}"
 
-    def prepare(self, wanted: Plan) -> None:
+    def prepare(self, planned: Plan) -> None:
         """Makes every environment and every stage's image that may be used, so that a broken one is found
         before hours of training.
         """
-        steps = [self.recipe.stages[stage.name] for stage in wanted.pending]
+        steps = [self.recipe.stages[stage.name] for stage in planned.pending]
         for name in dict.fromkeys(step.contract.image for step in steps):
             self.image(name, f"00-{name}", partial(self.executor.prepare, self.recipe.images[name]))
         for step in steps:
@@ -198,7 +201,7 @@ class _Run:
         try:
             make(on_line)
         except Refused as refused:
-            raise StageFailed(_one(refused.findings), log.path, log.tail(_TAIL)) from refused
+            raise StageFailed(_joined(refused.findings), log.path, log.tail(_TAIL)) from refused
         finally:
             log.close()
         if lines:
@@ -207,7 +210,7 @@ class _Run:
 
     # --- one stage ------------------------------------------------------------------------------------------
 
-    def one(self, stage: Stage) -> Artifact:
+    def artifact(self, stage: Stage) -> Artifact:
         """Runs a stage to an accepted artifact; StageFailed if it has none to give."""
         key = stage.key.sha256
         assert key
@@ -246,7 +249,7 @@ class _Run:
                 stage.name, key, output, step.contract.produces, step.contract.files, facts
             )
         except Refused as refused:
-            raise StageFailed(_one(refused.findings), log.path, log.tail(_TAIL)) from refused
+            raise StageFailed(_joined(refused.findings), log.path, log.tail(_TAIL)) from refused
         except OSError as fault:
             raise StageFailed(self.disk_finding(fault), log.path, log.tail(_TAIL)) from fault
         finally:
@@ -293,7 +296,7 @@ class _Run:
         running = self.executor.submit(task)
         try:
             for line in self.executor.logs(running):
-                event = _event(line.text) if line.stream == "stdout" else None
+                event = _protocol_event(line.text) if line.stream == "stdout" else None
                 if event is None:
                     self.journal.emit("log", stage=task.stage, line=log.line(line.text))
                     continue
@@ -301,7 +304,7 @@ class _Run:
                 if event["event"] == "error":
                     last_error = event
                 if event["event"] != "progress":
-                    log.line(_line(event))
+                    log.line(_log_line(event))
                 self.journal.emit(event.pop("event"), stage=task.stage, **event)
             code = self.executor.poll(running)
         except BaseException:
@@ -377,7 +380,7 @@ def follow(context: Context, executor: Executor, journal: Journal, task: Task, l
     _Run(context, executor, Selection(), journal).finish(task, log)
 
 
-def _found(finding: Finding) -> dict[str, str]:
+def _finding_values(finding: Finding) -> dict[str, str]:
     return {
         "subject": finding.subject,
         "found": finding.found,
@@ -386,7 +389,7 @@ def _found(finding: Finding) -> dict[str, str]:
     }
 
 
-def _one(findings: list[Finding]) -> Finding:
+def _joined(findings: list[Finding]) -> Finding:
     """Several findings about the same thing as one."""
     first = findings[0]
     return error(
@@ -397,7 +400,7 @@ def _one(findings: list[Finding]) -> Finding:
     )
 
 
-def _event(text: str) -> dict[str, Any] | None:
+def _protocol_event(text: str) -> dict[str, Any] | None:
     """A line of the stage protocol, or None if it is something else."""
     if not text.startswith("{"):
         return None
@@ -423,7 +426,7 @@ def _on_host(event: dict[str, Any], inside: str, scratch: str) -> dict[str, Any]
     }
 
 
-def _line(event: dict[str, Any]) -> str:
+def _log_line(event: dict[str, Any]) -> str:
     """An event as a line of the log."""
     if event["event"] == "metric":
         step = f" (step {event['step']})" if event.get("step") is not None else ""

@@ -97,8 +97,8 @@ class Store:
         another.
         """
         folder = self.root / "artifacts" / stage
-        found = [self._read(p) for p in folder.iterdir()] if folder.is_dir() else []
-        mine = [a for a in found if a and a.manifest["recipe"] == recipe]
+        artifacts = [self._read(p) for p in folder.iterdir()] if folder.is_dir() else []
+        mine = [a for a in artifacts if a and a.manifest["recipe"] == recipe]
         return max(
             mine, key=lambda a: (a.manifest["executor"] == executor, a.manifest["created"]), default=None
         )
@@ -183,10 +183,10 @@ class Store:
 def faults(output: Path, kind: str, patterns: Sequence[str]) -> list[Finding]:
     """What an output lacks to be an artifact of type `kind`: by names and sizes, not by content."""
     subject = f"output of type {kind}"
-    found = []
+    findings = []
     for pattern in patterns:
         if not any(p.is_file() for p in output.glob(pattern)):
-            found.append(
+            findings.append(
                 error(
                     subject,
                     f"no {pattern}",
@@ -197,14 +197,16 @@ def faults(output: Path, kind: str, patterns: Sequence[str]) -> list[Finding]:
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output)
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            found.append(
+            findings.append(
                 error(
                     subject, f"{name}, which is no plain file", "files and folders", "Write the file itself."
                 )
             )
     if (output / MANIFEST).exists():
-        found.append(error(subject, MANIFEST, "no file of that name", "It is forge's; name yours otherwise."))
-    return found
+        findings.append(
+            error(subject, MANIFEST, "no file of that name", "It is forge's; name yours otherwise.")
+        )
+    return findings
 
 
 def remove(path: Path) -> None:
@@ -218,9 +220,9 @@ def remove(path: Path) -> None:
 def _seal(path: Path) -> None:
     """Syncs a file and makes it read-only, unless it is a hard link to a file that may be the user's."""
     _sync(path)
-    its = path.stat()
-    if its.st_nlink == 1 and its.st_uid == os.geteuid():
-        path.chmod(stat.S_IMODE(its.st_mode) & ~0o222)
+    status = path.stat()
+    if status.st_nlink == 1 and status.st_uid == os.geteuid():
+        path.chmod(stat.S_IMODE(status.st_mode) & ~0o222)
 
 
 def _sync(path: Path) -> None:

@@ -141,7 +141,7 @@ class _Warming:
     def task(self, output: Path, scratch: Path) -> Task:
         """stages/train/warm.py with the parameters of stage train, and those of its inputs that are built."""
         recipe, step = self.context.recipe, self.step
-        built = {name: plan.one(self.context, supplier) for name, supplier in step.inputs.items()}
+        built = {name: plan.planned_stage(self.context, supplier) for name, supplier in step.inputs.items()}
         inputs = {
             name: str(stage.artifact.folder)
             for name, stage in built.items()

@@ -12,7 +12,7 @@ from forge.finding import Refused
 
 
 def names(its, stage):
-    return set(plan.one(its.context(), stage).key.components)
+    return set(plan.planned_stage(its.context(), stage).key.components)
 
 
 def test_a_key_holds_what_the_stage_reaches_and_nothing_else(its):
@@ -149,6 +149,6 @@ def test_a_file_apart_that_is_not_there_is_named(its):
 
 def test_a_stages_dockerfile_is_in_the_keys_of_containers_alone(its):
     (its.repo / "stages/count/Dockerfile").write_text("FROM x\n")
-    in_containers = plan.one(replace(its.context(), executor="docker"), "count").key.components
+    in_containers = plan.planned_stage(replace(its.context(), executor="docker"), "count").key.components
     assert "image/stages/count/Dockerfile" in in_containers
     assert not any("Dockerfile" in name for name in names(its, "count"))
