@@ -45,11 +45,12 @@ NEEDS_TYPES = {"gpu": "bool", "network": "bool", "memory_gb": "float", "disk_gb"
 
 @dataclass(frozen=True)
 class Product:
-    """An image made from the stage's output (`[build]`): its name, and for each value of the parameter
-    `by` context name -> input name, or a folder in it.
+    """An image made from the stage's output (`[build]`): the folder of images/ that it is made with, what it
+    is called, and for each value of the parameter `by` context name -> input name, or a folder in it.
     """
 
     image: str
+    tag: str
     by: str
     contexts: dict[str, dict[str, str]]
 
@@ -93,12 +94,12 @@ def _product(
     consumes: dict[str, str],
     findings: list[Finding],
 ) -> Product | None:
-    if set(raw) != {"image", "by", "contexts"} or not isinstance(raw["contexts"], dict):
+    if set(raw) != {"image", "tag", "by", "contexts"} or not isinstance(raw["contexts"], dict):
         findings.append(
             error(
                 name,
                 f"[build] with {', '.join(raw) or 'nothing'}",
-                "image, by and contexts",
+                "image, tag, by and contexts",
                 "docs/formats.md says what it holds.",
             )
         )

@@ -107,8 +107,8 @@ class ProductBuilder(Protocol):
         labels: dict[str, str],
         on_line: Callable[[str], None],
     ) -> None:
-        """Builds it from `output` on `environment`, which is prepared, tags it by `tag` and `latest`, and
-        writes output/image.json. A context of None is empty.
+        """Builds it from `output` on `environment`, which is prepared, calls it `tag` (REPOSITORY:VERSION)
+        and also REPOSITORY:latest, and writes output/image.json. A context of None is empty.
         """
 
 

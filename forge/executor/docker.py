@@ -25,7 +25,6 @@ from forge.image import Image
 from forge.program import Program
 
 REPOSITORY = "annie"
-SERVED = "annie/vllm-nemotron-annie"
 SCRATCH = "/scratch"  # a task's scratch folder, in its container
 # the same in every container: Triton writes the absolute path of what it compiled beside it
 KERNELS_INSIDE = "/kernels"
@@ -285,22 +284,22 @@ class Docker:
         on_line: Callable[[str], None],
     ) -> None:
         """Builds the serving image with `output` as context (a named context of None is empty), on the base
-        that its arguments name or else on `environment`, tags it by `tag` and `latest`, and writes
-        output/image.json.
+        that its arguments name or else on `environment`, calls it `tag` (REPOSITORY:VERSION) and also
+        REPOSITORY:latest, and writes output/image.json.
         """
         base = image.args.get("base") or self.environment(environment)
-        name = f"{SERVED}:{tag}"
+        repository = tag.rpartition(":")[0]
         labels = labels | {
-            "org.opencontainers.image.title": "vllm-nemotron-annie",
+            "org.opencontainers.image.title": repository.rpartition("/")[2],
             "org.opencontainers.image.version": VERSION,
             "io.annie.base": base,
         }
         named: dict[str, Path | None] = {**contexts, "image": image.folder}
-        self._build(image.folder / "Dockerfile", name, output, named, {"BASE": base}, labels, on_line)
-        built = self.client.images.get(name)
-        built.tag(SERVED, "latest")
+        self._build(image.folder / "Dockerfile", tag, output, named, {"BASE": base}, labels, on_line)
+        built = self.client.images.get(tag)
+        built.tag(repository, "latest")
         (output / "image.json").write_text(
-            json.dumps({"tag": name, "id": built.id, "labels": labels}, indent=1) + "\n"
+            json.dumps({"tag": tag, "id": built.id, "labels": labels}, indent=1) + "\n"
         )
 
     def _build(

@@ -1,11 +1,16 @@
 """`[build]` of a contract: what the serving image is made from, by a parameter."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from forge import artifact_types, contract
+from forge.executor import docker
 from forge.finding import Refused
+from forge.image import Image
 
 REPO = Path(__file__).resolve().parents[2]
 TYPES = artifact_types.load(REPO / "stages")
@@ -28,13 +33,33 @@ def test_every_way_to_serve_has_its_contexts(serves, wanted):
     )
 
 
+def test_the_image_has_the_name_that_compose_starts():
+    service = yaml.safe_load((REPO / "compose.yaml").read_text())["services"]["vllm-nemotron-annie"]
+    assert service["image"] == f"{contract.load(REPO / 'stages/package', TYPES).product.tag}:latest"
+
+
+def test_an_engine_is_given_the_name_with_its_version_and_as_the_latest(tmp_path, monkeypatch):
+    builds, tagged = [], []
+    executor = docker.Docker(REPO, tmp_path)
+    built = SimpleNamespace(id="sha256:1", tag=lambda *words: tagged.append(words))
+    executor._client = SimpleNamespace(images=SimpleNamespace(get={"some/thing:0123": built}.get))
+    monkeypatch.setattr(executor, "_build", lambda *given: builds.append(given))
+    folder = REPO / "images/serve"
+    base = Image("serve", folder, {"base": "debian"})
+    executor.build_product(base, base, {}, tmp_path, "some/thing:0123", {"a": "b"}, print)
+    ((_, tag, _, _, _, labels, _),) = builds
+    assert tag == "some/thing:0123" and tagged == [("some/thing", "latest")]
+    assert labels["org.opencontainers.image.title"] == "thing" and labels["a"] == "b"
+    assert json.loads((tmp_path / "image.json").read_text())["tag"] == "some/thing:0123"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "found"),
     [
         ('checkpoint = "merge"', 'checkpoint = "marge"', "build.contexts names marge"),
         ("merged = {", "mergd = {", "build.contexts for nvfp4, mergd, tuned"),
         ('by = "serves"', 'by = "max_model_len"', "build.contexts for"),
-        ('by = "serves"\n', "", r"\[build\] with image, contexts"),
+        ('by = "serves"\n', "", r"\[build\] with image, tag, contexts"),
     ],
 )
 def test_a_build_that_fits_no_parameter_or_input_is_refused(before, after, found, tmp_path):

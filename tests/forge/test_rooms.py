@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def test_forge_names_no_stage_no_type_and_no_file_of_an_artifact():
     names = (stages | set(types) | files) - {"base"}
     for path in sorted((REPO / "forge").rglob("*.py")):
         assert strings(path) & names == set(), path
+        assert not re.search("nemotron|nvfp4", path.read_text(), re.IGNORECASE), path
 
 
 def test_the_table_of_rooms_is_that_of_the_documents():
