@@ -14,7 +14,8 @@ import torch
 from model.families.nemotron_h.layout import PARTS
 from model.families.nemotron_h.names import Spec
 from model.weights.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, CheckpointError, header, weight_map
-from model.weights.quant_config import ALGORITHMS, CONFIG, GROUP, INSIDE, ONLY_INSIDE, QuantConfig, covers
+from model.weights.nvfp4 import GROUP
+from model.weights.quant_config import ALGORITHMS, CONFIG, INSIDE, ONLY_INSIDE, QuantConfig, covers
 
 _AGAIN = "Copy or download it again."
 
@@ -201,7 +202,7 @@ def settings(configs: list[QuantConfig]) -> Iterator[Finding]:
                 config.file,
                 f"group_size {config.group_size}",
                 str(GROUP),
-                "NVFP4 has groups of 16: write that.",
+                f"NVFP4 has groups of {GROUP}: write that.",
             )
 
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +206,9 @@ class Checkpoint(Tensors):
             entries, self.metadata[name] = header(self.folder / name)
             self.entries |= entries
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
+        """config.json, as it was when it was first asked for; not to be changed by who asks."""
         return read_json(self.folder / "config.json")
 
     def in_file(self, file: str) -> Iterator[str]:

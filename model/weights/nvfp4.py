@@ -108,7 +108,7 @@ def least_error(groups: torch.Tensor, amax: torch.Tensor, second: torch.Tensor) 
     better.
     """
     size = groups.float().abs()
-    six, four = (block_scale(amax, second, target).view(torch.uint8) for target in (6.0, 4.0))
+    six, four = (block_scale(amax, second, target).view(torch.uint8) for target in (FP4_MAX, 4.0))
     best, least = six, _error(size, six, second)
     for byte in (six - 1, six + 1, four, four - 1, four + 1):
         byte.clamp_(*_BYTES)

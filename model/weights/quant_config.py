@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model.weights.checkpoint import CheckpointError, read_json
+from model.weights.nvfp4 import GROUP
 
 FILE, CONFIG, INSIDE = "hf_quant_config.json", "config.json", "quantization_config"
 # quant_algo -> whether the activations are quantised too, which takes an input_scale for each linear.
@@ -22,7 +23,6 @@ ALGORITHMS = {"NVFP4": True, "W4A16_NVFP4": False}
 # Where hf_quant_config.json alone says one of these, vLLM stops at "Unknown ModelOpt quant algo" (0.21, which
 # first knew it, to 0.32).
 ONLY_INSIDE = ("W4A16_NVFP4",)
-GROUP = 16
 _FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _CACHES: dict[tuple[object, object], str] = {("float", 8): "FP8", ("float", 4): "NVFP4"}
 # vLLM refuses the file without any of them

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.weights import checkpoint
 from model.weights.checkpoint import Checkpoint, CheckpointError, Slot, shards, write, write_index
 
 TENSORS = {
@@ -53,3 +54,13 @@ def test_a_truncated_file_is_named(tmp_path, kept):
     (tmp_path / "model.safetensors").write_bytes(whole[:kept])
     with pytest.raises(CheckpointError, match="model.safetensors"):
         Checkpoint(tmp_path)
+
+
+def test_a_config_is_parsed_once(tmp_path, monkeypatch):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    read, parsed = checkpoint.read_json, []
+    monkeypatch.setattr(checkpoint, "read_json", lambda file: parsed.append(file.name) or read(file))
+    found = Checkpoint(tmp_path)
+    assert [found.config["hidden_size"], found.config["hidden_size"]] == [8, 8]
+    assert parsed == ["config.json"]

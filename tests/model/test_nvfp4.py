@@ -1,5 +1,8 @@
 """The 4-bit format, bit for bit ModelOpt's."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -165,3 +168,16 @@ def test_chunks_change_no_bit(search, monkeypatch):
 def test_a_search_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="nearest, mse; found 'best'"):
         nvfp4.pack(torch.ones(4, 32), "best")
+
+
+def test_the_constants_of_the_format_stand_in_one_place():
+    repo = Path(__file__).resolve().parents[2]
+    holders = {
+        path.name
+        for room in ("model", "stages")
+        for path in (repo / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Constant) and node.value in (nvfp4.FP8_MAX, nvfp4.SMALLEST))
+        or (isinstance(node, ast.BinOp) and ast.unparse(node) in ("inside // 16", "2.0 ** (-9)"))
+    }
+    assert holders == {"nvfp4.py"}

@@ -12,6 +12,7 @@ from typing import Any
 
 from model.families.nemotron_h import names
 from model.families.nemotron_h.names import Spec
+from model.weights.nvfp4 import GROUP
 
 LAYOUTS = {
     "nvidia": (
@@ -111,7 +112,7 @@ def packed_tensors(source: dict[str, Spec], modules: list[str], input_scales: bo
             continue
         out, inside = spec.shape
         found[name] = Spec((out, inside // 2), "U8")
-        found[f"{module}.weight_scale"] = Spec((out, inside // 16), "F8_E4M3")
+        found[f"{module}.weight_scale"] = Spec((out, inside // GROUP), "F8_E4M3")
         found[f"{module}.weight_scale_2"] = Spec((), "F32")
         if input_scales:
             found[f"{module}.input_scale"] = Spec((), "F32")
@@ -129,7 +130,7 @@ def hf_quant_config(
         "quantization": {
             "quant_algo": "W4A16_NVFP4" if weight_only else "NVFP4",
             "kv_cache_quant_algo": kv_cache,
-            "group_size": 16,
+            "group_size": GROUP,
             "exclude_modules": excluded(config, layout),
         },
     }
