@@ -19,8 +19,7 @@ import torch
 from bench import operations
 from bench.row import synchronize
 from bench.weights import Random
-from model import walk
-from model.families.nemotron_h import layout
+from model import layouts, walk
 from model.weights import nvfp4
 from stages.quantize import calibrate
 
@@ -55,7 +54,7 @@ def main() -> None:
         source = Random(config, Path(folder))
         layers = walk.Layers(config, dtype, options.device)
         its = walk.Walk(walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, options.device)
-        wanted = layout.quantised(config, "nvidia")
+        wanted = layouts.quantised(config, "nvidia")
         for number in range(len(layers)):
             block = clocked("filling", partial(layers.fill, number, source.tensor))
             seen = calibrate.Maxima(block)

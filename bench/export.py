@@ -63,21 +63,23 @@ def adapter(folder: Path, base: Path) -> Path:
 
     from model import adapter as its
     from model import assemble
-    from model.families.nemotron_h import native
+    from model.families.nemotron_h import targets
     from model.layers.projection import Projection
     from model.weights.checkpoint import Checkpoint
 
     if (folder / its.CONFIG).exists():
         return folder
-    model = assemble.empty(Checkpoint(base).config, "bf16", torch.bfloat16, "meta")
-    chosen = native.targets(model, "all")
-    endings, tensors = tuple(f".{name}" for name in (*chosen.target_modules, *chosen.target_parameters)), {}
+    config = Checkpoint(base).config
+    model = assemble.empty(config, "bf16", torch.bfloat16, "meta")
+    chosen = targets.targets(config, "all")
+    adapted, tensors = {linear.module for linear in targets.targeted(config, "all")}, {}
+    peft_names = its.peft_names(model)
     for name, module in model.named_modules():
-        if isinstance(module, Projection) and name.endswith(endings):
-            tensors[f"{its.peft_name(name)}.lora_A.weight"] = (
+        if isinstance(module, Projection) and name in adapted:
+            tensors[f"{peft_names[name]}.lora_A.weight"] = (
                 torch.randn(module.experts * RANK, module.in_features) * 0.02
             )
-            tensors[f"{its.peft_name(name)}.lora_B.weight"] = (
+            tensors[f"{peft_names[name]}.lora_B.weight"] = (
                 torch.randn(module.out_features, RANK * module.experts) * 0.01
             )
     folder.mkdir(parents=True)

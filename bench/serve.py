@@ -20,8 +20,8 @@ import torch
 
 from bench import operations
 from bench.weights import Random
-from model import audit, walk
-from model.families.nemotron_h import layout
+from model import audit, layouts, walk
+from model.families.nemotron_h.layout import LAYOUTS
 from model.weights import quant_config
 from model.weights.checkpoint import Checkpoint, Slot, write_index
 from stages.job import Job
@@ -58,7 +58,7 @@ def make(folder: Path, config: dict, device: str, form: str, chosen: str, kv_cac
             for file in source.files
         ],
     )
-    modules, maxima, idle, began = layout.quantised(config, chosen), {}, [], time.perf_counter()
+    modules, maxima, idle, began = layouts.quantised(config, chosen), {}, [], time.perf_counter()
     if form == "w4a4":
         rows = list(
             torch.randint(0, config["vocab_size"], (64, 512), generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def make(folder: Path, config: dict, device: str, form: str, chosen: str, kv_cac
         Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, output, folder, 0, device=device),
     )
     written = time.perf_counter()
-    quant_config.write(output, layout.hf_quant_config(config, chosen, kv_cache, "0.47.0", form == "w4a16"))
+    quant_config.write(output, layouts.hf_quant_config(config, chosen, kv_cache, "0.47.0", form == "w4a16"))
     if found := audit.nvfp4(output, chosen, weight_only=form == "w4a16"):
         raise SystemExit("\n".join(map(str, found)))
     made = Checkpoint(output)
@@ -163,7 +163,7 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, help="a config.json instead of the real widths")
     parser.add_argument("--form", choices=("w4a4", "w4a16"), default="w4a4")
-    parser.add_argument("--layout", choices=tuple(layout.LAYOUTS), default="nvidia")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="nvidia")
     parser.add_argument("--kv-cache", choices=("FP8", "none"), default="FP8")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--batches", default="1,8")

@@ -103,7 +103,8 @@ def trl(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
     import transformers
     from trl import SFTConfig, SFTTrainer
 
-    from model.families.nemotron_h import native
+    from model.families.nemotron_h import native, targets
+    from model.weights.checkpoint import Checkpoint
 
     class AfterStep(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -119,7 +120,7 @@ def trl(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
         lora_alpha=CHANGES["alpha"],
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
-        **native.targets(model, "attention").arguments(),
+        **targets.targets(Checkpoint(folder).config, "attention").arguments(),
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token_id = 0

@@ -1,37 +1,41 @@
 """LoRA on the Projections of a model, kept on disk in PEFT's own form.
 
 PEFT, vLLM and stage merge read the same folder (model/lora.py says how its tensors lie). A stack of
-experts is one wrapper in PEFT: A (E * rank, in) is expert-major, B (out, rank * E) rank-major, and up_proj
-lies inside down_proj's wrapper.
+experts is one wrapper in PEFT: A (E * rank, in) is expert-major, B (out, rank * E) rank-major. The wrapper of
+a module's first stack lies inside that of its second.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model.families.nemotron_h import native
+from model.families import registry
 from model.layers.projection import Projection
+
+if TYPE_CHECKING:
+    from model.layers.structure import Model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
-_STACKS = {"experts.up_proj": "experts.base_layer", "experts.down_proj": "experts"}
 
 
-def attach(model: nn.Module, preset: str, rank: int, alpha: float, seed: int) -> None:
+def attach(model: Model, preset: str, rank: int, alpha: float, seed: int) -> None:
     """Gives LoRA factors to what `preset` names, in the model's order.
 
-    Raises native.NativeError if part of the preset matches nothing.
+    Raises FamilyError if part of the preset matches nothing.
     """
-    chosen = native.targets(model, preset)
-    suffixes = tuple("." + name for name in (*chosen.target_modules, *chosen.target_parameters))
+    family = registry.of(model.hub_config)
+    family.targets(model.hub_config, preset)
+    chosen = {linear.module for linear in family.targeted(model.hub_config, preset)}
     generator = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():
-        if isinstance(module, Projection) and name.endswith(suffixes):
+        if isinstance(module, Projection) and name in chosen:
             module.adapt(rank, alpha, generator)
 
 
@@ -44,33 +48,34 @@ def adapted(model: nn.Module) -> dict[str, Projection]:
     }
 
 
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
+def state(model: Model) -> dict[str, torch.Tensor]:
     """The factors as PEFT names and lays them out, float32 on the CPU."""
-    found = {}
+    found, peft_name = {}, peft_names(model)
     for name, module in adapted(model).items():
         a, b = module.lora_a.detach().float().cpu(), module.lora_b.detach().float().cpu()
-        found[f"{peft_name(name)}.lora_A.weight"] = a.flatten(0, 1).contiguous()
-        found[f"{peft_name(name)}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
+        found[f"{peft_name[name]}.lora_A.weight"] = a.flatten(0, 1).contiguous()
+        found[f"{peft_name[name]}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
     return found
 
 
 @torch.no_grad()
-def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def restore(model: Model, tensors: dict[str, torch.Tensor]) -> None:
     """Puts what `state` gave back. Raises ValueError where the two are not of the same adapter."""
-    wanted = {f"{peft_name(name)}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
+    peft_name = peft_names(model)
+    wanted = {f"{peft_name[name]}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
     if wanted != tensors.keys():
         raise ValueError(
             f"an adapter with other tensors: {sorted(wanted ^ tensors.keys())[0]} is in one of the two only"
         )
     for name, module in adapted(model).items():
-        a, b = (tensors[f"{peft_name(name)}.lora_{side}.weight"] for side in "AB")
+        a, b = (tensors[f"{peft_name[name]}.lora_{side}.weight"] for side in "AB")
         for factor, value in zip(
             (module.lora_a, module.lora_b), _stacks(a, b, module, module.rank), strict=True
         ):
             factor.copy_(value)
 
 
-def save(model: nn.Module, folder: Path, preset: str, rank: int, alpha: float) -> None:
+def save(model: Model, folder: Path, preset: str, rank: int, alpha: float) -> None:
     """Writes the folder that PEFT reads; byte for byte the same for the same factors, and without a path
     of this machine.
     """
@@ -78,7 +83,7 @@ def save(model: nn.Module, folder: Path, preset: str, rank: int, alpha: float) -
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state(model), folder / WEIGHTS, metadata={"format": "pt"})
-    chosen = native.targets(model, preset)
+    chosen = registry.of(model.hub_config).targets(model.hub_config, preset)
     peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by the rank: any number will do
@@ -92,7 +97,7 @@ def save(model: nn.Module, folder: Path, preset: str, rank: int, alpha: float) -
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def load(model: nn.Module, folder: Path) -> None:
+def load(model: Model, folder: Path) -> None:
     """Puts the factors of a folder back, as `restore` does."""
     restore(model, load_file(folder / WEIGHTS))
 
@@ -108,9 +113,18 @@ def _stacks(
     )
 
 
-def peft_name(name: str) -> str:
-    """What PEFT calls the Projection `name`, before `.lora_A.weight` and `.lora_B.weight`."""
-    for suffix, wrapper in _STACKS.items():
-        if name.endswith("." + suffix):
-            name = name.removesuffix(suffix) + wrapper
-    return _PREFIX + name
+def peft_names(model: Model) -> dict[str, str]:
+    """Native name of each linear and stack -> what PEFT calls its wrapper, before `.lora_A.weight` and
+    `.lora_B.weight`, where all stacks of a module are adapted.
+    """
+    found: dict[str, str] = {}
+    stacks: dict[str, list[str]] = {}  # module -> the stacks that are its parameters, in their order
+    for linear in model.linears.values():
+        if linear.index is None:
+            found[linear.module] = _PREFIX + linear.module
+        elif not linear.index:
+            stacks.setdefault(linear.module.rpartition(".")[0], []).append(linear.module)
+    for module, its in stacks.items():
+        for outer, stack in enumerate(reversed(its)):  # PEFT wraps them in their order
+            found[stack] = _PREFIX + module + ".base_layer" * outer
+    return found

@@ -10,15 +10,14 @@ will be served.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
-from model.families.nemotron_h import layout, native
-from model.families.nemotron_h.names import FLOAT32, tensors
-from model.families.nemotron_h.names import native as native_name
-from model.layers import attention, experts, norm
+from model import layouts
+from model.families import registry
+from model.families.family import Config, Linear
 from model.layers.documents import Documents
 from model.layers.graphs import Graphs
 from model.layers.grouped import ALIGNMENT
@@ -31,7 +30,6 @@ from model.weights.shards import Shards
 if TYPE_CHECKING:
     from model.layers.structure import Model
 
-LAYOUT = "nvidia"
 # random experts: thousands of small matrices would wait for the processor, and more at once need memory to
 # pack
 TOGETHER = 8
@@ -54,7 +52,7 @@ def load(
     Raises ValueError if a tensor is missing, left over, or of another shape than config.json says.
     """
     config = checkpoint.config
-    if unknown := sorted(set(tensors(config)) ^ set(checkpoint.entries)):
+    if unknown := sorted(set(registry.of(config).tensors(config)) ^ set(checkpoint.entries)):
         raise ValueError(
             f"{unknown[0]} is in {'the checkpoint' if unknown[0] in checkpoint.entries else 'config.json'}"
             f" only ({len(unknown)} such tensors)"
@@ -70,7 +68,7 @@ def load(
 
 
 def random(
-    config: dict[str, Any],
+    config: Config,
     form: str = "bf16",
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
@@ -82,58 +80,41 @@ def random(
     """
     model = empty(config, form, dtype, device, shards)
     generator = torch.Generator(device).manual_seed(0)
-    special: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
-        "A_log": lambda s: torch.arange(1, s[0] + 1).float().log(),
-        "D": torch.ones,
-        "dt_bias": lambda s: torch.full(s, -3.0),
-        "e_score_correction_bias": torch.zeros,
-    }
-    for name, spec in tensors(config).items():
-        last, shape = name.rsplit(".", 2), spec.shape
-        if ".experts." in name:
-            number = int(name.split(".experts.")[1].split(".")[0])
-            if number % TOGETHER:
+    family = registry.of(config)
+    for name, spec in family.tensors(config).items():
+        shape, linear = spec.shape, model.linears.get(name)
+        if linear and linear.index is not None:
+            if linear.index % TOGETHER:
                 continue  # came with an earlier one
-            shape = (min(TOGETHER, config["n_routed_experts"] - number), *shape)
-        if last[-1] in special:
-            value = special[last[-1]](shape)
-        elif "norm" in last[-2]:
-            value = torch.ones(shape)
-        else:
+            stack = projection(model, linear)
+            shape = (min(TOGETHER, stack.experts - linear.index), *shape)
+        value = family.initial(family.native(name), shape)
+        if value is None:
             value = torch.randn(shape, generator=generator, device=device).mul_(std)
         fill(model, name, value)
     return finish(model)
 
 
-def empty(
-    config: dict[str, Any], form: str, dtype: torch.dtype, device: str, shards: Shards = Shards()
-) -> Model:
+def empty(config: Config, form: str, dtype: torch.dtype, device: str, shards: Shards = Shards()) -> Model:
     """The model without its weights: Projections allocated in their form, everything else still on no
-    device.
+    device. `model.linears` maps the hub name of each linear's tensor to its record.
     """
-    import transformers
-
-    native.check_version(transformers.__version__)
+    family = registry.of(config)
     with torch.device("meta"):
-        model = cast(
-            "Model", transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**native.plain(config)))
-        )
-    packed = set(layout.quantised(config, LAYOUT))
-    for name in tensors(config):
-        hub = name.removesuffix(".weight")
-        if not hub.endswith("_proj") or (".experts." in hub and ".experts.0." not in hub):
-            continue
-        path, attribute = native_name(hub).rsplit(".", 1)
+        model = family.skeleton(config)
+    model.linears = {linear.weight: linear for linear in family.linears(config)}
+    packed = packed_modules(config)
+    for linear in model.linears.values():
+        if linear.index:
+            continue  # came with the first of its stack
+        path, attribute = linear.module.rsplit(".", 1)
         parent, old = model.get_submodule(path), getattr(model.get_submodule(path), attribute)
         count, (out, inside) = (
             (old.shape[0], old.shape[1:]) if isinstance(old, nn.Parameter) else (1, old.weight.shape)
         )
+        held = form if linear.module in packed else "bf16"
         delattr(parent, attribute)
-        setattr(
-            parent,
-            attribute,
-            Projection(count, out, inside, form if hub in packed else "bf16", dtype, device, shards),
-        )
+        setattr(parent, attribute, Projection(count, out, inside, held, dtype, device, shards))
     model.placed, model.hub_config = (dtype, device), config
     return model
 
@@ -142,19 +123,18 @@ def empty(
 def fill(model: Model, name: str, value: torch.Tensor) -> None:
     """Puts one tensor of the checkpoint, by its hub name, where it belongs."""
     dtype, device = model.placed
-    if name.endswith("_proj.weight"):
-        target = cast(Projection, model.get_submodule(native_name(name).removesuffix(".weight")))
-        target.put(int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0, value)
+    if linear := model.linears.get(name):
+        projection(model, linear).put(linear.index or 0, value)
         return
-    path, attribute = native_name(name).rsplit(".", 1)
+    family = registry.of(model.hub_config)
+    path, attribute = (native := family.native(name)).rsplit(".", 1)
     module = model.get_submodule(path)
     old = getattr(module, attribute)
     if old.shape != value.shape:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, expected {tuple(old.shape)} from config.json"
         )
-    exact = attribute in FLOAT32 or path.endswith(".gate")
-    value = value.to(device=device, dtype=torch.float32 if exact else dtype)
+    value = value.to(device=device, dtype=torch.float32 if family.stored_exactly(native) else dtype)
     setattr(
         module,
         attribute,
@@ -174,26 +154,28 @@ def prepare(model: Model) -> Model:
     """Repairs the model and gives it our mixers, norms, experts and attention; its weights may be filled
     before or after.
     """
-    native.repair(model)
-    for module in model.modules():
-        if type(module).__name__ == "NemotronHRMSNorm":
-            norm.attach(module)
-    experts.register()
-    attention.register()
-    model.set_experts_implementation(experts.NAME)
-    model.set_attn_implementation(attention.NAME)
+    registry.of(model.hub_config).attach(model)
     return model.requires_grad_(False)
 
 
 def exported(model: Model) -> list[Projection]:
     """The Projections with a change whose weights the export will quantise: those in its layout."""
-    packed = set(layout.quantised(model.hub_config, LAYOUT))
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, Projection) and module.rank:
-            first = name.replace(".experts.", ".experts.0.").replace("model.", "backbone.", 1)
-            found += [module] if first in packed else []
-    return found
+    packed = packed_modules(model.hub_config)
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, Projection) and module.rank and name in packed
+    ]
+
+
+def packed_modules(config: Config) -> set[str]:
+    """Native names of the modules and stacks that the export quantises, and that training may pack."""
+    return {linear.module for linear in layouts.linears(config, registry.of(config).layout)}
+
+
+def projection(model: Model, linear: Linear) -> Projection:
+    """The Projection that holds a linear."""
+    return cast(Projection, model.get_submodule(linear.module))
 
 
 def keep_decoded(model: Model, room: float) -> tuple[int, int]:
@@ -215,6 +197,24 @@ def keep_decoded(model: Model, room: float) -> tuple[int, int]:
             module.keep(multiple)
             count, taken = count + 1, taken + size
     return count, taken
+
+
+def bytes_by_group(model: Model) -> dict[str, dict[str, int]]:
+    """Group -> {"bytes": held, "four_bit": of these in 4 bits, "trainable": parameters with a gradient}.
+
+    Groups are the family's: embeddings, attention, mamba, experts (the routed stacks), shared, router,
+    adapter, norms. This is what shows whether the experts are packed: bitsandbytes leaves them as they are
+    without a word, since they are no Linears.
+    """
+    group, found = registry.of(model.hub_config).group, dict[str, dict[str, int]]()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        row = found.setdefault(group(name), {"bytes": 0, "four_bit": 0, "trainable": 0})
+        row["bytes"] += tensor.numel() * tensor.element_size()
+        if tensor.dtype == torch.uint8:
+            row["four_bit"] += tensor.numel() * tensor.element_size()
+        if getattr(tensor, "requires_grad", False):
+            row["trainable"] += tensor.numel()
+    return found
 
 
 def parameters(model: Model) -> int:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model import faults
-from model.families.nemotron_h import layout as layouts
-from model.families.nemotron_h import names
-from model.families.nemotron_h.names import Spec
+from model import faults, layouts
+from model.families import registry
+from model.families.family import Spec
 from model.faults import Finding, not_finite, unreadable
 from model.weights import quant_config
 from model.weights.checkpoint import Checkpoint, CheckpointError
@@ -28,7 +27,7 @@ def bf16(folder: Path, values: bool = True) -> list[Finding]:
     """Findings about an unquantised checkpoint; `values` also reads every tensor for NaN and infinity."""
     try:
         its = Checkpoint(folder)
-        expected = names.tensors(its.config)
+        expected = registry.of(its.config).tensors(its.config)
     except UNREADABLE as error:
         return [unreadable(folder.name, error)]
     if (folder / QUANT).exists() or any(e.dtype == "U8" for e in its.entries.values()):
@@ -53,7 +52,7 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bo
     """
     try:
         its = Checkpoint(folder)
-        config = its.config
+        config, family = its.config, registry.of(its.config)
         said = quant_config.read(folder, config)
         if not any(c.file == QUANT for c in said):
             raise CheckpointError(f"{folder.name} has no {QUANT}")
@@ -61,7 +60,7 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bo
         plain = (
             {n: Spec(e.shape, e.dtype) for n, e in original.entries.items()}
             if original
-            else names.tensors(config)
+            else family.tensors(config)
         )
         expected = layouts.tensors(config, layout, plain, weight_only)
     except UNREADABLE as error:
@@ -69,11 +68,12 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bo
     found = [
         *faults.structure(its, expected),
         *faults.settings(said),
-        *faults.excludes(its, plain, packed_modules(its), said[0]),
+        *faults.excludes(its, family.listed(config), packed_modules(its), said[0]),
         *faults.scales(its),
     ]
     if original:
-        found += faults.unchanged(its, original, [n for n in plain if expected[n].dtype != "U8"])
+        kept = [n for n in plain if expected[n].dtype != "U8"]
+        found += faults.unchanged(its, original, kept, family.never_cast)
     return found
 
 

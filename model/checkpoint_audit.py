@@ -1,4 +1,4 @@
-"""The audit of any NemotronH checkpoint: what it is, what is wrong with it, and what a vLLM needs to serve
+"""The audit of any checkpoint of a family: what it is, what is wrong with it, and what a vLLM needs to serve
 it.
 
     python -m model.checkpoint_audit FOLDER [--base FOLDER] [--vllm VERSION]
@@ -16,20 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model import faults
+from model import faults, layouts
 from model.audit import QUANT, UNREADABLE, packed_modules
-from model.families.nemotron_h import layout as layouts
-from model.families.nemotron_h import names, serving
-from model.families.nemotron_h.names import Spec
+from model.families import registry, serve
+from model.families.family import Family
+from model.families.serve import Serve, ServingError
 from model.faults import Finding, unreadable
 from model.weights import quant_config
 from model.weights.checkpoint import Checkpoint
 from model.weights.quant_config import QuantConfig
-
-PRECISIONS = {  # by whether the router is F32
-    False: "A_log and D in F32, router in BF16, as in the BF16 repository",
-    True: "router in F32, A_log and D in BF16, as in NVIDIA's NVFP4 repository",
-}
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Audit:
 
     findings: list[Finding]
     facts: dict[str, Any] = field(default_factory=dict)
-    serve: serving.Serve | None = None
+    serve: Serve | None = None
 
     def as_json(self) -> dict[str, Any]:
         needs = {"args": self.serve.args, "env": self.serve.env} if self.serve else None
@@ -48,10 +43,10 @@ class Audit:
 
 
 def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Audit:
-    """The audit of any NemotronH checkpoint: BF16 or NVFP4, in a layout that is recognised.
+    """The audit of any checkpoint of a family: BF16 or NVFP4, in a layout that is recognised.
 
     `base` is what it was made from. An NVFP4 checkpoint has to equal it in all that is not quantised; a
-    BF16 one in all that no adapter changes, which is everything but the projections. `vllm` is a version,
+    BF16 one in all that no adapter changes, which is everything but its linears. `vllm` is a version,
     `0.32.0+cpu` for one without a GPU.
     """
     found: list[Finding] = []
@@ -62,16 +57,16 @@ def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Au
         # what stops Checkpoint has been found file by file
         return Audit(found or [unreadable(folder.name, error)])
     try:
-        config = its.config
+        config, family = its.config, registry.of(its.config)
         said = quant_config.read(folder, config)
-        plain = names.tensors(config)
+        plain = family.tensors(config)
     except UNREADABLE as error:
         return Audit([*found, unreadable(folder.name, error)])
     packed = packed_modules(its)
     facts = {
         "format": "BF16",
         "layout": None,
-        "dtypes": PRECISIONS[False],
+        "dtypes": family.precisions[0],
         "kv_cache": None,
         "tensors": len(its.entries),
         "files": len(its.files),
@@ -80,16 +75,16 @@ def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Au
         "excludes": 0,
     }
     if packed or said:
-        float32_router = any(e.dtype == "F32" for n, e in its.entries.items() if n.endswith(".gate.weight"))
-        plain = names.tensors(config, names.FLOAT32_NVFP4 if float32_router else names.FLOAT32)
+        precision = family.precision({n: e.dtype for n, e in its.entries.items()})
+        plain = family.in_precision(config, precision)
         layout, chosen = layouts.recognise(config, packed)
         facts |= {
             "format": said[0].algorithm if said else "NVFP4",
             "layout": layout,
-            "dtypes": PRECISIONS[float32_router],
+            "dtypes": precision,
         }
         facts |= {"kv_cache": said[0].kv_cache, "excludes": len(said[0].excludes)} if said else {}
-        found += settings(its, plain, packed, said)
+        found += settings(its, family, packed, said)
         if facts["format"] not in quant_config.ALGORITHMS:
             return Audit(found, facts)
         expected = layouts.packed_tensors(plain, chosen, input_scales=has_input_scales(its))
@@ -97,25 +92,24 @@ def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Au
         fixed = [n for n in plain if expected[n].dtype != "U8"]
     else:
         found += faults.structure(its, plain)
-        fixed = [n for n in plain if not n.endswith("_proj.weight")]
+        adapted = {linear.weight for linear in family.linears(config)}
+        fixed = [n for n in plain if n not in adapted]
     if base:
         try:
-            found += faults.unchanged(its, Checkpoint(base), fixed)
+            found += faults.unchanged(its, Checkpoint(base), fixed, family.never_cast)
         except UNREADABLE as error:
             found.append(unreadable(f"--base {base.name}", error))
     if vllm is None:
         return Audit(found, facts)
-    serve, more = served(vllm, facts, any(m.endswith(".in_proj") for m in packed))
-    return Audit([*found, *more], facts, serve)
+    needs, more = served(vllm, config, facts, packed)
+    return Audit([*found, *more], facts, needs)
 
 
 def has_input_scales(its: Checkpoint) -> bool:
     return any(n.endswith(".input_scale") for n in its.entries)
 
 
-def settings(
-    its: Checkpoint, plain: dict[str, Spec], packed: set[str], said: list[QuantConfig]
-) -> list[Finding]:
+def settings(its: Checkpoint, family: Family, packed: set[str], said: list[QuantConfig]) -> list[Finding]:
     """What is said about the quantisation against what is in the files."""
     if not said:
         return [
@@ -136,7 +130,7 @@ def settings(
                 "Remove the settings of what is BF16, or take the quantised files.",
             )
         ]
-    found = [*faults.settings(said), *faults.excludes(its, plain, packed, first)]
+    found = [*faults.settings(said), *faults.excludes(its, family.listed(its.config), packed, first)]
     if first.algorithm == "NVFP4" and not has_input_scales(its):
         found.append(
             Finding(
@@ -150,20 +144,21 @@ def settings(
     return found
 
 
-def served(vllm: str, facts: dict[str, Any], in_proj: bool) -> tuple[serving.Serve | None, list[Finding]]:
-    """What this version needs to serve the checkpoint; None, and why, if it cannot. `in_proj`: whether any
-    Mamba in_proj is quantised.
+def served(
+    vllm: str, config: dict[str, Any], facts: dict[str, Any], packed: set[str]
+) -> tuple[Serve | None, list[Finding]]:
+    """What this version needs to serve the checkpoint; None, and why, if it cannot. `packed`: the modules
+    that are quantised.
     """
-    # all that serving asks of a layout
-    layout = None if facts["format"] == "BF16" else "nvidia" if in_proj else "conservative"
-    its = serving.Checkpoint(
-        layout,
+    serving = serve.of(config)
+    its = serve.Checkpoint(
+        None if facts["format"] == "BF16" else serving.layout_of(packed),
         weight_only=not quant_config.ALGORITHMS.get(facts["format"], True),
         fp8_cache=facts["kv_cache"] == "FP8",
     )
     try:
         limits = serving.limits(vllm, its)
-    except serving.ServingError as error:
+    except ServingError as error:
         limits = [error]
     if limits:
         return None, [
@@ -175,7 +170,7 @@ def served(vllm: str, facts: dict[str, Any], in_proj: bool) -> tuple[serving.Ser
             )
             for error in limits
         ]
-    return serving.flags(vllm, "cpu" if "+cpu" in vllm else "cuda", its), []
+    return serving.flags(vllm, "cpu" if "+cpu" in vllm else "cuda", its, "auto"), []
 
 
 def main() -> None:

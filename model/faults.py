@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from model.families.nemotron_h.layout import PARTS
-from model.families.nemotron_h.names import Spec
+from model.families.family import Spec
+from model.families.unknown import UnknownFamily
+from model.layouts import PARTS
 from model.weights.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, CheckpointError, header, weight_map
 from model.weights.nvfp4 import GROUP
 from model.weights.quant_config import ALGORITHMS, CONFIG, INSIDE, ONLY_INSIDE, QuantConfig, covers
@@ -37,6 +38,8 @@ class Finding:
 
 
 def unreadable(subject: str, error: Exception) -> Finding:
+    if isinstance(error, UnknownFamily):
+        return Finding(subject, error.found, error.expected, error.remedy)
     what = f"no {error.args[0]} in config.json" if isinstance(error, KeyError) else str(error)
     return Finding(subject, what, "a whole checkpoint with its config", _AGAIN)
 
@@ -195,7 +198,7 @@ def settings(configs: list[QuantConfig]) -> Iterator[Finding]:
                 config.file,
                 f"quant_algo {config.algorithm}",
                 " or ".join(ALGORITHMS),
-                "This audit knows no other for NemotronH.",
+                "This audit knows no other.",
             )
         if config.group_size != GROUP:
             yield Finding(
@@ -207,10 +210,10 @@ def settings(configs: list[QuantConfig]) -> Iterator[Finding]:
 
 
 def excludes(
-    checkpoint: Checkpoint, plain: Iterable[str], packed: set[str], config: QuantConfig
+    checkpoint: Checkpoint, listed: Iterable[str], packed: set[str], config: QuantConfig
 ) -> Iterator[Finding]:
-    """The exclude list against the files, in both directions. `plain` are the tensors before quantisation,
-    `packed` the packed modules.
+    """The exclude list against the files, in both directions. `listed` are the modules that it has to name
+    where they are not among the `packed` ones.
     """
     modules = [name.removesuffix(".weight") for name in checkpoint.entries if name.endswith(".weight")]
     for name in config.excludes:
@@ -244,14 +247,8 @@ def excludes(
                 "excluded or quantised, not both",
                 "Take it off the list.",
             )
-    for name in plain:
-        module = name.removesuffix(".weight")
-        linear = module.endswith(("_proj", ".conv1d")) or module == "lm_head"
-        if (
-            linear
-            and module not in packed
-            and not any(covers(exclude, module) for exclude in config.excludes)
-        ):
+    for module in listed:
+        if module not in packed and not any(covers(exclude, module) for exclude in config.excludes):
             yield Finding(
                 config.file,
                 f"no exclude for {module}, which is not quantised",
@@ -286,9 +283,11 @@ def scales(checkpoint: Checkpoint) -> Iterator[Finding]:
             )
 
 
-def unchanged(checkpoint: Checkpoint, source: Checkpoint, wanted: Iterable[str]) -> Iterator[Finding]:
-    """The tensors `wanted` that both have in one dtype, and the correction biases whatever theirs: equal
-    bits.
+def unchanged(
+    checkpoint: Checkpoint, source: Checkpoint, wanted: Iterable[str], never_cast: tuple[str, ...]
+) -> Iterator[Finding]:
+    """The tensors `wanted` that both have in one dtype, and those that end in `never_cast` whatever theirs:
+    equal bits.
     """
     for name in wanted:
         mine, its = checkpoint.entries.get(name), source.entries.get(name)
@@ -301,7 +300,7 @@ def unchanged(checkpoint: Checkpoint, source: Checkpoint, wanted: Iterable[str])
                 f"{mine.shape}",
                 "The source is another model: name what this was made from.",
             )
-        elif (its.dtype != mine.dtype and name.endswith("correction_bias")) or (
+        elif (its.dtype != mine.dtype and name.endswith(never_cast)) or (
             its.dtype == mine.dtype and not checkpoint.same(name, source)
         ):
             yield Finding(

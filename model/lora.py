@@ -5,7 +5,7 @@ A linear's change is `scale * B @ A`, with A of shape (rank, in), B (out, rank) 
 of a stack of E experts keeps A as (E * rank, in), expert-major, and B as (out, rank * E), rank-major: the
 change of expert e is `scale * B.reshape(out, rank, E)[:, :, e] @ A[e * rank : (e + 1) * rank]`. PEFT wraps
 the parameters of a module in their order, one wrapper around the other: with both stacks targeted,
-`experts.base_layer.lora_*` belongs to up_proj and `experts.lora_*` to down_proj; with one of them,
+`experts.base_layer.lora_*` belongs to the first and `experts.lora_*` to the second; with one of them,
 `experts.lora_*` belongs to that one. `target_parameters` says which.
 """
 
@@ -18,7 +18,8 @@ from typing import cast
 
 import torch
 
-from model.families.nemotron_h.names import native
+from model.families import registry
+from model.families.family import Linear
 from model.weights import lora_config
 from model.weights.checkpoint import NAMES, Checkpoint, CheckpointError, Entry, Tensors, header, read_json
 from model.weights.lora_config import CONFIG, AdapterError
@@ -37,7 +38,6 @@ _COPY = re.compile(
     r"(?:\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+(?=\.))?)*"
     r"\.(?P<parameter>[^.]+)$"
 )
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 KEPT = 6  # tensors: what the experts of a layer share
 ANOTHER = "is it an adapter of another model?"
 ITS_BASE = "Give stage merge the base that the adapter was trained on."
@@ -132,11 +132,16 @@ class Adapter:
         self.settings = lora_config.read(self.folder)
         self.rank, self.scale = self.settings.rank, self.settings.scale
         self.tensors = _tensors(self.folder)
-        self._base = base
-        self._stacks: dict[str, list[str]] = {}  # native name of a stack -> the hub names of its experts
-        for name in base.entries:
-            if ".experts." in name:
-                self._stacks.setdefault(native(name), []).append(name)
+        self._base, self.family = base, registry.of(base.config)
+        # those that the base has, by the hub names of their tensors
+        self.linears = {x.weight: x for x in self.family.linears(base.config) if x.weight in base.entries}
+        self._stacks: dict[str, list[Linear]] = {}  # by native name
+        self._holders: dict[str, list[str]] = {}  # native name of a module -> its stacks, in their order
+        for linear in self.linears.values():
+            if linear.index is not None:
+                self._stacks.setdefault(linear.module, []).append(linear)
+        for stack in self._stacks:
+            self._holders.setdefault(stack.rpartition(".")[0], []).append(stack)
         self._read: dict[str, torch.Tensor] = {}
         self.pairs, self.copies = self._pair()
         for key in self.copies:
@@ -186,16 +191,22 @@ class Adapter:
     def _changes(self, module: str, keys: dict[str, str]) -> dict[str, Pair]:
         """The changes by one module of the adapter, by hub name. `keys` are its tensors by their kind."""
         self._check_kinds(module, keys)
-        stack = self._stack(module) if module.removesuffix(".base_layer").endswith(".mixer.experts") else None
-        hub = re.sub(r"^model\.", "backbone.", module) + ".weight"
-        names = self._stacks.get(stack, []) if stack else [hub] if hub in self._base.entries else []
+        stack = self._stack(module) if module.removesuffix(".base_layer") in self._holders else None
+        hub = f"{self.family.hub(module)}.weight"
+        names = (
+            [linear.weight for linear in self._stacks[stack]]
+            if stack
+            else [hub]
+            if hub in self._base.entries
+            else []
+        )
         if not names:
             raise AdapterError(
                 f"{module} of the adapter matches no tensor of the checkpoint; {ANOTHER}",
                 "modules of this model",
                 ITS_BASE,
             )
-        if not names[0].endswith(("_proj.weight", "lm_head.weight")):
+        if names[0] not in self.linears and names[0] != self.family.head:
             raise AdapterError(
                 f"the adapter changes {names[0]}",
                 "projections and lm_head only",
@@ -225,7 +236,7 @@ class Adapter:
                 rank,
                 scale,
                 keys.get("magnitude_vector"),
-                _expert(name) if stack else None,
+                self.linears[name].index if stack else None,
                 count,
             )
             for name in names
@@ -249,8 +260,8 @@ class Adapter:
     def _stack(self, module: str) -> str:
         """The native name of the stack of experts that a wrapper of PEFT changes."""
         experts = module.removesuffix(".base_layer")
-        both = (f"{experts}.up_proj", f"{experts}.down_proj")  # PEFT wraps up_proj first
-        targeted = [name for name in both if self.settings.targeted(name)]
+        # PEFT wraps them in their order
+        targeted = [name for name in self._holders[experts] if self.settings.targeted(name)]
         if not targeted or (module != experts and len(targeted) == 1):
             raise AdapterError(
                 f"the adapter has {module}, and target_parameters in {CONFIG} is "
@@ -266,8 +277,9 @@ class Adapter:
         """
         match = cast(re.Match[str], _COPY.match(key))  # as every key of `copies` does
         path = f"{match['module']}.{match['parameter']}"
-        hub = re.sub(r"^model\.", "backbone.", path)
-        names = [hub] if hub in self._base.entries else self._stacks.get(path, [])
+        hub = self.family.hub(path)
+        stack = self._stacks.get(path, [])
+        names = [hub] if hub in self._base.entries else [linear.weight for linear in stack]
         if not names:
             raise AdapterError(
                 f"{key} is not a tensor of the checkpoint; {ANOTHER}", "modules of this model", ITS_BASE
@@ -281,7 +293,7 @@ class Adapter:
             )
         value = self.tensors.tensor(key)
         for name in names:
-            part = value if names == [hub] else value[_expert(name)]
+            part = value if names == [hub] else value[self.linears[name].index]
             before = self._base.tensor(name)
             if not torch.equal(part.to(before.dtype), before):
                 raise AdapterError(
@@ -314,11 +326,6 @@ class Adapter:
         """What a LoRA without DoRA adds to one hub tensor, float32, in its shape (out, in)."""
         change = self.change(name)
         return (change.b @ change.a) * change.scale
-
-
-def _expert(name: str) -> int:
-    """The number of the expert whose tensor a hub name of a stack is."""
-    return int(cast(re.Match[str], _EXPERT.search(name))[1])
 
 
 def _tensors(folder: Path) -> Tensors:

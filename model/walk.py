@@ -10,14 +10,15 @@ weights can go side by side.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model import assemble
-from model.families.nemotron_h import names
+from model.families import registry
+from model.families.family import Config
 from model.layers.documents import Documents
 
 if TYPE_CHECKING:
@@ -33,25 +34,22 @@ class Layers:
     each kind of layer.
     """
 
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: str):
-        self.letters = names.pattern(config)
-        self._models: dict[str, Model] = {}
-        for letter in dict.fromkeys(self.letters):
-            self._models[letter] = assemble.prepare(
-                assemble.empty(
-                    config | {"hybrid_override_pattern": letter, "num_hidden_layers": 1},
-                    "bf16",
-                    dtype,
-                    device,
-                )
+    def __init__(self, config: Config, dtype: torch.dtype, device: str):
+        self._family = family = registry.of(config)
+        self.kinds = family.kinds(config)
+        self._models: dict[str, Model] = {
+            kind: assemble.prepare(
+                assemble.empty(family.one_layer(config, kind), "bf16", dtype, device)
             ).eval()
+            for kind in dict.fromkeys(self.kinds)
+        }
         self._names: dict[int, list[str]] = {}
-        for name in names.tensors(config):
-            if name.startswith("backbone.layers."):
-                self._names.setdefault(int(name.split(".")[2]), []).append(name)
+        for name in family.tensors(config):
+            if (number := family.layer(name)) is not None:
+                self._names.setdefault(number, []).append(name)
 
     def __len__(self) -> int:
-        return len(self.letters)
+        return len(self.kinds)
 
     def names(self, number: int) -> list[str]:
         """Hub names of the tensors of layer `number`."""
@@ -61,9 +59,9 @@ class Layers:
         """The block of layer `number` with its tensors, or with `only` those of them, as `read` gives
         them.
         """
-        model = self._models[self.letters[number]]
+        model = self._models[self.kinds[number]]
         for name in self.names(number) if only is None else only:
-            assemble.fill(model, name.replace(f"layers.{number}.", "layers.0.", 1), read(name))
+            assemble.fill(model, self._family.in_layer(name, 0), read(name))
         return model.model.layers[0]
 
 

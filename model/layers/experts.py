@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from model.layers.structure import Stacks
 
 NAME = "annie"  # among transformers' experts implementations
+STACKS = ("up_proj", "down_proj")  # what the native class calls the two
 
 
 def register() -> None:
@@ -44,7 +45,7 @@ def forward(
 
     `module.up_proj` and `.down_proj` are Projections.
     """
-    up, down = cast("Stacks", module).up_proj, cast("Stacks", module).down_proj
+    up, down = stacks(module)
     if not isinstance(up, Projection):
         raise TypeError(
             f"experts implementation {NAME!r} works on Projections, found {type(up).__name__}: load the model"
@@ -53,6 +54,18 @@ def forward(
     return _Experts.apply(
         hidden_states, Routing.of(top_k_index, up.experts), top_k_weights, *up.pair, *down.pair, up, down
     )
+
+
+def stacks(module: nn.Module) -> tuple[Projection, Projection]:
+    """The up and the down projections of a module of routed experts, in the order of STACKS."""
+    its = cast("Stacks", module)
+    return its.up_proj, its.down_proj
+
+
+def holds_stacks(module: nn.Module) -> bool:
+    """Whether a module is one of routed experts; a shared expert is a module of two plain Projections."""
+    up = getattr(module, STACKS[0], None)
+    return isinstance(up, Projection) and up.experts > 1
 
 
 def run(

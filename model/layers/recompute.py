@@ -114,11 +114,12 @@ def forward(self: Block, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         normed = self.norm(hidden_states)
         whole: torch.Tensor = hidden_states + mixer(normed)
         return whole
+    up, down = experts.stacks(mixer.experts)
     return _Block.apply(
         hidden_states,
         self,
-        *mixer.experts.up_proj.pair,
-        *mixer.experts.down_proj.pair,
+        *up.pair,
+        *down.pair,
         *_trained(mixer.shared_experts),
     )
 
@@ -136,7 +137,7 @@ def _parts(block: Block, hidden: torch.Tensor) -> tuple[torch.Tensor, Routing, t
     _, share, index = mixer.gate(normed)
     return (
         normed.flatten(0, -2),
-        Routing.of(index, mixer.experts.up_proj.experts),
+        Routing.of(index, experts.stacks(mixer.experts)[0].experts),
         share,
         mixer.shared_experts(normed),
     )
@@ -150,9 +151,7 @@ class _Block(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, block: Block, *parameters: torch.Tensor | None
     ) -> torch.Tensor:
         rows, routing, share, shared = _parts(block, hidden)
-        routed, _ = experts.run(
-            rows, routing, share, block.mixer.experts.up_proj, block.mixer.experts.down_proj
-        )
+        routed, _ = experts.run(rows, routing, share, *experts.stacks(block.mixer.experts))
         ctx.block = block
         ctx.save_for_backward(hidden)
         return hidden + routed.view_as(hidden) + shared
@@ -163,9 +162,9 @@ class _Block(torch.autograd.Function):
         with torch.enable_grad():
             start = hidden.detach().requires_grad_()
             rows, routing, share, shared = _parts(block, start)
-        its = block.mixer.experts
+        up, down = experts.stacks(block.mixer.experts)
         dx, dshare, *own = experts.gradients(
-            g.flatten(0, -2), rows.detach(), routing, share.detach(), None, its.up_proj, its.down_proj
+            g.flatten(0, -2), rows.detach(), routing, share.detach(), None, up, down
         )
         around, *rest = torch.autograd.grad(
             [rows, share, shared], [start, *_trained(block.mixer.shared_experts)], [dx, dshare, g]

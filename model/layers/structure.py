@@ -80,8 +80,8 @@ class Backbone(nn.Module):
 
 
 class Model(nn.Module):
-    """NemotronHForCausalLM. `placed` and `hub_config` are what assemble.empty was given, `graphs` what
-    assemble.capture made.
+    """NemotronHForCausalLM. `placed` and `hub_config` are what assemble.empty was given, `linears` the
+    model's by hub name (model/families/family.py, Linear), `graphs` what assemble.capture made.
     """
 
     model: Backbone
@@ -89,6 +89,7 @@ class Model(nn.Module):
     config: NemotronHConfig
     placed: tuple[torch.dtype, str]
     hub_config: dict[str, Any]
+    linears: dict[str, Any]
     graphs: Graphs
     get_input_embeddings: Callable[[], nn.Embedding]
     set_experts_implementation: Callable[[str], None]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from model import audit
+from model.families import registry
+from model.families.unknown import UnknownFamily
 from model.weights.checkpoint import Checkpoint
 from stages import job
 
@@ -29,7 +31,7 @@ def run(task: job.Job) -> None:
 
 
 def check(folder: Path) -> None:
-    """Raises StageError unless `folder` is a whole NemotronH checkpoint in BF16 and hub layout, with
+    """Raises StageError unless `folder` is a whole checkpoint of a known family in BF16 and hub layout, with
     finite values.
 
     Merge asks the same audit again: what it would refuse after the training is refused here, before it.
@@ -47,12 +49,10 @@ def check(folder: Path) -> None:
         raise job.StageError(
             f"config.json is not JSON: {error}", "the published config.json", "Download it again"
         ) from error
-    if config.get("model_type") != "nemotron_h":
-        raise job.StageError(
-            f"model_type {config.get('model_type')!r}",
-            "'nemotron_h'",
-            "This line trains NemotronH models only",
-        )
+    try:
+        registry.of(config)
+    except UnknownFamily as error:
+        raise job.StageError(error.found, error.expected, error.remedy) from error
     if config.get("quantization_config") or (folder / audit.QUANT).exists():
         raise job.StageError(
             "a checkpoint that is already quantised",

@@ -13,17 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from model.families import serve
 from model.families.nemotron_h.messages import normalise, served_tools
-from model.families.nemotron_h.serving import (
-    SERVED_NAME,
-    THINKING_OFF,
-    Checkpoint,
-    ServingError,
-    adapted,
-    installed,
-    quantised,
-    serve,
-)
+from model.families.serve import Checkpoint, Serving, ServingError
 from stages import check, dataset, job
 from stages.evaluate import checks, gate, overlap, report
 from stages.evaluate import questions as written
@@ -51,11 +43,12 @@ def run(its: Job) -> None:
             "Mend `gate` in the recipe; docs/formats.md, The gate, says what it holds.",
         )
     asked = questions(its)
-    plans = servers(its)
+    serving = serve.of_folder(its.inputs["base"])
+    plans = servers(its, serving)
     try:  # all of them before the first server starts
-        vllm = installed()
+        vllm = serve.installed()
         flags = [
-            serve(
+            serving.serve(
                 vllm,
                 its.device,
                 plan.checkpoint,
@@ -83,6 +76,7 @@ def run(its: Job) -> None:
                     name,
                     asked,
                     its.params,
+                    serving.request,
                     f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})",
                 )
                 seconds[column] = round(time.monotonic() - began, 1)
@@ -178,12 +172,12 @@ def training(data: Path) -> Iterator[tuple[str, list[dict]]]:
         yield f"{row['file']}:{row['line']}", row["messages"]
 
 
-def servers(its: Job) -> list[Plan]:
+def servers(its: Job, serving: Serving) -> list[Plan]:
     adapter = its.inputs["train"] / "adapter"
-    tuned = adapted(adapter)
+    tuned = serving.adapted(adapter)
     plans = []
     if tuned.lora_attention_only:
-        plans.append(Plan(its.inputs["base"], tuned, {"base": SERVED_NAME, "tuned": "tuned"}, adapter))
+        plans.append(Plan(its.inputs["base"], tuned, {"base": serving.name, "tuned": "tuned"}, adapter))
     else:
         job.warning(
             "the adapter is not on attention alone, which vLLM cannot add at run time everywhere: the column"
@@ -191,13 +185,16 @@ def servers(its: Job) -> list[Plan]:
             "`merged` is the same model, with the adapter added to the weights; the merge stage compared"
             " the two",
         )
-        plans.append(Plan(its.inputs["base"], Checkpoint(), {"base": SERVED_NAME}))
-    plans.append(Plan(its.inputs["merge"], Checkpoint(), {"merged": SERVED_NAME}))
-    plans.append(Plan(its.inputs["quantize"], quantised(its.inputs["quantize"]), {"nvfp4": SERVED_NAME}))
+        plans.append(Plan(its.inputs["base"], Checkpoint(), {"base": serving.name}))
+    plans.append(Plan(its.inputs["merge"], Checkpoint(), {"merged": serving.name}))
+    nvfp4 = its.inputs["quantize"]
+    plans.append(Plan(nvfp4, serve.quantised(nvfp4), {"nvfp4": serving.name}))
     return plans
 
 
-def ask_all(server: Server, name: str, asked: list[dict], params: dict, label: str) -> list[dict]:
+def ask_all(
+    server: Server, name: str, asked: list[dict], params: dict, request: dict, label: str
+) -> list[dict]:
     """An answer for every question, in their order; several are under way at once. Messages and tools are
     sent in the form that is trained.
     """
@@ -211,7 +208,7 @@ def ask_all(server: Server, name: str, asked: list[dict], params: dict, label: s
             "max_tokens": params["max_tokens"],
             "temperature": 0,
             "seed": 0,
-            "chat_template_kwargs": THINKING_OFF,
+            "chat_template_kwargs": request,
         }
         if question.get("tools"):
             body["tools"] = served_tools(question["tools"])

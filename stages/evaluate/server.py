@@ -23,7 +23,7 @@ from collections import deque
 from pathlib import Path
 from types import TracebackType
 
-from model.families.nemotron_h.serving import Serve
+from model.families.serve import Serve
 from stages import job
 from stages.evaluate import server_log
 from stages.job import StageError

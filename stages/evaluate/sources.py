@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.families.nemotron_h.serving import Checkpoint, ServingError, kv_cache
+from model.families.serve import Checkpoint, ServingError, kv_cache
 from stages import check, dataset
 from stages.check import Finding, Given
 from stages.evaluate import gate, overlap, questions

@@ -87,10 +87,10 @@ def check_places(adapter: Adapter, reading: PeftReading) -> None:
 
 def layers(adapter: Adapter) -> list[str]:
     """The layers that the adapter changes, by number, and lm_head."""
-    numbers = sorted({int(name.split(".")[2]) for name in adapter.pairs if ".layers." in name})
+    places = {name: adapter.family.layer(name) for name in adapter.pairs}
     return [
-        *map(str, numbers),
-        *(name.removesuffix(".weight") for name in adapter.pairs if ".layers." not in name),
+        *map(str, sorted({number for number in places.values() if number is not None})),
+        *(name.removesuffix(".weight") for name, number in places.items() if number is None),
     ]
 
 

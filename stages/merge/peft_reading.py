@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.families.nemotron_h import names, native
+from model.families import registry
 from model.weights.checkpoint import Tensors
 from stages.job import StageError
 
 _NAME = "default"
 _PREFIX = "base_model.model."
-_ON_HUB_CLASS = re.compile(r"^base_model\.model\.(backbone\.|.*\.experts\.\d+\.)")
 # The name of the adapter within a key, which PEFT's save_pretrained leaves out; a magnitude's key ends there.
 _ADAPTER_NAME = re.compile(r"(?<=lora_[AB])[.][^.]+(?=[.]weight$)|(?<=lora_magnitude_vector)[.].*$")
 ONLY_PEFT = "Merge with PEFT itself to see why, and save the adapter again with its save_pretrained."
@@ -58,7 +57,10 @@ class PeftReading:
 
         self.version, self._tensors, self._device = peft.__version__, tensors, device
         self._lora_keys = [key for key in tensors.entries if ".lora_" in key]
-        hub_class = any(_ON_HUB_CLASS.match(key) for key in self._lora_keys)
+        self._family = registry.of(config)
+        self._linears = {linear.weight: linear for linear in self._family.linears(config)}
+        modules = (key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in self._lora_keys)
+        hub_class = any(self._family.native(module) != module for module in modules)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
@@ -68,7 +70,7 @@ class PeftReading:
                 settings = dataclasses.replace(
                     peft.PeftConfig.from_pretrained(str(folder)), modules_to_save=None, inference_mode=True
                 )
-                model = _weightless(_hub_class(config) if hub_class else _native_class(config), device)
+                model = _weightless(self._hub_class(config) if hub_class else _native_class(config), device)
                 self._model = peft.PeftModel(model, settings, low_cpu_mem_usage=True)
             except (
                 ValueError,
@@ -81,7 +83,7 @@ class PeftReading:
                 raise StageError(
                     f"PEFT {peft.__version__} refuses the adapter: {error}", "one that PEFT loads", ONLY_PEFT
                 ) from error
-        self.wrappers = dict(self._wrappers(config))
+        self.wrappers = dict(self._wrappers())
         self._keys: dict[str, list[str]] = {}  # of a wrapper's path
         paths = {wrapper.path for wrapper in self.wrappers.values()}
         for key in self._lora_keys:
@@ -108,12 +110,13 @@ class PeftReading:
             name: wrapper for name, wrapper in self.wrappers.items() if wrapper.path in self._keys
         }
 
-    def _wrappers(self, config: dict) -> Iterator[tuple[str, Wrapper]]:
+    def _wrappers(self) -> Iterator[tuple[str, Wrapper]]:
         from peft.tuners.lora import LoraLayer
 
         stacks: dict[str, list[str]] = {}
-        for name in names.tensors(config):
-            stacks.setdefault(names.native(name), []).append(name)
+        for name, linear in self._linears.items():
+            if linear.index is not None:
+                stacks.setdefault(linear.module, []).append(name)
         for path, layer in self._model.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
@@ -123,7 +126,22 @@ class PeftReading:
                 for name in stacks.get(stack, []):
                     yield name, Wrapper(path, layer, stack)
             else:
-                yield f"{re.sub('^model[.]', 'backbone.', plain)}.weight", Wrapper(path, layer, None)
+                yield f"{self._family.hub(plain)}.weight", Wrapper(path, layer, None)
+
+    def _hub_class(self, config: dict) -> nn.Module:
+        """Linears under the names of the hub's own class, which has a module for every expert."""
+        shapes = {name: (linear.out, linear.inside) for name, linear in self._linears.items()}
+        shapes[self._family.head] = self._family.tensors(config)[self._family.head].shape
+        root = nn.Module()
+        for name, (out, inside) in shapes.items():
+            *path, last, _ = name.split(".")
+            module = root
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]
+            module.add_module(last, nn.Linear(inside, out, bias=False, device="meta"))
+        return root
 
     @contextmanager
     def loaded(self, tensors: list[str]) -> Iterator[None]:
@@ -160,7 +178,7 @@ class PeftReading:
         layer = wrapper.layer
         if wrapper.stack:
             left, right, scale = layer.get_delta_factors(_NAME)
-            expert = _expert(name)
+            expert = self._linears[name].index
             return right[expert], left[expert] * scale
         return (
             None
@@ -175,7 +193,7 @@ class PeftReading:
         layer, weight = wrapper.layer, weight.to(self._device, torch.float32)
         if wrapper.stack:
             left, right, scale = layer.get_delta_factors(_NAME)
-            expert = _expert(name)
+            expert = self._linears[name].index
             return weight + (left[expert] @ right[expert]) * scale  # as its get_delta_weight multiplies
         if type(layer).__name__ == "ParamWrapper":
             return weight + (layer.lora_B[_NAME].weight @ layer.lora_A[_NAME].weight) * layer.scaling[_NAME]
@@ -188,10 +206,6 @@ class PeftReading:
         finally:
             holder.weight = before
             layer.merged_adapters.clear()
-
-
-def _expert(name: str) -> int:
-    return int(name.split(".experts.")[1].split(".")[0])
 
 
 def _weightless(model: nn.Module, device: str) -> nn.Module:
@@ -212,23 +226,5 @@ def _weightless(model: nn.Module, device: str) -> nn.Module:
 
 
 def _native_class(config: dict) -> nn.Module:
-    import transformers
-
     with torch.device("meta"):
-        return transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**native.plain(config)))
-
-
-def _hub_class(config: dict) -> nn.Module:
-    """Linears under the names of the hub's own class, which has a module for every expert."""
-    root = nn.Module()
-    for name, spec in names.tensors(config).items():
-        if not name.endswith(("_proj.weight", "lm_head.weight")):
-            continue
-        *path, last, _ = name.split(".")
-        module = root
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module._modules[part]
-        module.add_module(last, nn.Linear(spec.shape[1], spec.shape[0], bias=False, device="meta"))
-    return root
+        return registry.of(config).skeleton(config)

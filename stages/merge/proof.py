@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model import walk
-from model.families.nemotron_h import names
+from model.families.family import Linear
 from model.layers.projection import Projection
 from model.lora import Adapter
 from model.weights.checkpoint import Checkpoint
@@ -136,7 +136,8 @@ def tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: Pef
     """
     agreement, groups = Agreement(), {}
     for name in adapter.pairs:
-        groups.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
+        number = adapter.family.layer(name)
+        groups.setdefault(name if number is None else number, []).append(name)
     for group in groups.values():
         with reading.loaded(group):
             for name in group:
@@ -166,9 +167,9 @@ def forward(
 
     Raises StageError with the tensor's or the layer's name, and if the adapter has no effect at all.
     """
-    dtype, config = getattr(torch, params["proof_precision"]), base.config
+    dtype, config, family = getattr(torch, params["proof_precision"]), base.config, adapter.family
     sequences = walk.packed(sample(rows, params["proof_tokens"]), params["proof_tokens"])
-    layers, embeddings = walk.Layers(config, dtype, device), base.tensor("backbone.embeddings.weight")
+    layers, embeddings = walk.Layers(config, dtype, device), base.tensor(family.embeddings)
     plain, adapted, reference, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(4))
     agreement, same, worst = Agreement(), True, (0.0, "")
     for number in range(len(layers)):
@@ -176,7 +177,7 @@ def forward(
         changed = [name for name in layers.names(number) if name in adapter.pairs]
         plain.through(block)
         with reading.loaded(changed) if changed else nullcontext():
-            weights = beside(block, number, changed, reading, base)
+            weights = beside(block, [adapter.linears[name] for name in changed], reading, base)
             adapted.through(block)
             for module in projections(block).values():
                 module.rank = 0
@@ -198,19 +199,19 @@ def forward(
         )
         worst = max(worst, (error / max(effect, 1e-30), f"layer {number}"))
         job.progress(number + 1, len(layers), "layers", "proving the merge")
-    norm, head = base.tensor("backbone.norm_f.weight"), base.tensor("lm_head.weight")
+    norm, head = base.tensor(family.final_norm), base.tensor(family.head)
     exact = head
-    if "lm_head.weight" in adapter.pairs:
-        with reading.loaded(["lm_head.weight"]):
-            exact = reading.applied("lm_head.weight", head)
-        compare("lm_head.weight", head, exact, merged.tensor("lm_head.weight"), agreement)
+    if family.head in adapter.pairs:
+        with reading.loaded([family.head]):
+            exact = reading.applied(family.head, head)
+        compare(family.head, head, exact, merged.tensor(family.head), agreement)
     sides = (
         (plain, head),
         (adapted, exact),
         (reference, exact.to(head.dtype)),
-        (after, merged.tensor("lm_head.weight")),
+        (after, merged.tensor(family.head)),
     )
-    facts = judged(*(side.logits(norm, weight, config["layer_norm_epsilon"]) for side, weight in sides))
+    facts = judged(*(side.logits(norm, weight, family.epsilon(config)) for side, weight in sides))
     return facts | {"worst_layer": {"name": worst[1], "error": worst[0]}}, agreement
 
 
@@ -233,25 +234,19 @@ def projections(block: torch.nn.Module) -> dict[str, Projection]:
     return {name: module for name, module in block.named_modules() if isinstance(module, Projection)}
 
 
-def place(name: str, number: int) -> tuple[str, int]:
-    """The Projection in layer `number` that holds a hub tensor, and its matrix there."""
-    path = names.native(name).removeprefix(f"model.layers.{number}.").removesuffix(".weight")
-    return path, int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0
-
-
 def beside(
-    block: torch.nn.Module, number: int, changed: list[str], reading: PeftReading, base: Checkpoint
+    block: torch.nn.Module, changed: list[Linear], reading: PeftReading, base: Checkpoint
 ) -> Callable[[str], torch.Tensor]:
     """Puts the adapter's factors beside the weights of a filled block, and returns what reads a weight of it
     as the base has it.
 
     A change by DoRA has no factors: its weight is put in whole, as exactly as the block's dtype holds it.
     """
-    modules = projections(block)
+    modules, places = projections(block), {linear.weight: linear for linear in changed}
     parts: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
     whole = set()
-    for name in changed:
-        path, matrix = place(name, number)
+    for name, linear in places.items():
+        path, matrix = linear.part, linear.index or 0
         if factors := reading.factors(name):
             parts.setdefault(path, {})[matrix] = factors
         else:
@@ -269,8 +264,7 @@ def beside(
     def weight_of(name: str) -> torch.Tensor:
         if name in whole:
             return base.tensor(name)
-        path, matrix = place(name, number)
-        module = modules[path]
+        module, matrix = modules[places[name].part], places[name].index or 0
         return module.weight[matrix * module.out_features : (matrix + 1) * module.out_features].to(
             torch.bfloat16
         )

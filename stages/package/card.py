@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from model.families.nemotron_h.serving import Checkpoint
+from model.families.serve import Checkpoint
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 

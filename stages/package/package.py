@@ -5,17 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 
-from model.families.nemotron_h.serving import (
-    BASE_NAME,
-    SERVED_NAME,
-    THINKING_OFF,
-    Checkpoint,
-    ServingError,
-    adapted,
-    installed,
-    quantised,
-    serve,
-)
+from model.families import serve
+from model.families.serve import Checkpoint, Serving, ServingError
 from stages import job
 from stages.job import Job, StageError
 from stages.package import card
@@ -39,17 +30,18 @@ def run(its: Job) -> None:
             gate["says"], "The model card says so too; write a gate before this model goes into production"
         )
     serves = its.params["serves"]
-    checkpoint = served(its)
+    serving = serve.of_folder(its.inputs["base"])
+    checkpoint = served(its, serving)
     try:
-        vllm = installed()
-        flags = serve(
+        vllm = serve.installed()
+        flags = serving.serve(
             vllm,
             its.device,
             checkpoint,
             its.params["max_model_len"],
             its.params["max_num_seqs"],
             its.params["memory_share"],
-            BASE_NAME if serves == "tuned" else SERVED_NAME,
+            serving.base_name if serves == "tuned" else serving.name,
             its.params["kv_cache"],
         )
     except ServingError as error:
@@ -59,14 +51,14 @@ def run(its: Job) -> None:
             "Change the recipe's vLLM image, the layout, or what is served (package: {serves: ...}).",
         ) from error
     described = {
-        "served_name": SERVED_NAME,
+        "served_name": serving.name,
         "serves": serves,
         "vllm": vllm,
         "device": its.device,
         "args": flags.args,
         "env": flags.env,
         "port": PORT,
-        "chat_template_kwargs": THINKING_OFF,
+        "chat_template_kwargs": serving.request,
     }
     (its.output / "serve.json").write_text(json.dumps(described, indent=1) + "\n")
     (its.output / "check.json").write_text(json.dumps(check(its), indent=1, ensure_ascii=False) + "\n")
@@ -76,13 +68,13 @@ def run(its: Job) -> None:
     job.progress(1, 1, "serving")
 
 
-def served(its: Job) -> Checkpoint:
+def served(its: Job, serving: Serving) -> Checkpoint:
     """What decides the flags of what is served."""
     match its.params["serves"]:
         case "nvfp4":
-            return quantised(its.inputs["quantize"])
+            return serve.quantised(its.inputs["quantize"])
         case "tuned":
-            return adapted(its.inputs["train"] / "adapter")
+            return serving.adapted(its.inputs["train"] / "adapter")
         case _:
             return Checkpoint()
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import walk
-from model.families.nemotron_h import layout
+from model import layouts, walk
+from model.families import registry
 from model.layers import experts
 from model.layers.grouped import Routing
 from model.layers.projection import Projection
@@ -47,7 +47,7 @@ class Maxima:
                         lambda _, inputs, name=name: self._keep(name, inputs[0].abs().amax().view(1))
                     )
                 )
-            elif isinstance(getattr(module, "up_proj", None), Projection) and module.up_proj.experts > 1:
+            elif experts.holds_stacks(module):
                 module.forward = types.MethodType(self._routed(name), module)
                 self._stacks.append(module)
 
@@ -59,17 +59,16 @@ class Maxima:
         def forward(
             module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, share: torch.Tensor
         ) -> torch.Tensor:
-            routing = Routing.of(index, module.up_proj.experts)
-            y, u = experts.run(hidden, routing, share, module.up_proj, module.down_proj)
+            up, down = experts.stacks(module)
+            routing = Routing.of(index, up.experts)
+            y, u = experts.run(hidden, routing, share, up, down)
             expert = index.flatten()[routing.order]
             # The largest square of what is positive is the square of the largest.
-            for part, rows in (
-                ("up_proj", hidden.abs().amax(-1)[routing.token]),
-                ("down_proj", u.relu().amax(-1).square()),
-            ):
+            largest = (hidden.abs().amax(-1)[routing.token], u.relu().amax(-1).square())
+            for part, rows in zip(experts.STACKS, largest, strict=True):
                 self._keep(
                     f"{name}.{part}",
-                    rows.new_zeros(module.up_proj.experts).scatter_reduce_(0, expert, rows, "amax"),
+                    rows.new_zeros(up.experts).scatter_reduce_(0, expert, rows, "amax"),
                 )
             return y
 
@@ -95,20 +94,18 @@ def maxima(
     """
     # BF16 products are emulated on a CPU, and several times slower
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    wanted, found, idle = layout.quantised(source.config, chosen), {}, []
+    wanted, found, idle = layouts.linears(source.config, chosen), {}, []
     layers = walk.Layers(source.config, dtype, device)
-    its = walk.Walk(walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, device)
+    its = walk.Walk(walk.packed(rows), source.tensor(registry.of(source.config).embeddings), dtype, device)
     for number in range(len(layers)):
         block = layers.fill(number, source.tensor)
         seen = Maxima(block)
         its.through(block)
         seen.close()
-        for name in (name for name in wanted if name.startswith(f"backbone.layers.{number}.")):
-            parts = name.split(".")[3:]
-            at = int(parts.pop(2)) if parts[1] == "experts" else 0
-            values = seen.found[".".join(parts)].cpu()
-            found[name] = values[at]
-            if not values[at]:
+        for linear in (linear for linear in wanted if linear.layer == number):
+            name, values = linear.name, seen.found[linear.part].cpu()
+            found[name] = values[linear.index or 0]
+            if not found[name]:
                 idle.append(name)
                 found[name] = values.max()
             if not (torch.isfinite(found[name]) and found[name] > 0):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from model import walk
+from model.families import registry
 from model.labels import IGNORED
 from model.weights import nvfp4
 from model.weights.checkpoint import Checkpoint
@@ -71,7 +72,8 @@ def measure(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sequences = walk.packed([ids for ids, _ in held_out])
     layers = walk.Layers(source.config, dtype, device)
-    embeddings = source.tensor("backbone.embeddings.weight")
+    family = registry.of(source.config)
+    embeddings = source.tensor(family.embeddings)
     read = dequantised(made)
     before, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(2))
     errors = []
@@ -84,9 +86,8 @@ def measure(
         )
         errors.append(after.distance(before) / before.distance())
         job.progress(number + 1, len(layers), "layers", "comparing with the source")
-    norm = source.tensor("backbone.norm_f.weight")
-    head = source.tensor("lm_head.weight")
-    eps = source.config["layer_norm_epsilon"]
+    norm, head = source.tensor(family.final_norm), source.tensor(family.head)
+    eps = family.epsilon(source.config)
     following = torch.cat([labels for _, labels in held_out]).to(device)
     return compared(before.logits(norm, head, eps), after.logits(norm, head, eps), following) | {
         "layers": [round(error, 5) for error in errors]

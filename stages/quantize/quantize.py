@@ -17,9 +17,8 @@ from threading import Lock
 
 import torch
 
-from model import audit
-from model.families.nemotron_h import layout
-from model.families.nemotron_h.names import Spec
+from model import audit, layouts
+from model.families.family import Spec
 from model.weights import nvfp4, quant_config
 from model.weights.checkpoint import INDEX, Checkpoint, Slot, Work, write, write_index
 from stages import dataset, job
@@ -30,7 +29,7 @@ from stages.quantize import calibrate, fidelity
 def run(its: Job) -> None:
     source, params = Checkpoint(its.inputs["merge"]), its.params
     chosen, weight_only = params["layout"], params["format"] == "w4a16"
-    modules = layout.quantised(source.config, chosen)
+    modules = layouts.quantised(source.config, chosen)
     maxima: dict[str, torch.Tensor] = {}
     calibration: dict = {}
     if not weight_only:
@@ -54,7 +53,7 @@ def run(its: Job) -> None:
     kv_cache = None if params["kv_cache"] == "none" else params["kv_cache"]
     quant_config.write(
         its.output,
-        layout.hf_quant_config(
+        layouts.hf_quant_config(
             source.config, chosen, kv_cache, importlib.metadata.version("nvidia-modelopt"), weight_only
         ),
     )
@@ -144,7 +143,7 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
     Without `maxima` weights alone are quantised, and no input has a scale.
     """
     output, packed = its.output, set(modules)
-    specs = layout.tensors(
+    specs = layouts.tensors(
         source.config,
         its.params["layout"],
         {n: Spec(e.shape, e.dtype) for n, e in source.entries.items()},
@@ -174,7 +173,7 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
         slots = []
         for name in source.in_file(file):
             module = name.removesuffix(".weight")
-            parts = layout.PARTS if module in packed and name.endswith(".weight") else ()
+            parts = layouts.PARTS if module in packed and name.endswith(".weight") else ()
             slots += [
                 Slot(n, specs[n].dtype, specs[n].shape)
                 for n in (name, *(f"{module}.{part}" for part in parts))

@@ -10,7 +10,8 @@ from pathlib import Path
 import modelopt.torch.quantization as quantization
 import torch
 
-from model.families.nemotron_h import layout, names, native
+from model import layouts
+from model.families import registry
 from stages import job
 from stages.job import StageError
 
@@ -18,9 +19,10 @@ from stages.job import StageError
 def settings(config: dict, chosen: str) -> dict:
     """ModelOpt's preset for this architecture, with all that `chosen` leaves in BF16 switched off by name."""
     made = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)
-    for module in layout.excluded(config, chosen):
+    family = registry.of(config)
+    for module in layouts.excluded(config, chosen):
         made["quant_cfg"].append(
-            {"quantizer_name": f"*{names.native(module).removeprefix('model.')}.*", "enable": False}
+            {"quantizer_name": f"*{family.native(module).removeprefix('model.')}.*", "enable": False}
         )
     return made
 
@@ -35,7 +37,8 @@ def maxima(
     scale too.
     """
     # float32 on CPU: BF16 products there are emulated and several times slower.
-    model = native.load(folder, torch.bfloat16 if device == "cuda" else torch.float32).to(device).eval()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = registry.of(config).load(folder, dtype).to(device).eval()
 
     def run(calibrated: torch.nn.Module) -> None:
         for number, ids in enumerate(rows, 1):
@@ -45,12 +48,12 @@ def maxima(
     quantization.quantize(model, settings(config, chosen), run)
     modules = dict(model.named_modules())
     found = {}
-    for name in layout.quantised(config, chosen):
-        if ".experts." in name:
-            stack, _, projection = names.native(name).rpartition(".")
-            quantizer = modules[f"{stack}.{projection}_input_quantizer"]
+    for linear in layouts.linears(config, chosen):
+        name = linear.name
+        if linear.index is None:
+            quantizer = modules[linear.module].input_quantizer
         else:
-            quantizer = modules[names.native(name)].input_quantizer
+            quantizer = modules[f"{linear.module}_input_quantizer"]
         amax = quantizer.amax
         if amax is None or not torch.isfinite(amax).all() or not (amax > 0).all():
             raise StageError(

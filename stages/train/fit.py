@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model import adapter, assemble
-from model.families.nemotron_h import native
+from model.families.family import FamilyError
 from model.layers import determinism, kernel_watch, recompute, tuning
 from model.weights.checkpoint import Checkpoint
 from model.weights.shards import Shards
@@ -118,7 +118,7 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
             shards,
         )
         adapt(model, params, task.seed)
-    except (native.NativeError, ValueError) as error:
+    except (FamilyError, ValueError) as error:
         raise job.StageError(str(error), "libraries and a model that fit", "See the message") from error
     return model
 
@@ -244,7 +244,7 @@ def finish(
         "kept_step": history.best[1] if history.best else steps,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": assemble.parameters(model),
-        "groups": native.bytes_by_group(model),
+        "groups": assemble.bytes_by_group(model),
         "conversations": len(rows),
         "trained_tokens": trained_tokens(rows),
         **sizes.described(order, steps),

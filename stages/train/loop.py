@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model import adapter, assemble
-from model.families.nemotron_h import operations
+from model.families import registry
 from stages import job
 from stages.train import checkpoints
 from stages.train.guard import Guard, finite
@@ -91,7 +91,9 @@ class Loop:
         self.watch = None
         lengths = [len(row["input_ids"]) for row in rows]
         self.order = Order(lengths, task.seed, task.params["batch"], task.params["batch_tokens"])
-        self.work = operations.count(model.hub_config, task.params["gradient_checkpointing"])
+        self.work = registry.of(model.hub_config).operations(
+            model.hub_config, task.params["gradient_checkpointing"]
+        )
         self.held_out, self.held_out_tokens = (
             self.packs(held_out) if held_out else [],
             trained_tokens(held_out),

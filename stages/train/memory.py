@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from model import assemble
-from model.families.nemotron_h import layout, native
-from model.families.nemotron_h.names import pattern, tensors
+from model import layouts
+from model.families import registry
+from model.families.family import Linear
 from model.layers.projection import FORMS
 from stages import job
 
@@ -28,18 +28,19 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
     its backward runs (a dense stack of experts, and the rows of every choice three times). Without
     checkpointing every layer keeps its own.
     """
-    specs = tensors(config)
+    family = registry.of(config)
+    specs, linears = family.tensors(config), {linear.weight for linear in family.linears(config)}
     form = METHODS[params["method"]]
     number = 2 if params["precision"] == "bfloat16" else 4
-    packed = {f"{name}.weight" for name in layout.quantised(config, assemble.LAYOUT)}
+    packed = {linear.weight for linear in layouts.linears(config, family.layout)}
     base = 0.0
     for name, spec in specs.items():
         size = torch.Size(spec.shape).numel() * (
             FORMS[form] / 8 if name in packed and form != "bf16" else number
         )
-        base += size / count if name.endswith("_proj.weight") else size
+        base += size / count if name in linears else size
     factors = sum(
-        params["rank"] * (out + inside) for out, inside in adapted(config, params["targets"]).values()
+        params["rank"] * (linear.out + linear.inside) for linear in adapted(config, params["targets"])
     )
     tokens, hidden, choices = params["sequence_tokens"], config["hidden_size"], config["num_experts_per_tok"]
     width = max(config["moe_intermediate_size"], hidden)
@@ -53,7 +54,7 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
         + 6 * tokens * choices * width * number
         + 4 * tokens * config["moe_shared_expert_intermediate_size"] * number
     )
-    layers, decoded = len(pattern(config)), 0.0
+    layers, decoded = len(family.kinds(config)), 0.0
     if form != "bf16":
         decoded = min(
             1e9 * params["decoded_gb"],
@@ -68,25 +69,21 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
     }
 
 
-def adapted(config: dict, targets: str) -> dict[str, tuple[int, ...]]:
-    """Hub name -> shape (out, in) of every matrix that the preset `targets` puts LoRA on."""
-    suffixes = tuple(
-        f".{part.rsplit('.', 1)[-1]}.weight" for kind in native.PRESETS[targets].values() for part in kind
-    )
-    return {name: spec.shape for name, spec in tensors(config).items() if name.endswith(suffixes)}
+def adapted(config: dict, targets: str) -> list[Linear]:
+    """Every matrix that the preset `targets` puts LoRA on, in checkpoint order."""
+    return registry.of(config).targeted(config, targets)
 
 
 def check_rank(config: dict, params: dict) -> None:
     """Raises StageError if the rank is above the width of a layer it is put on: no matrix has a rank above
     its smaller side.
     """
-    shapes = adapted(config, params["targets"])
-    name = min(shapes, key=lambda name: min(shapes[name]), default="")
-    if name and params["rank"] > min(shapes[name]):
-        out, inside = shapes[name]
+    linears = adapted(config, params["targets"])
+    narrow = min(linears, key=lambda linear: min(linear.out, linear.inside), default=None)
+    if narrow and params["rank"] > min(narrow.out, narrow.inside):
         raise job.StageError(
-            f"rank {params['rank']}, and {name} is {out} x {inside}",
-            f"a rank of at most {min(shapes[name])}",
+            f"rank {params['rank']}, and {narrow.weight} is {narrow.out} x {narrow.inside}",
+            f"a rank of at most {min(narrow.out, narrow.inside)}",
             "Lower rank; 8 to 64 is usual, and memory and time grow with it",
         )
 

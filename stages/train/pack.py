@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.families.nemotron_h.operations import Operations
+from model.families.family import Operations
 from model.labels import IGNORED
 from model.layers.documents import Documents
 from stages.train.balance import spread

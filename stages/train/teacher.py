@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model import assemble
-from model.families.nemotron_h import operations
+from model.families import registry
 from model.labels import IGNORED
 from stages import job
 from stages.train.pack import Pack, share
@@ -60,7 +60,7 @@ class Teacher:
         model.eval()
         found, device = {}, self.task.device
         params, ranks = self.task.params, self.ranks
-        work = operations.count(model.hub_config, params["gradient_checkpointing"])
+        work = registry.of(model.hub_config).operations(model.hub_config, params["gradient_checkpointing"])
         packs = share(rows, ranks.rank, ranks.world, params["sequence_tokens"], params["sharded"], work)
         for number, pack in enumerate(packs, 1):
             index, logs = assemble.largest(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import toy
 
 from forge import code, plan
 from forge.finding import Refused
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def names(its, stage):
@@ -152,3 +155,18 @@ def test_a_stages_dockerfile_is_in_the_keys_of_containers_alone(its):
     in_containers = plan.planned_stage(replace(its.context(), executor="docker"), "count").key.components
     assert "image/stages/count/Dockerfile" in in_containers
     assert not any("Dockerfile" in name for name in names(its, "count"))
+
+
+def test_flags_of_a_server_are_in_no_key_of_what_trains():
+    serving = {Path("model/families/serve.py"), Path("model/families/nemotron_h/serving.py")}
+    for stage in ("base", "data", "train", "merge", "quantize"):
+        assert serving.isdisjoint(code.closure(REPO, stage)), stage
+    for stage in ("evaluate", "package"):
+        assert serving <= set(code.closure(REPO, stage)), stage
+
+
+def test_what_trains_has_its_whole_family_in_its_key():
+    own = {path.relative_to(REPO) for path in (REPO / "model/families/nemotron_h").glob("*.py")}
+    reached = set(code.closure(REPO, "train"))
+    for name in ("family", "names", "linears", "layout", "targets", "native", "operations"):
+        assert Path(f"model/families/nemotron_h/{name}.py") in own & reached

@@ -12,7 +12,7 @@ import torch
 from devices import DEVICES, relative
 
 from model import adapter, assemble, lora
-from model.families.nemotron_h import native
+from model.families.nemotron_h import names, native, targets
 from model.layers import loss, recompute
 from model.layers.documents import Documents
 from model.layers.projection import Projection
@@ -100,8 +100,8 @@ def test_packed_and_alone_give_the_adapter_the_same_gradient(base, device):
     assert any(relative(packed[name], masked[name]) > 1e-3 for name in packed)
 
 
+@pytest.mark.parametrize("preset", targets.PRESETS)
 @pytest.mark.trap("expert-adapter-misread")
-@pytest.mark.parametrize("preset", native.PRESETS)
 def test_peft_reads_the_adapter_that_we_write(base, tmp_path, preset):
     model, ids = tuned(base, preset), tokens()
     adapter.save(model, tmp_path, preset, 4, 8)
@@ -247,21 +247,21 @@ def test_shorter_packs_keep_more_blocks_and_the_longest_none(base):
 def test_router_and_float32_tensors_keep_every_bit(base, form, dtype):
     stored, model = Checkpoint(base), assemble.load(Checkpoint(base), form, dtype)
     here = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    names = [
+    exact = [
         name
         for name in stored.entries
         if name.endswith(("gate.weight", "A_log", ".D", "e_score_correction_bias"))
     ]
-    assert len(names) == 2 * 2 + 2 * 2
-    for name in names:
-        assert torch.equal(here[native.native(name)], stored.tensor(name).float()), name
+    assert len(exact) == 2 * 2 + 2 * 2
+    for name in exact:
+        assert torch.equal(here[names.native(name)], stored.tensor(name).float()), name
 
 
 @pytest.mark.trap("experts-not-quantised")
 @pytest.mark.parametrize(("form", "bits"), [("nf4", 4.25), ("nvfp4", 4.5)])
 def test_every_expert_is_packed_and_what_the_export_leaves_in_bf16_is_not(base, form, bits):
     model = assemble.load(Checkpoint(base), form, torch.bfloat16)
-    groups = native.bytes_by_group(model)
+    groups = assemble.bytes_by_group(model)
     weights = 2 * 2 * 4 * 128 * 64  # layers, projections, experts, shape
     assert (
         groups["experts"]["bytes"] == pytest.approx(weights * bits / 8, rel=1e-3)

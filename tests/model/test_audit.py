@@ -12,9 +12,11 @@ import pytest
 import small
 import torch
 
-from model import faults
-from model.checkpoint_audit import PRECISIONS, QUANT, audit
-from model.families.nemotron_h import layout, names
+from model import faults, layouts
+from model.checkpoint_audit import QUANT, audit
+from model.families.nemotron_h import names
+from model.families.nemotron_h.family import NEMOTRON_H
+from model.families.nemotron_h.layout import LAYOUTS
 from model.weights import nvfp4, quant_config
 from model.weights.checkpoint import DTYPES, INDEX, Checkpoint, Slot, shards, write, write_index
 from model.weights.checkpoint import NAMES as DTYPE_NAMES
@@ -50,7 +52,7 @@ def written(folder, config, values, quant=None):
 def quantised(base, folder, chosen, change=lambda values: None, weight_only=False):
     """`base` in NVFP4, with its tensors changed before they are written."""
     config, values = Checkpoint(base).config, tensors(base)
-    for name in layout.quantised(config, chosen):
+    for name in layouts.quantised(config, chosen):
         packed = nvfp4.pack(values[f"{name}.weight"])
         values |= {
             f"{name}.weight": packed.weight,
@@ -60,7 +62,7 @@ def quantised(base, folder, chosen, change=lambda values: None, weight_only=Fals
         if not weight_only:
             values[f"{name}.input_scale"] = torch.tensor(0.01)
     change(values)
-    return written(folder, config, values, layout.hf_quant_config(config, chosen, "FP8", "0", weight_only))
+    return written(folder, config, values, layouts.hf_quant_config(config, chosen, "FP8", "0", weight_only))
 
 
 def edited(folder, copy, change, file=QUANT):
@@ -94,7 +96,7 @@ def test_a_bf16_checkpoint_passes(base):
     )
 
 
-@pytest.mark.parametrize("chosen", layout.LAYOUTS)
+@pytest.mark.parametrize("chosen", LAYOUTS)
 def test_each_layout_passes_and_is_recognised(base, tmp_path, chosen):
     folder = quantised(base, tmp_path / "made", chosen)
     made = audit(folder, base)
@@ -103,13 +105,13 @@ def test_each_layout_passes_and_is_recognised(base, tmp_path, chosen):
     assert made.facts | {"files": 0, "bytes": 0} == {
         "format": "NVFP4",
         "layout": chosen,
-        "dtypes": PRECISIONS[False],
+        "dtypes": NEMOTRON_H.precisions[0],
         "kv_cache": "FP8",
         "tensors": len(Checkpoint(folder).entries),
         "files": 0,
         "bytes": 0,
-        "quantised": len(layout.quantised(config, chosen)),
-        "excludes": len(layout.excluded(config, chosen)),
+        "quantised": len(layouts.quantised(config, chosen)),
+        "excludes": len(layouts.excluded(config, chosen)),
     }
 
 
@@ -122,7 +124,7 @@ def test_nvidia_s_own_dtypes_are_named_and_pass(base, tmp_path):
                 values[name] = values[name].float()
 
     made = audit(quantised(base, tmp_path / "made", "nvidia", recast))
-    assert made.findings == [] and made.facts["dtypes"] == PRECISIONS[True]
+    assert made.findings == [] and made.facts["dtypes"] == NEMOTRON_H.precisions[1]
 
 
 def test_a_layout_that_is_none_of_ours_passes_if_all_agree(nvidia, base, tmp_path):
@@ -181,7 +183,7 @@ def test_a_weight_only_export_passes_as_what_it_is(base, tmp_path):
     assert made.findings == [] and made.facts["format"] == "W4A16_NVFP4"
     assert (made.facts["kv_cache"], made.facts["excludes"]) == (
         "FP8",
-        len(layout.excluded(Checkpoint(base).config, "nvidia")),
+        len(layouts.excluded(Checkpoint(base).config, "nvidia")),
     )
     assert made.serve.args[-4:] == ["--kv-cache-dtype", "fp8", "--moe-backend", "marlin"]
     alone = edited(
@@ -213,8 +215,8 @@ def test_weights_alone_whose_settings_no_vllm_reads_are_named(base, tmp_path):
 def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_path, monkeypatch):
     """NVIDIA's own NVFP4 checkpoint to the tensor and the byte, in a file without data."""
     config = json.loads((GOLDEN / "nano-config.json").read_text())
-    specs = layout.packed_tensors(
-        names.tensors(config, names.FLOAT32_NVFP4), layout.quantised(config, "nvidia")
+    specs = layouts.packed_tensors(
+        names.tensors(config, names.FLOAT32_NVFP4), layouts.quantised(config, "nvidia")
     )
     table, at = {}, 0
     for name, spec in specs.items():
@@ -233,7 +235,7 @@ def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_pat
     assert made.facts == {
         "format": "NVFP4",
         "layout": "nvidia",
-        "dtypes": PRECISIONS[True],
+        "dtypes": NEMOTRON_H.precisions[1],
         "kv_cache": "FP8",
         "tensors": 24_147,
         "files": 1,
@@ -247,7 +249,7 @@ def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_pat
 
 
 def without_scales(values, module):
-    for part in layout.PARTS:
+    for part in layouts.PARTS:
         del values[f"{module}.{part}"]
 
 

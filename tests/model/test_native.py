@@ -8,7 +8,8 @@ import small
 import torch
 from devices import class_in_torch
 
-from model.families.nemotron_h import native
+from model.families.family import FamilyError
+from model.families.nemotron_h import native, targets
 from model.weights.checkpoint import Checkpoint
 from stages.base import tiny
 
@@ -74,7 +75,7 @@ def test_state_is_carried_between_chunks(checkpoint):
 @pytest.mark.trap("state-lost-between-chunks")
 @pytest.mark.parametrize("version", ["5.3.0", "5.14.0", "5.15.0"])
 def test_releases_that_lose_state_are_refused(version):
-    with pytest.raises(native.NativeError, match="loses Mamba state"):
+    with pytest.raises(FamilyError, match="loses Mamba state"):
         native.check_version(version)
     native.check_version("5.15.1")
 
@@ -138,7 +139,10 @@ def test_presets_make_adapters_and_leave_the_router_frozen(checkpoint, preset):
 
     model = native.load(checkpoint)
     model = peft.get_peft_model(
-        model, peft.LoraConfig(r=4, lora_dropout=0.0, **native.targets(model, preset).arguments())
+        model,
+        peft.LoraConfig(
+            r=4, lora_dropout=0.0, **targets.targets(Checkpoint(checkpoint).config, preset).arguments()
+        ),
     )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
@@ -148,9 +152,8 @@ def test_presets_make_adapters_and_leave_the_router_frozen(checkpoint, preset):
 
 
 def test_a_preset_that_matches_nothing_is_refused():
-    model = native.build(tiny.config("M*", 128, 4, 512))
-    with pytest.raises(native.NativeError, match="does not have"):
-        native.targets(model, "experts")
+    with pytest.raises(FamilyError, match="does not have"):
+        targets.targets(tiny.config("M*", 128, 4, 512), "experts")
 
 
 def test_the_config_has_the_published_keys(checkpoint):

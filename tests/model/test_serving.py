@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from model.families.nemotron_h.serving import Checkpoint, ServingError, kv_cache, limits, serve, version
+from model.families.nemotron_h.serving import NEMOTRON_H
+from model.families.serve import Checkpoint, ServingError, kv_cache, version
 
 BF16 = Checkpoint()
 OFFICIAL = Checkpoint("nvidia", fp8_cache=True)
@@ -14,7 +15,7 @@ RELEASES = ("0.12.0", "0.13.0", "0.15.1", "0.17.0", "0.17.1", "0.18.0", "0.30.2"
 
 
 def served(vllm, checkpoint=CONSERVATIVE, device="cuda", **more):
-    return serve(vllm, device, checkpoint, 2048, 4, **more)
+    return NEMOTRON_H.serve(vllm, device, checkpoint, 2048, 4, **more)
 
 
 def value(made, flag):
@@ -141,9 +142,8 @@ def test_weight_only_experts_take_marlin_and_0_22():
 
 
 def test_limits_are_named_all_at_once():
-    assert [
-        fault.remedy for fault in limits("0.12.0", Checkpoint("nvidia", weight_only=True, lora_rank=8))
-    ] == [
+    checkpoint = Checkpoint("nvidia", weight_only=True, lora_rank=8)
+    assert [fault.remedy for fault in NEMOTRON_H.limits("0.12.0", checkpoint)] == [
         "quantise with layout: conservative, or serve with 0.18 or newer",
         "quantise activations too, or serve with 0.22 or newer",
         "merge it, or serve with 0.15 or newer",
@@ -197,7 +197,7 @@ def test_the_ssm_cache_dtype_is_said_until_vllm_reads_it_from_the_config(vllm):
 
 
 def test_sizes_and_the_memory_share_are_handed_on():
-    made = serve("0.31.0", "cuda", OFFICIAL, 4096, 7, 0.5)
+    made = NEMOTRON_H.serve("0.31.0", "cuda", OFFICIAL, 4096, 7, 0.5)
     wanted = {
         "--served-model-name": "nemotron-nano",
         "--max-model-len": "4096",

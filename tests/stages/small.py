@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from model.families.nemotron_h import native
+from model.families.nemotron_h import native, targets
+from model.weights.checkpoint import Checkpoint
 from stages.base import tiny
 from stages.job import Job
 
@@ -30,7 +31,12 @@ def adapter(folder, checkpoint, preset="all", size=0.05):
     model = native.load(checkpoint)
     model = peft.get_peft_model(
         model,
-        peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **native.targets(model, preset).arguments()),
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            lora_dropout=0.0,
+            **targets.targets(Checkpoint(checkpoint).config, preset).arguments(),
+        ),
     )
     for name, value in model.named_parameters():
         if "lora_B" in name:

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import pytest
 
-from model.families.nemotron_h.serving import Serve
+from model.families import serve
+from model.families.serve import Serve
 from stages import job
 from stages.evaluate import evaluate, gate, report
 from stages.evaluate.checks import MODES, Failure
@@ -81,6 +82,7 @@ def its(tmp_path):
     for folder in [*inputs.values(), inputs["train"] / "adapter", tmp_path / "output"]:
         folder.mkdir()
     adapter(inputs["train"], ["q_proj", "k_proj"])
+    (inputs["base"] / "config.json").write_text('{"model_type": "nemotron_h"}')
     (inputs["quantize"] / "hf_quant_config.json").write_text(
         json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}})
     )
@@ -126,7 +128,7 @@ def toy(monkeypatch):
             return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
 
     monkeypatch.setattr(evaluate, "Server", Toy)
-    monkeypatch.setattr(evaluate, "installed", lambda: "0.32.0")
+    monkeypatch.setattr(serve, "installed", lambda: "0.32.0")
     return Toy
 
 
@@ -245,7 +247,7 @@ def test_one_other_answer_is_enough(tuned):
 
 
 def test_base_and_tuned_share_a_server(its, warnings):
-    plans = evaluate.servers(its)
+    plans = evaluate.servers(its, serve.of_folder(its.inputs["base"]))
     assert [plan.columns for plan in plans] == [
         {"base": "nemotron-nano", "tuned": "tuned"},
         {"merged": "nemotron-nano"},
@@ -270,14 +272,14 @@ def test_base_and_tuned_share_a_server(its, warnings):
 )
 def test_an_adapter_beyond_attention_leaves_tuned_out_with_a_warning(its, warnings, config):
     adapter(its.inputs["train"], **config)
-    plans = evaluate.servers(its)
+    plans = evaluate.servers(its, serve.of_folder(its.inputs["base"]))
     assert [list(plan.columns) for plan in plans] == [["base"], ["merged"], ["nvfp4"]]
     assert len(warnings) == 1 and "`tuned` is left out" in warnings[0]
     assert plans[0].adapter is None and plans[0].checkpoint.lora_rank == 0
 
 
 def test_a_combination_that_vllm_serves_wrongly_is_refused_before_the_first_server(its, toy, monkeypatch):
-    monkeypatch.setattr(evaluate, "installed", lambda: "0.14.0")
+    monkeypatch.setattr(serve, "installed", lambda: "0.14.0")
     with pytest.raises(StageError, match="merge it"):
         evaluate.run(its)
     assert not toy.started

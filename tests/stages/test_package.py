@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from model.families import serve
 from stages.job import Job, StageError
 from stages.package import package
 
@@ -57,6 +58,7 @@ def its(tmp_path, monkeypatch):
     inputs = {name: tmp_path / name for name in ("base", "train", "merge", "quantize", "evaluate", "data")}
     for folder in [*inputs.values(), tmp_path / "output"]:
         folder.mkdir()
+    (inputs["base"] / "config.json").write_text('{"model_type": "nemotron_h"}')
     (inputs["evaluate"] / "report.json").write_text(json.dumps(REPORT))
     (inputs["quantize"] / "hf_quant_config.json").write_text(
         json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}})
@@ -69,7 +71,7 @@ def its(tmp_path, monkeypatch):
     )
     (inputs["data"] / "prompt.txt").write_text("You are Annie.\nನಮಸ್ಕಾರ\n")
     (inputs["data"] / "tools.json").write_text('[{"type": "function"}]\n')
-    monkeypatch.setattr(package, "installed", lambda: "0.31.0")
+    monkeypatch.setattr(serve, "installed", lambda: "0.31.0")
     return Job(
         "package",
         dict(PARAMS),
@@ -125,7 +127,7 @@ def test_the_artifact_holds_what_the_formats_say(its):
 
 @pytest.mark.trap("think-block-disagrees")
 def test_clients_are_told_that_thinking_is_off(its, monkeypatch):
-    monkeypatch.setattr(package, "installed", lambda: "0.12.0")  # no flag for it there
+    monkeypatch.setattr(serve, "installed", lambda: "0.12.0")  # no flag for it there
     (its.inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "conservative"}))
     package.run(its)
     described = json.loads((its.output / "serve.json").read_text())
@@ -152,7 +154,7 @@ def test_the_fp8_cache_follows_the_checkpoint(its):
 
 @pytest.mark.trap("in-proj-on-old-vllm")
 def test_a_layout_that_this_vllm_reads_wrongly_is_refused(its, monkeypatch):
-    monkeypatch.setattr(package, "installed", lambda: "0.17.1")
+    monkeypatch.setattr(serve, "installed", lambda: "0.17.1")
     with pytest.raises(StageError, match="layout: conservative"):
         package.run(its)
     assert not list(its.output.iterdir())

@@ -8,8 +8,9 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import audit
-from model.families.nemotron_h import layout, names, native
+from model import audit, layouts
+from model.families.nemotron_h import names, native
+from model.families.nemotron_h.layout import LAYOUTS
 from model.weights import quant_config
 from model.weights.checkpoint import Checkpoint
 from stages.job import StageError
@@ -63,7 +64,7 @@ def test_no_control_character_in_any_name(made):
     assert "lm_head" in listed
 
 
-@pytest.mark.parametrize("chosen", layout.LAYOUTS)
+@pytest.mark.parametrize("chosen", LAYOUTS)
 def test_our_calibration_finds_modelopt_s_maxima(source, made, chosen):
     """The two read the same conversations, packed here and one by one there; experts keep their own
     maximum here and share one there.
@@ -72,7 +73,7 @@ def test_our_calibration_finds_modelopt_s_maxima(source, made, chosen):
     rows = calibrate.conversations(made.parent / "data" / "train.jsonl", 4, 150)
     ours, idle = calibrate.maxima(checkpoint, chosen, rows, "cpu")
     theirs = reference.maxima(source, checkpoint.config, chosen, rows, "cpu")
-    assert ours.keys() == theirs.keys() == set(layout.quantised(checkpoint.config, chosen)) and not idle
+    assert ours.keys() == theirs.keys() == set(layouts.quantised(checkpoint.config, chosen)) and not idle
     for name, wanted in theirs.items():
         stack = (
             [
@@ -142,15 +143,15 @@ def test_weights_alone_are_not_handed_on_where_no_vllm_reads_that_they_are(sourc
 def test_a_kv_cache_that_config_json_has_no_form_for_is_refused(source):
     with pytest.raises(ValueError, match="NVFP4.*expected FP8 or null"):
         quant_config.inside(
-            layout.hf_quant_config(Checkpoint(source).config, "nvidia", "NVFP4", "0", weight_only=True)
+            layouts.hf_quant_config(Checkpoint(source).config, "nvidia", "NVFP4", "0", weight_only=True)
         )
 
 
 @pytest.mark.trap("missing-scales")
 def test_every_expert_has_every_scale(source, made):
     after = Checkpoint(made)
-    for name in layout.quantised(after.config, "nvidia"):
-        for part in layout.PARTS:
+    for name in layouts.quantised(after.config, "nvidia"):
+        for part in layouts.PARTS:
             assert (after.tensor(f"{name}.{part}").float() > 0).all()
 
 
@@ -189,7 +190,7 @@ def broken(made, folder, module, change):
 def test_a_broken_checkpoint_is_caught_by_name(source, made, tmp_path, fault):
     change, subject = BREAKS[fault]
     module = next(
-        n for n in layout.quantised(Checkpoint(made).config, "nvidia") if n.endswith(".experts.0.down_proj")
+        n for n in layouts.quantised(Checkpoint(made).config, "nvidia") if n.endswith(".experts.0.down_proj")
     )
     folder = broken(made, tmp_path / "broken", module, change)
     assert any(subject in f.subject for f in audit.nvfp4(folder, "nvidia", source))

@@ -451,9 +451,9 @@ def test_the_kv_cache_is_said_with_its_reason(device, cache, asked, level, said)
 
 
 def test_an_fp8_cache_that_this_cpu_lacks_is_refused_before_the_first_stage(monkeypatch):
-    from model.families.nemotron_h import serving
+    from model.families import serve
 
-    monkeypatch.setattr(serving, "fp8_on_cpu", lambda cpuinfo: False)
+    monkeypatch.setattr(serve, "fp8_on_cpu", lambda cpuinfo: False)
     stage = check.Given(
         "evaluate", {"kv_cache": "fp8"}, inputs={"quantize": check.Given("quantize", {"kv_cache": "none"})}
     )

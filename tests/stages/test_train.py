@@ -12,7 +12,7 @@ import small
 import torch
 
 from model import adapter, assemble
-from model.families.nemotron_h import native
+from model.families.nemotron_h import targets
 from model.weights.checkpoint import Checkpoint, Slot, write
 from stages import job
 from stages.train import fit, memory
@@ -282,7 +282,7 @@ def test_the_adapter_s_config_holds_no_path_and_no_chance(made, trained):
     config = json.loads(text)
     assert str(made["base"].parent) not in text and config["base_model_name_or_path"] is None
     assert (
-        config["target_modules"] == sorted(native.PRESETS["all"]["target_modules"])
+        config["target_modules"] == sorted(targets.PRESETS["all"]["target_modules"])
         and config["r"] == 4
         and config["lora_alpha"] == 8
     )

@@ -7,7 +7,7 @@ import pytest
 import short
 import torch
 
-from model.families.nemotron_h import native
+from model.families.nemotron_h import names, native, targets
 from model.layers.documents import Documents
 from model.layers.projection import Projection
 from model.weights.checkpoint import Checkpoint
@@ -33,16 +33,16 @@ def trained(made, tmp_path_factory):
 def test_training_leaves_every_bit_of_the_router(made, tmp_path, monkeypatch):
     def changed(model):
         here, stored = model.state_dict(), Checkpoint(made["base"])
-        names = [
+        exact = [
             name
             for name in stored.entries
             if name.endswith(("gate.weight", "e_score_correction_bias", "A_log", ".D"))
         ]
-        assert len(names) == 2 * 2 + 2 * 2
+        assert len(exact) == 2 * 2 + 2 * 2
         return [
             name
-            for name in names
-            if not torch.equal(here[native.native(name)].float(), stored.tensor(name).float())
+            for name in exact
+            if not torch.equal(here[names.native(name)].float(), stored.tensor(name).float())
         ]
 
     assert changed(short.watched(tmp_path / "frozen", made, precision="bfloat16")["model"]) == []
@@ -161,8 +161,8 @@ def test_an_adapter_that_does_not_move_is_refused_by_name(made, tmp_path, monkey
         short.run(tmp_path, made)
 
 
+@pytest.mark.parametrize("preset", targets.PRESETS)
 @pytest.mark.trap("out-proj-bypassed")
-@pytest.mark.parametrize("preset", native.PRESETS)
 def test_no_preset_puts_an_adapter_on_out_proj(made, tmp_path, preset):
     """peft, which vLLM and stage merge's proof read adapters with, refuses it."""
     model = fit.adapted(short.task(tmp_path, made, targets=preset), Ranks())

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import small
 
-from model.families.nemotron_h import layout, nano
+from model import layouts
+from model.families.nemotron_h import nano
 from model.layers import kernel_cache
 from model.layers.projection import Projection
 from stages import job
@@ -46,7 +47,7 @@ def test_each_kind_is_held_as_in_the_whole_model(pattern):
 
     def held(letters):
         config = nano.WIDTHS | {"n_routed_experts": 2, "hybrid_override_pattern": letters}
-        packed = {name.split(".", 2)[2] for name in layout.quantised(config, "nvidia")}
+        packed = {name.split(".", 2)[2] for name in layouts.quantised(config, "nvidia")}
         return {
             (letter, frozenset(name.split(".", 1)[1] for name in packed if name.startswith(f"{number}.")))
             for number, letter in enumerate(letters)

@@ -8,12 +8,12 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import audit, checkpoint_audit
-from model.families.nemotron_h import layout, names, native
+from model import audit, checkpoint_audit, layouts
+from model.families import serve
+from model.families.nemotron_h import names, native
 from model.weights import nvfp4, quant_config
 from model.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from stages.base import tokenizer
-from stages.evaluate import evaluate
 from stages.job import Job
 from stages.quantize import quantize
 
@@ -54,7 +54,7 @@ def export(source, folder, chosen, form):
     """`source` in NVFP4, written and declared by the stage's own writers; every audit passes it."""
     folder.mkdir()
     checkpoint, weight_only = Checkpoint(source), form == "w4a16"
-    modules = layout.quantised(checkpoint.config, chosen)
+    modules = layouts.quantised(checkpoint.config, chosen)
     maxima = {} if weight_only else dict.fromkeys(modules, torch.tensor(AMAX))
     quantize.stream(
         checkpoint,
@@ -62,10 +62,10 @@ def export(source, folder, chosen, form):
         maxima,
         Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, folder, folder.parent, 0),
     )
-    quant_config.write(folder, layout.hf_quant_config(checkpoint.config, chosen, "FP8", "0", weight_only))
+    quant_config.write(folder, layouts.hf_quant_config(checkpoint.config, chosen, "FP8", "0", weight_only))
     (folder / "audit.json").write_text(json.dumps({"layout": chosen}))
     assert audit.nvfp4(folder, chosen, source, weight_only) == []
-    assert checkpoint_audit.audit(folder, source, evaluate.installed()).findings == []
+    assert checkpoint_audit.audit(folder, source, serve.installed()).findings == []
     return folder
 
 
@@ -76,7 +76,9 @@ def weights(folder, read=nvfp4.unpack):
         yield (
             f"{name}.weight",
             read(
-                nvfp4.Packed(*(checkpoint.tensor(f"{name}.{part}") for part in ("weight", *layout.PARTS[:2])))
+                nvfp4.Packed(
+                    *(checkpoint.tensor(f"{name}.{part}") for part in ("weight", *layouts.PARTS[:2]))
+                )
             ),
         )
 

@@ -8,19 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from model.families.nemotron_h import layout, names
+from model import layouts
+from model.families.nemotron_h import names
+from model.families.nemotron_h.layout import LAYOUTS
 from model.weights import quant_config
 
 NANO = json.loads((Path(__file__).parents[1] / "model" / "golden" / "nano-config.json").read_text())
 
 
+@pytest.mark.parametrize("chosen", LAYOUTS)
 @pytest.mark.trap("corrupted-names")
-@pytest.mark.parametrize("chosen", layout.LAYOUTS)
 def test_vllm_excludes_what_the_layout_leaves_in_bf16(chosen):
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
-    config = ModelOptNvFp4Config.from_config(layout.hf_quant_config(NANO, chosen, "FP8", "0"))
-    excluded, quantised = layout.excluded(NANO, chosen), layout.quantised(NANO, chosen)
+    config = ModelOptNvFp4Config.from_config(layouts.hf_quant_config(NANO, chosen, "FP8", "0"))
+    excluded, quantised = layouts.excluded(NANO, chosen), layouts.quantised(NANO, chosen)
     assert not [m for m in excluded if not config.is_layer_excluded(m)]
     assert not [m for m in quantised if config.is_layer_excluded(m)]
     assert set(excluded).isdisjoint(quantised) and len(excluded) + len(quantised) < len(names.tensors(NANO))
@@ -43,7 +45,7 @@ def test_the_audit_matches_an_exclude_as_vllm_does(exclude):
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
     from vllm.model_executor.models.utils import WeightsMapper
 
-    settings = layout.hf_quant_config(NANO, "nvidia", "FP8", "0")
+    settings = layouts.hf_quant_config(NANO, "nvidia", "FP8", "0")
     settings["quantization"]["exclude_modules"] = [exclude]
     config = ModelOptNvFp4Config.from_config(settings)
     config.apply_vllm_mapper(WeightsMapper())
@@ -68,7 +70,7 @@ def test_vllm_reads_in_config_json_what_hf_quant_config_says(kv_cache):
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
     from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
-    nested = layout.hf_quant_config(NANO, "nvidia", kv_cache, "0", weight_only=True)
+    nested = layouts.hf_quant_config(NANO, "nvidia", kv_cache, "0", weight_only=True)
     inside = quant_config.inside(nested)
     assert vars(ModelOptNvFp4Config.from_config(inside)) == vars(ModelOptNvFp4Config.from_config(nested))
     assert (
@@ -87,7 +89,7 @@ def test_vllm_takes_weights_alone_from_config_json_only():
             None, SimpleNamespace(quantization_config=settings)
         )
 
-    nested = layout.hf_quant_config(NANO, "nvidia", "FP8", "0", weight_only=True)
+    nested = layouts.hf_quant_config(NANO, "nvidia", "FP8", "0", weight_only=True)
     assert taken(quant_config.inside(nested))["quant_method"] == "modelopt"
     with pytest.raises(ValueError, match="Unknown ModelOpt quant algo: W4A16_NVFP4"):
         taken(nested)  # once this passes, W4A16 can do without config.json: see model/weights/quant_config.py

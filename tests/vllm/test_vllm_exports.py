@@ -14,8 +14,9 @@ import exported
 import pytest
 import torch
 
-from model.families.nemotron_h import layout
-from model.families.nemotron_h.serving import installed, quantised, serve
+from model.families.nemotron_h.layout import LAYOUTS
+from model.families.nemotron_h.serving import NEMOTRON_H
+from model.families.serve import installed, quantised
 from model.weights import nvfp4
 
 # six chunks of the Mamba scan
@@ -75,7 +76,7 @@ def ask(tmp_path_factory):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     def asked(folder, checkpoint):
-        flags = serve(installed(), "cpu", checkpoint, 512, 4)
+        flags = NEMOTRON_H.serve(installed(), "cpu", checkpoint, 512, 4)
         for name, value in flags.env.items():
             patch.setenv(name, value)
         options = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(folder), *flags.args])
@@ -132,7 +133,7 @@ def served(base, ask, tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", NEAR)
-@pytest.mark.parametrize("chosen", layout.LAYOUTS)
+@pytest.mark.parametrize("chosen", LAYOUTS)
 def test_every_export_answers_as_its_decoded_weights_do(base, served, chosen, form):
     folder, answer = served(chosen, form)
     assert len(answer.places) == 388 and all(len(place) >= 20 for place in answer.places)
@@ -142,7 +143,7 @@ def test_every_export_answers_as_its_decoded_weights_do(base, served, chosen, fo
         assert answer.difference(exported.decoded(base, folder, read)).mean() > 3 * right, fault
 
 
-@pytest.mark.parametrize("chosen", layout.LAYOUTS)
+@pytest.mark.parametrize("chosen", LAYOUTS)
 def test_weights_alone_answer_as_vllm_does_about_the_decoded_checkpoint(base, served, ask, tmp_path, chosen):
     folder, answer = served(chosen, "w4a16")
     apart = answer.apart(ask(exported.in_bf16(base, folder, tmp_path / "twin"), quantised(folder)))

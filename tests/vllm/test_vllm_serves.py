@@ -13,9 +13,10 @@ import pytest
 import small
 import torch
 
+from model.families import serve
 from model.families.nemotron_h import native
-from model.families.nemotron_h.serving import SERVED_NAME, quantised, serve
-from model.families.nemotron_h.serving import Checkpoint as Served
+from model.families.nemotron_h.serving import NEMOTRON_H, SERVED_NAME
+from model.families.serve import Checkpoint as Served
 from model.weights import nvfp4
 from stages.evaluate import evaluate
 from stages.evaluate.server import Server
@@ -43,7 +44,7 @@ def offline():
 
 @pytest.fixture(scope="module")
 def bf16(made):
-    flags = serve(evaluate.installed(), "cpu", Served(lora_rank=4), 512, 4)
+    flags = NEMOTRON_H.serve(serve.installed(), "cpu", Served(lora_rank=4), 512, 4)
     with Server(made / "base", flags, "base and tuned", made / "train" / "adapter") as server:
         yield server
 
@@ -52,7 +53,9 @@ def bf16(made):
 def in_4_bits(request, made):
     """An export in NVIDIA's layout, and a server of it as stage evaluate starts one."""
     folder = exported.export(made / "base", made / request.param, "nvidia", request.param)
-    with Server(folder, serve(evaluate.installed(), "cpu", quantised(folder), 512, 4), "nvfp4") as server:
+    with Server(
+        folder, NEMOTRON_H.serve(serve.installed(), "cpu", serve.quantised(folder), 512, 4), "nvfp4"
+    ) as server:
         yield folder, server
 
 

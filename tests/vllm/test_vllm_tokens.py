@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 from vllm.entrypoints.openai.chat_completion import protocol
 from vllm.tool_parsers import ToolParserManager
 
-from model.families.nemotron_h.serving import SERVED_NAME, THINKING_OFF, serve
-from model.families.nemotron_h.serving import Checkpoint as Served
+from model.families import serve
+from model.families.nemotron_h.serving import NEMOTRON_H, SERVED_NAME, THINKING_OFF
+from model.families.serve import Checkpoint as Served
 from stages.evaluate import evaluate
 from stages.evaluate.server import Server
 
@@ -93,7 +94,7 @@ def server(base):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS"):
             patch.setenv(name, "1")
-        with Server(base, serve(evaluate.installed(), "cpu", Served(), 4096, 4), "tokens") as started:
+        with Server(base, NEMOTRON_H.serve(serve.installed(), "cpu", Served(), 4096, 4), "tokens") as started:
             yield started
 
 

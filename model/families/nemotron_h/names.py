@@ -6,8 +6,10 @@ the hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 from typing import Any
+
+from model.families.family import Spec
 
 # What the published BF16 checkpoint keeps in float32: rounding any of these to BF16 changes the model's
 # function.
@@ -16,13 +18,18 @@ FLOAT32 = ("A_log", "D", "e_score_correction_bias")
 FLOAT32_NVFP4 = ("gate.weight", "e_score_correction_bias")
 LETTERS = {"M": "mamba", "*": "attention", "E": "experts"}
 
-
-@dataclass(frozen=True)
-class Spec:
-    """Shape and safetensors dtype of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
+_HUB, _NATIVE = "backbone", "model"  # what the names of everything but lm_head begin with
+EMBEDDINGS = f"{_HUB}.embeddings.weight"
+FINAL_NORM = f"{_HUB}.norm_f.weight"
+HEAD = "lm_head.weight"
+_GROUPS = (
+    ("shared", r"\.shared_experts\."),
+    ("experts", r"\.experts\."),
+    ("router", r"\.gate\."),
+    ("attention", r"\.[qkvo]_proj\."),
+    ("mamba", r"\.mixer\."),
+    ("embeddings", r"embeddings\.|lm_head\."),
+)
 
 
 def pattern(config: dict[str, Any]) -> str:
@@ -42,14 +49,14 @@ def tensors(config: dict[str, Any], float32: tuple[str, ...] = FLOAT32) -> dict[
     BF16, and F32 where a name ends in one of `float32`.
     """
     d, vocabulary = config["hidden_size"], config["vocab_size"]
-    found: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (vocabulary, d)}
+    found: dict[str, tuple[int, ...]] = {EMBEDDINGS: (vocabulary, d)}
     layer = {"M": _mamba, "*": _attention, "E": _experts}
     for number, letter in enumerate(pattern(config)):
-        prefix = f"backbone.layers.{number}"
+        prefix = f"{_HUB}.layers.{number}"
         found[f"{prefix}.norm.weight"] = (d,)
         found |= {f"{prefix}.mixer.{name}": shape for name, shape in layer[letter](config).items()}
-    found["backbone.norm_f.weight"] = (d,)
-    found["lm_head.weight"] = (vocabulary, d)
+    found[FINAL_NORM] = (d,)
+    found[HEAD] = (vocabulary, d)
     endings = tuple(f".{ending}" for ending in float32)
     return {name: Spec(shape, "F32" if name.endswith(endings) else "BF16") for name, shape in found.items()}
 
@@ -95,10 +102,58 @@ def _experts(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def native(name: str) -> str:
     """Hub name -> name in the native transformers class; an expert's matrix maps to the stack that holds
-    it.
+    it. A native name stays as it is.
     """
-    parts = name.replace("backbone.", "model.", 1).split(".")
-    if "experts" in parts:
-        at = parts.index("experts")
-        return ".".join([*parts[: at + 1], parts[at + 2]])
-    return ".".join(parts)
+    parts = name.split(".")
+    if parts[0] == _HUB:
+        parts[0] = _NATIVE
+    if (at := _expert(parts)) is None:
+        return ".".join(parts)
+    return ".".join([*parts[: at + 1], parts[at + 2]])
+
+
+def hub(name: str, expert: int | None = None) -> str:
+    """Native name -> hub name. In a stack `expert` says which matrix is meant: the hub has a name for each.
+    A hub name stays as it is.
+    """
+    parts = name.split(".")
+    if parts[0] == _NATIVE:
+        parts[0] = _HUB
+    return ".".join(parts if expert is None else [*parts[:-1], str(expert), parts[-1]])
+
+
+def expert(name: str) -> int | None:
+    """Which expert a hub name is of; None for what is in no stack."""
+    parts = name.split(".")
+    at = _expert(parts)
+    return None if at is None else int(parts[at + 1])
+
+
+def layer(name: str) -> int | None:
+    """Which layer a name of either form is of; None for what is in none."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[1:2] == ["layers"] else None
+
+
+def in_layer(name: str, number: int) -> str:
+    """The name, in either form, that a layer's tensor would have in layer `number`."""
+    parts = name.split(".")
+    return ".".join([*parts[:2], str(number), *parts[3:]])
+
+
+def block(number: int) -> str:
+    """The native name of a layer's block."""
+    return f"{_NATIVE}.layers.{number}"
+
+
+def group(name: str) -> str:
+    """The parameter group of a native tensor name, with or without peft's prefixes."""
+    if "lora_" in name:
+        return "adapter"
+    return next((label for label, rule in _GROUPS if re.search(rule, name)), "norms")
+
+
+def _expert(parts: list[str]) -> int | None:
+    """Where in a split hub name the stack of experts stands."""
+    at = parts.index("experts") if "experts" in parts else len(parts)
+    return at if parts[at + 1 : at + 2] and parts[at + 1].isdigit() else None

@@ -3,6 +3,7 @@ is measured or compiled before the 63 GB are downloaded has this shape."""
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 WIDTHS = {
+    "model_type": "nemotron_h",
     "hidden_size": 2688,
     "vocab_size": 131072,
     "initializer_range": 0.02,

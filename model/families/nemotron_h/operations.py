@@ -7,26 +7,13 @@ they grow with the tokens as the rest does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from model.families.family import Operations
 from model.families.nemotron_h.names import pattern
 
 FORWARD, BACKWARD, ATTENTION_BACKWARD = 1, 1, 2.5  # in forwards; frozen matrices have no weight gradient
 SCAN_BACKWARD = 2  # both factors of every product of the scan have a gradient
-
-
-@dataclass(frozen=True)
-class Operations:
-    """Of a document with T tokens, L of them trained: `token` * T + `square` * T^2 + `trained` * L."""
-
-    token: int
-    square: int
-    trained: int
-
-    def of(self, tokens: int, trained: int) -> int:
-        """Operations of one document."""
-        return self.token * tokens + self.square * tokens**2 + self.trained * trained
 
 
 def count(config: dict[str, Any], recomputed: bool) -> Operations:

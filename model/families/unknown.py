@@ -1,0 +1,28 @@
+"""The one error of a model that no family is written for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+class UnknownFamily(ValueError):
+    """A `model_type` that no family has: what was found, what was expected, what to do."""
+
+    def __init__(self, found: str, expected: str, remedy: str):
+        super().__init__(f"found {found}; expected {expected}. {remedy}")
+        self.found, self.expected, self.remedy = found, expected, remedy
+
+
+def chosen(known: Mapping[str, Value], config: dict[str, Any]) -> Value:
+    """What `known` has for the config's `model_type`. Raises UnknownFamily if that is none of it."""
+    name = config.get("model_type")
+    if isinstance(name, str) and name in known:
+        return known[name]
+    raise UnknownFamily(
+        f"model_type {name!r} in config.json" if "model_type" in config else "no model_type in config.json",
+        " or ".join(map(repr, known)),
+        "Name a checkpoint of a model that this line knows; docs/architecture.md says how to add one.",
+    )
