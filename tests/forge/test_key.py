@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import toy
 
-from forge import code, plan
+from forge import artifact_types, code, contract, plan
 from forge.finding import Refused
 
 REPO = Path(__file__).resolve().parents[2]
@@ -157,16 +157,32 @@ def test_a_stages_dockerfile_is_in_the_keys_of_containers_alone(its):
     assert not any("Dockerfile" in name for name in names(its, "count"))
 
 
+def in_key(stage):
+    """Files of this repository in a stage's key."""
+    return set(
+        code.closure(
+            REPO, stage, contract.load(REPO / "stages" / stage, artifact_types.load(REPO / "stages")).apart
+        )
+    )
+
+
 def test_flags_of_a_server_are_in_no_key_of_what_trains():
     serving = {Path("model/families/serve.py"), Path("model/families/nemotron_h/serving.py")}
     for stage in ("base", "data", "train", "merge", "quantize"):
-        assert serving.isdisjoint(code.closure(REPO, stage)), stage
+        assert serving.isdisjoint(in_key(stage)), stage
     for stage in ("evaluate", "package"):
-        assert serving <= set(code.closure(REPO, stage)), stage
+        assert serving <= in_key(stage), stage
 
 
 def test_what_trains_has_its_whole_family_in_its_key():
     own = {path.relative_to(REPO) for path in (REPO / "model/families/nemotron_h").glob("*.py")}
-    reached = set(code.closure(REPO, "train"))
+    reached = in_key("train")
     for name in ("family", "names", "linears", "layout", "targets", "native", "operations"):
         assert Path(f"model/families/nemotron_h/{name}.py") in own & reached
+
+
+def test_what_only_the_export_does_trains_nothing_again():
+    """model/weights/nvfp4.py is in both keys: training rounds as it does."""
+    export = {Path("model/weights/quant_config.py"), Path("stages/quantize/quantize.py")}
+    assert export <= in_key("quantize") and export.isdisjoint(in_key("train"))
+    assert Path("model/weights/nvfp4.py") in in_key("quantize") & in_key("train")
