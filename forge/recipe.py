@@ -12,16 +12,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from forge import artifact_types
 from forge.artifact_types import Types
-from forge.contract import NEEDS_TYPES, Contract, Needs, convert, nearest
 from forge.contract import load as load_contract
+from forge.contract import nearest
 from forge.executor import EXECUTORS
-from forge.finding import Finding, Refused, error
+from forge.finding import Refused, error
 from forge.image import Image
-from forge.parameter import Fault, Unfit, renamed
+from forge.parameter import renamed
+from forge.reading import Reading
+from forge.step import Step, beside, read_step
+
+__all__ = ["LARGEST_SEED", "Recipe", "Step", "find", "load", "nearest_stage"]
 
 _TOP = {
     "name": "str",
@@ -37,19 +39,6 @@ _TOP = {
 _RENAMED = {"ways": "variants"}
 _GPU = ("none", "cuda")
 LARGEST_SEED = 2**32 - 1  # numpy's limit
-_RESERVED = ("inputs", "sources", "needs")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage of a recipe: its contract with everything the recipe says filled in."""
-
-    name: str
-    contract: Contract
-    params: dict[str, Any]
-    inputs: dict[str, str]  # input name -> the stage that supplies it
-    sources: dict[str, tuple[Path, ...]]
-    needs: Needs
 
 
 @dataclass(frozen=True)
@@ -100,75 +89,11 @@ def find(name: str, repo: Path) -> Path:
 
 def load(path: Path, repo: Path) -> Recipe:
     """Reads and checks a recipe. Relative paths in it count from `repo`. Refused with every fault it has."""
-    return _Reading(Path(path), Path(repo)).recipe()
+    return _RecipeReading(Path(path), Path(repo)).recipe()
 
 
-class _Reading:
-    """One reading of one file: collects findings on the way."""
-
-    def __init__(self, path: Path, repo: Path):
-        self.path, self.repo = path, repo
-        self.findings: list[Finding] = []
-        self.lines: dict[tuple[str, ...], int] = {}
-        self.raw = self._parse()
-
-    # --- YAML, with the line of every key -------------------------------------------------------------------
-
-    def _parse(self) -> dict[str, Any]:
-        try:
-            loader = yaml.SafeLoader(self.path.read_bytes())
-            root = loader.get_single_node()
-        except yaml.YAMLError as fault:
-            mark = getattr(fault, "problem_mark", None)
-            line = f":{mark.line + 1}" if mark else ""
-            raise Refused(
-                error(
-                    f"{self.path.name}{line}",
-                    getattr(fault, "problem", str(fault)),
-                    "YAML",
-                    "Mend that line.",
-                )
-            ) from fault
-        if not isinstance(root, yaml.MappingNode):
-            raise Refused(error(self.path.name, "no mapping", "keys such as name and stages", ""))
-        values: dict[str, Any] = self._value(loader, root, ())
-        return values
-
-    def _value(self, loader: yaml.SafeLoader, node: yaml.Node, where: tuple[str, ...]) -> Any:
-        if isinstance(node, yaml.MappingNode):
-            values: dict[str, Any] = {}
-            for key_node, value_node in node.value:
-                key = str(loader.construct_object(key_node, deep=True))
-                if key in values:
-                    first = self.lines[(*where, key)]
-                    self.findings.append(
-                        error(
-                            f"{self.path.name}:{key_node.start_mark.line + 1}",
-                            f"{key} a second time",
-                            f"each key once (the first is in line {first})",
-                            "Remove one of the two.",
-                        )
-                    )
-                self.lines[(*where, key)] = key_node.start_mark.line + 1
-                values[key] = self._value(loader, value_node, (*where, key))
-            return values
-        return loader.construct_object(node, deep=True)
-
-    def fault(self, where: tuple[str, ...], found: str, expected: str, remedy: str = "") -> None:
-        known = where
-        while known and known not in self.lines:
-            known = known[:-1]
-        line = f":{self.lines[known]}" if known else ""
-        self.findings.append(error(f"{self.path.name}{line}", found, expected, remedy))
-
-    def typed(self, where: tuple[str, ...], value: Any, kind: str) -> Any:
-        try:
-            return convert(value, kind)
-        except TypeError:
-            self.fault(where, f"{'.'.join(where)} = {value!r}", kind, "")
-            return None
-
-    # --- the whole ------------------------------------------------------------------------------------------
+class _RecipeReading(Reading):
+    """One reading of one recipe."""
 
     def recipe(self) -> Recipe:
         top = {}
@@ -280,7 +205,7 @@ class _Reading:
                 )
             values = self.typed(where, values or {}, "map")
             if values is not None:
-                steps[name] = self.step(name, contract, values)
+                steps[name] = read_step(self, name, contract, values)
         return steps
 
     def renamed_stages(self, known: list[str], types: Types) -> dict[str, str]:
@@ -308,131 +233,13 @@ class _Reading:
                     nearest_stage(stage, steps),
                 )
             elif (given := self.typed((*where, stage), raw or {}, "map")) is not None:
-                kept = _beside(self.raw["stages"][stage] or {}, given, steps[stage].contract)
-                changed[stage] = self.step(stage, steps[stage].contract, {**kept, **given}, (*where, stage))
+                kept = beside(self.raw["stages"][stage] or {}, given, steps[stage].contract)
+                changed[stage] = read_step(
+                    self, stage, steps[stage].contract, {**kept, **given}, (*where, stage)
+                )
         # What the variant has from the recipe's own stages has been named there, with its line.
         self.findings[before:] = [f for f in self.findings[before:] if (f.found, f.expected) not in said]
         return changed
-
-    def step(
-        self, name: str, contract: Contract, values: dict[str, Any], where: tuple[str, ...] = ()
-    ) -> Step:
-        where = where or ("stages", name)
-        for key in values:
-            if key not in contract.parameters and key not in _RESERVED:
-                new = next(
-                    (to for to, parameter in contract.parameters.items() if parameter.was == key), None
-                )
-                remedy = renamed(new) if new else nearest(key, [*contract.parameters, *_RESERVED])
-                self.fault((*where, key), f"unknown key {name}.{key}", f"a parameter of {name}", remedy)
-        params = {}
-        for key, parameter in contract.parameters.items():
-            if key in values:
-                try:
-                    params[key] = parameter.accept(values[key])
-                except Unfit as unfit:
-                    for fault in unfit.faults:
-                        self.unfit((*where, key), name, fault)
-            elif parameter.required:
-                self.fault(where, f"no {key} in {name}", f"{key}: {parameter.expected}", parameter.doc)
-            else:
-                params[key] = parameter.accept(parameter.default)
-        for key, parameter in contract.parameters.items():
-            limit = params.get(parameter.at_most)
-            if limit and key in params and params[key] > limit:
-                unsaid = "" if key in values else " (the default)"
-                self.fault(
-                    (*where, key),
-                    f"{name}.{key} = {params[key]!r}{unsaid}",
-                    f"at most {parameter.at_most}, which is {limit!r}",
-                    parameter.doc,
-                )
-            other = parameter.instead_of
-            if other in values and key in values and params.get(key, parameter.default) != parameter.default:
-                found = f"{name}.{key} = {params[key]!r} and {name}.{other} = {values[other]!r}"
-                self.fault(
-                    (*where, key),
-                    found,
-                    f"one of {key} and {other}",
-                    f"Leave out {other} to use {key}, or {key} to use {other}.",
-                )
-        inputs = {key: key for key in contract.consumes}
-        for key, value in (self.typed((*where, "inputs"), values.get("inputs") or {}, "map") or {}).items():
-            if key not in contract.consumes:
-                self.fault(
-                    (*where, "inputs", key),
-                    f"unknown input {key}",
-                    f"an input of {name}",
-                    nearest(key, contract.consumes),
-                )
-            elif self.typed((*where, "inputs", key), value, "str") is not None:
-                inputs[key] = value
-        return Step(
-            name,
-            contract,
-            params,
-            inputs,
-            self.sources(name, contract, values),
-            self.needs(name, contract, values),
-        )
-
-    def unfit(self, where: tuple[str, ...], name: str, fault: Fault) -> None:
-        """A finding for one fault of the parameter at `where` of the stage `name`."""
-        path = ".".join((name, where[-1], *fault.where))
-        found = f"unknown key {path}" if fault.found.startswith("unknown key ") else f"{path} = {fault.found}"
-        self.fault((*where, *fault.where), found, fault.expected, fault.remedy)
-
-    def sources(self, name: str, contract: Contract, values: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
-        where = ("stages", name, "sources")
-        given = self.typed(where, values.get("sources") or {}, "map") or {}
-        for key in given:
-            if key not in contract.sources:
-                self.fault(
-                    (*where, key),
-                    f"unknown source {key}",
-                    f"a source of {name}",
-                    nearest(key, contract.sources),
-                )
-        sources = {}
-        for key, source in contract.sources.items():
-            if key not in given or given[key] in (None, []):
-                if not source.optional:
-                    self.fault(where, f"no source {key} in {name}", f"sources: {{{key}: ...}}", source.doc)
-                continue
-            listed = [given[key]] if isinstance(given[key], str) else given[key]
-            listed = self.typed((*where, key), listed, "list[str]")
-            if listed is None:
-                continue
-            if not source.many and len(listed) != 1:
-                self.fault((*where, key), f"{len(listed)} paths in {name}.sources.{key}", "exactly one")
-            paths = tuple(self.repo / Path(text).expanduser() for text in listed)
-            for path, text in zip(paths, listed, strict=False):
-                if not path.exists():
-                    self.fault(
-                        (*where, key),
-                        f"{text}, which does not exist",
-                        f"a file or folder ({source.doc})",
-                        "Paths count from the repository's root.",
-                    )
-            sources[key] = paths
-        return sources
-
-    def needs(self, name: str, contract: Contract, values: dict[str, Any]) -> Needs:
-        where = ("stages", name, "needs")
-        changed = {}
-        for key, value in (self.typed(where, values.get("needs") or {}, "map") or {}).items():
-            if key not in NEEDS_TYPES:
-                self.fault(
-                    (*where, key),
-                    f"unknown key {name}.needs.{key}",
-                    "a key of needs",
-                    nearest(key, NEEDS_TYPES),
-                )
-            elif (checked := self.typed((*where, key), value, NEEDS_TYPES[key])) is not None:
-                if checked < 0:
-                    self.fault((*where, key), f"{name}.needs.{key} = {checked:g}", "0 or more")
-                changed[key] = checked
-        return replace(contract.needs, **changed)
 
     def check_inputs(self, steps: dict[str, Step]) -> None:
         for step in steps.values():
@@ -481,17 +288,3 @@ def nearest_stage(name: str, stages: Mapping[str, Step]) -> str:
     """A sentence that names the stage that has the name now, or else the one whose name is closest."""
     new = next((new for new, step in stages.items() if step.contract.was == name), None)
     return renamed(new) if new else nearest(name, stages)
-
-
-def _beside(values: dict[str, Any], given: dict[str, Any], contract: Contract) -> dict[str, Any]:
-    """The recipe's `values` of a stage that stay beside those that a variant gives.
-
-    Of two parameters that stand instead of each other, the one that the variant gives replaces the other.
-    """
-    replaced = set()
-    for key, parameter in contract.parameters.items():
-        if key in given and given[key] != parameter.default:
-            replaced.add(parameter.instead_of)
-        if parameter.instead_of in given:
-            replaced.add(key)
-    return {key: value for key, value in values.items() if key not in replaced}

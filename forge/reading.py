@@ -1,0 +1,79 @@
+"""One YAML file as it is read: its values, the line of every key, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forge.contract import convert
+from forge.finding import Finding, Refused, error
+
+
+class Reading:
+    """`raw` holds the values of the file at `path`; paths in them count from `repo`. `findings` grows on the
+    way. Refused if the file is not YAML.
+    """
+
+    def __init__(self, path: Path, repo: Path):
+        self.path, self.repo = path, repo
+        self.findings: list[Finding] = []
+        self.lines: dict[tuple[str, ...], int] = {}
+        self.raw = self._parse()
+
+    def _parse(self) -> dict[str, Any]:
+        try:
+            loader = yaml.SafeLoader(self.path.read_bytes())
+            root = loader.get_single_node()
+        except yaml.YAMLError as fault:
+            mark = getattr(fault, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise Refused(
+                error(
+                    f"{self.path.name}{line}",
+                    getattr(fault, "problem", str(fault)),
+                    "YAML",
+                    "Mend that line.",
+                )
+            ) from fault
+        if not isinstance(root, yaml.MappingNode):
+            raise Refused(error(self.path.name, "no mapping", "keys such as name and stages", ""))
+        values: dict[str, Any] = self._value(loader, root, ())
+        return values
+
+    def _value(self, loader: yaml.SafeLoader, node: yaml.Node, where: tuple[str, ...]) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            values: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = str(loader.construct_object(key_node, deep=True))
+                if key in values:
+                    first = self.lines[(*where, key)]
+                    self.findings.append(
+                        error(
+                            f"{self.path.name}:{key_node.start_mark.line + 1}",
+                            f"{key} a second time",
+                            f"each key once (the first is in line {first})",
+                            "Remove one of the two.",
+                        )
+                    )
+                self.lines[(*where, key)] = key_node.start_mark.line + 1
+                values[key] = self._value(loader, value_node, (*where, key))
+            return values
+        return loader.construct_object(node, deep=True)
+
+    def fault(self, where: tuple[str, ...], found: str, expected: str, remedy: str = "") -> None:
+        """Adds a finding about the key at `where`, with its line or that of the nearest key around it."""
+        known = where
+        while known and known not in self.lines:
+            known = known[:-1]
+        line = f":{self.lines[known]}" if known else ""
+        self.findings.append(error(f"{self.path.name}{line}", found, expected, remedy))
+
+    def typed(self, where: tuple[str, ...], value: Any, kind: str) -> Any:
+        """`value` as a `kind` (forge/parameter.py); None, and a finding, if it is none."""
+        try:
+            return convert(value, kind)
+        except TypeError:
+            self.fault(where, f"{'.'.join(where)} = {value!r}", kind, "")
+            return None
