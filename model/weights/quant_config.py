@@ -123,7 +123,7 @@ def covers(exclude: str, module: str) -> bool:
     """Whether vLLM leaves `module` unquantised because of `exclude`: a part of its name, or a pattern of
     all of it.
 
-    So `backbone.layers.1` also covers layers 10 to 19. A pattern `name*` stands for `name` and all below
+    So `layers.1` also covers layers 10 to 19. A pattern `name*` stands for `name` and all below
     it.
     """
     return exclude.removesuffix("*") in module or fnmatchcase(module, exclude)

@@ -1,12 +1,12 @@
 """Any row that is read, as canonical messages: the formats, their keys, and what becomes of each
 (docs/formats.md has the table).
 
-Canonical: `role` in chat.ROLES; `content` a string, or None on an assistant turn that calls tools;
+Canonical: `role` in messages.ROLES; `content` a string, or None on an assistant turn that calls tools;
 `tool_calls`, a list of `{"id"?, "type": "function", "function": {"name", "arguments": mapping}}`;
 `tool_call_id` and `name` on a tool's message; `reasoning_content` on an assistant turn; `train: False` on
 any message. No other key survives. A key whose value is null counts as absent. What carries content and
 cannot be represented is refused by name, the rest is counted in `unused`. Whether the messages make a
-conversation (order, results of calls, empty turns) is for chat.normalise to say, for every source of
+conversation (order, results of calls, empty turns) is for messages.normalise to say, for every source of
 them.
 """
 
@@ -15,10 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from model.families.nemotron_h.chat import ROLES, ChatError
+from model.families.messages import ROLES, ChatError
 from stages import dataset
 
-ROLE = {  # ours are the four of chat.ROLES; the others are OpenAI's developer and function, and ShareGPT's
+# ours are the four of messages.ROLES; the others are OpenAI's developer and function, and ShareGPT's
+ROLE = {
     "system": "system",
     "developer": "system",
     "user": "user",

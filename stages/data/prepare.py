@@ -13,7 +13,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from model.families.nemotron_h import calls, chat
+from model.families import calls, chat
+from model.families.chat import Chat
+from model.families.messages import ChatError
 from stages import dataset, job
 from stages.data import files, formats, picture, production, rows, stats
 from stages.data.rows import Reject, Row
@@ -63,7 +65,10 @@ def run(task: Job) -> None:
     chosen, duplicates, overlap = rows.once(chosen)
     undeclared = outside(chosen, params["undeclared_calls"])
     tokenizer = AutoTokenizer.from_pretrained(task.inputs["base"])
-    prepared, refused = render(tokenizer, chosen, params["max_tokens"], params["reasoning"] == "train")
+    chat_format = chat.of_folder(task.inputs["base"])
+    prepared, refused = render(
+        chat_format, tokenizer, chosen, params["max_tokens"], params["reasoning"] == "train"
+    )
     rejects = gathered.rejects + refused
     refuse_many(task, rejects, gathered.total, params["max_reject_share"])
     for reject in rejects[:SHOWN]:
@@ -180,14 +185,16 @@ def outside(chosen: list[Row], policy: str) -> dict[str, int]:
     return dict(reasons.most_common())
 
 
-def render(tokenizer, chosen: list[Row], limit: int, reasoning: bool) -> tuple[list[Prepared], list[Reject]]:
+def render(
+    chat_format: Chat, tokenizer, chosen: list[Row], limit: int, reasoning: bool
+) -> tuple[list[Prepared], list[Reject]]:
     """Rows as tokens; those that cannot be trained on become rejects."""
     prepared, rejects = [], []
     for number, row in enumerate(chosen, 1):
         try:
-            rendered = chat.render(tokenizer, row.messages, row.tools, reasoning)
+            rendered = chat_format.render(tokenizer, row.messages, row.tools, reasoning)
             reason = ""
-        except chat.ChatError as error:
+        except ChatError as error:
             reason = str(error)
         except RecursionError:
             reason = "nested too deeply"

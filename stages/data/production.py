@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from model.families.nemotron_h import chat
+from model.families.messages import ChatError, served_tools
 from stages import dataset, job
 from stages.data import content
 from stages.data.rows import Row
@@ -52,8 +52,8 @@ def read_tools(path: Path) -> list[dict]:
             f"the tools file {path.name} holds {_described(value)}", SHAPE, "Put the tools into a list."
         )
     try:
-        tools = chat.served_tools(value)
-    except chat.ChatError as error:
+        tools = served_tools(value)
+    except ChatError as error:
         raise StageError(f"the tools file {path.name}: {error}", SHAPE, "Mend that tool.") from error
     names = Counter(tool["function"]["name"] for tool in tools)
     if twice := [name for name, count in names.items() if count > 1]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.families.nemotron_h import chat
+from model.families.messages import ChatError, normalise, served_tools
 from stages import job
 from stages.data import content, formats
 from stages.data.files import HELD_OUT, WITH_TRAIN, File, Listing
@@ -94,9 +94,9 @@ def read(file: File) -> Iterator[Row | Reject]:
         head = record.head.decode("utf-8", "replace")[:HEAD]
         try:
             if record.fault:
-                raise chat.ChatError(record.fault)
+                raise ChatError(record.fault)
             yield _row(record.value, file, record.line, head)
-        except chat.ChatError as error:
+        except ChatError as error:
             yield Reject(file.name, record.line, str(error), head)
 
 
@@ -128,8 +128,8 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
     row = Row(
         file.name,
         line,
-        chat.normalise(conversation.messages),
-        chat.served_tools(conversation.tools) or None,
+        normalise(conversation.messages),
+        served_tools(conversation.tools) or None,
         str(value.get("category") or file.stem),
         head,
         conversation.format,
@@ -139,11 +139,11 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
     try:
         _text([row.messages, row.tools, row.category]).encode()
     except UnicodeEncodeError as error:
-        raise chat.ChatError("half a surrogate pair: a character was cut in two") from error
+        raise ChatError("half a surrogate pair: a character was cut in two") from error
     except (TypeError, ValueError) as error:  # a table may hold dates and NaN
-        raise chat.ChatError(f"a value that JSON does not have: {error}") from error
+        raise ChatError(f"a value that JSON does not have: {error}") from error
     except RecursionError as error:
-        raise chat.ChatError("nested too deeply") from error
+        raise ChatError("nested too deeply") from error
     return row
 
 

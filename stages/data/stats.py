@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from typing import Any
 
-from model.families.nemotron_h.chat import Rendered
+from model.families.chat import Rendered
 from stages.data.rows import Reject, Row
 
 

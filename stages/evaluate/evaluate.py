@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model.families import serve
-from model.families.nemotron_h.messages import normalise, served_tools
+from model.families.messages import normalise, served_tools
 from model.families.serve import Checkpoint, Serving, ServingError
 from stages import check, dataset, job
 from stages.evaluate import checks, gate, overlap, report

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.families.nemotron_h.messages import ChatError, normalise, served_tools
+from model.families.messages import ChatError, normalise, served_tools
 from stages import dataset
 from stages.check import Finding
 

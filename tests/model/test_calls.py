@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.families.nemotron_h import calls
+from model.families import calls
 
 TIMER = {
     "type": "function",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model.families.nemotron_h.chat import ChatError, normalise, served_tools
+from model.families.messages import ChatError, normalise, served_tools
 from stages.data import formats
 from stages.data.formats import canonical
 

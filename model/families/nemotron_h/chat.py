@@ -8,11 +8,11 @@ begins right after it and ends with `<|im_end|>`, which the model has to say to 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from model.families.nemotron_h import markup
-from model.families.nemotron_h.messages import CALL_AS_TEXT, ROLES, ChatError, normalise, served_tools
+from model.families import markup
+from model.families.chat import Chat, Rendered
+from model.families.messages import CALL_AS_TEXT, ROLES, ChatError, normalise, served_tools
 from model.labels import IGNORED
 
 if TYPE_CHECKING:
@@ -38,19 +38,6 @@ THINKING = "<think>\n"  # and when it is on
 
 _TURN = "<|im_start|>assistant\n"
 _END = "<|im_end|>"
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """`input_ids` and `labels` have one entry per token; a label is IGNORED where nothing is trained."""
-
-    text: str
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def trained(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
 
 
 def template_text(
@@ -199,3 +186,6 @@ def _refuse_markup(
                 raise ChatError(
                     f"tool {function['name']} holds {match.group()}, which only the template may write"
                 )
+
+
+NEMOTRON_H = Chat(model_type="nemotron_h", render=render)

@@ -12,7 +12,7 @@ import math
 import re
 from typing import Any
 
-from model.families.nemotron_h import markup
+from model.families import markup
 
 ROLES = ("system", "user", "assistant", "tool")
 # vLLM removes a line that begins so from the start of a system prompt.

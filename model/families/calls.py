@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.families.nemotron_h.messages import normalise, served_tools
+from model.families.messages import normalise, served_tools
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
