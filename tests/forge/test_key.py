@@ -174,6 +174,13 @@ def test_flags_of_a_server_are_in_no_key_of_what_trains():
         assert serving <= in_key(stage), stage
 
 
+def test_what_renders_and_serves_runs_again_for_no_change_to_tensors_or_layouts():
+    for stage in ("data", "evaluate", "package"):
+        reached = set(map(str, in_key(stage)))
+        assert not reached & {"model/families/registry.py", "model/layouts.py"}, stage
+        assert "model/families/nemotron_h/names.py" not in reached, stage
+
+
 def test_what_trains_has_its_whole_family_in_its_key():
     own = {path.relative_to(REPO) for path in (REPO / "model/families/nemotron_h").glob("*.py")}
     reached = in_key("train")

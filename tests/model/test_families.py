@@ -116,3 +116,20 @@ def test_nothing_outside_the_families_knows_a_name_of_one_of_them():
         and OWN.search(path.read_text())
     }
     assert knowing == BOUND
+
+
+def test_whoever_drives_a_model_asks_its_family():
+    importers = {
+        str(path.relative_to(REPO))
+        for room in ("model", "stages")
+        for path in (REPO / room).rglob("*.py")
+        if not path.is_relative_to(REPO / "model" / "families")
+        and re.search(r"import.*nemotron_h|nemotron_h.* import", path.read_text())
+    }
+    # What makes a NemotronH of its own: the small base, and the shape that kernels are compiled for.
+    assert importers == {
+        "stages/base/make.py",
+        "stages/base/teach.py",
+        "stages/base/tiny.py",
+        "stages/train/warm.py",
+    }
