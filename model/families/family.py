@@ -94,7 +94,6 @@ class Family:
     """
 
     model_type: str
-    title: str  # as people call it
 
     # Tensors and linears
     tensors: Callable[[Config], dict[str, Spec]]  # of the BF16 repository, in checkpoint order
@@ -113,7 +112,6 @@ class Family:
     hub: Callable[[str], str]  # native to hub, but for stacks
     layer: Callable[[str], int | None]  # the layer that a tensor is of
     in_layer: Callable[[str, int], str]  # the name that a layer's tensor has in another layer
-    block: Callable[[int], str]  # native name of a layer's block
     embeddings: str
     final_norm: str
     head: str

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def test_a_preset_in_pefts_words_is_its_linears(preset):
     suffixes = tuple(f".{suffix}" for suffix in (*chosen.target_modules, *chosen.target_parameters))
     expected = {x.name for x in NEMOTRON_H.linears(NANO) if x.module.endswith(suffixes)}
     assert {linear.name for linear in NEMOTRON_H.targeted(NANO, preset)} == expected != set()
+
+
+def test_recipes_may_choose_what_the_family_has():
+    def choices(stage, name):
+        return tomllib.loads((REPO / f"stages/{stage}/stage.toml").read_text())["parameters"][name]["choices"]
+
+    assert set(choices("train", "targets")) == set(NEMOTRON_H.presets)
+    assert set(choices("quantize", "layout")) == set(NEMOTRON_H.layouts)
 
 
 def test_an_unknown_preset_is_refused():

@@ -78,7 +78,6 @@ def _initial(name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
 
 NEMOTRON_H = Family(
     model_type="nemotron_h",
-    title="NemotronH",
     tensors=names.tensors,
     precisions=tuple(_PRECISIONS),
     in_precision=_in_precision,
@@ -93,7 +92,6 @@ NEMOTRON_H = Family(
     hub=names.hub,
     layer=names.layer,
     in_layer=names.in_layer,
-    block=names.block,
     embeddings=names.EMBEDDINGS,
     final_norm=names.FINAL_NORM,
     head=names.HEAD,
