@@ -85,7 +85,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Spec:
+class ContainerSpec:
     """A container as the API and as `docker run` take it. It mounts data; its code is the image's."""
 
     image: str
@@ -377,7 +377,7 @@ class Docker:
             ) from fault
         return Running(container, output)
 
-    def spec(self, task: Task, job: Path, mounts: list[tuple[str, str, bool]]) -> Spec:
+    def spec(self, task: Task, job: Path, mounts: list[tuple[str, str, bool]]) -> ContainerSpec:
         program = task.program
         environment = {
             "HOME": "/scratch/home",
@@ -388,7 +388,7 @@ class Docker:
         if kernels := self.kernels(task):
             environment[KERNELS] = KERNELS_INSIDE
             mounts = [*mounts, (str(kernels), KERNELS_INSIDE, False)]
-        return Spec(
+        return ContainerSpec(
             image=self.baked(program),
             command=["/job.json"] if program.own else ["-m", program.module, "/job.json"],
             user=f"{self.user[0]}:{self.user[1]}",
@@ -423,7 +423,7 @@ class Docker:
             return str(target)
 
         words = [inside(number, argument) for number, argument in enumerate(arguments)]
-        return Spec(
+        return ContainerSpec(
             image=self.baked(program),
             command=["-m", program.module, *words],
             user=f"{self.user[0]}:{self.user[1]}",
