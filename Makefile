@@ -8,7 +8,7 @@ EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
 
-.PHONY: help demo test lint long model warm serve chat plan status doctor arm64 requirements clean FORCE
+.PHONY: help demo test lint long model warm serve chat plan status doctor arm64 requirements parameters clean FORCE
 
 help:
 	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 10 minutes)"
@@ -76,6 +76,10 @@ requirements: .venv/.ready
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate tests/requirements.in -o tests/requirements.lock
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links --no-annotate tests/lint.in -o tests/lint.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --python-version 3.11 --python-platform aarch64-manylinux_2_28 --excludes images/torch-aarch64.excludes.txt --no-header --no-emit-index-url --no-emit-find-links --no-annotate images/torch-aarch64.in -o images/torch-aarch64.lock
+
+# stages/<name>/parameters.py from each stage.toml; tests/forge/test_typed_parameters.py says when one is out of date.
+parameters: .venv/.ready
+	@.venv/bin/python -m forge.typed_parameters
 
 # Artifacts and environments stay in .annie (or $$ANNIE_HOME): they cost minutes or days, so deleting them is left to you.
 clean:

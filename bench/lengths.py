@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from bench.stage_job import defaults
 from model.labels import IGNORED
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +121,15 @@ def count_sample() -> list[int]:
             folder.mkdir()
         make.make_tokenizer(make.read([data / "lessons.jsonl"]), vocabulary, folders[0])
         prepare.run(
-            Job("data", {"tools": "allow"}, {"base": folders[0]}, folders[1], folders[2], SEED, sources)
+            Job(
+                "data",
+                defaults("data") | {"tools": "allow"},
+                {"base": folders[0]},
+                folders[1],
+                folders[2],
+                SEED,
+                sources,
+            )
         )
         return sorted(
             len(row["input_ids"])

@@ -246,6 +246,7 @@ def doctored(folder: Path, device: str, limit: float) -> dict:
     from stages.job import StageError
     from stages.merge import proof
     from stages.merge.merge import stream
+    from stages.merge.parameters import Parameters
     from stages.merge.peft_reading import PeftReading
 
     job._events = (folder / "doctored.log").open("w")
@@ -267,7 +268,7 @@ def doctored(folder: Path, device: str, limit: float) -> dict:
         shutil.copyfile(source / "adapter_config.json", target / "adapter_config.json")
         changed = stream(checkpoint, Adapter(target, checkpoint), output)
         merged, reading = Checkpoint(output), PeftReading(source, adapter.tensors, checkpoint.config, device)
-        params = {"proof_tokens": 512, "proof_precision": "bfloat16"}
+        params = Parameters(proof_tokens=512, proof_precision="bfloat16", control=False)
         try:
             proof.files(checkpoint, merged, adapter, changed)
             proof.forward(

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench import operations
+from bench.stage_job import defaults
 from bench.weights import Random
 from model import audit, layouts, walk
 from model.families.nemotron_h.layout import LAYOUTS
@@ -69,7 +70,7 @@ def make(folder: Path, config: dict, device: str, form: str, chosen: str, kv_cac
         source,
         modules,
         maxima,
-        Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, output, folder, 0, device=device),
+        Job("quantize", defaults("quantize") | {"layout": chosen}, {}, output, folder, 0, device=device),
     )
     written = time.perf_counter()
     quant_config.write(output, layouts.hf_quant_config(config, chosen, kv_cache, "0.47.0", form == "w4a16"))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge import code, hashing, image
+from forge import code, hashing, image, typed_parameters
 from forge.program import Program
 from forge.recipe import Recipe, Step
 
@@ -38,7 +38,11 @@ def of(
     built again and comes out the same leaves every key after it as it was."""
     contract = step.contract
     files = code.closure(repo, step.name, contract.apart)
-    components = {f"code/{path}": memo.file(repo / path) for path in files}
+    components = {
+        f"code/{path}": memo.file(repo / path)
+        for path in files
+        if not typed_parameters.follows(contract, repo / path)  # each parameter comes in below
+    }
     components |= image.components(recipe.images[contract.image], executor)
     dockerfile = Program(step.name, recipe.images[contract.image], repo).dockerfile
     if executor != "local" and dockerfile.is_file():

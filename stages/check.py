@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.job import StageError
+from stages.job import StageError, T, typed
 
 MOST = 20  # findings of one check that are shown
 
@@ -48,6 +48,12 @@ class Given:
     sources: dict[str, list[Path]] = field(default_factory=dict)
     inputs: dict[str, Given] = field(default_factory=dict)
     device: str = "cpu"
+
+    def parameters(self, kind: type[T]) -> T:
+        """`params` as the stage's dataclass (stages/<name>/parameters.py). Raises StageError unless they
+        are exactly its fields.
+        """
+        return typed(kind, self.params)
 
 
 def given(raw: dict) -> Given:

@@ -7,9 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,12 @@ class Job:
     provenance: dict[str, dict[str, str]] = field(default_factory=dict)
     previous: Path | None = None
 
+    def parameters(self, kind: type[T]) -> T:
+        """`params` as the stage's dataclass (stages/<name>/parameters.py). Raises StageError unless they
+        are exactly its fields.
+        """
+        return typed(kind, self.params)
+
 
 class StageError(Exception):
     """A failure the user can mend: what was found, what was expected, what to do."""
@@ -37,6 +48,25 @@ class StageError(Exception):
     def __init__(self, found: str, expected: str, remedy: str):
         super().__init__(f"{found}; expected {expected}. {remedy}")
         self.found, self.expected, self.remedy = found, expected, remedy
+
+
+def typed(kind: type[T], params: dict[str, Any]) -> T:
+    """`params` as an object of the dataclass `kind`. Raises StageError that names each field that is
+    missing and each name that is no field.
+    """
+    names = [each.name for each in fields(kind)]
+    missing = [name for name in names if name not in params]
+    unknown = [name for name in params if name not in names]
+    if missing or unknown:
+        faults = [
+            f"{fault} {', '.join(those)}" for fault, those in (("no", missing), ("unknown", unknown)) if those
+        ]
+        raise StageError(
+            f"in the job's params: {'; '.join(faults)}",
+            f"exactly the parameters of {kind.__module__}",
+            "build.py fills in every default; a job written by hand has to hold each of them.",
+        )
+    return kind(**params)
 
 
 def read(path: str | Path) -> Job:

@@ -2,10 +2,11 @@
 
 from stages import job
 from stages.base import folder, hub, make
+from stages.base.parameters import Parameters
 
 
 def run(task: job.Job) -> None:
-    {"hub": hub.run, "folder": folder.run, "tiny": make.run}[task.params["source"]](task)
+    {"hub": hub.run, "folder": folder.run, "tiny": make.run}[task.parameters(Parameters).source](task)
 
 
 if __name__ == "__main__":

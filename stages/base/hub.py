@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stages import job
 from stages.base import folder
+from stages.base.parameters import Parameters
 
 WANTED = ("*.json", "*.jinja", "*.safetensors", "*.py", "*.model", "LICENSE*", "README.md")
 BLOCK = 16 * 1024 * 1024
@@ -30,7 +31,8 @@ def run(task: job.Job) -> None:
     # its transport's own class: a refused connection is one, and no HfHubHTTPError
     from huggingface_hub.errors import HTTPError
 
-    repository, commit = task.params["repository"], task.params["commit"]
+    params = task.parameters(Parameters)
+    repository, commit = params.repository, params.commit
     if not repository:
         raise job.StageError("no `repository`", "one such as owner/name", "Name it in the recipe")
     if not re.fullmatch(r"[0-9a-f]{40}", commit):

@@ -13,18 +13,17 @@ from model.families.nemotron_h.chat import ChatError, Rendered, render, template
 from stages import dataset, job
 from stages.base import teach, tiny
 from stages.base import tokenizer as words
+from stages.base.parameters import Parameters
 
 
 def run(task: job.Job) -> None:
     """Writes a taught tiny checkpoint into the job's output."""
-    params = task.params
+    params = task.parameters(Parameters)
     conversations = read(task.sources.get("lessons", []))
     check_sizes(params)
-    tokenizer = make_tokenizer(conversations, params["vocabulary"], task.output)
+    tokenizer = make_tokenizer(conversations, params.vocabulary, task.output)
     lessons = rendered(conversations, tokenizer)
-    description = tiny.config(
-        params["pattern"], params["hidden"], params["experts"], -(-len(tokenizer) // 64) * 64
-    )
+    description = tiny.config(params.pattern, params.hidden, params.experts, -(-len(tokenizer) // 64) * 64)
 
     torch.manual_seed(task.seed)
     # matrices this small gain from a second core and lose from a third; and sums come out the same everywhere
@@ -33,19 +32,19 @@ def run(task: job.Job) -> None:
     tiny.delicate_biases(model, task.seed)
     # on a CPU the loop over a few experts beats the grouped product
     model.set_experts_implementation("eager")
-    short = [row for row in lessons if len(row.input_ids) <= params["short_tokens"]]
+    short = [row for row in lessons if len(row.input_ids) <= params.short_tokens]
     if not short:
         raise job.StageError(
-            f"no lesson has {params['short_tokens']} tokens or fewer",
+            f"no lesson has {params.short_tokens} tokens or fewer",
             "short lessons to begin with",
             "Raise short_tokens, or add short lessons",
         )
-    total, began = params["short_steps"] + params["steps"], time.monotonic()
+    total, began = params.short_steps + params.steps, time.monotonic()
     # A small model that meets long conversations first learns the decoration and never which question wants
     # which answer.
     phases = [
-        (short, params["short_steps"], params["batch_tokens"] // 2, 2 * params["learning_rate"]),
-        (lessons, params["steps"], params["batch_tokens"], params["learning_rate"]),
+        (short, params.short_steps, params.batch_tokens // 2, 2 * params.learning_rate),
+        (lessons, params.steps, params.batch_tokens, params.learning_rate),
     ]
     done = 0
     for rows, steps, batch_tokens, learning_rate in phases:
@@ -88,21 +87,21 @@ def read(paths: list[Path]) -> list[dict]:
     return found
 
 
-def check_sizes(params: dict) -> None:
+def check_sizes(params: Parameters) -> None:
     """Raises StageError for sizes that NVFP4 or 4-bit training could not hold, before anything is built."""
-    if params["hidden"] % 128:
+    if params.hidden % 128:
         raise job.StageError(
-            f"hidden {params['hidden']}",
+            f"hidden {params.hidden}",
             "a multiple of 128",
             "4-bit training and NVFP4 need widths in multiples of 64 after halving",
         )
-    if unknown := set(params["pattern"]) - set("M*E"):
+    if unknown := set(params.pattern) - set("M*E"):
         raise job.StageError(
-            f"pattern {params['pattern']!r} with {sorted(unknown)}", "letters M, * and E", "Change `pattern`"
+            f"pattern {params.pattern!r} with {sorted(unknown)}", "letters M, * and E", "Change `pattern`"
         )
-    if "*" not in params["pattern"]:
+    if "*" not in params.pattern:
         raise job.StageError(
-            f"pattern {params['pattern']!r}", "at least one attention layer (*)", "Change `pattern`"
+            f"pattern {params.pattern!r}", "at least one attention layer (*)", "Change `pattern`"
         )
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,11 +17,11 @@ from model.families.chat import Chat
 from model.families.messages import ChatError
 from stages import dataset, job
 from stages.data import files, formats, picture, production, rows, stats
+from stages.data.parameters import Parameters
 from stages.data.rows import Reject, Row
 from stages.data.split import split
 from stages.job import Job, StageError
 
-CONTRACT = Path(__file__).with_name("stage.toml")
 LITTLE = (
     0.05  # a share of trained tokens that is worth a warning: most of such a run is spent on reading prompts
 )
@@ -41,9 +40,7 @@ def run(task: Job) -> None:
     """Writes the artifact `chat-dataset` (docs/formats.md). Raises StageError if a source or too many of
     the rows cannot be used.
     """
-    params = {
-        name: value["default"] for name, value in tomllib.loads(CONTRACT.read_text())["parameters"].items()
-    } | task.params
+    params = task.parameters(Parameters)
     prompt = production.read_prompt(task.sources["prompt"][0])
     tools = production.read_tools(task.sources["tools"][0]) if task.sources.get("tools") else []
     listing = files.listed(task.sources["conversations"])
@@ -56,26 +53,24 @@ def run(task: Job) -> None:
             "files with one conversation a line",
             "Check `sources.conversations` in the recipe.",
         )
-    refuse_many(task, gathered.rejects, gathered.total, params["max_reject_share"])
+    refuse_many(task, gathered.rejects, gathered.total, params.max_reject_share)
     chosen, prompts = production.with_prompt(
-        gathered.rows, prompt, params["missing_prompt"], params["other_prompts"]
+        gathered.rows, prompt, params.missing_prompt, params.other_prompts
     )
-    chosen, equipped = production.with_tools(chosen, tools, params["tools"])
-    chosen, thinking = thoughts(chosen, params["reasoning"])
+    chosen, equipped = production.with_tools(chosen, tools, params.tools)
+    chosen, thinking = thoughts(chosen, params.reasoning)
     chosen, duplicates, overlap = rows.once(chosen)
-    undeclared = outside(chosen, params["undeclared_calls"])
+    undeclared = outside(chosen, params.undeclared_calls)
     tokenizer = AutoTokenizer.from_pretrained(task.inputs["base"])
     chat_format = chat.of_folder(task.inputs["base"])
-    prepared, refused = render(
-        chat_format, tokenizer, chosen, params["max_tokens"], params["reasoning"] == "train"
-    )
+    prepared, refused = render(chat_format, tokenizer, chosen, params.max_tokens, params.reasoning == "train")
     rejects = gathered.rejects + refused
-    refuse_many(task, rejects, gathered.total, params["max_reject_share"])
+    refuse_many(task, rejects, gathered.total, params.max_reject_share)
     for reject in rejects[:SHOWN]:
         job.warning(
             f"{reject.file}:{reject.line} rejected: {reject.reason}", "all rejects are in rejects.jsonl"
         )
-    train, held_out = split(prepared, params["eval_share"])
+    train, held_out = split(prepared, params.eval_share)
     if not train:
         save(task, rejects)
         raise StageError(

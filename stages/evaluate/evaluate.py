@@ -19,6 +19,7 @@ from model.families.serve import Checkpoint, Serving, ServingError
 from stages import check, dataset, job
 from stages.evaluate import checks, gate, overlap, report
 from stages.evaluate import questions as written
+from stages.evaluate.parameters import Parameters
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
 
@@ -36,7 +37,8 @@ class Plan:
 
 
 def run(its: Job) -> None:
-    if wrong := gate.faults(its.params["gate"]):
+    params = its.parameters(Parameters)
+    if wrong := gate.faults(params.gate):
         raise StageError(
             "; ".join(wrong),
             f"a gate on the columns {', '.join(gate.COLUMNS)}",
@@ -52,10 +54,10 @@ def run(its: Job) -> None:
                 vllm,
                 its.device,
                 plan.checkpoint,
-                its.params["max_model_len"],
-                its.params["concurrency"],
-                its.params["memory_share"],
-                kv_cache=its.params["kv_cache"],
+                params.max_model_len,
+                params.concurrency,
+                params.memory_share,
+                kv_cache=params.kv_cache,
             )
             for plan in plans
         ]
@@ -75,13 +77,13 @@ def run(its: Job) -> None:
                     server,
                     name,
                     asked,
-                    its.params,
+                    params,
                     serving.request,
                     f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})",
                 )
                 seconds[column] = round(time.monotonic() - began, 1)
             if plan.adapter:
-                check_adapter(answers, its.params["control"])
+                check_adapter(answers, params.control)
     write(its, vllm, asked, answers, seconds)
 
 
@@ -193,7 +195,7 @@ def servers(its: Job, serving: Serving) -> list[Plan]:
 
 
 def ask_all(
-    server: Server, name: str, asked: list[dict], params: dict, request: dict, label: str
+    server: Server, name: str, asked: list[dict], params: Parameters, request: dict, label: str
 ) -> list[dict]:
     """An answer for every question, in their order; several are under way at once. Messages and tools are
     sent in the form that is trained.
@@ -205,7 +207,7 @@ def ask_all(
         body = {
             "model": name,
             "messages": [as_openai(m) for m in normalise(question["messages"])],
-            "max_tokens": params["max_tokens"],
+            "max_tokens": params.max_tokens,
             "temperature": 0,
             "seed": 0,
             "chat_template_kwargs": request,
@@ -217,7 +219,7 @@ def ask_all(
         job.progress(done, len(asked), "question", label)
         return {**choice["message"], "finish_reason": choice["finish_reason"]}
 
-    with ThreadPoolExecutor(params["concurrency"]) as pool:
+    with ThreadPoolExecutor(params.concurrency) as pool:
         return list(pool.map(one, asked))
 
 
@@ -296,8 +298,8 @@ def write(
         column: [checks.score(q, a) for q, a in zip(asked, given, strict=False)]
         for column, given in answers.items()
     }
-    control = its.params["control"]
-    summary = report.summarise(asked, scored, its.params["gate"], control) | {
+    params = its.parameters(Parameters)
+    summary = report.summarise(asked, scored, params.gate, params.control) | {
         "seconds": seconds,
         "vllm": vllm,
     }
@@ -320,10 +322,9 @@ def write(
         ),
     )
     (its.output / "exchange.json").write_text(
-        json.dumps(exchange(asked, scored, answers, its.params["max_tokens"]), indent=2, ensure_ascii=False)
-        + "\n"
+        json.dumps(exchange(asked, scored, answers, params.max_tokens), indent=2, ensure_ascii=False) + "\n"
     )
     for column, share in summary["pass"].items():
         job.metric(f"pass_{column}", share)
-    if not summary["gate"]["passed"] and not control:
+    if not summary["gate"]["passed"] and not params.control:
         job.warning(summary["gate"]["says"], "no serving image is made from this; see report.md")

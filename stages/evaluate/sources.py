@@ -12,6 +12,7 @@ from model.families.serve import Checkpoint, ServingError, kv_cache
 from stages import check, dataset
 from stages.check import Finding, Given
 from stages.evaluate import gate, overlap, questions
+from stages.evaluate.parameters import Parameters
 
 # of conversations that are read here, a tenth of a second; stage evaluate looks at all of them before its
 # first server
@@ -30,7 +31,7 @@ def cache(stage: Given) -> list[Finding]:
         return []
     checkpoint = Checkpoint("nvidia", fp8_cache=stage.inputs["quantize"].params["kv_cache"] == "FP8")
     try:
-        chosen = kv_cache(NEWEST, stage.device, checkpoint, stage.params["kv_cache"])
+        chosen = kv_cache(NEWEST, stage.device, checkpoint, stage.parameters(Parameters).kv_cache)
     except ServingError as error:
         return [
             Finding(
@@ -63,7 +64,7 @@ def behaviour(stage: Given) -> list[Finding]:
             "a gate that can be held",
             "docs/formats.md, The gate, says what one holds.",
         )
-        for fault in gate.faults(stage.params["gate"])
+        for fault in gate.faults(stage.parameters(Parameters).gate)
     ]
     if not stage.sources.get("questions"):
         if "data" in stage.inputs and stage.inputs["data"].params.get("eval_share") == 0:

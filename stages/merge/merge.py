@@ -22,11 +22,12 @@ from model.weights.checkpoint import Checkpoint, CheckpointError, Slot, Work, wr
 from stages import job
 from stages.job import Job, StageError
 from stages.merge import proof
+from stages.merge.parameters import Parameters
 from stages.merge.peft_reading import PeftReading
 
 
 def run(task: Job) -> None:
-    base_folder, control = task.inputs["base"], task.params["control"]
+    base_folder, params = task.inputs["base"], task.parameters(Parameters)
     if faults := audit.bf16(base_folder, values=False):
         raise StageError(f"{faults[0].subject}: {faults[0].found}", faults[0].expected, faults[0].remedy)
     try:
@@ -47,12 +48,12 @@ def run(task: Job) -> None:
     facts = {
         "rank": adapter.rank,
         "scale": adapter.scale,
-        **proof.files(base, merged, adapter, changed, control),
+        **proof.files(base, merged, adapter, changed, params.control),
     }
-    if not control:  # equal bytes have an equal forward
-        if task.params["proof_tokens"]:
+    if not params.control:  # equal bytes have an equal forward
+        if params.proof_tokens:
             forward, agreement = proof.forward(
-                base, adapter, merged, reading, task.inputs["data"] / "train.jsonl", task.params, task.device
+                base, adapter, merged, reading, task.inputs["data"] / "train.jsonl", params, task.device
             )
         else:
             forward, agreement = {}, proof.tensors(base, merged, adapter, reading)

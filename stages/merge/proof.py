@@ -20,6 +20,7 @@ from model.lora import Adapter
 from model.weights.checkpoint import Checkpoint
 from stages import dataset, job
 from stages.job import StageError
+from stages.merge.parameters import Parameters
 from stages.merge.peft_reading import PeftReading
 from stages.merge.rounding import DO_NOT_USE, Agreement, compare
 
@@ -152,7 +153,7 @@ def forward(
     merged: Checkpoint,
     reading: PeftReading,
     rows: Path,
-    params: dict,
+    params: Parameters,
     device: str,
 ) -> tuple[dict, Agreement]:
     """The merged model's forward against that of base and adapter, on real conversations, in
@@ -167,8 +168,8 @@ def forward(
 
     Raises StageError with the tensor's or the layer's name, and if the adapter has no effect at all.
     """
-    dtype, config, family = getattr(torch, params["proof_precision"]), base.config, adapter.family
-    sequences = walk.packed(sample(rows, params["proof_tokens"]), params["proof_tokens"])
+    dtype, config, family = getattr(torch, params.proof_precision), base.config, adapter.family
+    sequences = walk.packed(sample(rows, params.proof_tokens), params.proof_tokens)
     layers, embeddings = walk.Layers(config, dtype, device), base.tensor(family.embeddings)
     plain, adapted, reference, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(4))
     agreement, same, worst = Agreement(), True, (0.0, "")

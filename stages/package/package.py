@@ -10,6 +10,7 @@ from model.families.serve import Checkpoint, Serving, ServingError
 from stages import job
 from stages.job import Job, StageError
 from stages.package import card
+from stages.package.parameters import Parameters
 
 PORT = 8000
 
@@ -29,20 +30,21 @@ def run(its: Job) -> None:
         job.warning(
             gate["says"], "The model card says so too; write a gate before this model goes into production"
         )
-    serves = its.params["serves"]
+    params = its.parameters(Parameters)
+    serves = params.serves
     serving = serve.of_folder(its.inputs["base"])
-    checkpoint = served(its, serving)
+    checkpoint = served(its, serving, serves)
     try:
         vllm = serve.installed()
         flags = serving.serve(
             vllm,
             its.device,
             checkpoint,
-            its.params["max_model_len"],
-            its.params["max_num_seqs"],
-            its.params["memory_share"],
+            params.max_model_len,
+            params.max_num_seqs,
+            params.memory_share,
             serving.base_name if serves == "tuned" else serving.name,
-            its.params["kv_cache"],
+            params.kv_cache,
         )
     except ServingError as error:
         raise StageError(
@@ -61,16 +63,18 @@ def run(its: Job) -> None:
         "chat_template_kwargs": serving.request,
     }
     (its.output / "serve.json").write_text(json.dumps(described, indent=1) + "\n")
-    (its.output / "check.json").write_text(json.dumps(check(its), indent=1, ensure_ascii=False) + "\n")
+    (its.output / "check.json").write_text(
+        json.dumps(check(its, serves), indent=1, ensure_ascii=False) + "\n"
+    )
     for name in ("prompt.txt", "tools.json"):
         shutil.copyfile(its.inputs["data"] / name, its.output / name)
     (its.output / "README.md").write_text(card.markdown(described, report, checkpoint, its.provenance))
     job.progress(1, 1, "serving")
 
 
-def served(its: Job, serving: Serving) -> Checkpoint:
+def served(its: Job, serving: Serving, serves: str) -> Checkpoint:
     """What decides the flags of what is served."""
-    match its.params["serves"]:
+    match serves:
         case "nvfp4":
             return serve.quantised(its.inputs["quantize"])
         case "tuned":
@@ -79,15 +83,15 @@ def served(its: Job, serving: Serving) -> Checkpoint:
             return Checkpoint()
 
 
-def check(its: Job) -> dict:
+def check(its: Job, serves: str) -> dict:
     """A question of the evaluation that the served model answers otherwise than the base, so that a
     running server can be told from one.
     """
     exchange = json.loads((its.inputs["evaluate"] / "exchange.json").read_text())
-    base, answer = (exchange["answers"].get(column) for column in ("base", its.params["serves"]))
+    base, answer = (exchange["answers"].get(column) for column in ("base", serves))
     if answer == base:
         raise StageError(
-            f"the {its.params['serves']} model answers every question as the base does",
+            f"the {serves} model answers every question as the base does",
             "a question that it answers otherwise",
             "Ask what the training is about (sources of evaluate), or train more: as it is, nobody could tell"
             " that it was tuned.",

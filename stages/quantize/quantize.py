@@ -24,21 +24,22 @@ from model.weights.checkpoint import INDEX, Checkpoint, Slot, Work, write, write
 from stages import dataset, job
 from stages.job import Job, StageError
 from stages.quantize import calibrate, fidelity
+from stages.quantize.parameters import Parameters
 
 
 def run(its: Job) -> None:
-    source, params = Checkpoint(its.inputs["merge"]), its.params
-    chosen, weight_only = params["layout"], params["format"] == "w4a16"
+    source, params = Checkpoint(its.inputs["merge"]), its.parameters(Parameters)
+    chosen, weight_only = params.layout, params.format == "w4a16"
     modules = layouts.quantised(source.config, chosen)
     maxima: dict[str, torch.Tensor] = {}
     calibration: dict = {}
     if not weight_only:
         rows = calibrate.conversations(
-            its.inputs["data"] / "train.jsonl", params["calibration_rows"], params["calibration_tokens"]
+            its.inputs["data"] / "train.jsonl", params.calibration_rows, params.calibration_tokens
         )
-        maxima, idle = calibrated(source, chosen, rows, params["engine"], its.device)
+        maxima, idle = calibrated(source, chosen, rows, params.engine, its.device)
         calibration = {
-            "engine": params["engine"],
+            "engine": params.engine,
             "conversations": len(rows),
             "tokens": sum(map(len, rows)),
             "idle": idle,
@@ -50,7 +51,7 @@ def run(its: Job) -> None:
                 "Raise calibration_rows, or give conversations that look like those it will serve",
             )
     stream(source, modules, maxima, its)
-    kv_cache = None if params["kv_cache"] == "none" else params["kv_cache"]
+    kv_cache = None if params.kv_cache == "none" else params.kv_cache
     quant_config.write(
         its.output,
         layouts.hf_quant_config(
@@ -61,8 +62,8 @@ def run(its: Job) -> None:
     made = Checkpoint(its.output)
     report = {
         "layout": chosen,
-        "format": params["format"],
-        "scales": params["scales"],
+        "format": params.format,
+        "scales": params.scales,
         "quantised": len(modules),
         "tensors": len(made.entries),
         "bytes": made.bytes,
@@ -70,7 +71,7 @@ def run(its: Job) -> None:
         "calibration": calibration,
         "findings": [f.as_json() for f in findings],
     }
-    if not findings and params["fidelity_tokens"]:
+    if not findings and params.fidelity_tokens:
         report |= compared(source, made, its)
     (its.output / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
     if findings:
@@ -93,7 +94,8 @@ def compared(source: Checkpoint, made: Checkpoint, its: Job) -> dict:
             "Set eval_share above 0 in stage data, or fidelity_tokens: 0 to leave the comparison out",
         )
         return {}
-    figures = fidelity.measure(source, made, fidelity.rows(path, its.params["fidelity_tokens"]), its.device)
+    rows = fidelity.rows(path, its.parameters(Parameters).fidelity_tokens)
+    figures = fidelity.measure(source, made, rows, its.device)
     job.metric("held-out loss before", figures["loss"]["source"])
     job.metric("held-out loss in NVFP4", figures["loss"]["quantised"])
     job.metric("KL to the source", figures["kl"])
@@ -143,9 +145,10 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
     Without `maxima` weights alone are quantised, and no input has a scale.
     """
     output, packed = its.output, set(modules)
+    params = its.parameters(Parameters)
     specs = layouts.tensors(
         source.config,
-        its.params["layout"],
+        params.layout,
         {n: Spec(e.shape, e.dtype) for n, e in source.entries.items()},
         not maxima,
     )
@@ -164,7 +167,7 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
                 source,
                 module,
                 nvfp4.global_scale(maxima[module]) if maxima else None,
-                its.params["scales"],
+                params.scales,
                 its.device,
             )
         return [partial(current.part, part)]

@@ -23,19 +23,20 @@ from stages.train import checkpoints, guard, memory, picture, ranks, sizes
 from stages.train.board import Board
 from stages.train.loop import History, Loop
 from stages.train.pack import Order, trained_tokens, unfilled
+from stages.train.parameters import Parameters
 from stages.train.teacher import Teacher
 from stages.train.watch import Watch
 
 
 def run(task: job.Job) -> None:
     """Trains and writes `adapter/`, `training.json`, `loss.jsonl`, `loss.png` and `tensorboard/`."""
-    began = time.monotonic()
-    guard.enough(task.params["steps"])
+    began, params = time.monotonic(), task.parameters(Parameters)
+    guard.enough(params.steps)
     its = ranks.join(task.device)
     if task.device == "cpu":
         # Small matrices gain from a second core and lose from a third; and sums come out the same everywhere.
         torch.set_num_threads(max(1, 2 // its.world))
-    if task.params["deterministic"]:
+    if params.deterministic:
         determinism.on()
     rows = read(task.inputs["data"] / "train.jsonl")
     held_out = read(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
@@ -43,22 +44,21 @@ def run(task: job.Job) -> None:
         job.warning(
             "no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
             "Nothing shows when training begins to learn by heart; with eval_share above 0 the best step is"
-            " kept" + (", and patience has an effect" if task.params["patience"] else ""),
+            " kept" + (", and patience has an effect" if params.patience else ""),
         )
     if task.device == "cuda":
         kernel_watch.start(compiling if its.first else lambda note: None)
-    params = task.params
-    sizes.fitting(lengths(rows), lengths(held_out), params["sequence_tokens"], params["batch_tokens"])
+    sizes.fitting(lengths(rows), lengths(held_out), params.sequence_tokens, params.batch_tokens)
     model = adapted(task, its)
-    teacher = Teacher(task, its) if task.params["qat_loss"] == "teacher" else None
+    teacher = Teacher(task, its) if params.qat_loss == "teacher" else None
     loop = Loop(task, model, rows, held_out, its, rounding(task, model, rows, teacher), teacher)
     if found := resume_from(task.scratch):
         loop.resume(found)
     watch = None
     if its.first:
-        sizes.advise(loop.order, params["steps"], its.world, task.device)
+        sizes.advise(loop.order, params.steps, its.world, task.device)
         loop.watch = watch = Watch(
-            task.params["steps"], task.device, Board(task.output / "tensorboard", loop.history)
+            params.steps, task.device, Board(task.output / "tensorboard", loop.history)
         )
     history = loop.run()
     if watch:
@@ -90,14 +90,15 @@ def lengths(rows: list[dict]) -> list[int]:
 
 def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
     """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
-    params, form = task.params, memory.METHODS[task.params["method"]]
-    if params["sharded"] and its.world == 1:
+    params = task.parameters(Parameters)
+    form = memory.METHODS[params.method]
+    if params.sharded and its.world == 1:
         raise job.StageError(
             "sharded with one process",
             "several that hold the base between them",
             "Set ranks to the number of GPUs, or leave sharded out",
         )
-    shards = Shards(its.rank, its.world) if params["sharded"] else Shards()
+    shards = Shards(its.rank, its.world) if params.sharded else Shards()
     try:
         checkpoint = Checkpoint(task.inputs["base"])
         if packed := [name for name in checkpoint.entries if name.endswith("weight_scale_2")]:
@@ -112,7 +113,7 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
         model = assemble.load(
             checkpoint,
             form,
-            getattr(torch, params["precision"]),
+            getattr(torch, params.precision),
             task.device,
             loading(form) if its.first else None,
             shards,
@@ -123,23 +124,23 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
     return model
 
 
-def adapt(model: torch.nn.Module, params: dict, seed: int) -> None:
+def adapt(model: torch.nn.Module, params: Parameters, seed: int) -> None:
     """Gives a base its fresh adapter, and has it hold and recompute what the parameters say.
 
     Raises ValueError for targets that the model does not have, StageError where no weights fit decoded.
     """
-    adapter.attach(model, params["targets"], params["rank"], params["alpha"], seed)
-    if params["decoded_gb"]:
-        count, size = assemble.keep_decoded(model, 1e9 * params["decoded_gb"])
+    adapter.attach(model, params.targets, params.rank, params.alpha, seed)
+    if params.decoded_gb:
+        count, size = assemble.keep_decoded(model, 1e9 * params.decoded_gb)
         if not count:
             raise job.StageError(
-                f"decoded_gb {params['decoded_gb']:g}, in which no weights fit decoded",
+                f"decoded_gb {params.decoded_gb:g}, in which no weights fit decoded",
                 "room for a stack of experts at least",
                 "Raise decoded_gb, or leave it out",
             )
         job.progress(size / 1e9, size / 1e9, "GB", f"{count} stacks and linears are held decoded")
-    if params["gradient_checkpointing"]:
-        recompute.attach(model, params["sequence_tokens"])
+    if params.gradient_checkpointing:
+        recompute.attach(model, params.sequence_tokens)
 
 
 def compiling(note: str) -> None:
@@ -168,16 +169,16 @@ def rounding(task: job.Job, model: torch.nn.Module, rows: list[dict], teacher: T
     exported is the rounding of the BF16 weights), and for a teacher where no step is rounded or no adapted
     weight is.
     """
-    params = task.params
-    first = params["steps"] - round(params["qat_share"] * params["steps"])
-    if params["qat_share"] and params["method"] != "lora":
+    params = task.parameters(Parameters)
+    first = params.steps - round(params.qat_share * params.steps)
+    if params.qat_share and params.method != "lora":
         raise job.StageError(
-            f"qat_share with method {params['method']}",
+            f"qat_share with method {params.method}",
             "method lora",
             "The export rounds BF16 weights: hold the base in BF16, or leave qat_share 0",
         )
     exported = assemble.exported(model)
-    if teacher and not (params["qat_share"] and exported):
+    if teacher and not (params.qat_share and exported):
         raise job.StageError(
             "qat_loss teacher with nothing to learn from it",
             "a qat_share above 0, and targets that the export quantises",
@@ -217,8 +218,8 @@ def finish(
     seconds: float,
 ) -> None:
     """Writes the artifact from the trained model and what was measured, and judges how far the loss fell."""
-    params = task.params
-    adapter.save(model, task.output / "adapter", params["targets"], params["rank"], params["alpha"])
+    params = task.parameters(Parameters)
+    adapter.save(model, task.output / "adapter", params.targets, params.rank, params.alpha)
     with (task.output / "loss.jsonl").open("w") as opened:
         # a held-out loss alone at step 0 of a run of none
         for step in sorted({*history.train, *history.held_out}):
@@ -235,10 +236,10 @@ def finish(
     drop = 1 - last / first if steps else None
     picture.draw(history.train, history.held_out, drop, task.output / "loss.png")
     report = {
-        "method": params["method"],
-        "targets": params["targets"],
-        "rank": params["rank"],
-        "alpha": params["alpha"],
+        "method": params.method,
+        "targets": params.targets,
+        "rank": params.rank,
+        "alpha": params.alpha,
         "steps": steps,
         "stopped_early": history.stopped is not None,
         "kept_step": history.best[1] if history.best else steps,
@@ -248,7 +249,7 @@ def finish(
         "conversations": len(rows),
         "trained_tokens": trained_tokens(rows),
         **sizes.described(order, steps),
-        "unfilled": unfilled(order, params["sequence_tokens"], steps),
+        "unfilled": unfilled(order, params.sequence_tokens, steps),
         "loss": {
             "first": first,
             "last": last,
@@ -256,7 +257,7 @@ def finish(
             "drop": drop,
             "held_out": history.held_out[max(history.held_out)] if history.held_out else None,
         },
-        "deterministic": task.device == "cpu" or params["deterministic"],
+        "deterministic": task.device == "cpu" or params.deterministic,
         "tokens_per_second": round(watch.speed),
         "peak_bytes": watch.memory(),
         "seconds": round(seconds, 1),
@@ -267,10 +268,10 @@ def finish(
     if drop is None:
         return
     job.metric("loss drop", drop)
-    if drop < params["min_loss_drop"]:
+    if drop < params.min_loss_drop:
         found = f"the loss fell by {drop:.0%}, from {first:.3f} to {last:.3f}"
-        wanted = f"at least {params['min_loss_drop']:.0%}"
-        if params["require_loss_drop"]:
+        wanted = f"at least {params.min_loss_drop:.0%}"
+        if params.require_loss_drop:
             raise job.StageError(
                 found, wanted, "Train for more steps, raise rank or learning_rate, or choose targets: all"
             )

@@ -25,6 +25,7 @@ from stages import job
 from stages.train import checkpoints
 from stages.train.guard import Guard, finite
 from stages.train.pack import Order, Pack, layouts, share, trained_tokens
+from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
 from stages.train.teacher import Teacher
 
@@ -82,7 +83,7 @@ class Loop:
         change: Callable[[int], bool] = lambda step: False,
         teacher: Teacher | None = None,
     ):
-        self.task = task
+        self.task, self.params = task, task.parameters(Parameters)
         self.model = model
         self.rows = rows
         self.ranks = ranks
@@ -90,9 +91,9 @@ class Loop:
         self.teacher = teacher
         self.watch = None
         lengths = [len(row["input_ids"]) for row in rows]
-        self.order = Order(lengths, task.seed, task.params["batch"], task.params["batch_tokens"])
+        self.order = Order(lengths, task.seed, self.params.batch, self.params.batch_tokens)
         self.work = registry.of(model.hub_config).operations(
-            model.hub_config, task.params["gradient_checkpointing"]
+            model.hub_config, self.params.gradient_checkpointing
         )
         self.held_out, self.held_out_tokens = (
             self.packs(held_out) if held_out else [],
@@ -100,7 +101,7 @@ class Loop:
         )
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, weight_decay=task.params["weight_decay"], fused=True
+            self.parameters.values(), lr=0.0, weight_decay=self.params.weight_decay, fused=True
         )
         self.history, self.start = History(), 0
         self.guard = Guard(self.parameters)
@@ -111,12 +112,12 @@ class Loop:
 
         Of a run of no steps only the held-out loss is measured, as of step 0: the base's own.
         """
-        params = self.task.params
+        params = self.params
         self.model.train()
-        graphs = params["cuda_graphs"] and self.task.device == "cuda" and not params["sharded"]
-        if not params["steps"] and self.held_out_tokens:
+        graphs = params.cuda_graphs and self.task.device == "cuda" and not params.sharded
+        if not params.steps and self.held_out_tokens:
             self.evaluate(0)
-        for step in range(self.start, params["steps"]):
+        for step in range(self.start, params.steps):
             if self.history.stopped:
                 break
             changed = self.change(step)
@@ -130,9 +131,9 @@ class Loop:
                         state["exp_avg"].zero_()
             self.step(step)
             done = step + 1
-            if self.held_out_tokens and (done % params["eval_every"] == 0 or done == params["steps"]):
+            if self.held_out_tokens and (done % params.eval_every == 0 or done == params.steps):
                 self.evaluate(done)
-            if done % params["save_every"] == 0 or done == params["steps"] or self.history.stopped:
+            if done % params.save_every == 0 or done == params.steps or self.history.stopped:
                 self.save(done)
         if self.history.best and self.history.best[1] != max(self.history.train, default=0):
             adapter.restore(self.model, load_file(self.best))
@@ -142,12 +143,10 @@ class Loop:
         """Captures the CUDA graphs of every size among the steps from `start` on: which rows a step has is
         known.
         """
-        params, packs = self.task.params, set()
-        for number in range(start, params["steps"]):
+        params, packs = self.params, set()
+        for number in range(start, params.steps):
             rows = [self.rows[row] for row in self.order.step(number)]
-            packs |= set(
-                layouts(rows, self.ranks.rank, self.ranks.world, params["sequence_tokens"], self.work)
-            )
+            packs |= set(layouts(rows, self.ranks.rank, self.ranks.world, params.sequence_tokens, self.work))
         graphs = getattr(self.model, "graphs", None) or assemble.capture(self.model)
         graphs.prepare(
             packs, lambda done, total: job.progress(done, total, "graphs", "capturing CUDA graphs")
@@ -155,7 +154,7 @@ class Loop:
 
     def step(self, number: int) -> None:
         """One optimiser step; `number` from 0."""
-        params, began = self.task.params, time.monotonic()
+        params, began = self.params, time.monotonic()
         rows = [self.rows[row] for row in self.order.step(number)]
         count = trained_tokens(rows)
         total = torch.zeros((), device=self.task.device)
@@ -177,9 +176,9 @@ class Loop:
                 "Lower learning_rate or max_grad_norm",
             )
         norm = self.guard.gradients(number)
-        nn.utils.clip_grads_with_norm_(self.parameters.values(), params["max_grad_norm"], norm)
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), params.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(number, params["steps"], params["warmup_steps"], params["learning_rate"])
+            group["lr"] = rate(number, params.steps, params.warmup_steps, params.learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.moved()
@@ -194,8 +193,8 @@ class Loop:
 
     def packs(self, rows: list[dict]) -> list[Pack]:
         """This rank's share of rows, packed."""
-        params, ranks = self.task.params, self.ranks
-        return share(rows, ranks.rank, ranks.world, params["sequence_tokens"], params["sharded"], self.work)
+        params, ranks = self.params, self.ranks
+        return share(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, self.work)
 
     def learnt(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step's gradient is of, and the loss of the labels; sums over the pack's trained tokens."""
@@ -234,10 +233,7 @@ class Loop:
             history.best = (value, done)
             if self.ranks.first:
                 save_file(adapter.state(self.model), self.best)
-        elif (
-            self.task.params["patience"]
-            and done - history.best[1] >= self.task.params["patience"] * self.task.params["eval_every"]
-        ):
+        elif self.params.patience and done - history.best[1] >= self.params.patience * self.params.eval_every:
             history.stopped = done
         if self.watch:
             self.watch.held_out(value, done)

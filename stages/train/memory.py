@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,13 +13,14 @@ from model.families import registry
 from model.families.family import Linear
 from model.layers.projection import FORMS
 from stages import job
+from stages.train.parameters import Parameters
 
 # method -> in which form the base is held; the most exact first
 METHODS = {"lora": "bf16", "nvfp4": "nvfp4", "qlora": "nf4"}
 CACHED = 1.15  # what the allocator holds beside what is asked of it
 
 
-def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]:
+def bytes_needed(config: dict, params: Parameters, count: int = 1) -> dict[str, float]:
     """Bytes by part: the base in its form, what of it is held decoded, the adapter with its gradient and
     both Adam moments (float32), and activations.
 
@@ -30,8 +32,8 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
     """
     family = registry.of(config)
     specs, linears = family.tensors(config), {linear.weight for linear in family.linears(config)}
-    form = METHODS[params["method"]]
-    number = 2 if params["precision"] == "bfloat16" else 4
+    form = METHODS[params.method]
+    number = 2 if params.precision == "bfloat16" else 4
     packed = {linear.weight for linear in layouts.linears(config, family.layout)}
     base = 0.0
     for name, spec in specs.items():
@@ -39,10 +41,8 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
             FORMS[form] / 8 if name in packed and form != "bf16" else number
         )
         base += size / count if name in linears else size
-    factors = sum(
-        params["rank"] * (linear.out + linear.inside) for linear in adapted(config, params["targets"])
-    )
-    tokens, hidden, choices = params["sequence_tokens"], config["hidden_size"], config["num_experts_per_tok"]
+    factors = sum(params.rank * (linear.out + linear.inside) for linear in adapted(config, params.targets))
+    tokens, hidden, choices = params.sequence_tokens, config["hidden_size"], config["num_experts_per_tok"]
     width = max(config["moe_intermediate_size"], hidden)
     stack = (
         2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number
@@ -57,7 +57,7 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
     layers, decoded = len(family.kinds(config)), 0.0
     if form != "bf16":
         decoded = min(
-            1e9 * params["decoded_gb"],
+            1e9 * params.decoded_gb,
             sum(number * torch.Size(spec.shape).numel() for name, spec in specs.items() if name in packed),
         )
     kept = layers * tokens * hidden * number
@@ -65,7 +65,7 @@ def bytes_needed(config: dict, params: dict, count: int = 1) -> dict[str, float]
         "base": base,
         **({"decoded": decoded} if decoded else {}),
         "adapter": 16.0 * factors,
-        "activations": kept + layer if params["gradient_checkpointing"] else kept + layers * layer / 2,
+        "activations": kept + layer if params.gradient_checkpointing else kept + layers * layer / 2,
     }
 
 
@@ -74,15 +74,15 @@ def adapted(config: dict, targets: str) -> list[Linear]:
     return registry.of(config).targeted(config, targets)
 
 
-def check_rank(config: dict, params: dict) -> None:
+def check_rank(config: dict, params: Parameters) -> None:
     """Raises StageError if the rank is above the width of a layer it is put on: no matrix has a rank above
     its smaller side.
     """
-    linears = adapted(config, params["targets"])
+    linears = adapted(config, params.targets)
     narrow = min(linears, key=lambda linear: min(linear.out, linear.inside), default=None)
-    if narrow and params["rank"] > min(narrow.out, narrow.inside):
+    if narrow and params.rank > min(narrow.out, narrow.inside):
         raise job.StageError(
-            f"rank {params['rank']}, and {narrow.weight} is {narrow.out} x {narrow.inside}",
+            f"rank {params.rank}, and {narrow.weight} is {narrow.out} x {narrow.inside}",
             f"a rank of at most {min(narrow.out, narrow.inside)}",
             "Lower rank; 8 to 64 is usual, and memory and time grow with it",
         )
@@ -101,13 +101,13 @@ def available(device: str) -> int:
     raise job.StageError("no MemAvailable in /proc/meminfo", "a Linux machine", "Run this stage on Linux")
 
 
-def check(config: dict, params: dict, device: str, count: int = 1) -> None:
+def check(config: dict, params: Parameters, device: str, count: int = 1) -> None:
     """Raises StageError if a process needs more than there is, naming what would fit, and for weights in
     BF16 that are to be held decoded. `count` processes hold the base between them.
     """
-    if params["decoded_gb"] and METHODS[params["method"]] == "bf16":
+    if params.decoded_gb and METHODS[params.method] == "bf16":
         raise job.StageError(
-            f"decoded_gb with method {params['method']}",
+            f"decoded_gb with method {params.method}",
             "method qlora or nvfp4",
             "The method holds the weights in BF16 already: leave decoded_gb out",
         )
@@ -120,7 +120,9 @@ def check(config: dict, params: dict, device: str, count: int = 1) -> None:
         for its in METHODS
         if sum(
             bytes_needed(
-                config, {**params, "method": its, "gradient_checkpointing": True, "decoded_gb": 0.0}, count
+                config,
+                replace(params, method=its, gradient_checkpointing=True, decoded_gb=0.0),
+                count,
             ).values()
         )
         * CACHED

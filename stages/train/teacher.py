@@ -16,6 +16,7 @@ from model.families import registry
 from model.labels import IGNORED
 from stages import job
 from stages.train.pack import Pack, share
+from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
 
 TOP = 64  # tokens of the vocabulary that are kept of each distribution: 0.5 KB a trained token
@@ -59,9 +60,9 @@ class Teacher:
     def _write(self, model: nn.Module, rows: list[dict]) -> None:
         model.eval()
         found, device = {}, self.task.device
-        params, ranks = self.task.params, self.ranks
-        work = registry.of(model.hub_config).operations(model.hub_config, params["gradient_checkpointing"])
-        packs = share(rows, ranks.rank, ranks.world, params["sequence_tokens"], params["sharded"], work)
+        params, ranks = self.task.parameters(Parameters), self.ranks
+        work = registry.of(model.hub_config).operations(model.hub_config, params.gradient_checkpointing)
+        packs = share(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, work)
         for number, pack in enumerate(packs, 1):
             index, logs = assemble.largest(
                 model,

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from model.families.nemotron_h import nano
 from model.layers import determinism, kernel_cache, kernel_watch
 from stages import job
 from stages.train import start
+from stages.train.parameters import Parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +52,7 @@ def run(task: job.Job) -> None:
     from model.layers import tuning
     from stages.train import fit
 
-    if task.params["deterministic"]:
+    if task.parameters(Parameters).deterministic:
         determinism.on()
     kernel_watch.start(fit.compiling)
     train(task)
@@ -69,24 +70,26 @@ def train(task: job.Job) -> None:
     from stages.train.loop import Loop
     from stages.train.ranks import Ranks
 
-    params = task.params | {
-        "steps": STEPS,
-        "warmup_steps": 0,
-        "eval_every": STEPS,
-        "save_every": STEPS,
-        "patience": 0,
-        "ranks": 1,
-        "sharded": False,
-        "qat_share": 0.5 if task.params["qat_share"] else 0.0,
-        "qat_loss": "labels",
-    }
-    task, config = replace(task, params=params), shape(task)
+    params = task.parameters(Parameters)
+    params = replace(
+        params,
+        steps=STEPS,
+        warmup_steps=0,
+        eval_every=STEPS,
+        save_every=STEPS,
+        patience=0,
+        ranks=1,
+        sharded=False,
+        qat_share=0.5 if params.qat_share else 0.0,
+        qat_loss="labels",
+    )
+    task, config = replace(task, params=asdict(params)), shape(task)
     try:
         model = adapted(task, config)
     except ValueError as error:
         raise job.StageError(str(error), "libraries and a shape that fit", "See the message") from error
     lengths = conversations(task)
-    full, usual = fill(lengths, params["sequence_tokens"]), usual_step(task, lengths)
+    full, usual = fill(lengths, params.sequence_tokens), usual_step(task, lengths)
     rows = synthetic([*full, *usual, *sorted(lengths)[:HELD_OUT]], config["vocab_size"])
     loop = Loop(task, model, rows, rows[-HELD_OUT:], Ranks(), fit.rounding(task, model, rows, None))
     loop.order = Two(len(full), len(usual))
@@ -133,10 +136,10 @@ def adapted(task: job.Job, config: dict) -> nn.Module:
     from model import assemble
     from stages.train import fit, memory
 
-    params = task.params
+    params = task.parameters(Parameters)
     memory.check(config, params, task.device)
     model = assemble.random(
-        config, memory.METHODS[params["method"]], getattr(torch, params["precision"]), task.device
+        config, memory.METHODS[params.method], getattr(torch, params.precision), task.device
     )
     fit.adapt(model, params, task.seed)
     return model
@@ -151,7 +154,7 @@ def conversations(task: job.Job) -> list[int]:
     lengths = (
         fit.lengths(fit.read(task.inputs["data"] / "train.jsonl")) if "data" in task.inputs else list(LENGTHS)
     )
-    most = task.params["sequence_tokens"]
+    most = task.parameters(Parameters).sequence_tokens
     return [min(length, most) for length in lengths]
 
 
@@ -170,10 +173,8 @@ def usual_step(task: job.Job, lengths: list[int]) -> list[int]:
     """The lengths of the recipe's first step."""
     from stages.train.pack import Order
 
-    params = task.params
-    return [
-        lengths[row] for row in Order(lengths, task.seed, params["batch"], params["batch_tokens"]).step(0)
-    ]
+    params = task.parameters(Parameters)
+    return [lengths[row] for row in Order(lengths, task.seed, params.batch, params.batch_tokens).step(0)]
 
 
 def synthetic(lengths: list[int], vocabulary: int) -> list[dict]:
@@ -191,5 +192,7 @@ def synthetic(lengths: list[int], vocabulary: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    start.before_torch(job.warning, len(sys.argv) == 2 and job.read(sys.argv[1]).params["deterministic"])
+    # as in stages/train/__main__.py
+    params = job.read(sys.argv[1]).params if len(sys.argv) == 2 else {}
+    start.before_torch(job.warning, params.get("deterministic", False))
     job.main(run)

@@ -1,9 +1,8 @@
 """Short runs of stage train on the small checkpoint, and ways to set a trap in them."""
 
 import json
-import tomllib
-from pathlib import Path
 
+import contracts
 import pytest
 import small
 import torch
@@ -16,7 +15,6 @@ from stages.train import fit
 from stages.train.loop import History, Loop
 from stages.train.ranks import Ranks
 
-CONTRACT = Path(__file__).resolve().parents[2] / "stages" / "train" / "stage.toml"
 # tokens a turn: rows of 28 to 144 tokens, the longest in three chunks of the scan
 LENGTHS = (4, 7, 9, 12, 14, 18, 23, 33)
 SHORT = {
@@ -72,10 +70,7 @@ def task(folder, made, **changes):
     test changes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    contract = tomllib.loads(CONTRACT.read_text())["parameters"]
-    params = {**{name: row["default"] for name, row in contract.items()}, **SHORT, **changes}
-    assert set(params) == set(contract), "a parameter that the contract does not have"
-    return small.job("train", folder, params, **made)
+    return small.job("train", folder, contracts.defaults("train", **{**SHORT, **changes}), **made)
 
 
 def losses(output, key="train"):

@@ -5,10 +5,10 @@ refused by name.
 import io
 import json
 import shutil
-import tomllib
 import tracemalloc
 from pathlib import Path
 
+import contracts
 import loopback_hub
 import pytest
 import torch
@@ -22,18 +22,14 @@ from stages.base import tokenizer as words
 from stages.job import Job, StageError
 
 REPO = Path(__file__).resolve().parents[2]
-DEFAULTS = {
-    name: its["default"]
-    for name, its in tomllib.loads((REPO / "stages/base/stage.toml").read_text())["parameters"].items()
-}
-HUB = {**DEFAULTS, "source": "hub", "repository": loopback_hub.REPOSITORY, "commit": loopback_hub.COMMIT}
+HUB = contracts.defaults("base", source="hub", repository=loopback_hub.REPOSITORY, commit=loopback_hub.COMMIT)
 QUICK = {"vocabulary": 512, "short_tokens": 60, "short_steps": 1, "steps": 1, "batch_tokens": 256}
 
 
 def run(folder, sources=None, **params):
     output = folder / "output"
     output.mkdir(parents=True)
-    base.run(Job("base", {**DEFAULTS, **params}, {}, output, folder, 7, sources or {}))
+    base.run(Job("base", contracts.defaults("base", **params), {}, output, folder, 7, sources or {}))
     return output
 
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 
+import contracts
 import pytest
 
 from stages import dataset, job
@@ -86,7 +87,15 @@ class Line:
         self.patch.setattr(job, "_events", events)
         try:
             prepare.run(
-                Job("data", params, {"base": self.base}, self.output, self.folder / "scratch", 0, paths)
+                Job(
+                    "data",
+                    contracts.defaults("data", **params),
+                    {"base": self.base},
+                    self.output,
+                    self.folder / "scratch",
+                    0,
+                    paths,
+                )
             )
         finally:
             self.warnings = [

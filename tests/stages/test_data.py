@@ -8,6 +8,7 @@ import re
 import statistics
 from pathlib import Path
 
+import contracts
 import pytest
 
 from stages import job
@@ -84,7 +85,17 @@ def prepared(base, folder, conversations, prompt=PROMPT, **params):
         "prompt": [folder / "prompt.txt"],
         "tools": [folder / "tools.json"],
     }
-    prepare.run(Job("data", {**PARAMS, **params}, {"base": base}, folder / "output", folder, 0, sources))
+    prepare.run(
+        Job(
+            "data",
+            contracts.defaults("data", **{**PARAMS, **params}),
+            {"base": base},
+            folder / "output",
+            folder,
+            0,
+            sources,
+        )
+    )
     return folder / "output"
 
 

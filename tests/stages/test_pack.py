@@ -218,9 +218,9 @@ def test_graphs_are_captured_for_the_packs_of_the_steps_that_are_left(monkeypatc
     monkeypatch.setattr(
         loop.job, "progress", lambda done, total, unit, note: said.append((done, total, note))
     )
-    task = SimpleNamespace(params={"steps": 6, "sequence_tokens": 100})
+    params = SimpleNamespace(steps=6, sequence_tokens=100)
     loop.Loop.capture(
-        SimpleNamespace(rows=rows, order=order, ranks=Ranks(), model=None, task=task, work=NANO), 2
+        SimpleNamespace(rows=rows, order=order, ranks=Ranks(), model=None, params=params, work=NANO), 2
     )
     left = [[rows[row] for row in order.step(step)] for step in range(2, 6)]
     wanted = {pack.documents for its in left for pack in share(its, 0, 1, 100, False, NANO)}
@@ -231,12 +231,10 @@ def test_graphs_are_captured_for_the_packs_of_the_steps_that_are_left(monkeypatc
 @pytest.mark.parametrize(("start", "wanted"), [(0, [0, 2]), (1, [1, 2]), (3, [3])])
 def test_graphs_are_captured_at_the_start_and_once_more_when_rounding_sets_in(start, wanted):
     """Those of rounded steps are others; a run that is resumed behind that point captures them alone."""
-    captured, params = (
-        [],
-        {"steps": 5, "cuda_graphs": True, "sharded": False, "eval_every": 9, "save_every": 9},
-    )
+    captured = []
     its = SimpleNamespace(
-        task=SimpleNamespace(params=params, device="cuda"),
+        task=SimpleNamespace(device="cuda"),
+        params=SimpleNamespace(steps=5, cuda_graphs=True, sharded=False, eval_every=9, save_every=9),
         model=SimpleNamespace(train=lambda: None),
         history=loop.History(),
         start=start,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import contracts
 import pytest
 
 from stages import check
@@ -325,7 +326,12 @@ def given(tmp_path, rows, gate=None):
             "conversations": [tmp_path / "talks"],
         },
     )
-    return check.Given("evaluate", {"gate": gate or {"tuned": 0.9}}, {"questions": [path]}, {"data": data})
+    return check.Given(
+        "evaluate",
+        contracts.defaults("evaluate", gate=gate or {"tuned": 0.9}),
+        {"questions": [path]},
+        {"data": data},
+    )
 
 
 def test_good_questions_have_no_finding_and_bad_ones_have_all(tmp_path):
@@ -355,7 +361,10 @@ def test_the_sample_passes_its_own_check_and_a_copied_line_does_not(tmp_path):
         },
     )
     its = check.Given(
-        "evaluate", {"gate": "none"}, {"questions": [SAMPLE / "questions.jsonl"]}, {"data": data}
+        "evaluate",
+        contracts.defaults("evaluate", gate="none"),
+        {"questions": [SAMPLE / "questions.jsonl"]},
+        {"data": data},
     )
     assert sources.look(its) == []
     row = json.loads((SAMPLE / "conversations" / "concise_voice.jsonl").read_text().splitlines()[0])
@@ -369,7 +378,12 @@ def test_the_sample_passes_its_own_check_and_a_copied_line_does_not(tmp_path):
     }
     (tmp_path / "q.jsonl").write_text(json.dumps(copied) + "\n")
     (found,) = sources.look(
-        check.Given("evaluate", {"gate": "none"}, {"questions": [tmp_path / "q.jsonl"]}, {"data": data})
+        check.Given(
+            "evaluate",
+            contracts.defaults("evaluate", gate="none"),
+            {"questions": [tmp_path / "q.jsonl"]},
+            {"data": data},
+        )
     )
     assert "which stands in the training data at conversations/concise_voice.jsonl:1" in found.found
 
@@ -377,7 +391,14 @@ def test_the_sample_passes_its_own_check_and_a_copied_line_does_not(tmp_path):
 @pytest.mark.parametrize(("share", "count"), [(0, 1), (0.1, 0)])
 def test_nothing_held_out_and_no_questions_is_named_before_the_first_stage(share, count):
     data = check.Given("data", {"eval_share": share})
-    assert len(sources.look(check.Given("evaluate", {"gate": "none"}, {}, {"data": data}))) == count
+    assert (
+        len(
+            sources.look(
+                check.Given("evaluate", contracts.defaults("evaluate", gate="none"), {}, {"data": data})
+            )
+        )
+        == count
+    )
 
 
 @pytest.mark.parametrize(
@@ -445,7 +466,12 @@ def test_a_check_needs_the_standard_library_alone(module):
 def test_the_kv_cache_is_said_with_its_reason(device, cache, asked, level, said):
     quantize = check.Given("quantize", {"kv_cache": cache})
     (found,) = sources.cache(
-        check.Given("evaluate", {"kv_cache": asked}, inputs={"quantize": quantize}, device=device)
+        check.Given(
+            "evaluate",
+            contracts.defaults("evaluate", kv_cache=asked),
+            inputs={"quantize": quantize},
+            device=device,
+        )
     )
     assert (found.level, found.found) == (level, said)
 
@@ -455,7 +481,9 @@ def test_an_fp8_cache_that_this_cpu_lacks_is_refused_before_the_first_stage(monk
 
     monkeypatch.setattr(serve, "fp8_on_cpu", lambda cpuinfo: False)
     stage = check.Given(
-        "evaluate", {"kv_cache": "fp8"}, inputs={"quantize": check.Given("quantize", {"kv_cache": "none"})}
+        "evaluate",
+        contracts.defaults("evaluate", kv_cache="fp8"),
+        inputs={"quantize": check.Given("quantize", {"kv_cache": "none"})},
     )
     (found,) = sources.cache(stage)
     assert found.level == "error" and "AVX-512" in found.found and "kv_cache: auto" in found.remedy

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import contracts
 import pytest
 import short
 import small
@@ -19,6 +19,7 @@ from stages.train import fit, memory
 from stages.train.board import FILE
 from stages.train.loop import Loop, rate
 from stages.train.pack import packs, trained_tokens
+from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
 from stages.train.teacher import Teacher
 
@@ -327,10 +328,9 @@ def test_room_for_decoded_weights_that_holds_none_is_refused(made, tmp_path, cha
 
 def test_weights_held_decoded_count_as_memory(made):
     config = Checkpoint(made["base"]).config
-    contract = tomllib.loads(short.CONTRACT.read_text())["parameters"]
-    params = {name: row["default"] for name, row in contract.items()} | {"method": "qlora"}
+    params = Parameters(**contracts.defaults("train", method="qlora"))
     plain = memory.bytes_needed(config, params)
-    some, more = (memory.bytes_needed(config, params | {"decoded_gb": room}) for room in (0.0001, 1e3))
+    some, more = (memory.bytes_needed(config, replace(params, decoded_gb=room)) for room in (0.0001, 1e3))
     assert "decoded" not in plain and some["decoded"] == 1e5 and 1e5 < more["decoded"] < 1e9
 
 
@@ -395,7 +395,7 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(made, tmp_
         targets="all",
         rank=16,
         gradient_checkpointing=True,
-    ).params
+    ).parameters(Parameters)
     monkeypatch.setattr(memory, "available", lambda device: 60e9)
     with pytest.raises(
         job.StageError,
@@ -404,10 +404,10 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(made, tmp_
         ),
     ):
         memory.check(real, params, "cuda")
-    memory.check(real, {**params, "method": "qlora"}, "cuda")
+    memory.check(real, replace(params, method="qlora"), "cuda")
     monkeypatch.setattr(memory, "available", lambda device: 10e9)
     with pytest.raises(job.StageError, match="Lower sequence_tokens or rank"):
-        memory.check(real, {**params, "method": "qlora"}, "cuda")
+        memory.check(real, replace(params, method="qlora"), "cuda")
 
 
 def test_a_data_set_without_rows_is_refused(made, tmp_path):
@@ -474,4 +474,4 @@ def test_a_rank_above_the_width_of_a_layer_is_refused_before_the_base_is_loaded(
     ):
         short.run(tmp_path, made, targets=targets, rank=width + 1)
     config = json.loads((made["base"] / "config.json").read_text())
-    memory.check_rank(config, {"targets": targets, "rank": width})
+    memory.check_rank(config, Parameters(**contracts.defaults("train", targets=targets, rank=width)))

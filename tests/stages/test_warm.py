@@ -4,9 +4,8 @@ usual steps, held-out losses.
 
 import dataclasses
 import json
-import tomllib
-from pathlib import Path
 
+import contracts
 import pytest
 import small
 
@@ -18,15 +17,10 @@ from stages import job
 from stages.train import warm
 from stages.train.loop import Loop
 
-CONTRACT = Path(__file__).resolve().parents[2] / "stages/train/stage.toml"
-
 
 def params(**given):
-    known = tomllib.loads(CONTRACT.read_text())["parameters"]
-    return (
-        {name: its["default"] for name, its in known.items()}
-        | {"rank": 4, "sequence_tokens": 256, "gradient_checkpointing": True}
-        | given
+    return contracts.defaults(
+        "train", **{"rank": 4, "sequence_tokens": 256, "gradient_checkpointing": True, **given}
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import contracts
 import pytest
 import small
 import torch
@@ -60,7 +61,7 @@ def export(source, folder, chosen, form):
         checkpoint,
         modules,
         maxima,
-        Job("quantize", {"layout": chosen, "scales": "nearest"}, {}, folder, folder.parent, 0),
+        Job("quantize", contracts.defaults("quantize", layout=chosen), {}, folder, folder.parent, 0),
     )
     quant_config.write(folder, layouts.hf_quant_config(checkpoint.config, chosen, "FP8", "0", weight_only))
     (folder / "audit.json").write_text(json.dumps({"layout": chosen}))

@@ -1,0 +1,27 @@
+"""The parameters of stage evaluate, made by `make parameters` from stage.toml: change that file instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    # longest context in tokens
+    max_model_len: int
+    # longest answer in tokens; a longer one counts as verbosity
+    max_tokens: int
+    # questions asked at the same time
+    concurrency: int
+    # share of the GPU's memory that each server takes while it is asked; the BF16 model alone is 63 GB
+    memory_share: float
+    # the server's KV cache; auto: FP8 where the checkpoint asks for it and a GPU serves it, else the model's
+    # own dtype
+    kv_cache: Literal["auto", "bfloat16", "fp8"]
+    # what every column has to reach before an image is built, such as {tuned: 0.9}; none builds one without a
+    # check
+    gate: dict[str, Any] | Literal["none"]
+    # the adapter is a control that is to change no answer (train's steps: 0); its gate never passes. false
+    # refuses an adapter that changes no answer
+    control: bool

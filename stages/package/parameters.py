@@ -1,0 +1,23 @@
+"""The parameters of stage package, made by `make parameters` from stage.toml: change that file instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    # nvfp4: the quantised checkpoint; merged: the BF16 one; tuned: the BF16 base and the adapter, which vLLM
+    # adds at run time (targets: attention)
+    serves: Literal["nvfp4", "merged", "tuned"]
+    # longest context in tokens that is served
+    max_model_len: int
+    # requests answered at the same time
+    max_num_seqs: int
+    # share of the GPU's memory that vLLM takes; the BF16 model alone is 63 GB, so serve it with about 0.7 of
+    # a DGX Spark
+    memory_share: float
+    # the server's KV cache; auto: FP8 where the checkpoint asks for it and a GPU serves it, else the model's
+    # own dtype
+    kv_cache: Literal["auto", "bfloat16", "fp8"]

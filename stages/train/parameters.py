@@ -1,0 +1,73 @@
+"""The parameters of stage train, made by `make parameters` from stage.toml: change that file instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    # How the base is held: lora in BF16, qlora in NF4, nvfp4 on the exporter's grid; what the export leaves
+    # in BF16 stays in BF16
+    method: Literal["lora", "qlora", "nvfp4"]
+    # GB of memory in which 4-bit weights are held decoded too, so that steps need not decode them: faster
+    # where memory is to spare (docs/performance.md)
+    decoded_gb: float
+    # What the adapter is put on; attention can be served unmerged and stays BF16 in the NVFP4 layout
+    targets: Literal["attention", "mamba", "attention+mamba", "experts", "all"]
+    # LoRA rank; more than the width of the narrowest layer it is put on is refused, and vLLM serves at most
+    # 512
+    rank: int
+    # LoRA alpha; the adapter's product is scaled by alpha / rank
+    alpha: int
+    # Peak learning rate, after which a cosine falls to zero
+    learning_rate: float
+    # Optimiser steps; after three of them every adapter tensor has to have moved. 0 leaves the adapter as it
+    # begins, with B zero: a control
+    steps: int
+    # Conversations a step; with batch_tokens it is left out
+    batch: int
+    # Tokens a step, at most, given instead of batch: a step has as many conversations as fit. 0: not used
+    batch_tokens: int
+    # Tokens of a packed sequence, at most; a step is packed into as few as hold its conversations, and its
+    # loss does not depend on how many
+    sequence_tokens: int
+    # Steps over which the learning rate rises, at most steps
+    warmup_steps: int
+    # Gradients are clipped to this norm
+    max_grad_norm: float
+    # AdamW weight decay
+    weight_decay: float
+    # In which the base is held; the adapter is float32 always
+    precision: Literal["float32", "bfloat16"]
+    # Recompute activations instead of holding them; on a GPU, steps shorter than sequence_tokens hold what
+    # fits into the same memory
+    gradient_checkpointing: bool
+    # On a GPU, steps replay CUDA graphs of a few padded sizes, so that short ones are not bound by launching
+    # kernels; not with sharded
+    cuda_graphs: bool
+    # On one GPU, two runs end in the same adapter bit for bit, and so does one that was killed and resumed;
+    # steps take longer
+    deterministic: bool
+    # Steps between losses on held-out conversations
+    eval_every: int
+    # Steps between checkpoints
+    save_every: int
+    # Held-out losses without a new best after which training stops; 0: never
+    patience: int
+    # Last share of the steps in which adapted weights that the export quantises go through its NVFP4 rounding
+    # (method lora)
+    qat_share: float
+    # What the rounded steps learn: the labels (QAT), or what the model said of every token before rounding
+    # set in (QAD)
+    qat_loss: Literal["labels", "teacher"]
+    # Processes on this machine that share each step's sequences, started through torchrun; one per GPU
+    ranks: int
+    # Each rank holds its share of the base and is sent the rest, packed, a stack at a time: less memory each,
+    # more traffic; the losses are the same
+    sharded: bool
+    # Share by which the loss has to fall; below it there is a warning
+    min_loss_drop: float
+    # Fail, not warn, when the loss falls less
+    require_loss_drop: bool
