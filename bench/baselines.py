@@ -8,6 +8,8 @@ needed. Hidden states are (1, T, D).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,7 +58,7 @@ class Experts(nn.Module):
     fall to BF16, as they did.
     """
 
-    def __init__(self, config: dict, device: torch.device) -> None:
+    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
         super().__init__()
         d, self.top = config["hidden_size"], config["num_experts_per_tok"]
         self.scale = config["routed_scaling_factor"]
@@ -90,7 +92,7 @@ class Experts(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention without positions."""
 
-    def __init__(self, config: dict, device: torch.device) -> None:
+    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
         super().__init__()
         self.size = config["head_dim"]
         self.q, self.k, self.v, self.o = (Lora(i, o, device) for i, o in linears(config)["attention"])
@@ -115,7 +117,7 @@ class Mamba(nn.Module):
     gated norm in groups.
     """
 
-    def __init__(self, config: dict, device: torch.device) -> None:
+    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
         super().__init__()
         self.heads, self.size, self.groups, self.state = (
             config[k] for k in ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
@@ -218,7 +220,7 @@ class Block(nn.Module):
     preparation does.
     """
 
-    def __init__(self, letter: str, config: dict, device: torch.device) -> None:
+    def __init__(self, letter: str, config: dict[str, Any], device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config["hidden_size"], device=device), requires_grad=False)
         self.epsilon, self.letter = config["layer_norm_epsilon"], letter
@@ -237,7 +239,7 @@ class Notebook(nn.Module):
     of every position.
     """
 
-    def __init__(self, config: dict, device: torch.device) -> None:
+    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
         super().__init__()
         d, words = config["hidden_size"], config["vocab_size"]
         self.embeddings, self.head = (
@@ -258,7 +260,7 @@ class Notebook(nn.Module):
         return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
 
 
-def notebook(config: dict, device: torch.device) -> Row:
+def notebook(config: dict[str, Any], device: torch.device) -> Row:
     """The notebook's run: 4-bit linears and adapters one by one, a Python loop over experts, the naive
     scan.
     """
@@ -275,7 +277,7 @@ def notebook(config: dict, device: torch.device) -> Row:
 # --- transformers + PEFT today --------------------------------------------------------------------------
 
 
-def peft_today(config: dict, device: torch.device, scan: str = "found") -> Row:
+def peft_today(config: dict[str, Any], device: torch.device, scan: str = "found") -> Row:
     """The native class, 4 bits on its Linears, PEFT's LoRA on attention, shared experts and expert stacks,
     all at their defaults.
 
@@ -338,7 +340,7 @@ def peft_today(config: dict, device: torch.device, scan: str = "found") -> Row:
     return row
 
 
-def check_room(config: dict, device: torch.device) -> None:
+def check_room(config: dict[str, Any], device: torch.device) -> None:
     """Raises DoesNotFit where weights, adapters and their optimizer state alone are more than the device
     has free.
     """
@@ -375,7 +377,7 @@ def mamba_path(code, scan: str) -> str:
     return "scan of mamba-ssm, conv of torch" if found else "scan and conv of transformers' torch fallback"
 
 
-def materialise(model: nn.Module, config: dict, device: torch.device) -> None:
+def materialise(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
     """Random weights on `device` for a model on meta, module by module: BF16 as loading with
     dtype=bfloat16 leaves it, 4 bits packed at once.
     """

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def data(folder: Path, vocabulary: int, low: int, high: int) -> None:
     )
 
 
-def run(folder: Path, number: int, params: dict, device: str, kill: bool) -> dict:
+def run(folder: Path, number: int, params: dict[str, Any], device: str, kill: bool) -> dict[str, Any]:
     """One run of stage train: the adapter's SHA-256, the last loss, tokens a second. Raises RuntimeError
     with its last words if it fails.
     """

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 RANK = 16
 GB = 1e9
@@ -227,7 +228,7 @@ def main() -> None:
         f" {'GB/s':>6s} {'peak GB':>8s}",
         flush=True,
     )
-    found: dict[str, dict] = {}
+    found: dict[str, dict[str, Any]] = {}
     for _ in range(options.repeats):  # in turn, so that what else the machine does falls on every row
         for row in options.rows.split(","):
             shutil.rmtree(output := options.folder / "output", ignore_errors=True)

@@ -8,6 +8,7 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 WARM = 3  # steps after which compilations count; they are not timed either, unless a run is as short as that
 
@@ -30,7 +31,7 @@ def counted(steps: int) -> slice:
     return slice(WARM if steps > WARM else min(1, steps - 1), None)
 
 
-def summary(times: list[float], tokens: list[int], computed: list[int]) -> dict:
+def summary(times: list[float], tokens: list[int], computed: list[int]) -> dict[str, Any]:
     """Of each step its seconds, its conversations' tokens, and the tokens that were computed for them,
     padding included.
     """
@@ -72,7 +73,7 @@ class Compilations:
         return self.count - self.before if self.steps > WARM else None
 
 
-COLUMNS: list[tuple[str, Callable[[dict], str]]] = [
+COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("row", lambda r: r["row"]),
     ("lengths", lambda r: r["lengths"]),
     ("first s", lambda r: f"{r['first_s']:.1f}"),
@@ -90,7 +91,7 @@ COLUMNS: list[tuple[str, Callable[[dict], str]]] = [
 ]
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The rows, aligned, without the columns that none of them has; a row that could not run has its `why`
     instead of figures.
     """
@@ -126,7 +127,7 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def _cell(show: Callable[[dict], str], row: dict) -> str:
+def _cell(show: Callable[[dict[str, Any]], str], row: dict[str, Any]) -> str:
     """A row has no figure that its machine has not (a CPU no compilations), or that it measured once for
     several lengths (its first step).
     """

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,12 +70,12 @@ FIGURES = (
 START = time.monotonic()
 
 
-def config(small: bool) -> dict:
+def config(small: bool) -> dict[str, Any]:
     made = tiny.config(PATTERN, 128, 8, 512)
     return made if small else made | REAL
 
 
-def base(folder: Path, small: bool, device: str) -> dict:
+def base(folder: Path, small: bool, device: str) -> dict[str, Any]:
     """Random weights, a tensor at a time, made on the device."""
     target, description = folder / "base", config(small)
     target.mkdir(parents=True)
@@ -108,7 +109,7 @@ def value(slot: Slot, generator: torch.Generator, device: str) -> torch.Tensor:
     return made.to(torch.float32 if slot.dtype == "F32" else torch.bfloat16).cpu()
 
 
-def data(folder: Path, small: bool) -> dict:
+def data(folder: Path, small: bool) -> dict[str, Any]:
     """Sixty-four conversations of one length: a tenth of the vocabulary, so that there is something to
     learn.
     """
@@ -121,7 +122,7 @@ def data(folder: Path, small: bool) -> dict:
 
 def stage(
     name: str, folder: Path, device: str, inputs: dict[str, Path], output: Path, **params: object
-) -> dict:
+) -> dict[str, Any]:
     """Runs `python -m stages.<name> job.json`; its seconds, the second at which each of its phases was first
     heard of, the last error if it ended with one, and its warnings.
     """
@@ -129,7 +130,7 @@ def stage(
         name, folder / f"{name}.json", device, inputs, output, folder / f"scratch-{name}", params
     )
     began = time.monotonic()
-    events: list[dict] = []
+    events: list[dict[str, Any]] = []
     phases: dict[str, float] = {}
     with (folder / f"{name}.log").open("w") as log:
         run = subprocess.Popen(command, cwd=stage_job.REPO, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -138,7 +139,11 @@ def stage(
             events.append(json.loads(line))
             phases.setdefault(phase(events[-1]), round(time.monotonic() - began, 1))
         run.wait()
-    facts: dict = {"seconds": round(time.monotonic() - began, 1), "exit": run.returncode, "phases": phases}
+    facts: dict[str, Any] = {
+        "seconds": round(time.monotonic() - began, 1),
+        "exit": run.returncode,
+        "phases": phases,
+    }
     facts["warnings"] = [event["message"][:300] for event in events if event["event"] == "warning"]
     if error := next((e for e in events if e["event"] == "error"), None):
         facts["error"] = f"{error['found']}; expected {error['expected']}"
@@ -147,13 +152,13 @@ def stage(
     return facts
 
 
-def phase(event: dict) -> str:
+def phase(event: dict[str, Any]) -> str:
     """What a stage is at, from one of its events: the note, or the unit of a note with figures."""
     note = event.get("note") or event.get("name") or event["event"]
     return event.get("unit", "event") if any(map(str.isdigit, note)) else note
 
 
-def train(folder: Path, small: bool, device: str) -> dict:
+def train(folder: Path, small: bool, device: str) -> dict[str, Any]:
     params = {
         "method": "qlora",
         "targets": "all",
@@ -171,7 +176,7 @@ def train(folder: Path, small: bool, device: str) -> dict:
     return facts
 
 
-def merge(folder: Path, device: str) -> dict:
+def merge(folder: Path, device: str) -> dict[str, Any]:
     inputs = {"base": folder / "base", "train": folder / "train", "data": folder / "data"}
     facts = stage("merge", folder, device, inputs, folder / "merged", proof_precision="bfloat16")
     if (folder / "merged" / "merge.json").exists():
@@ -182,7 +187,7 @@ def merge(folder: Path, device: str) -> dict:
     return facts
 
 
-def quantize(folder: Path, device: str) -> dict:
+def quantize(folder: Path, device: str) -> dict[str, Any]:
     """Stage quantize with its defaults, calibrated on the conversations that train had."""
     inputs = {"merge": folder / "merged", "data": folder / "data"}
     facts = stage("quantize", folder, device, inputs, folder / "quantized")
@@ -237,7 +242,7 @@ def busiest(state: dict[str, torch.Tensor], layer: int) -> list[int]:
     return b.view(b.shape[0], RANK, -1).norm(dim=(0, 1)).topk(2).indices.tolist()
 
 
-def doctored(folder: Path, device: str, limit: float) -> dict:
+def doctored(folder: Path, device: str, limit: float) -> dict[str, Any]:
     """Merges each doctored copy and proves the merge against the adapter itself: what is refused, and by
     which name.
     """
@@ -254,7 +259,7 @@ def doctored(folder: Path, device: str, limit: float) -> dict:
     state = load_file(source / "adapter_model.safetensors")
     checkpoint = Checkpoint(folder / "base")
     adapter = Adapter(source, checkpoint)
-    facts: dict[str, dict] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for fault, doctor in doctors().items():
         if time.monotonic() - START > limit:
             facts[fault] = {"skipped": f"after {limit} s"}
@@ -282,7 +287,7 @@ def doctored(folder: Path, device: str, limit: float) -> dict:
     return facts
 
 
-def parts(folder: Path, small: bool, device: str, limit: float) -> dict[str, Callable[[], dict]]:
+def parts(folder: Path, small: bool, device: str, limit: float) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "base": lambda: base(folder, small, device),
         "data": lambda: data(folder, small),
@@ -293,7 +298,7 @@ def parts(folder: Path, small: bool, device: str, limit: float) -> dict[str, Cal
     }
 
 
-def table(facts: dict[str, dict]) -> str:
+def table(facts: dict[str, dict[str, Any]]) -> str:
     """One table of all that was checked."""
     rows = [("what", "seconds", "outcome")]
     if row := facts.get("train"):
@@ -343,7 +348,9 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    facts: dict[str, dict] = {"machine": {"device": where, "torch": torch.__version__, "tiny": options.tiny}}
+    facts: dict[str, dict[str, Any]] = {
+        "machine": {"device": where, "torch": torch.__version__, "tiny": options.tiny}
+    }
     failed = False
     for name, part in parts(options.folder, options.tiny, device, options.limit).items():
         if options.part not in ("all", name):

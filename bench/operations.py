@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from model.families.nemotron_h.nano import PATTERN, WIDTHS
 
@@ -46,7 +47,7 @@ class Part:
         return self.forward + self.recomputed + self.backward
 
 
-def sizes(layers: int) -> dict:
+def sizes(layers: int) -> dict[str, Any]:
     """The hub config of the real model cut to its first `layers` layers. Raises ValueError outside 1..52."""
     if not 1 <= layers <= len(PATTERN):
         raise ValueError(
@@ -55,7 +56,7 @@ def sizes(layers: int) -> dict:
     return WIDTHS | {"hybrid_override_pattern": PATTERN[:layers]}
 
 
-def linears(config: dict) -> dict[str, list[tuple[int, int]]]:
+def linears(config: dict[str, Any]) -> dict[str, list[tuple[int, int]]]:
     """Part -> (in, out) of each of its frozen matrices in one layer; for `experts`, of one expert."""
     d = config["hidden_size"]
     width = config["moe_intermediate_size"]
@@ -74,7 +75,7 @@ def linears(config: dict) -> dict[str, list[tuple[int, int]]]:
 
 
 def count(
-    config: dict, recipe: Recipe, tokens: int, trained: int, length: float, passes: int = 1
+    config: dict[str, Any], recipe: Recipe, tokens: int, trained: int, length: float, passes: int = 1
 ) -> list[Part]:
     """The parts of one step on `tokens` tokens in documents of `length`, `trained` of them with a label,
     in `passes` micro-batches.
@@ -131,7 +132,7 @@ def count(
     return [part for part in parts if part.total]
 
 
-def scan(config: dict, recipe: Recipe) -> float:
+def scan(config: dict[str, Any], recipe: Recipe) -> float:
     """Forward operations per token of one layer's chunked scan: scores, scores x values, and the states in
     and out.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ class Packed(Row):
 
 
 def ours(
-    config: dict,
+    config: dict[str, Any],
     device: torch.device,
     form: str = "nf4",
     targets: str = "all",

@@ -20,6 +20,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stages.train import start
 
@@ -55,7 +56,7 @@ class Timed(ranks.Ranks):
         super().sum(tensors)
 
 
-def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict]:
+def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict[str, Any]]:
     """Conversations of stage data's form with these lengths, in the plan's order."""
     made = []
     for number, step in enumerate(plan):
@@ -64,7 +65,9 @@ def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict]:
     return made
 
 
-def measure(kind: str, model: torch.nn.Module, config: dict, its: Timed, options: argparse.Namespace) -> dict:
+def measure(
+    kind: str, model: torch.nn.Module, config: dict[str, Any], its: Timed, options: argparse.Namespace
+) -> dict[str, Any]:
     """One kind of lengths on a model that is there: median milliseconds, tokens a second, and the worst
     rank's wait.
     """

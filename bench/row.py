@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ class Row:
     def __init__(
         self,
         model: nn.Module,
-        loss_of: Callable,
+        loss_of: Callable[..., Any],
         recipe: Recipe,
         parts: Iterable[tuple[str, nn.Module]],
         note: str = "",
@@ -85,7 +86,7 @@ class Row:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _micro_batches(self, whole: Sequence) -> list[Sequence]:
+    def _micro_batches(self, whole: Sequence[Any]) -> list[Sequence[Any]]:
         return [whole[at : at + self.micro] for at in range(0, len(whole), self.micro)]
 
     def close(self) -> None:
@@ -142,7 +143,7 @@ def pack(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def start_dt(heads: int, device: torch.device, config: dict) -> torch.Tensor:
+def start_dt(heads: int, device: torch.device, config: dict[str, Any]) -> torch.Tensor:
     """dt_bias (heads,) whose softplus is spread log-uniformly between the config's limits."""
     low, high = math.log(config["time_step_min"]), math.log(config["time_step_max"])
     dt = (torch.rand(heads, device=device) * (high - low) + low).exp()

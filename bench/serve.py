@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,9 @@ MORE = {
 PROMPT, GREEDY, DECODED = 100, 24, 256
 
 
-def make(folder: Path, config: dict, device: str, form: str, chosen: str, kv_cache: str | None) -> None:
+def make(
+    folder: Path, config: dict[str, Any], device: str, form: str, chosen: str, kv_cache: str | None
+) -> None:
     """Writes FOLDER/nvfp4 and prints what its parts took."""
     source, output = Random(config, folder / "source"), folder / "nvfp4"
     output.mkdir()
@@ -127,7 +130,7 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
         3, made.config["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(1)
     ).tolist()
 
-    def generate(count: int, tokens: int, **more: int) -> list:
+    def generate(count: int, tokens: int, **more: int) -> list[Any]:
         settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more)
         return served.generate([{"prompt_token_ids": ids}] * count, settings, use_tqdm=False)
 

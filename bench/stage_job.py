@@ -8,18 +8,25 @@ import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 
 
-def defaults(stage: str) -> dict:
+def defaults(stage: str) -> dict[str, Any]:
     """The parameters of a stage and their defaults, None for one that a recipe has to give."""
     contract = tomllib.loads((REPO / "stages" / stage / "stage.toml").read_text())["parameters"]
     return {name: its.get("default") for name, its in contract.items()}
 
 
 def command(
-    stage: str, file: Path, device: str, inputs: dict[str, Path], output: Path, scratch: Path, params: dict
+    stage: str,
+    file: Path,
+    device: str,
+    inputs: dict[str, Path],
+    output: Path,
+    scratch: Path,
+    params: dict[str, Any],
 ) -> list[str]:
     """Writes the job to `file` and returns the command that runs it, to be started in REPO. `output` is
     emptied, `scratch` kept: a stage goes on from what lies there.

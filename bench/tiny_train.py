@@ -21,6 +21,7 @@ import time
 import tomllib
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from bench import figures, lengths
 
@@ -30,7 +31,7 @@ THREADS = 2  # as stages base and train
 SEED = 7
 
 
-def defaults(stage: str) -> dict:
+def defaults(stage: str) -> dict[str, Any]:
     """The parameters of a stage's contract."""
     return {
         name: row["default"]
@@ -54,7 +55,7 @@ def base(folder: Path) -> None:
     tokenizer.write(tokenizer.train(["words and again words"], 300), folder)
 
 
-def rows(kind: str, steps: int) -> list[dict]:
+def rows(kind: str, steps: int) -> list[dict[str, Any]]:
     """The conversations of `steps` steps, as stage data writes them."""
     vocabulary, made = defaults("base")["vocabulary"], []
     for number, step in enumerate(lengths.plan(kind, steps)):
@@ -96,7 +97,7 @@ class Turns:
         self.last = time.perf_counter()
 
 
-def trl(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
+def trl(folder: Path, made: list[dict[str, Any]], steps: int, turns: Turns) -> None:
     """SFTTrainer on the class with its own Mamba forward, batches padded to their longest conversation."""
     import datasets
     import peft
@@ -154,7 +155,7 @@ def trl(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
         )
         collate = trainer.data_collator
 
-        def told(examples: list[dict]) -> dict:
+        def told(examples: list[dict[str, Any]]) -> dict[str, Any]:
             batch = collate(examples)
             turns.tokens.append(int(batch["attention_mask"].sum()))
             turns.computed.append(batch["input_ids"].numel())
@@ -165,7 +166,7 @@ def trl(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
         trainer.train()
 
 
-def stage(folder: Path, made: list[dict], steps: int, turns: Turns) -> None:
+def stage(folder: Path, made: list[dict[str, Any]], steps: int, turns: Turns) -> None:
     """Stage train's loop, without what it does between steps."""
     from stages.job import Job
     from stages.train import fit
@@ -225,8 +226,8 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = ["--lengths", options.lengths, "--steps", str(options.steps), "--block", str(options.block)]
     with TemporaryDirectory() as folder:
         base(Path(folder))
-        running: dict[str, subprocess.Popen] = {}
-        found: dict[str, dict] = {}
+        running: dict[str, subprocess.Popen[str]] = {}
+        found: dict[str, dict[str, Any]] = {}
         try:
             for block in range(options.steps // options.block):
                 for row in ROWS:

@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from stages.train import start
 
@@ -42,7 +43,9 @@ from model.layers import determinism, grouped  # noqa: E402
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mamba-ssm")
 
 
-def builder(name: str, graphs: bool = True, decoded: float = 0.0) -> Callable[[dict, torch.device], Row]:
+def builder(
+    name: str, graphs: bool = True, decoded: float = 0.0
+) -> Callable[[dict[str, Any], torch.device], Row]:
     """(config, device) -> Row for a row's name. Imported only here, so that a missing library costs one
     row.
     """
@@ -80,8 +83,8 @@ def ceiling(device: torch.device) -> float:
 
 
 def measure(
-    name: str, config: dict, device: torch.device, top: float, options: argparse.Namespace
-) -> Iterator[dict]:
+    name: str, config: dict[str, Any], device: torch.device, top: float, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """Builds one row, runs it on each distribution of lengths, gives the figures of each as they come, and
     frees the row.
 
@@ -131,11 +134,11 @@ def measure(
 def run(
     row: Row,
     plan: list[tuple[int, ...]],
-    config: dict,
+    config: dict[str, Any],
     device: torch.device,
     top: float,
     compilations: figures.Compilations | None,
-) -> dict:
+) -> dict[str, Any]:
     """The figures of a row's steps on conversations of the lengths of `plan`."""
     cuda, times, done, first, began = device.type == "cuda", [], [], None, time.perf_counter()
     row.prepare(plan)
@@ -184,7 +187,7 @@ def run(
     return found
 
 
-def profiled(row: Row, plan: tuple[int, ...], config: dict, name: str, note: str) -> dict:
+def profiled(row: Row, plan: tuple[int, ...], config: dict[str, Any], name: str, note: str) -> dict[str, Any]:
     """`profile`, or its fault in the note: the figures are measured by then and stay."""
     try:
         return {"profile": profile(row, plan, config, name)}
@@ -192,7 +195,7 @@ def profiled(row: Row, plan: tuple[int, ...], config: dict, name: str, note: str
         return {"note": f"{note}; no profile: {explain(error)}"}
 
 
-def profile(row: Row, plan: tuple[int, ...], config: dict, name: str) -> dict:
+def profile(row: Row, plan: tuple[int, ...], config: dict[str, Any], name: str) -> dict[str, Any]:
     """Prints where a step's time goes, by part and by kernel, and returns the first: label -> {"gpu_ms",
     "cpu_ms"}.
 
@@ -253,7 +256,7 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {line}"
 
 
-def failed(error: Exception) -> dict:
+def failed(error: Exception) -> dict[str, Any]:
     """What stands in place of a row's figures; `broken` where that is a fault and no limit of the machine."""
     limit = isinstance(error, torch.OutOfMemoryError | ImportError | NotImplementedError | DoesNotFit)
     if not limit:
@@ -261,7 +264,7 @@ def failed(error: Exception) -> dict:
     return {"why": explain(error), "broken": not limit}
 
 
-def surroundings(device: torch.device, commit: str | None) -> dict:
+def surroundings(device: torch.device, commit: str | None) -> dict[str, Any]:
     """GPU, versions and commit that the figures belong to."""
     versions = {}
     for package in PACKAGES:
@@ -281,7 +284,7 @@ def surroundings(device: torch.device, commit: str | None) -> dict:
     return {"gpu": gpu, "cuda": torch.version.cuda, "versions": versions, "commit": commit}
 
 
-def alone(name: str, arguments: list[str]) -> dict:
+def alone(name: str, arguments: list[str]) -> dict[str, Any]:
     """The report of one way of training, measured in a process of its own."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "report.json")
@@ -302,7 +305,9 @@ def alone(name: str, arguments: list[str]) -> dict:
     return report
 
 
-def here(name: str, config: dict, device: torch.device, options: argparse.Namespace) -> Iterator[dict]:
+def here(
+    name: str, config: dict[str, Any], device: torch.device, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """The same, measured in this process: the report after every distribution of lengths."""
     report = surroundings(device, options.commit) | {
         "layers": len(config["hybrid_override_pattern"]),
@@ -417,7 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
         if len(names) == 1
         else (alone(name, arguments) for name in names)
     )
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     for report in reports:
         rows = report["rows"] if len(names) == 1 else [*rows, *report["rows"]]
         if options.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class Random(Checkpoint):
     every time.
     """
 
-    def __init__(self, config: dict, folder: Path, limit: int = 5 * 10**9):
+    def __init__(self, config: dict[str, Any], folder: Path, limit: int = 5 * 10**9):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))
         self.folder, self.entries, self.files = folder, {}, []

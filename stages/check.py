@@ -56,7 +56,7 @@ class Given:
         return typed(kind, self.params)
 
 
-def given(raw: dict) -> Given:
+def given(raw: dict[str, Any]) -> Given:
     sources = {name: [Path(path) for path in paths] for name, paths in raw["sources"].items()}
     return Given(
         raw["stage"],

@@ -53,7 +53,7 @@ def reason(error: ValueError | RecursionError) -> str:
     )  # else NaN, or a repeated key
 
 
-def read(path: Path, name: str = "", step: int = 1) -> Iterator[tuple[int, dict]]:
+def read(path: Path, name: str = "", step: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and row of every `step`-th row of a JSON Lines file.
 
     Raises StageError by `name` (default: the file's) and line at a line that holds no JSON object, or if
@@ -79,7 +79,7 @@ def count(path: Path) -> int:
         return sum(1 for _ in lines(opened))
 
 
-def write(path: Path, rows: Iterable[dict]) -> None:
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes `rows` as JSON Lines in UTF-8. Raises ValueError at NaN or Infinity, which JSON does not
     have.
     """
@@ -88,7 +88,7 @@ def write(path: Path, rows: Iterable[dict]) -> None:
             opened.write(dumps(row).encode() + b"\n")
 
 
-def dumps(row: dict) -> str:
+def dumps(row: dict[str, Any]) -> str:
     """A row as JSON on one line. Half a surrogate pair, which UTF-8 does not have, stays as JSON's own
     escape.
     """
@@ -100,7 +100,7 @@ def dumps(row: dict) -> str:
     return text
 
 
-def _row(raw: bytes, place: str) -> dict:
+def _row(raw: bytes, place: str) -> dict[str, Any]:
     try:
         row = parse(raw)
     except ValueError as error:
@@ -122,12 +122,14 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} stands twice in one object")
+            seen.add(key)
     return result
 
 

@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/lint.py [--executors]
 
-The host side (`files` in pyproject.toml) is checked in `.venv`, model/ in the train environment (made from
-its locked requirements if it is not there yet). With --executors only their classes are checked.
+The host side (`files` in pyproject.toml) is checked in `.venv`, the other rooms in the train environment
+(made from its locked requirements if it is not there yet). With --executors only their classes are checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from run import REPO, prepared
 
-MODEL = "model"
+ROOMS = ("model", "stages")
 MYPY = [sys.executable, "-m", "mypy"]
 
 
@@ -45,8 +45,9 @@ def main() -> int:
     host = subprocess.run(MYPY, cwd=REPO).returncode
     # A cache of its own: the same library may have another version in the other environment.
     cache = ["--cache-dir", ".mypy_cache/train"]
-    model = subprocess.run([*MYPY, *cache, "--python-executable", str(prepared("train")), MODEL], cwd=REPO)
-    return host or executors() or model.returncode
+    python = ["--python-executable", str(prepared("train"))]
+    rooms = subprocess.run([*MYPY, *cache, *python, *ROOMS], cwd=REPO)
+    return host or executors() or rooms.returncode
 
 
 if __name__ == "__main__":

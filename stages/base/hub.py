@@ -11,10 +11,16 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages import job
 from stages.base import folder
 from stages.base.parameters import Parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from huggingface_hub.hf_api import RepoSibling
 
 WANTED = ("*.json", "*.jinja", "*.safetensors", "*.py", "*.model", "LICENSE*", "README.md")
 BLOCK = 16 * 1024 * 1024
@@ -74,7 +80,7 @@ def run(task: job.Job) -> None:
     folder.check(task.output)
 
 
-def taken(file, previous: Path | None, scratch: Path) -> bool:
+def taken(file: RepoSibling, previous: Path | None, scratch: Path) -> bool:
     """Whether `previous`, the stage's earlier artifact, had a file with the digest that the hub announces; it
     is in `scratch` then.
     """
@@ -94,7 +100,14 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def fetch(download, repository: str, commit: str, file, scratch: Path, token) -> None:
+def fetch(
+    download: Callable[..., object],
+    repository: str,
+    commit: str,
+    file: RepoSibling,
+    scratch: Path,
+    token: str | bool,
+) -> None:
     """One file in `scratch`, whole and with the digest the hub announces. A file already there and right
     is left alone.
     """
@@ -102,27 +115,27 @@ def fetch(download, repository: str, commit: str, file, scratch: Path, token) ->
     if whole(path, file):
         return
     download(repository, file.rfilename, revision=commit, local_dir=scratch, token=token)
-    found = digest(path, file)
-    if found != announced(file):
+    found, expected = digest(path, file), announced(file) or "none"
+    if found != expected:
         path.unlink()
         raise job.StageError(
             f"{file.rfilename} has digest {found[:12]}",
-            f"{announced(file)[:12]}, which the hub announces for this commit",
+            f"{expected[:12]}, which the hub announces for this commit",
             "Run again to download it anew; if it comes back, something between here and the hub changes"
             " files",
         )
 
 
-def whole(path: Path, file) -> bool:
+def whole(path: Path, file: RepoSibling) -> bool:
     return path.is_file() and path.stat().st_size == file.size and digest(path, file) == announced(file)
 
 
-def announced(file) -> str:
+def announced(file: RepoSibling) -> str | None:
     """SHA-256 of a large file (LFS), or the git blob id of a small one."""
     return file.lfs.sha256 if file.lfs else file.blob_id
 
 
-def digest(path: Path, file) -> str:
+def digest(path: Path, file: RepoSibling) -> str:
     """The digest of `path` of the kind that the hub announces for `file`."""
     hashed = (
         hashlib.sha256()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -14,6 +15,11 @@ from stages import dataset, job
 from stages.base import teach, tiny
 from stages.base import tokenizer as words
 from stages.base.parameters import Parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from model.layers.structure import Model
 
 
 def run(task: job.Job) -> None:
@@ -28,7 +34,7 @@ def run(task: job.Job) -> None:
     torch.manual_seed(task.seed)
     # matrices this small gain from a second core and lose from a third; and sums come out the same everywhere
     torch.set_num_threads(2)
-    model = native.build(description)
+    model = cast("Model", native.build(description))
     tiny.delicate_biases(model, task.seed)
     # on a CPU the loop over a few experts beats the grouped product
     model.set_experts_implementation("eager")
@@ -63,7 +69,7 @@ def run(task: job.Job) -> None:
     tiny.save(model, description, task.output)
 
 
-def read(paths: list[Path]) -> list[dict]:
+def read(paths: list[Path]) -> list[dict[str, Any]]:
     """The lessons of JSONL files, or of folders of them. Raises StageError by file and line."""
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
@@ -105,7 +111,9 @@ def check_sizes(params: Parameters) -> None:
         )
 
 
-def make_tokenizer(conversations: list[dict], vocabulary: int, folder: Path):
+def make_tokenizer(
+    conversations: list[dict[str, Any]], vocabulary: int, folder: Path
+) -> PreTrainedTokenizerBase:
     """Trains the tokenizer on the rendered lessons, writes it into `folder`, and returns it as
     transformers reads it back.
     """
@@ -117,10 +125,11 @@ def make_tokenizer(conversations: list[dict], vocabulary: int, folder: Path):
     )
     texts = [template_text(bare, row["messages"], row.get("tools")) for row in conversations]
     words.write(words.train(texts, vocabulary), folder)
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer
 
 
-def rendered(conversations: list[dict], tokenizer) -> list[Rendered]:
+def rendered(conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
     rows = []
     for number, row in enumerate(conversations, 1):
         try:

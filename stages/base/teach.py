@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from torch.nn import functional
 
 from model.families.nemotron_h.chat import PAD, Rendered
 from model.labels import IGNORED
+
+if TYPE_CHECKING:
+    from model.layers.structure import Model
 
 
 def batches(rows: list[Rendered], tokens: int, random_: random.Random) -> Iterator[list[Rendered]]:
@@ -42,7 +46,7 @@ def collate(rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def answer_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def answer_loss(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the labelled tokens; logits are formed for those only."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     following = labels[:, 1:]
@@ -60,7 +64,7 @@ def rate(step: int, steps: int, warmup: int) -> float:
 
 
 def teach(
-    model: nn.Module,
+    model: Model,
     rows: list[Rendered],
     steps: int,
     batch_tokens: int,

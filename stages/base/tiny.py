@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ __all__ = ["config", "delicate_biases", "save"]
 SHARD_BYTES = 1_000_000  # several shards even at this size, so that whatever streams shards is exercised
 
 
-def save(model: nn.Module, description: dict, folder: Path) -> None:
+def save(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
     """Config, generation config and shards in hub layout: one tensor per expert, each in its published
     dtype.
     """

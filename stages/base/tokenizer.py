@@ -6,6 +6,10 @@ import json
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 RESERVED = 32  # ids below this are special; text starts above
 SPECIAL = {
@@ -29,7 +33,7 @@ def chat_template() -> str:
     return (files("trl") / "chat_templates" / "nemotron_3_nano.jinja").read_text()
 
 
-def train(texts: Iterable[str], vocabulary: int):
+def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE `tokenizers.Tokenizer` with at most `vocabulary` entries."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -52,7 +56,7 @@ def train(texts: Iterable[str], vocabulary: int):
     return Tokenizer.from_str(json.dumps(raw))
 
 
-def write(tokenizer, folder: Path) -> None:
+def write(tokenizer: Tokenizer, folder: Path) -> None:
     """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; like the real one without a pad
     token.
     """

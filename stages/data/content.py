@@ -207,12 +207,13 @@ def _encoding(head: bytes) -> str:
     # Without a mark: JSON begins with two ASCII characters, so the NULs among the first four bytes tell
     # the width (RFC 4627, section 3).
     nuls = tuple(byte == 0 for byte in head[:4])
-    return {
+    encodings: dict[tuple[bool, ...], str] = {
         (False, True, False, True): "utf-16-le",
         (True, False, True, False): "utf-16-be",
         (False, True, True, True): "utf-32-le",
         (True, True, True, False): "utf-32-be",
-    }.get(nuls, "utf-8")
+    }
+    return encodings.get(nuls, "utf-8")
 
 
 def _zip(path: Path) -> tuple[str, str]:

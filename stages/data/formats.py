@@ -92,7 +92,7 @@ class Conversation:
     """
 
     format: str
-    messages: list[dict]
+    messages: list[dict[str, Any]]
     tools: list[Any] | None
     unused: tuple[str, ...] = ()
 
@@ -128,7 +128,7 @@ def canonical(row: Any) -> Conversation:
     return Conversation(form, messages, _tools(row), tuple(dict.fromkeys(unused)))
 
 
-def _message(turn: Any, position: int) -> tuple[dict, list[str]]:
+def _message(turn: Any, position: int) -> tuple[dict[str, Any], list[str]]:
     """A message in canonical form, and its keys that were not used."""
     if not isinstance(turn, dict):
         raise ChatError(f"message {position} is {_kind(turn)}, not an object")
@@ -182,7 +182,7 @@ def _text(value: Any, where: str) -> str | None:
     return "\n".join(parts)
 
 
-def _calls(turn: dict, role: str, where: str) -> list[dict]:
+def _calls(turn: dict[str, Any], role: str, where: str) -> list[dict[str, Any]]:
     """The calls of a message, in both of OpenAI's forms."""
     calls, older = _decoded(turn.get("tool_calls") or [], "tool_calls"), turn.get("function_call")
     if not isinstance(calls, list):
@@ -196,7 +196,7 @@ def _calls(turn: dict, role: str, where: str) -> list[dict]:
     return [_call(call, where) for call in calls]
 
 
-def _call(call: Any, where: str) -> dict:
+def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ChatError(f"{where} has a tool call without a function name")
@@ -210,7 +210,7 @@ def _call(call: Any, where: str) -> dict:
     }
 
 
-def _arguments(function: dict) -> dict:
+def _arguments(function: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments as a mapping: none at all, null and blank text are {}, as for the server. Nulls
     inside stay, for chat to refuse.
     """
@@ -229,7 +229,7 @@ def _arguments(function: dict) -> dict:
     return value
 
 
-def _written(value: Any, where: str) -> list[dict]:
+def _written(value: Any, where: str) -> list[dict[str, Any]]:
     """The calls of a ShareGPT turn, whose text is one in JSON or a list of them."""
     calls = _decoded(value, f"the call of {where}")
     calls = calls if isinstance(calls, list) else [calls]
@@ -238,17 +238,17 @@ def _written(value: Any, where: str) -> list[dict]:
     return [_call(call, where) for call in calls]
 
 
-def _reasoning(turn: dict, where: str) -> str:
-    thoughts = {turn[key] if isinstance(turn[key], str) else None for key in REASONING if key in turn}
-    if None in thoughts:
+def _reasoning(turn: dict[str, Any], where: str) -> str:
+    given = [turn[key] for key in REASONING if key in turn]
+    if not all(isinstance(text, str) for text in given):
         raise ChatError(f"reasoning of {where} is not text")
-    thoughts = {thought for thought in thoughts if thought.strip()}
+    thoughts: set[str] = {text for text in given if text.strip()}
     if len(thoughts) > 1:
         raise ChatError(f"{where} has two different texts of reasoning")
     return next(iter(thoughts), "")
 
 
-def _flag(turn: dict, role: str, where: str) -> dict[str, bool]:
+def _flag(turn: dict[str, Any], role: str, where: str) -> dict[str, bool]:
     """`{"train": False}` if the message is to be left out of the loss, else {}."""
     asked = set()
     if "weight" in turn:
@@ -270,7 +270,7 @@ def _flag(turn: dict, role: str, where: str) -> dict[str, bool]:
     return {"train": False} if False in asked else {}
 
 
-def _rest(held: dict, used: set[str], where: str) -> list[str]:
+def _rest(held: dict[str, Any], used: set[str], where: str) -> list[str]:
     """The keys of a row or a message that no rule has used. Raises ChatError by name where one holds
     content, or a flag that is not known.
     """
@@ -312,7 +312,7 @@ def _rest(held: dict, used: set[str], where: str) -> list[str]:
     return rest
 
 
-def _alpaca(row: dict) -> list[dict]:
+def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Turns of an instruction, its input on the lines after it, and the output; `history` is earlier
     pairs of the two.
     """
@@ -334,7 +334,7 @@ def _alpaca(row: dict) -> list[dict]:
     ]
 
 
-def _with_system(system: Any, messages: list[dict]) -> list[dict]:
+def _with_system(system: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with the row's own `system` in front, where they have none."""
     if system is None or system == "":
         return messages
@@ -347,7 +347,7 @@ def _with_system(system: Any, messages: list[dict]) -> list[dict]:
     return messages
 
 
-def _tools(row: dict) -> list[Any] | None:
+def _tools(row: dict[str, Any]) -> list[Any] | None:
     """The row's tools as a list, from `tools` or the older `functions`, each also as JSON in a string;
     None if it has none.
     """
@@ -370,7 +370,7 @@ def _decoded(value: Any, what: str) -> Any:
         raise ChatError(f"{what} is text that is {error}") from error
 
 
-def _present(held: dict) -> dict:
+def _present(held: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in held.items() if value is not None}
 
 
@@ -380,7 +380,7 @@ def _string(value: Any, what: str, where: str) -> str:
     return value
 
 
-def _shape(row: dict) -> str:
+def _shape(row: dict[str, Any]) -> str:
     for keys, shape in FOREIGN_SHAPES:
         if keys <= set(row):
             return f"{shape} ({', '.join(sorted(keys))})"

@@ -5,6 +5,7 @@ about.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 INK, QUIET, FIRST, SECOND = "#1f2933", "#9aa5b1", "#2f6f9f", "#d98032"
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.edgecolor": QUIET,
     "axes.labelcolor": INK,
@@ -22,7 +23,7 @@ STYLE = {
 }
 
 
-def draw(path: Path, stats: dict) -> None:
+def draw(path: Path, stats: dict[str, Any]) -> None:
     """Two histograms (tokens, trained tokens a conversation) and a bar for every category, from what
     `stats.json` says.
     """

@@ -9,8 +9,9 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.families import calls, chat
 from model.families.chat import Chat
@@ -159,7 +160,8 @@ def outside(chosen: list[Row], policy: str) -> dict[str, int]:
     """What is wrong with calls that the row's tools do not allow -> rows. Raises StageError if there are
     any and the policy is refuse.
     """
-    places, reasons = [], Counter()
+    places: list[str] = []
+    reasons: Counter[str] = Counter()
     for row in chosen:
         if found := calls.outside(row.messages, row.tools):
             places.append(row.place)
@@ -181,7 +183,11 @@ def outside(chosen: list[Row], policy: str) -> dict[str, int]:
 
 
 def render(
-    chat_format: Chat, tokenizer, chosen: list[Row], limit: int, reasoning: bool
+    chat_format: Chat,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: list[Row],
+    limit: int,
+    reasoning: bool,
 ) -> tuple[list[Prepared], list[Reject]]:
     """Rows as tokens; those that cannot be trained on become rejects."""
     prepared, rejects = [], []
@@ -244,8 +250,8 @@ def write(
     held_out: list[Prepared],
     rejects: list[Reject],
     prompt: str,
-    tools: list[dict],
-    told: dict,
+    tools: list[dict[str, Any]],
+    told: dict[str, Any],
 ) -> None:
     dataset.write(output / "train.jsonl", map(line, train))
     dataset.write(output / "eval.jsonl", map(line, held_out))
@@ -263,7 +269,7 @@ def write(
         job.metric(name, told[name])
 
 
-def line(item: Prepared) -> dict:
+def line(item: Prepared) -> dict[str, Any]:
     row, rendered = item.row, item.rendered
     return {
         "id": row.digest[:16],

@@ -33,7 +33,7 @@ def read_prompt(path: Path) -> str:
     return content.text(path, "the production system prompt").strip()
 
 
-def read_tools(path: Path) -> list[dict]:
+def read_tools(path: Path) -> list[dict[str, Any]]:
     """The production tools as the server gives them to the template, from a list, or an object with the
     list under `tools`.
 
@@ -103,7 +103,7 @@ def with_prompt(rows: list[Row], prompt: str, missing: str, other: str) -> tuple
     return result, {"prompts_inserted": len(without), "other_prompts": len(others)}
 
 
-def _flags(row: Row) -> dict:
+def _flags(row: Row) -> dict[str, Any]:
     return {key: value for key, value in row.messages[0].items() if row.messages[0]["role"] == "system"}
 
 
@@ -144,7 +144,7 @@ def _character(text: str, at: int) -> str:
     return f"U+{ord(text[at]):04X} {unicodedata.name(text[at], 'control')}" if at < len(text) else "the end"
 
 
-def with_tools(rows: list[Row], tools: list[dict], policy: str) -> tuple[list[Row], dict[str, Any]]:
+def with_tools(rows: list[Row], tools: list[dict[str, Any]], policy: str) -> tuple[list[Row], dict[str, Any]]:
     """The rows with their tools: a part of production's is right, none is not, unless the recipe allows
     it or has them inserted.
 

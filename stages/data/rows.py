@@ -26,8 +26,8 @@ class Row:
 
     file: str
     line: int
-    messages: list[dict]
-    tools: list[dict] | None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
     category: str
     head: str
     format: str = "messages"

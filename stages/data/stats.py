@@ -18,7 +18,7 @@ def summary(
     rejects: list[Reject],
     prompt: str,
     counts: dict[str, Any],
-) -> dict:
+) -> dict[str, Any]:
     """`counts` and all that follows from the rows. Shares are of tokens; `lowest_` and
     `median_trained_share` are over conversations.
     """

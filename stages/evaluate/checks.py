@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 MODES = (
     "emoji",
@@ -64,7 +65,7 @@ def distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def score(question: dict, answer: dict) -> list[Failure]:
+def score(question: dict[str, Any], answer: dict[str, Any]) -> list[Failure]:
     """What is wrong with `answer` (an OpenAI message plus `finish_reason`) to `question` (docs/formats.md,
     Questions).
 
@@ -102,7 +103,7 @@ def _manners(text: str) -> list[Failure]:
     return found
 
 
-def _leaks(question: dict, text: str) -> list[Failure]:
+def _leaks(question: dict[str, Any], text: str) -> list[Failure]:
     if match := LEAK.search(text) or JSON_OBJECT.search(text):
         return [Failure("tool_leak", match.group())]
     # A tool's name with an underscore is no spoken word; one such as `search` may be.
@@ -110,7 +111,7 @@ def _leaks(question: dict, text: str) -> list[Failure]:
     return [Failure("tool_leak", name) for name in names if "_" in name and name in text][:1]
 
 
-def _tools(expect: dict, calls: list[dict]) -> list[Failure]:
+def _tools(expect: dict[str, Any], calls: list[dict[str, Any]]) -> list[Failure]:
     made = []
     for call in calls:
         try:
@@ -129,7 +130,7 @@ def _tools(expect: dict, calls: list[dict]) -> list[Failure]:
     return []
 
 
-def _content(expect: dict, text: str) -> list[Failure]:
+def _content(expect: dict[str, Any], text: str) -> list[Failure]:
     found = []
     low = text.lower()
     if expect.get("unknown") and not NOT_KNOWN.search(text):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from model.families import serve
 from model.families.messages import normalise, served_tools
@@ -67,7 +68,7 @@ def run(its: Job) -> None:
             "a combination that this vLLM serves right",
             "Change the recipe's vLLM image, layout or targets.",
         ) from error
-    answers: dict[str, list[dict]] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
     seconds: dict[str, float] = {}
     for plan, its_flags in zip(plans, flags, strict=False):
         with Server(plan.model, its_flags, " and ".join(plan.columns), plan.adapter) as server:
@@ -87,7 +88,7 @@ def run(its: Job) -> None:
     write(its, vllm, asked, answers, seconds)
 
 
-def questions(its: Job) -> list[dict]:
+def questions(its: Job) -> list[dict[str, Any]]:
     """The questions of the source, or of the held-out conversations: their last answer says what is
     expected.
 
@@ -168,7 +169,7 @@ def unlike_production(asked: list[written.Question], data: Path) -> list[check.F
     return wrong
 
 
-def training(data: Path) -> Iterator[tuple[str, list[dict]]]:
+def training(data: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Where every training conversation comes from, and its messages."""
     for _, row in dataset.read(data / "train.jsonl"):
         yield f"{row['file']}:{row['line']}", row["messages"]
@@ -195,14 +196,19 @@ def servers(its: Job, serving: Serving) -> list[Plan]:
 
 
 def ask_all(
-    server: Server, name: str, asked: list[dict], params: Parameters, request: dict, label: str
-) -> list[dict]:
+    server: Server,
+    name: str,
+    asked: list[dict[str, Any]],
+    params: Parameters,
+    request: dict[str, Any],
+    label: str,
+) -> list[dict[str, Any]]:
     """An answer for every question, in their order; several are under way at once. Messages and tools are
     sent in the form that is trained.
     """
     done = 0
 
-    def one(question: dict) -> dict:
+    def one(question: dict[str, Any]) -> dict[str, Any]:
         nonlocal done
         body = {
             "model": name,
@@ -223,7 +229,7 @@ def ask_all(
         return list(pool.map(one, asked))
 
 
-def as_openai(message: dict) -> dict:
+def as_openai(message: dict[str, Any]) -> dict[str, Any]:
     """A message as a client sends it: arguments as JSON text, and no key that is for training alone.
 
     Thoughts are left out: a server with thinking off gives none, so no client has any to send back.
@@ -241,7 +247,7 @@ def as_openai(message: dict) -> dict:
     return {**message, "tool_calls": calls}
 
 
-def check_adapter(answers: dict[str, list[dict]], control: bool = False) -> None:
+def check_adapter(answers: dict[str, list[dict[str, Any]]], control: bool = False) -> None:
     """A server can take an adapter and not use it: if it changes no answer at all, it is not there.
 
     A control is to change none. Warned of, not refused: which questions share a step with which is chance,
@@ -263,8 +269,11 @@ def check_adapter(answers: dict[str, list[dict]], control: bool = False) -> None
 
 
 def exchange(
-    asked: list[dict], scored: dict[str, list[list]], answers: dict[str, list[dict]], max_tokens: int
-) -> dict:
+    asked: list[dict[str, Any]],
+    scored: dict[str, list[list[Any]]],
+    answers: dict[str, list[dict[str, Any]]],
+    max_tokens: int,
+) -> dict[str, Any]:
     """The question that shows best what the adapter does: one that NVFP4 passes and that most columns
     answer otherwise than the base.
     """
@@ -282,7 +291,7 @@ def exchange(
     }
 
 
-def spoken(answer: dict) -> dict:
+def spoken(answer: dict[str, Any]) -> dict[str, Any]:
     """What a user gets of an answer: its text, and the calls it makes."""
     calls = [
         {"function": {key: call["function"][key] for key in ("name", "arguments")}}
@@ -292,7 +301,11 @@ def spoken(answer: dict) -> dict:
 
 
 def write(
-    its: Job, vllm: str, asked: list[dict], answers: dict[str, list[dict]], seconds: dict[str, float]
+    its: Job,
+    vllm: str,
+    asked: list[dict[str, Any]],
+    answers: dict[str, list[dict[str, Any]]],
+    seconds: dict[str, float],
 ) -> None:
     scored = {
         column: [checks.score(q, a) for q, a in zip(asked, given, strict=False)]

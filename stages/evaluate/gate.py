@@ -45,7 +45,7 @@ def _share(value: Any, above_zero: bool) -> bool:
     return number and (value > 0 if above_zero else value >= 0) and value <= 1
 
 
-def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = False) -> dict:
+def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = False) -> dict[str, Any]:
     """What `report.json` says of the gate: `passed`, `why` not, what it `asks`, `unchecked` where the
     recipe says `none`, and all of it as a sentence (`says`).
 
@@ -69,7 +69,9 @@ def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = F
     return judged | {"says": _sentence(judged)}
 
 
-def _rules(column: str, rules: dict, passed: dict[str, float], questions: int) -> list[tuple[str, str]]:
+def _rules(
+    column: str, rules: dict[str, Any], passed: dict[str, float], questions: int
+) -> list[tuple[str, str]]:
     """What each rule of one column asks, and how it is broken, "" if it is not."""
 
     def stand_in(name: str) -> tuple[str, str]:
@@ -135,7 +137,7 @@ def _points(share: float) -> str:
     return f"{100 * share:g} points"
 
 
-def _sentence(gate: dict) -> str:
+def _sentence(gate: dict[str, Any]) -> str:
     """What a report and a model card say of the gate."""
     if gate["why"] == [UNSET]:
         return "No gate was set: nothing was asked of these shares, and no image is built."

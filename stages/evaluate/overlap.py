@@ -12,6 +12,7 @@ import difflib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from stages.check import Finding
 from stages.evaluate.questions import Question
@@ -25,13 +26,13 @@ def words(text: str) -> Words:
     return tuple(re.findall(r"\w+", text.lower()))
 
 
-def asks(messages: list[dict]) -> tuple[Words, Words]:
+def asks(messages: list[dict[str, Any]]) -> tuple[Words, Words]:
     """What `messages` ask: the words from the last user message on (a tool's results with it), and the
     user's before that.
     """
     last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
 
-    def said(part: list[dict], roles: tuple[str, ...]) -> Words:
+    def said(part: list[dict[str, Any]], roles: tuple[str, ...]) -> Words:
         return words(" ".join(m.get("content") or "" for m in part if m["role"] in roles))
 
     return said(messages[last:], ("user", "tool")), said(messages[:last], ("user",))
@@ -46,7 +47,7 @@ def alike(a: Words, b: Words) -> bool:
     return matcher.quick_ratio() >= ALIKE and matcher.ratio() >= ALIKE
 
 
-def findings(asked: list[Question], training: Iterable[tuple[str, list[dict]]]) -> list[Finding]:
+def findings(asked: list[Question], training: Iterable[tuple[str, list[dict[str, Any]]]]) -> list[Finding]:
     """A finding for every question that a training conversation, given as (place, messages), holds exactly
     or nearly.
     """
@@ -73,7 +74,7 @@ def findings(asked: list[Question], training: Iterable[tuple[str, list[dict]]]) 
     ]
 
 
-def _turns(messages: list[dict]) -> Iterator[tuple[Words, Words]]:
+def _turns(messages: list[dict[str, Any]]) -> Iterator[tuple[Words, Words]]:
     """What is asked before each answer of a conversation."""
     for position, message in enumerate(messages):
         if message["role"] == "assistant" and any(m["role"] == "user" for m in messages[:position]):

@@ -28,7 +28,7 @@ class Question:
     """One question and where it stands: `place` is file and line."""
 
     place: str
-    row: dict
+    row: dict[str, Any]
 
     @property
     def prompt(self) -> str:
@@ -80,7 +80,7 @@ def read(path: Path) -> tuple[list[Question], list[Finding]]:
     return asked, findings
 
 
-def unservable(place: str, row: dict) -> list[Finding]:
+def unservable(place: str, row: dict[str, Any]) -> list[Finding]:
     """What the chat template could not be given: a question is asked in the form in which rows are
     trained.
     """
@@ -111,17 +111,17 @@ def faults(row: Any) -> Iterator[tuple[str, str]]:
         yield f"tools as a JSON {type(tools).__name__}", "a list of tools"
     else:
         for number, tool in enumerate(tools, 1):
-            name = function(tool).get("name")
-            if not _text(name):
+            called = function(tool).get("name")
+            if not isinstance(called, str) or not _text(called):
                 yield f"tool {number} without a name", "a function with a name, in OpenAI's form"
-            elif name in names:
-                yield f"the tool {name} twice", "each tool once"
+            elif called in names:
+                yield f"the tool {called} twice", "each tool once"
             else:
-                names.append(name)
+                names.append(called)
     yield from _expect(row["expect"], names)
 
 
-def _keys(values: dict, known: tuple[str, ...], owner: str) -> Iterator[tuple[str, str]]:
+def _keys(values: dict[str, Any], known: tuple[str, ...], owner: str) -> Iterator[tuple[str, str]]:
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -222,13 +222,13 @@ def _texts(value: Any) -> bool:
 # --- production's prompt and tools --------------------------------------------------------------------------
 
 
-def function(tool: Any) -> dict:
+def function(tool: Any) -> dict[str, Any]:
     """The function of a tool in OpenAI's form or bare; empty if it is neither."""
     inner = tool.get("function", tool) if isinstance(tool, dict) else None
     return inner if isinstance(inner, dict) else {}
 
 
-def signature(tool: dict) -> str:
+def signature(tool: dict[str, Any]) -> str:
     """What a model is told of a tool, as text: name, description and parameters; a missing description is
     an empty one.
     """
@@ -274,11 +274,13 @@ def other_prompts(asked: list[Question], prompt: str) -> list[Finding]:
     ]
 
 
-def other_tools(asked: list[Question], production: list[dict]) -> list[Finding]:
+def other_tools(asked: list[Question], production: list[dict[str, Any]]) -> list[Finding]:
     """A finding for every question with a tool that production does not have, or has with another
     definition.
     """
-    known = {function(tool).get("name"): signature(tool) for tool in production}
+    known: dict[str, str] = {
+        function(tool)["name"]: signature(tool) for tool in production if "name" in function(tool)
+    }
     findings = []
     for question in asked:
         tools = {function(tool)["name"]: signature(tool) for tool in question.row.get("tools", [])}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from stages.evaluate.checks import MODES, Failure
 from stages.evaluate.gate import judge
 
 
 def summarise(
-    asked: list[dict], scored: dict[str, list[list[Failure]]], gate: dict | str, control: bool = False
-) -> dict:
+    asked: list[dict[str, Any]],
+    scored: dict[str, list[list[Failure]]],
+    gate: dict[str, Any] | str,
+    control: bool = False,
+) -> dict[str, Any]:
     """Shares and counts by column, mode and category, and what the recipe's `gate` says of them
     (stages/evaluate/gate.py).
     """
@@ -42,7 +46,7 @@ def summarise(
     }
 
 
-def markdown(summary: dict) -> str:
+def markdown(summary: dict[str, Any]) -> str:
     """The report as aligned Markdown tables."""
     columns = summary["columns"]
     share = [["answers without a fault", *(f"{summary['pass'][c]:.0%}" for c in columns)]]
@@ -79,7 +83,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return line(head) + rule + "".join(line(row) for row in rows)
 
 
-def picture(path: Path, summary: dict) -> None:
+def picture(path: Path, summary: dict[str, Any]) -> None:
     """Failure modes by column as a heat map, the share of passed questions above it."""
     import matplotlib
 

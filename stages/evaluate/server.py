@@ -22,6 +22,7 @@ import urllib.request
 from collections import deque
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from model.families.serve import Serve
 from stages import job
@@ -88,7 +89,7 @@ class Server:
     ) -> None:
         self._stop()
 
-    def ask(self, body: dict) -> dict:
+    def ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """One chat completion. Raises StageError with the server's last words if it cannot answer."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/chat/completions",
@@ -97,7 +98,8 @@ class Server:
         )
         try:
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-                return json.load(response)
+                answer: dict[str, Any] = json.load(response)
+                return answer
         except urllib.error.HTTPError as error:
             raise StageError(
                 f"vLLM refused a question ({error.code}): {error.read().decode(errors='replace')[:500]}",
@@ -176,7 +178,7 @@ def _available_gb() -> float | None:
 def _free_port() -> int:
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
+        return int(opened.getsockname()[1])
 
 
 def _die_with_parent() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from model.families.serve import Checkpoint, ServingError, kv_cache
 from stages import check, dataset
@@ -96,7 +97,7 @@ def _text(paths: list[Path] | None) -> str:
         return ""
 
 
-def _tools(paths: list[Path] | None) -> list[dict] | None:
+def _tools(paths: list[Path] | None) -> list[dict[str, Any]] | None:
     """The production tools; an empty list if the recipe names none, None if the file is not a list of
     them.
     """
@@ -109,7 +110,7 @@ def _tools(paths: list[Path] | None) -> list[dict] | None:
     return tools if isinstance(tools, list) else None
 
 
-def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict]]]:
+def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Place and messages of the rows in JSON Lines; rows in other forms are read by stage data and looked
     at later.
     """

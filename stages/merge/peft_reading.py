@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ class Wrapper:
     """
 
     path: str
-    layer: nn.Module
+    layer: Any  # a LoraLayer of PEFT, whose parts mypy takes for Tensor | Module
     stack: str | None
 
 
@@ -48,7 +49,7 @@ class PeftReading:
     tensors that its configuration names and for which it stores nothing: PEFT leaves them as they are.
     """
 
-    def __init__(self, folder: Path, tensors: Tensors, config: dict, device: str = "cpu"):
+    def __init__(self, folder: Path, tensors: Tensors, config: dict[str, Any], device: str = "cpu"):
         """`folder` holds adapter_config.json, `tensors` are the adapter's, `config` is the base's.
 
         Raises StageError if PEFT refuses the adapter, or would leave out one of its tensors.
@@ -128,9 +129,11 @@ class PeftReading:
             else:
                 yield f"{self._family.hub(plain)}.weight", Wrapper(path, layer, None)
 
-    def _hub_class(self, config: dict) -> nn.Module:
+    def _hub_class(self, config: dict[str, Any]) -> nn.Module:
         """Linears under the names of the hub's own class, which has a module for every expert."""
-        shapes = {name: (linear.out, linear.inside) for name, linear in self._linears.items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            name: (linear.out, linear.inside) for name, linear in self._linears.items()
+        }
         shapes[self._family.head] = self._family.tensors(config)[self._family.head].shape
         root = nn.Module()
         for name, (out, inside) in shapes.items():
@@ -139,7 +142,7 @@ class PeftReading:
             for part in path:
                 if part not in module._modules:
                     module.add_module(part, nn.Module())
-                module = module._modules[part]
+                module = module.get_submodule(part)
             module.add_module(last, nn.Linear(inside, out, bias=False, device="meta"))
         return root
 
@@ -156,7 +159,7 @@ class PeftReading:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = peft.set_peft_model_state_dict(
+            result: Any = peft.set_peft_model_state_dict(
                 self._model, state, adapter_name=_NAME, low_cpu_mem_usage=True
             )
         if result.unexpected_keys:
@@ -194,15 +197,18 @@ class PeftReading:
         if wrapper.stack:
             left, right, scale = layer.get_delta_factors(_NAME)
             expert = self._linears[name].index
-            return weight + (left[expert] @ right[expert]) * scale  # as its get_delta_weight multiplies
+            change: torch.Tensor = (left[expert] @ right[expert]) * scale
+            return weight + change  # as its get_delta_weight multiplies
         if type(layer).__name__ == "ParamWrapper":
-            return weight + (layer.lora_B[_NAME].weight @ layer.lora_A[_NAME].weight) * layer.scaling[_NAME]
+            change = (layer.lora_B[_NAME].weight @ layer.lora_A[_NAME].weight) * layer.scaling[_NAME]
+            return weight + change
         holder = layer.get_base_layer()
         before = holder.weight
         holder.weight = nn.Parameter(weight, requires_grad=False)
         try:
             layer.merge(safe_merge=True, adapter_names=[_NAME])
-            return holder.weight.data
+            merged: torch.Tensor = holder.weight.data
+            return merged
         finally:
             holder.weight = before
             layer.merged_adapters.clear()
@@ -225,6 +231,6 @@ def _weightless(model: nn.Module, device: str) -> nn.Module:
     return model
 
 
-def _native_class(config: dict) -> nn.Module:
+def _native_class(config: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         return registry.of(config).skeleton(config)

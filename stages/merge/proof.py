@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ REPORT = "Do not use this merge; report it."
 
 def files(
     base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[str, int], control: bool = False
-) -> dict:
+) -> dict[str, Any]:
     """Same names, shapes and dtypes as the source; tensors that the adapter does not name, or all of a
     control, byte for byte.
 
@@ -135,7 +136,8 @@ def tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: Pef
 
     Raises StageError with the tensor's name.
     """
-    agreement, groups = Agreement(), {}
+    agreement = Agreement()
+    groups: dict[str | int, list[str]] = {}
     for name in adapter.pairs:
         number = adapter.family.layer(name)
         groups.setdefault(name if number is None else number, []).append(name)
@@ -155,7 +157,7 @@ def forward(
     rows: Path,
     params: Parameters,
     device: str,
-) -> tuple[dict, Agreement]:
+) -> tuple[dict[str, Any], Agreement]:
     """The merged model's forward against that of base and adapter, on real conversations, in
     `proof_precision`.
 
@@ -301,7 +303,7 @@ def judged(
     adapted: Iterable[torch.Tensor],
     reference: Iterable[torch.Tensor],
     merged: Iterable[torch.Tensor],
-) -> dict:
+) -> dict[str, Any]:
     """Judges the logits of base, base with adapter, reference and merge, chunk by chunk."""
     tokens = agree = 0
     effect = least = error = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -11,7 +12,12 @@ from model.families.serve import Checkpoint
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 
 
-def markdown(serve: dict, report: dict, checkpoint: Checkpoint, provenance: dict[str, dict[str, str]]) -> str:
+def markdown(
+    serve: dict[str, Any],
+    report: dict[str, Any],
+    checkpoint: Checkpoint,
+    provenance: dict[str, dict[str, str]],
+) -> str:
     form, held = {
         "nvfp4": ("NVFP4", f"Layout `{checkpoint.layout}`"),
         "merged": ("BF16", "The adapter merged into the weights"),
@@ -24,7 +30,7 @@ def markdown(serve: dict, report: dict, checkpoint: Checkpoint, provenance: dict
         for mode in report["modes"]
     ]
     digests = [[name, its["key"][:12], its["digest"]] for name, its in sorted(provenance.items())]
-    return jinja2.Template(
+    card: str = jinja2.Template(
         TEMPLATE.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     ).render(
         name=serve["served_name"],
@@ -38,6 +44,7 @@ def markdown(serve: dict, report: dict, checkpoint: Checkpoint, provenance: dict
         behaviour=table(["", *columns], rows),
         digests=table(["artifact", "key", "digest"], digests),
     )
+    return card
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

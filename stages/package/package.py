@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 from model.families import serve
 from model.families.serve import Checkpoint, Serving, ServingError
@@ -83,7 +84,7 @@ def served(its: Job, serving: Serving, serves: str) -> Checkpoint:
             return Checkpoint()
 
 
-def check(its: Job, serves: str) -> dict:
+def check(its: Job, serves: str) -> dict[str, Any]:
     """A question of the evaluation that the served model answers otherwise than the base, so that a
     running server can be told from one.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import types
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,6 +23,11 @@ from model.layers.projection import Projection
 from model.weights.checkpoint import Checkpoint
 from stages import dataset, job
 from stages.job import StageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from model.layers.structure import Stacks
 
 
 def conversations(rows: Path, count: int, tokens: int) -> list[torch.Tensor]:
@@ -55,9 +61,11 @@ class Maxima:
         values = values.float()
         self.found[name] = torch.maximum(self.found[name], values) if name in self.found else values
 
-    def _routed(self, name: str):
+    def _routed(
+        self, name: str
+    ) -> Callable[[Stacks, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
         def forward(
-            module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, share: torch.Tensor
+            module: Stacks, hidden: torch.Tensor, index: torch.Tensor, share: torch.Tensor
         ) -> torch.Tensor:
             up, down = experts.stacks(module)
             routing = Routing.of(index, up.experts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def dequantised(made: Checkpoint) -> walk.Read:
 @torch.no_grad()
 def measure(
     source: Checkpoint, made: Checkpoint, held_out: list[tuple[torch.Tensor, torch.Tensor]], device: str
-) -> dict:
+) -> dict[str, Any]:
     """Loss of both (nats a trained token), KL(source || quantised) in nats, share of equal greedy tokens,
     and the relative error after each layer.
     """
@@ -94,7 +95,9 @@ def measure(
     }
 
 
-def compared(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], following: torch.Tensor) -> dict:
+def compared(
+    before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], following: torch.Tensor
+) -> dict[str, Any]:
     """The figures of two runs of logits (n, vocabulary) on the tokens that follow, where these are
     trained.
     """

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable
 from functools import partial
 from threading import Lock
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def run(its: Job) -> None:
     chosen, weight_only = params.layout, params.format == "w4a16"
     modules = layouts.quantised(source.config, chosen)
     maxima: dict[str, torch.Tensor] = {}
-    calibration: dict = {}
+    calibration: dict[str, Any] = {}
     if not weight_only:
         rows = calibrate.conversations(
             its.inputs["data"] / "train.jsonl", params.calibration_rows, params.calibration_tokens
@@ -83,7 +84,7 @@ def run(its: Job) -> None:
         )
 
 
-def compared(source: Checkpoint, made: Checkpoint, its: Job) -> dict:
+def compared(source: Checkpoint, made: Checkpoint, its: Job) -> dict[str, Any]:
     """`{"fidelity": figures}` of the quantised model on held-out conversations; empty, with a warning,
     where stage data held none out.
     """
@@ -128,14 +129,16 @@ class Packing:
         self.input_scale = input_scale
         self.search = search
         self.device = device
-        self._lock, self._parts = Lock(), None
+        self._lock = Lock()
+        self._parts: dict[str, Any] | None = None
 
     def part(self, name: str) -> torch.Tensor:
         with self._lock:
             if self._parts is None:
                 packed = nvfp4.pack(self.source.tensor(f"{self.module}.weight").to(self.device), self.search)
                 self._parts = {**vars(packed), "input_scale": self.input_scale}
-            return self._parts.pop(name)
+            part: torch.Tensor = self._parts.pop(name)
+            return part
 
 
 def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tensor], its: Job) -> None:
@@ -152,7 +155,9 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
         {n: Spec(e.shape, e.dtype) for n, e in source.entries.items()},
         not maxima,
     )
-    done, written, current = 0, [], None
+    done = 0
+    written: list[tuple[str, list[Slot]]] = []
+    current: Packing
 
     def produce(slot: Slot) -> Iterable[Work]:
         nonlocal done, current

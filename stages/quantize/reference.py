@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import modelopt.torch.quantization as quantization
 import torch
@@ -16,9 +17,9 @@ from stages import job
 from stages.job import StageError
 
 
-def settings(config: dict, chosen: str) -> dict:
+def settings(config: dict[str, Any], chosen: str) -> dict[str, Any]:
     """ModelOpt's preset for this architecture, with all that `chosen` leaves in BF16 switched off by name."""
-    made = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)
+    made: dict[str, Any] = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)
     family = registry.of(config)
     for module in layouts.excluded(config, chosen):
         made["quant_cfg"].append(
@@ -29,7 +30,7 @@ def settings(config: dict, chosen: str) -> dict:
 
 @torch.no_grad()
 def maxima(
-    folder: Path, config: dict, chosen: str, rows: list[torch.Tensor], device: str
+    folder: Path, config: dict[str, Any], chosen: str, rows: list[torch.Tensor], device: str
 ) -> dict[str, torch.Tensor]:
     """Hub name of each quantised linear -> largest absolute input it saw, float32 scalar.
 

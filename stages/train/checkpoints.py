@@ -45,7 +45,7 @@ def number(folder: Path) -> int:
 
 def newest(scratch: Path) -> tuple[Path | None, list[Path]]:
     """The newest whole checkpoint of `scratch`, and the newer ones that are torn."""
-    torn = []
+    torn: list[Path] = []
     for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=number, reverse=True):
         if whole(folder):
             return folder, torn

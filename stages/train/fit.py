@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +28,9 @@ from stages.train.pack import Order, trained_tokens, unfilled
 from stages.train.parameters import Parameters
 from stages.train.teacher import Teacher
 from stages.train.watch import Watch
+
+if TYPE_CHECKING:
+    from model.layers.structure import Model
 
 
 def run(task: job.Job) -> None:
@@ -54,7 +59,7 @@ def run(task: job.Job) -> None:
     loop = Loop(task, model, rows, held_out, its, rounding(task, model, rows, teacher), teacher)
     if found := resume_from(task.scratch):
         loop.resume(found)
-    watch = None
+    watch: Watch | None = None
     if its.first:
         sizes.advise(loop.order, params.steps, its.world, task.device)
         loop.watch = watch = Watch(
@@ -66,7 +71,7 @@ def run(task: job.Job) -> None:
         finish(task, model, history, rows, loop.order, watch, time.monotonic() - began)
 
 
-def read(path: Path, may_be_empty: bool = False) -> list[dict]:
+def read(path: Path, may_be_empty: bool = False) -> list[dict[str, Any]]:
     """`input_ids` and `labels` of every row, lists of equal length, and its `number`. Raises StageError on
     an empty file, unless it `may_be_empty`.
     """
@@ -83,12 +88,12 @@ def read(path: Path, may_be_empty: bool = False) -> list[dict]:
     return rows
 
 
-def lengths(rows: list[dict]) -> list[int]:
+def lengths(rows: list[dict[str, Any]]) -> list[int]:
     """Tokens of every row."""
     return [len(row["input_ids"]) for row in rows]
 
 
-def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
+def adapted(task: job.Job, its: ranks.Ranks) -> Model:
     """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
     params = task.parameters(Parameters)
     form = memory.METHODS[params.method]
@@ -124,7 +129,7 @@ def adapted(task: job.Job, its: ranks.Ranks) -> torch.nn.Module:
     return model
 
 
-def adapt(model: torch.nn.Module, params: Parameters, seed: int) -> None:
+def adapt(model: Model, params: Parameters, seed: int) -> None:
     """Gives a base its fresh adapter, and has it hold and recompute what the parameters say.
 
     Raises ValueError for targets that the model does not have, StageError where no weights fit decoded.
@@ -148,7 +153,7 @@ def compiling(note: str) -> None:
     job.progress(kernel_watch.counts.compiled, None, "kernels", note)
 
 
-def loading(form: str):
+def loading(form: str) -> Callable[[int, int], None]:
     """Progress for assemble.load: a line for every hundredth, not for each of thousands of tensors."""
     said = -1
 
@@ -161,7 +166,9 @@ def loading(form: str):
     return progress
 
 
-def rounding(task: job.Job, model: torch.nn.Module, rows: list[dict], teacher: Teacher | None):
+def rounding(
+    task: job.Job, model: Model, rows: list[dict[str, Any]], teacher: Teacher | None
+) -> Callable[[int], bool]:
     """What Loop calls before each step: from `qat_share` of the end on, adapted weights that the
     export will quantise go through its rounding.
 
@@ -210,9 +217,9 @@ def resume_from(scratch: Path) -> Path | None:
 
 def finish(
     task: job.Job,
-    model: torch.nn.Module,
+    model: Model,
     history: History,
-    rows: list[dict],
+    rows: list[dict[str, Any]],
     order: Order,
     watch: Watch,
     seconds: float,
@@ -232,8 +239,11 @@ def finish(
             }
             opened.write(json.dumps({key: value for key, value in line.items() if value is not None}) + "\n")
     steps = max(history.train, default=0)
-    first, last, best = ends(list(history.train.values())) if steps else (None, None, None)
-    drop = 1 - last / first if steps else None
+    drop: float | None = None
+    first, last, best = None, None, None
+    if steps:
+        first, last, best = ends(list(history.train.values()))
+        drop = 1 - last / first
     picture.draw(history.train, history.held_out, drop, task.output / "loss.png")
     report = {
         "method": params.method,

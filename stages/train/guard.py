@@ -5,6 +5,7 @@ move, numbers that are none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,8 @@ class Guard:
     """
 
     def __init__(self, tensors: dict[str, nn.Parameter]):
-        self.tensors, self.touched, self.steps = tensors, set(), 0
+        self.tensors, self.steps = tensors, 0
+        self.touched: set[str] = set()
         self.start: dict[str, torch.Tensor] = {}
 
     def gradients(self, step: int) -> torch.Tensor:
@@ -45,16 +47,17 @@ class Guard:
         if self.steps == 0:
             # not on the GPU, whose memory is counted
             self.start = {name: p.detach().to("cpu", copy=True) for name, p in self.tensors.items()}
-        norm = nn.utils.get_total_norm(p.grad for p in self.tensors.values())
+        gradients = {name: p.grad for name, p in self.tensors.items() if p.grad is not None}
+        norm = nn.utils.get_total_norm(list(gradients.values()))
         if not torch.isfinite(norm):
-            name = next(name for name, p in self.tensors.items() if not torch.isfinite(p.grad.norm()))
+            name = next(name for name, each in gradients.items() if not torch.isfinite(each.norm()))
             raise job.StageError(
                 f"the gradient of {name} is not finite at step {step + 1}",
                 "finite gradients",
                 "Lower learning_rate or max_grad_norm",
             )
         if self.steps < LOOKED_AT:
-            self.touched |= {name for name, p in self.tensors.items() if p.grad.any()}
+            self.touched |= {name for name, each in gradients.items() if each.any()}
         return norm
 
     def moved(self) -> None:
@@ -86,8 +89,8 @@ def finite(model: nn.Module, forward: Callable[[], object]) -> str:
     """
     found: list[str] = []
 
-    def look(name: str):
-        def hook(module, inputs, output):
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             if not found and isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
                 found.append(name)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,10 @@ from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
 from stages.train.teacher import Teacher
 
+if TYPE_CHECKING:
+    from model.layers.structure import Model
+    from stages.train.watch import Watch
+
 KEPT = 2  # checkpoints
 
 
@@ -43,11 +48,11 @@ class History:
     best: tuple[float, int] | None = None
     stopped: int | None = None
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         return dict(vars(self))
 
     @staticmethod
-    def of(raw: dict) -> History:
+    def of(raw: dict[str, Any]) -> History:
         numbered = {
             name: {int(step): value for step, value in raw[name].items()}
             for name in ("train", "held_out", "norm", "rate")
@@ -76,9 +81,9 @@ class Loop:
     def __init__(
         self,
         task: job.Job,
-        model: nn.Module,
-        rows: list[dict],
-        held_out: list[dict],
+        model: Model,
+        rows: list[dict[str, Any]],
+        held_out: list[dict[str, Any]],
         ranks: Ranks,
         change: Callable[[int], bool] = lambda step: False,
         teacher: Teacher | None = None,
@@ -89,7 +94,7 @@ class Loop:
         self.ranks = ranks
         self.change = change
         self.teacher = teacher
-        self.watch = None
+        self.watch: Watch | None = None
         lengths = [len(row["input_ids"]) for row in rows]
         self.order = Order(lengths, task.seed, self.params.batch, self.params.batch_tokens)
         self.work = registry.of(model.hub_config).operations(
@@ -163,10 +168,12 @@ class Loop:
             learnt, told = self.learnt(pack)
             (learnt / count).backward()
             total += told.detach() / count
+        gradients = []
         for p in self.parameters.values():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)  # no conversation fell to this rank; the guard looks at the sum
-        self.ranks.sum([total, *(p.grad for p in self.parameters.values())])
+            gradients.append(p.grad)
+        self.ranks.sum([total, *gradients])
         value = total.item()
         if not math.isfinite(value):
             raise job.StageError(
@@ -191,7 +198,7 @@ class Loop:
                 self.history, done, sum(len(row["input_ids"]) for row in rows), time.monotonic() - began
             )
 
-    def packs(self, rows: list[dict]) -> list[Pack]:
+    def packs(self, rows: list[dict[str, Any]]) -> list[Pack]:
         """This rank's share of rows, packed."""
         params, ranks = self.params, self.ranks
         return share(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, self.work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -16,11 +17,11 @@ from stages import job
 from stages.train.parameters import Parameters
 
 # method -> in which form the base is held; the most exact first
-METHODS = {"lora": "bf16", "nvfp4": "nvfp4", "qlora": "nf4"}
+METHODS: dict[Literal["lora", "nvfp4", "qlora"], str] = {"lora": "bf16", "nvfp4": "nvfp4", "qlora": "nf4"}
 CACHED = 1.15  # what the allocator holds beside what is asked of it
 
 
-def bytes_needed(config: dict, params: Parameters, count: int = 1) -> dict[str, float]:
+def bytes_needed(config: dict[str, Any], params: Parameters, count: int = 1) -> dict[str, float]:
     """Bytes by part: the base in its form, what of it is held decoded, the adapter with its gradient and
     both Adam moments (float32), and activations.
 
@@ -69,12 +70,12 @@ def bytes_needed(config: dict, params: Parameters, count: int = 1) -> dict[str, 
     }
 
 
-def adapted(config: dict, targets: str) -> list[Linear]:
+def adapted(config: dict[str, Any], targets: str) -> list[Linear]:
     """Every matrix that the preset `targets` puts LoRA on, in checkpoint order."""
     return registry.of(config).targeted(config, targets)
 
 
-def check_rank(config: dict, params: Parameters) -> None:
+def check_rank(config: dict[str, Any], params: Parameters) -> None:
     """Raises StageError if the rank is above the width of a layer it is put on: no matrix has a rank above
     its smaller side.
     """
@@ -101,7 +102,7 @@ def available(device: str) -> int:
     raise job.StageError("no MemAvailable in /proc/meminfo", "a Linux machine", "Run this stage on Linux")
 
 
-def check(config: dict, params: Parameters, device: str, count: int = 1) -> None:
+def check(config: dict[str, Any], params: Parameters, device: str, count: int = 1) -> None:
     """Raises StageError if a process needs more than there is, naming what would fit, and for weights in
     BF16 that are to be held decoded. `count` processes hold the base between them.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,7 +44,8 @@ class Order:
 
     def __init__(self, lengths: Sequence[int], seed: int, batch: int, batch_tokens: int = 0):
         self.lengths, self.seed, self.batch, self.batch_tokens = lengths, seed, batch, batch_tokens
-        self._epoch, self._rows = -1, []
+        self._epoch = -1
+        self._rows: list[int] = []
         self._starts = [0]  # the place where each step begins, as far as computed; for batch_tokens
 
     def __getitem__(self, place: int) -> int:
@@ -91,7 +93,7 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def packs(rows: list[dict], capacity: int) -> list[Pack]:
+def packs(rows: list[dict[str, Any]], capacity: int) -> list[Pack]:
     """The rows (`input_ids`, `labels`, `number`) end to end in as few sequences of at most `capacity`
     tokens as best fit finds.
     """
@@ -111,14 +113,14 @@ def packs(rows: list[dict], capacity: int) -> list[Pack]:
     return made
 
 
-def shares(rows: list[dict], count: int, work: Operations) -> list[list[dict]]:
+def shares(rows: list[dict[str, Any]], count: int, work: Operations) -> list[list[dict[str, Any]]]:
     """The rows in `count` shares of about as much `work`."""
     costs = [work.of(len(row["input_ids"]), trained_tokens([row])) for row in rows]
     return [[rows[index] for index in indices] for indices in spread(costs, count)]
 
 
 def share(
-    rows: list[dict], rank: int, count: int, capacity: int, level: bool, work: Operations
+    rows: list[dict[str, Any]], rank: int, count: int, capacity: int, level: bool, work: Operations
 ) -> list[Pack]:
     """The packed share of rank `rank` of `count`, about as much `work` as every other rank's.
 
@@ -134,13 +136,15 @@ def share(
     return own + [IDLE] * (most - len(own))
 
 
-def layouts(rows: list[dict], rank: int, count: int, capacity: int, work: Operations) -> list[Documents]:
+def layouts(
+    rows: list[dict[str, Any]], rank: int, count: int, capacity: int, work: Operations
+) -> list[Documents]:
     """Where the documents lie in the packs of `share`, without making them."""
     sizes = [len(row["input_ids"]) for row in shares(rows, count, work)[rank]]
     return [Documents(tuple(sizes[i] for i in group)) for group in best_fit(sizes, capacity)]
 
 
-def trained_tokens(rows: list[dict]) -> int:
+def trained_tokens(rows: list[dict[str, Any]]) -> int:
     """Tokens that are predicted and trained: all labelled ones but a document's first."""
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 

@@ -49,16 +49,17 @@ def advise(order: Order, steps: int, world: int, device: str) -> None:
             f"have {whole:,} tokens: every step trains some of them more than once",
             f"Set batch_tokens to {whole} or less",
         )
-    if device != "cuda" or not steps or run["step_tokens"] >= FEW * world:
+    tokens = run["step_tokens"]  # None of a run of no steps
+    if device != "cuda" or tokens is None or tokens >= FEW * world:
         return
     wanted = max(min(ENOUGH * world, whole), *order.lengths)
-    times = wanted / run["step_tokens"]
+    times = wanted / tokens
     if times < 2:  # a small data set: no step could be much larger
         return
     fewer = max(3, round(steps / times))
     gpus = f", for {world} GPUs" if world > 1 else ""
     job.warning(
-        f"a step has {run['step_conversations']:.0f} conversations with {run['step_tokens']:,.0f} tokens "
+        f"a step has {run['step_conversations']:.0f} conversations with {tokens:,.0f} tokens "
         f"(medians){gpus}: too few to keep a GPU busy",
         f"Set batch_tokens: {wanted} instead of batch. A step then trains {times:.1f} times as many "
         f"conversations, so about {fewer} steps train as many as these {steps}, in less time",

@@ -7,9 +7,10 @@ token are written once, so that from then on a step costs what any other does, a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from model import assemble
 from model.families import registry
@@ -18,6 +19,9 @@ from stages import job
 from stages.train.pack import Pack, share
 from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from model.layers.structure import Model
 
 TOP = 64  # tokens of the vocabulary that are kept of each distribution: 0.5 KB a trained token
 
@@ -28,9 +32,10 @@ class Teacher:
     """
 
     def __init__(self, task: job.Job, ranks: Ranks):
-        self.task, self.ranks, self.kept = task, ranks, {}
+        self.task, self.ranks = task, ranks
+        self.kept: dict[int, dict[str, torch.Tensor]] = {}
 
-    def keep(self, model: nn.Module, rows: list[dict], begins: bool) -> None:
+    def keep(self, model: Model, rows: list[dict[str, Any]], begins: bool) -> None:
         """Asks the model, unrounded as it has to be now, about all rows; a run that goes on reads what was
         written when rounding set in.
 
@@ -57,9 +62,10 @@ class Teacher:
                 self.kept.setdefault(int(number), {})[part] = value
 
     @torch.no_grad()
-    def _write(self, model: nn.Module, rows: list[dict]) -> None:
+    def _write(self, model: Model, rows: list[dict[str, Any]]) -> None:
         model.eval()
-        found, device = {}, self.task.device
+        found: dict[str, torch.Tensor] = {}
+        device = self.task.device
         params, ranks = self.task.parameters(Parameters), self.ranks
         work = registry.of(model.hub_config).operations(model.hub_config, params.gradient_checkpointing)
         packs = share(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, work)
@@ -88,6 +94,7 @@ class Teacher:
         sequence in their order.
         """
         rows = [self.kept[row] for row in pack.rows]
-        return tuple(
+        index, logs = (
             torch.cat([row[part] for row in rows]).to(self.task.device) for part in ("index", "logs")
         )
+        return index, logs

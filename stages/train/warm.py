@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.families.nemotron_h import nano
 from model.layers import determinism, kernel_cache, kernel_watch
@@ -23,7 +23,8 @@ from stages.train import start
 from stages.train.parameters import Parameters
 
 if TYPE_CHECKING:
-    from torch import nn
+    from model.layers.structure import Model
+    from stages.train.pack import Order
 
 STEPS = 2
 HELD_OUT = 2  # conversations: held-out losses are another path through the model
@@ -92,21 +93,22 @@ def train(task: job.Job) -> None:
     full, usual = fill(lengths, params.sequence_tokens), usual_step(task, lengths)
     rows = synthetic([*full, *usual, *sorted(lengths)[:HELD_OUT]], config["vocab_size"])
     loop = Loop(task, model, rows, rows[-HELD_OUT:], Ranks(), fit.rounding(task, model, rows, None))
-    loop.order = Two(len(full), len(usual))
+    loop.order = two_steps(len(full), len(usual))
     loop.run()
 
 
-class Two:
+def two_steps(full: int, usual: int) -> Order:
     """Which rows the two steps have: the first `full` ones, then the `usual` ones behind them."""
+    from stages.train.pack import Order
 
-    def __init__(self, full: int, usual: int):
-        self.steps = [list(range(full)), list(range(full, full + usual))]
+    class Two(Order):
+        def step(self, number: int) -> list[int]:
+            return list((range(full), range(full, full + usual))[number])
 
-    def step(self, number: int) -> list[int]:
-        return self.steps[number]
+    return Two([1] * (full + usual), 0, full)
 
 
-def shape(task: job.Job) -> dict:
+def shape(task: job.Job) -> dict[str, Any]:
     """The config of the recipe's base, cut to one layer of each kind; of Nemotron 3 Nano where the base is
     not built yet.
     """
@@ -119,7 +121,7 @@ def shape(task: job.Job) -> dict:
             "If your base has another shape, build it (build.py run --until base) and run this again",
         )
         config = nano.WIDTHS | {"hybrid_override_pattern": nano.PATTERN}
-    return config | {"hybrid_override_pattern": kinds(config["hybrid_override_pattern"])}
+    return {**config, "hybrid_override_pattern": kinds(config["hybrid_override_pattern"])}
 
 
 def kinds(pattern: str) -> str:
@@ -129,7 +131,7 @@ def kinds(pattern: str) -> str:
     return "".join(chosen) + ("M*" if "M*" in pattern else "")
 
 
-def adapted(task: job.Job, config: dict) -> nn.Module:
+def adapted(task: job.Job, config: dict[str, Any]) -> Model:
     """A model of random weights with its adapter, as stage train would make it."""
     import torch
 
@@ -162,7 +164,8 @@ def fill(lengths: list[int], capacity: int) -> list[int]:
     """Conversations of these lengths, over and over, that fill a packed sequence of `capacity` tokens to
     the last one.
     """
-    chosen, room = [], capacity
+    chosen: list[int] = []
+    room = capacity
     while room:
         chosen.append(min(lengths[len(chosen) % len(lengths)], room))
         room -= chosen[-1]
@@ -177,7 +180,7 @@ def usual_step(task: job.Job, lengths: list[int]) -> list[int]:
     return [lengths[row] for row in Order(lengths, task.seed, params.batch, params.batch_tokens).step(0)]
 
 
-def synthetic(lengths: list[int], vocabulary: int) -> list[dict]:
+def synthetic(lengths: list[int], vocabulary: int) -> list[dict[str, Any]]:
     """Rows as stage data writes them, of random tokens, the last quarter of each trained."""
     import torch
 

@@ -120,14 +120,15 @@ def a_mixer(model, dt_bias=-3.0):
     attachment yet.
     """
     mixer = copy.deepcopy(model.model.layers[0].mixer)
-    mixer.conv1d.requires_grad_(False)  # as in every method: the kernel has no gradient of it
     mixer.__dict__.pop("forward", None)
     torch.manual_seed(1)
     mixer.dt_bias.data.fill_(dt_bias)
     mixer.D.data.zero_()
     mixer.in_proj.weight.data.normal_(std=0.2)
     mixer.conv1d.bias.data.normal_()  # so that padding comes out of the convolution as something
-    return mixer.requires_grad_()
+    mixer.requires_grad_()
+    mixer.conv1d.requires_grad_(False)  # as in every method: the kernel has no gradient of it
+    return mixer
 
 
 @pytest.mark.trap("state-lost-between-chunks")

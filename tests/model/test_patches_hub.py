@@ -139,8 +139,9 @@ NEWER = HUB.replace(
 
 @pytest.fixture(autouse=True)
 def no_mamba_ssm(monkeypatch):
-    # what Python raises ImportError for, installed or not
-    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    # what Python raises ImportError for, installed or not, and imported before or not
+    for name in {"mamba_ssm", *(name for name in sys.modules if name.startswith("mamba_ssm."))}:
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 def run(text):
@@ -347,13 +348,11 @@ def test_the_command_of_the_readme(tmp_path):
 # --- what the patched file computes
 
 
-@pytest.mark.usefixtures("no_mamba_ssm")
 def test_without_the_patch_the_import_is_an_error():
     with pytest.raises(ImportError, match="mamba-ssm is required"):
         run(HUB)
 
 
-@pytest.mark.usefixtures("no_mamba_ssm")
 @pytest.mark.trap("gate-after-the-norm")
 @pytest.mark.parametrize(
     ("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)]
@@ -389,7 +388,6 @@ def test_the_gate_comes_before_the_norm_and_the_norm_is_per_group(dtype, near):
     )
 
 
-@pytest.mark.usefixtures("no_mamba_ssm")
 def test_the_norm_refuses_what_the_hubs_file_never_asks_for():
     rmsnorm_fn, x = run(patches.patched(HUB)).rmsnorm_fn, torch.ones(1, 4)
     for other in (
