@@ -65,7 +65,7 @@ def main() -> None:
     shapes = [(documents.tokens, heads, SIZE) for heads in (HEADS, KEYS, KEYS, HEADS)]
     made = [torch.randn(shape, generator=generator).bfloat16().to(options.device) for shape in shapes]
     *parts, given = [tensor.double() for tensor in made]
-    exact = results(lambda *leaves: definition(*leaves, documents), parts, given)
+    exact = results(lambda q, k, v: definition(q, k, v, documents), parts, given)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, BF16, documents of {options.lengths} tokens")
     print(f"{'':18s} {'output':>9s} {'query':>9s} {'key':>9s} {'value':>9s}")

@@ -39,7 +39,9 @@ class Lora(nn.Module):
         nn.init.zeros_(self.b.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x).clone() + self.b(self.a(self.dropout(x))) * (ALPHA / RANK)
+        low = self.b(self.a(self.dropout(x))) * (ALPHA / RANK)
+        product: torch.Tensor = self.base(x).clone() + low
+        return product
 
 
 class Mlp(nn.Module):
@@ -50,13 +52,16 @@ class Mlp(nn.Module):
         self.up, self.down = Lora(d, width, device), Lora(width, d, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        y: torch.Tensor = self.down(F.relu(self.up(x)).square())
+        return y
 
 
 class Experts(nn.Module):
     """128 experts one after the other, each on the tokens routed to it. Under autocast the router's logits
     fall to BF16, as they did.
     """
+
+    bias: torch.Tensor
 
     def __init__(self, config: dict[str, Any], device: torch.device) -> None:
         super().__init__()
@@ -86,7 +91,8 @@ class Experts(nn.Module):
                 out.index_add_(0, tokens, made.to(out.dtype))
             else:  # an idle expert is called all the same, so that its adapters have a gradient (of zero)
                 out = out + expert(torch.zeros_like(flat[:1])).to(out.dtype)
-        return out.to(x.dtype).view_as(x) + self.shared(x)
+        shared: torch.Tensor = self.shared(x)
+        return out.to(x.dtype).view_as(x) + shared
 
 
 class Attention(nn.Module):
@@ -104,12 +110,9 @@ class Attention(nn.Module):
         )
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))  # what autocast does to this product
-        return self.o(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            .transpose(1, 2)
-            .reshape(*x.shape[:2], -1)
-            .to(x.dtype)
-        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        y: torch.Tensor = self.o(mixed.reshape(*x.shape[:2], -1).to(x.dtype))
+        return y
 
 
 class Mamba(nn.Module):
@@ -147,14 +150,14 @@ class Mamba(nn.Module):
         gate, mixed, dt = self.in_proj(x).split([self.inner, self.conv_width, self.heads], dim=-1)
         mixed = F.silu(self.conv(mixed.transpose(1, 2))[..., :tokens].transpose(1, 2))
         value, B, C = mixed.split([self.inner, self.groups * self.state, self.groups * self.state], dim=-1)
-        grouped = lambda t: t.reshape(batch, tokens, self.groups, self.state)
+        shape = (batch, tokens, self.groups, self.state)
         dt = F.softplus(dt + self.dt_bias)
         y = naive_scan(
             value.reshape(batch, tokens, self.heads, self.size),
             dt,
             -self.A_log.float().exp(),
-            grouped(B),
-            grouped(C),
+            B.reshape(shape),
+            C.reshape(shape),
             self.D,
             self.chunk,
         )
@@ -163,7 +166,8 @@ class Mamba(nn.Module):
         y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.epsilon)).view(
             batch, tokens, self.inner
         )
-        return self.out_proj((self.weight * y).to(x.dtype))
+        out: torch.Tensor = self.out_proj((self.weight * y).to(x.dtype))
+        return out
 
 
 def naive_scan(
@@ -227,7 +231,8 @@ class Block(nn.Module):
         self.mixer = {"M": Mamba, "*": Attention, "E": Experts}[letter](config, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mixer(rms(x, self.weight, self.epsilon))
+        mixed: torch.Tensor = self.mixer(rms(x, self.weight, self.epsilon))
+        return x + mixed
 
 
 def rms(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -270,7 +275,7 @@ def notebook(config: dict[str, Any], device: torch.device) -> Row:
         model,
         lambda ids, labels, mask: model(ids, labels),
         recipe,
-        ((PARTS[layer.letter], layer) for layer in model.layers),
+        zip((PARTS[letter] for letter in config["hybrid_override_pattern"]), model.layers, strict=True),
     )
 
 
@@ -294,15 +299,15 @@ def peft_today(config: dict[str, Any], device: torch.device, scan: str = "found"
     check_room(config, device)
     note = mamba_path(code, scan)
     with torch.device("meta"):
-        model = code.NemotronHForCausalLM(transformers.NemotronHConfig(**config))
+        bare = code.NemotronHForCausalLM(transformers.NemotronHConfig(**config))
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model = replace_with_bnb_linear(
-        model, modules_to_not_convert=["lm_head"], quantization_config=quantization
+    model: Any = replace_with_bnb_linear(
+        bare, modules_to_not_convert=["lm_head"], quantization_config=quantization
     )
     materialise(model, config, device)
     model.is_loaded_in_4bit = True  # what loading sets and PEFT reads
@@ -359,7 +364,7 @@ def check_room(config: dict[str, Any], device: torch.device) -> None:
         )
 
 
-def mamba_path(code, scan: str) -> str:
+def mamba_path(code: Any, scan: str) -> str:
     """Sets which scan the native class calls and says in words which it is.
 
     The fused training kernel needs compiled causal-conv1d and reads out_proj.weight past its module,

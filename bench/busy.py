@@ -16,8 +16,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-WAYS = {
+if TYPE_CHECKING:
+    from model.layers.structure import Model
+
+WAYS: dict[str, dict[str, str]] = {
     "as GNU OpenMP comes": {},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "GOMP_SPINCOUNT=30000": {"GOMP_SPINCOUNT": "30000"},
@@ -46,7 +50,7 @@ def steps(base: Path, data: Path, seconds: float) -> int:
         Rendered(row["text"], row["input_ids"], row["labels"])
         for _, row in dataset.read(data / "train.jsonl")
     ]
-    model = native.load(base).requires_grad_(True)
+    model = cast("Model", native.load(base)).requires_grad_(True)
     model.set_experts_implementation("eager")
     done, began = 0, 0.0
 
@@ -90,4 +94,4 @@ if __name__ == "__main__":
     if "--count" in sys.argv:
         print(steps(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])))
     else:
-        main(*sys.argv[1:3], *map(float, sys.argv[3:]))
+        main(sys.argv[1], sys.argv[2], *map(float, sys.argv[3:]))

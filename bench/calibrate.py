@@ -11,8 +11,10 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +24,8 @@ from bench.weights import Random
 from model import layouts, walk
 from model.weights import nvfp4
 from stages.quantize import calibrate
+
+Made = TypeVar("Made")
 
 
 def main() -> None:
@@ -42,7 +46,7 @@ def main() -> None:
     rows = list(torch.randint(0, config["vocab_size"], (options.conversations, options.tokens)))
     seconds = {"filling": 0.0, "forward": 0.0, "packing": 0.0}
 
-    def clocked(part: str, work):
+    def clocked(part: str, work: Callable[[], Made]) -> Made:
         synchronize(device)
         began = time.perf_counter()
         made = work()

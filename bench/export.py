@@ -28,13 +28,13 @@ TOKENS = 131072  # of the vocabulary
 
 def checkpoint(folder: Path, pattern: str) -> Path:
     """A checkpoint of the layers of `pattern`, written once."""
-    from bench import operations
     from bench.weights import Random
+    from model.families.nemotron_h import nano
     from model.weights.checkpoint import Slot, write, write_index
 
     if (folder / "model.safetensors.index.json").exists():
         return folder
-    config = operations.WIDTHS | {
+    config = nano.WIDTHS | {
         "hybrid_override_pattern": pattern,
         "num_hidden_layers": len(pattern),
         "architectures": ["NemotronHForCausalLM"],
@@ -94,7 +94,7 @@ def adapter(folder: Path, base: Path) -> Path:
         task_type="CAUSAL_LM",
         inference_mode=True,
         **chosen.arguments(),
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))
     return folder
 
 

@@ -58,7 +58,7 @@ class Compilations:
         self.count, self.before, self.steps = 0, 0, 0
         triton.knobs.compilation.listener = self.listen
 
-    def listen(self, **_) -> None:
+    def listen(self, **_: object) -> None:
         self.count += 1
 
     def step(self, number: int) -> None:
@@ -102,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = 2  # columns of words, aligned left
     for n, key in enumerate(("row", "lengths")):
         wide[n] = max(wide[n], *(len(row[key]) for row in rows))
-    lines = iter(
+    aligned = iter(
         [
             "  ".join(
                 cell.ljust(wide[n]) if n < names or columns[n] == len(COLUMNS) - 1 else cell.rjust(wide[n])
@@ -111,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             for line in lines
         ]
     )
-    head = next(lines)
+    head = next(aligned)
     return "\n".join(
         [
             head,
@@ -119,7 +119,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 (
                     f"{row['row'].ljust(wide[0])}  {row['lengths'].ljust(wide[1])}  {row['why']}"
                     if "why" in row
-                    else next(lines).rstrip()
+                    else next(aligned).rstrip()
                 )
                 for row in rows
             ),

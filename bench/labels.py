@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Labels:
@@ -18,10 +19,12 @@ class Labels:
     """
 
     def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
-        self.parts, self.names, self.hooks = list(parts), set(), []
-        self.open: list[tuple[str, object]] = []  # backward ranges
+        self.parts = list(parts)
+        self.names: set[str] = set()
+        self.hooks: list[RemovableHandle] = []
+        self.open: list[tuple[str, torch.profiler.record_function]] = []  # backward ranges
         # forward ranges, their kind, and the backward ranges each put on hold
-        self.running: list[tuple[object, str, list[str]]] = []
+        self.running: list[tuple[torch.profiler.record_function, str, list[str]]] = []
 
     def __enter__(self) -> Labels:
         for part, module in self.parts:
@@ -34,11 +37,11 @@ class Labels:
             ]
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def _range(self, name: str):
+    def _range(self, name: str) -> torch.profiler.record_function:
         self.names.add(name)
         entered = torch.profiler.record_function(name)
         entered.__enter__()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import random
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +32,14 @@ SAMPLE = Path(__file__).with_name("sample_lengths.json")
 CAPACITY = 16384  # tokens of a packed sequence, as stage train has it by default
 DOCUMENTS = 8  # conversations of a step
 SEED = 7
+
+
+@cache
+def sample() -> tuple[int, ...]:
+    """Tokens of every conversation of the sample data, in ascending order."""
+    return tuple(json.loads(SAMPLE.read_text()))
+
+
 LENGTHS: dict[str, Callable[[random.Random], int]] = {
     "equal": lambda chance: 2048,
     "mixed": lambda chance: chance.randint(650, 1400),
@@ -91,12 +98,6 @@ def conversations(
     return made
 
 
-@cache
-def sample() -> tuple[int, ...]:
-    """Tokens of every conversation of the sample data, in ascending order."""
-    return tuple(json.loads(SAMPLE.read_text()))
-
-
 def count_sample() -> list[int]:
     """The same, counted: stage data on data/sample with the tokenizer that stage base trains for the tiny
     recipe.
@@ -107,9 +108,7 @@ def count_sample() -> list[int]:
     from stages.job import Job
 
     data = ROOT / "data" / "sample"
-    vocabulary = tomllib.loads((ROOT / "stages" / "base" / "stage.toml").read_text())["parameters"][
-        "vocabulary"
-    ]["default"]
+    vocabulary = defaults("base")["vocabulary"]
     sources = {
         "conversations": [data / "conversations"],
         "prompt": [data / "system_prompt.txt"],

@@ -154,8 +154,9 @@ def stage(
 
 def phase(event: dict[str, Any]) -> str:
     """What a stage is at, from one of its events: the note, or the unit of a note with figures."""
-    note = event.get("note") or event.get("name") or event["event"]
-    return event.get("unit", "event") if any(map(str.isdigit, note)) else note
+    note: str = event.get("note") or event.get("name") or event["event"]
+    unit: str = event.get("unit", "event")
+    return unit if any(map(str.isdigit, note)) else note
 
 
 def train(folder: Path, small: bool, device: str) -> dict[str, Any]:
@@ -239,7 +240,8 @@ def doctors() -> dict[str, Callable[[dict[str, torch.Tensor]], str]]:
 def busiest(state: dict[str, torch.Tensor], layer: int) -> list[int]:
     """The two experts of a layer whose B is largest."""
     b = state[f"base_model.model.model.layers.{layer}.mixer.experts.base_layer.lora_B.weight"]
-    return b.view(b.shape[0], RANK, -1).norm(dim=(0, 1)).topk(2).indices.tolist()
+    largest: list[int] = b.view(b.shape[0], RANK, -1).norm(dim=(0, 1)).topk(2).indices.tolist()
+    return largest
 
 
 def doctored(folder: Path, device: str, limit: float) -> dict[str, Any]:

@@ -137,9 +137,9 @@ def scan(config: dict[str, Any], recipe: Recipe) -> float:
     and out.
     """
     heads, size, state, chunk = (
-        config[key] for key in ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "chunk_size")
+        int(config[key]) for key in ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "chunk_size")
     )
-    scored = config["n_groups"] if recipe.scores == "group" else heads
+    scored = int(config["n_groups"]) if recipe.scores == "group" else heads
     return 2 * (scored * chunk * state + heads * chunk * size + 2 * heads * state * size)
 
 

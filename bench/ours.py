@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,10 @@ from model import adapter, assemble
 from model.layers import recompute
 from model.layers.documents import Documents
 from stages.train.pack import best_fit
+
+if TYPE_CHECKING:
+    from model.layers.graphs import Graphs
+    from model.layers.structure import Model
 
 RANK, ALPHA = 16, 32
 NAMES = {"linear_attention": "mamba", "full_attention": "attention", "moe": "experts"}
@@ -26,7 +30,8 @@ class Packed(Row):
     `graphs` replays CUDA graphs, which are captured in `prepare`.
     """
 
-    graphs = None
+    graphs: Graphs | None = None
+    model: Model
 
     @property
     def described(self) -> str:
@@ -37,7 +42,7 @@ class Packed(Row):
             self.graphs.prepare({Documents(pack) for lengths in plan for pack in self._packs(lengths)})
 
     def computed(self, lengths: Sequence[int]) -> list[int]:
-        found = []
+        found: list[int] = []
         for pack in self._packs(lengths):
             idle = self.graphs.key(Documents(pack)).tokens - sum(pack) if self.graphs else 0
             found += [*pack, idle] if idle else pack
@@ -95,7 +100,7 @@ def ours(
     for module in assemble.exported(model):
         module.rounded = form == "rounded"
     recompute.attach(model.train(), CAPACITY)
-    parts = []
+    parts: list[tuple[str, torch.nn.Module]] = []
     for block in model.model.layers:
         name = NAMES[block.block_type]
         parts.append((name, block))
@@ -103,7 +108,13 @@ def ours(
             parts += [("experts/routed", block.mixer.experts), ("experts/shared", block.mixer.shared_experts)]
     part = frozenset({"attention", "mamba", "experts", "shared"} if targets == "all" else {targets})
     recipe = Recipe(down_recomputed=False, logits="trained", scores="group", targets=part, rank=RANK)
-    row = Packed(model, None, recipe, parts, f"{form}, LoRA on {targets}, packed")
+    row = Packed(
+        model,
+        assemble.loss,  # which its own `step` calls
+        recipe,
+        parts,
+        f"{form}, LoRA on {targets}, packed",
+    )
     if graphs and device.type == "cuda":
         row.graphs = assemble.capture(model)
     return row

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from model.weights import nvfp4
 from model.weights.nvfp4 import FP4_MAX, FP8_MAX, GRID, GROUP, SMALLEST, Packed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MATRICES, OUT, IN = 16, 1856, 2688
 REPEATS = 5
@@ -44,7 +48,8 @@ def plain_unpack(packed: Packed) -> torch.Tensor:
     codes = torch.stack([packed.weight & 15, packed.weight >> 4], -1).flatten(-2).long()
     grid = torch.tensor([*GRID, *(-value for value in GRID)])
     scale = packed.weight_scale.float() * packed.weight_scale_2[..., None, None]
-    return (grid[codes].unflatten(-1, (-1, GROUP)) * scale[..., None]).flatten(-2)
+    groups: torch.Tensor = grid[codes].unflatten(-1, (-1, GROUP)) * scale[..., None]
+    return groups.flatten(-2)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -58,7 +63,7 @@ def main(matrices: int = MATRICES, out: int = OUT, inside: int = IN) -> None:
     torch.manual_seed(0)
     weight = torch.randn(matrices, out, inside, dtype=torch.bfloat16) * 0.02
     megabytes, packed = weight.numel() * 2 / 1e6, nvfp4.pack(weight)
-    rows = {
+    rows: dict[str, Callable[[], object]] = {
         "pack, plain": lambda: plain_pack(weight),
         "pack, nearest": lambda: nvfp4.pack(weight),
         "pack, mse": lambda: nvfp4.pack(weight, "mse"),

@@ -20,9 +20,12 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.train import start
+
+if TYPE_CHECKING:
+    from model.layers.structure import Model
 
 start.before_torch(lambda message, remedy: print(message, remedy, file=sys.stderr))
 
@@ -58,7 +61,7 @@ class Timed(ranks.Ranks):
 
 def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict[str, Any]]:
     """Conversations of stage data's form with these lengths, in the plan's order."""
-    made = []
+    made: list[dict[str, Any]] = []
     for number, step in enumerate(plan):
         for one in lengths.conversations(step, vocabulary, number):
             made.append({"input_ids": one.ids.tolist(), "labels": one.labels.tolist(), "number": len(made)})
@@ -66,7 +69,7 @@ def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict[str, Any]]:
 
 
 def measure(
-    kind: str, model: torch.nn.Module, config: dict[str, Any], its: Timed, options: argparse.Namespace
+    kind: str, model: Model, config: dict[str, Any], its: Timed, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One kind of lengths on a model that is there: median milliseconds, tokens a second, and the worst
     rank's wait.
@@ -166,7 +169,7 @@ def main() -> None:
     for count in map(int, options.gpus.split(",")):
         command = ranks.command(count, "bench.ranks", *sys.argv[1:])
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-            for line in run.stdout:
+            for line in run.stdout or ():
                 if not line.startswith("row "):
                     continue
                 row = json.loads(line[4:])

@@ -91,8 +91,7 @@ class Row:
 
     def close(self) -> None:
         """Frees everything the row holds on the device."""
-        self.model = self.loss_of = self.optimizer = None
-        self.adapters = self.parts = []
+        del self.model, self.loss_of, self.optimizer, self.adapters, self.parts
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -131,16 +130,18 @@ def packed(into: int, out: int, device: torch.device) -> nn.Module:
     return pack(module, device)
 
 
-def pack(module: nn.Module, device: torch.device) -> nn.Module:
+def pack(module: Any, device: torch.device) -> nn.Module:
     """Gives a Linear4bit on meta a random packed weight on `device`."""
     import bitsandbytes as bnb
 
     weight = random(module.out_features, module.in_features, device=device)
-    module.weight = bnb.nn.Params4bit(
+    params: Any = bnb.nn.Params4bit
+    module.weight = params(
         weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=module
     ).to(device)
     module.support_avx512bf16_for_cpu = False  # else evaluating repacks in place and cuts later gradients
-    return module
+    packed_module: nn.Module = module
+    return packed_module
 
 
 def start_dt(heads: int, device: torch.device, config: dict[str, Any]) -> torch.Tensor:

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from bench import operations
 from bench.stage_job import defaults
 from bench.weights import Random
 from model import audit, layouts, walk
+from model.families.nemotron_h import nano
 from model.families.nemotron_h.layout import LAYOUTS
 from model.weights import quant_config
 from model.weights.checkpoint import Checkpoint, Slot, write_index
@@ -62,7 +62,9 @@ def make(
             for file in source.files
         ],
     )
-    modules, maxima, idle, began = layouts.quantised(config, chosen), {}, [], time.perf_counter()
+    modules, began = layouts.quantised(config, chosen), time.perf_counter()
+    maxima: dict[str, torch.Tensor] = {}
+    idle: list[str] = []
     if form == "w4a4":
         rows = list(
             torch.randint(0, config["vocab_size"], (64, 512), generator=torch.Generator().manual_seed(0))
@@ -132,7 +134,8 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
 
     def generate(count: int, tokens: int, **more: int) -> list[Any]:
         settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more)
-        return served.generate([{"prompt_token_ids": ids}] * count, settings, use_tqdm=False)
+        answers: list[Any] = served.generate([{"prompt_token_ids": ids}] * count, settings, use_tqdm=False)
+        return answers
 
     answer = generate(1, GREEDY, logprobs=1, prompt_logprobs=1)[0]
     greedy = list(answer.outputs[0].token_ids)
@@ -162,7 +165,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--pattern",
-        default=operations.PATTERN,
+        default=nano.PATTERN,
         help="layers: M Mamba, E experts, * attention (default: all 52)",
     )
     parser.add_argument("--config", type=Path, help="a config.json instead of the real widths")
@@ -182,7 +185,7 @@ def main() -> None:
         )
         return
     wide = (
-        operations.WIDTHS
+        nano.WIDTHS
         | {"hybrid_override_pattern": options.pattern, "num_hidden_layers": len(options.pattern)}
         | MORE
     )

@@ -18,25 +18,19 @@ import resource
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bench import figures, lengths
+from bench.stage_job import defaults
 
-STAGES = Path(__file__).parents[1] / "stages"
-CHANGES = {"rank": 32, "alpha": 64, "learning_rate": 3e-3, "batch": lengths.DOCUMENTS}
+if TYPE_CHECKING:
+    from model.layers.structure import Model
+
+CHANGES: dict[str, Any] = {"rank": 32, "alpha": 64, "learning_rate": 3e-3, "batch": lengths.DOCUMENTS}
 THREADS = 2  # as stages base and train
 SEED = 7
-
-
-def defaults(stage: str) -> dict[str, Any]:
-    """The parameters of a stage's contract."""
-    return {
-        name: row["default"]
-        for name, row in tomllib.loads((STAGES / stage / "stage.toml").read_text())["parameters"].items()
-    }
 
 
 def base(folder: Path) -> None:
@@ -108,10 +102,10 @@ def trl(folder: Path, made: list[dict[str, Any]], steps: int, turns: Turns) -> N
     from model.weights.checkpoint import Checkpoint
 
     class AfterStep(transformers.TrainerCallback):
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, *_: object, **__: object) -> None:
             turns.step()
 
-    model = native.load(folder)
+    model = cast("Model", native.load(folder))
     for module in model.modules():
         module.__dict__.pop("forward", None)
     model.set_experts_implementation("eager")
@@ -232,8 +226,10 @@ def main(arguments: list[str] | None = None) -> None:
             for block in range(options.steps // options.block):
                 for row in ROWS:
                     if block:
-                        running[row].stdin.write("\n")
-                        running[row].stdin.flush()
+                        pipe = running[row].stdin
+                        assert pipe
+                        pipe.write("\n")
+                        pipe.flush()
                     else:
                         command = [
                             sys.executable,
@@ -248,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
                         running[row] = subprocess.Popen(
                             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
                         )
-                    if not (line := running[row].stdout.readline()):
+                    if not (line := next(iter(running[row].stdout or ()), "")):
                         raise SystemExit(
                             f"{row}: its process ended with {running[row].wait()} in block {block + 1}; its"
                             " own words stand above"

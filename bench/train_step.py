@@ -104,7 +104,7 @@ def measure(
         for number, kind in enumerate(lengths.kinds(options.lengths)):
             if row.pads:
                 row.micro = options.micro_batch[number % len(options.micro_batch)]
-            found = {"row": name, "lengths": kind, "ceiling": top}
+            found: dict[str, Any] = {"row": name, "lengths": kind, "ceiling": top}
             try:
                 found |= run(
                     row,
@@ -171,7 +171,7 @@ def run(
             )
         )
     timed = figures.counted(len(plan))
-    found = {"first_s": first, "prepare_s": prepared, "loss": loss, "note": row.described}
+    found: dict[str, Any] = {"first_s": first, "prepare_s": prepared, "loss": loss, "note": row.described}
     found |= figures.summary(times, [sum(its) for its in plan], [sum(row.computed(its)) for its in plan])
     found |= {
         "operations": sum(done[timed]) / found["timed"],

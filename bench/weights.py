@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model.families.nemotron_h import names
-from model.weights.checkpoint import DTYPES, Checkpoint, Entry, Slot, shards
+from model.weights.checkpoint import DTYPES, Checkpoint, Entry, Slot, Work, shards
 
 BLOCK = 2**26  # random numbers, of which every tensor is a cut
 
@@ -48,5 +49,5 @@ class Random(Checkpoint):
     def rows(self, name: str, first: int, count: int) -> torch.Tensor:
         return self.tensor(name)[first : first + count]
 
-    def pieces(self, name: str):
+    def pieces(self, name: str) -> Iterator[Work]:
         return iter([lambda: self.tensor(name)])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from run import REPO, prepared
 
-ROOMS = ("model", "stages")
+ROOMS = ("model", "stages", "bench")
 MYPY = [sys.executable, "-m", "mypy"]
 
 

@@ -17,7 +17,10 @@ import torch.nn.functional as F
 
 from model.layers import tiles
 
-TORCH_KERNELS = (9, 10)  # major compute capabilities: on any other torch multiplies expert after expert
+TORCH_KERNELS: tuple[int, ...] = (
+    9,
+    10,
+)  # major compute capabilities: on any other torch multiplies expert after expert
 ALIGNMENT = 8  # BF16 numbers in the 16 bytes that every row of a grouped product has to be a multiple of
 
 

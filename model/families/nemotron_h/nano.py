@@ -1,8 +1,10 @@
 """The shape of Nemotron 3 Nano 30B-A3B: its layers and widths, in the words of the hub's config.json. What
 is measured or compiled before the 63 GB are downloaded has this shape."""
 
+from typing import Any
+
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-WIDTHS = {
+WIDTHS: dict[str, Any] = {
     "model_type": "nemotron_h",
     "hidden_size": 2688,
     "vocab_size": 131072,
