@@ -309,7 +309,7 @@ def test_mixer_equals_its_definition_and_nothing_clamps_dt(model, place, dt_bias
 @pytest.mark.parametrize("padded", [False, True])
 def test_mixer_equals_the_class_in_output_and_every_gradient(model, padded, monkeypatch):
     class_in_torch(monkeypatch)
-    own = a_mixer(model).train()
+    own = a_mixer(model).train().requires_grad_()  # the convolution too, which torch has gradients of
     ours = mamba.attach(copy.deepcopy(own))
     hidden = torch.randn(3, 3 * CHUNK + 8, own.hidden_size)
     mask = None
