@@ -82,7 +82,7 @@ def read(path: str | Path) -> Job:
         secrets={name: Path(p) for name, p in raw.get("secrets", {}).items()},
         device=raw.get("device", "cpu"),
         provenance=raw.get("provenance", {}),
-        previous=Path(raw["previous"]) if "previous" in raw else None,
+        previous=Path(raw["previous"]) if raw.get("previous") else None,
     )
 
 
