@@ -119,6 +119,9 @@ def count_sample() -> list[int]:
         for folder in folders:
             folder.mkdir()
         make.make_tokenizer(make.read([data / "lessons.jsonl"]), vocabulary, folders[0])
+        (folders[0] / "config.json").write_text(
+            '{"model_type": "nemotron_h"}'
+        )  # stage data asks for its chat
         prepare.run(
             Job(
                 "data",
