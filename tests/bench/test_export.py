@@ -3,15 +3,16 @@
 import json
 import sys
 
-from bench import calibrate, export, operations
+from bench import calibrate, export
 from model import audit
+from model.families.nemotron_h import nano
 from stages.base import tiny
 
 CONFIG = tiny.config("ME*", 128, 4, 512) | {"time_step_min": 0.001, "time_step_max": 0.1}
 
 
 def test_every_row_makes_a_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(operations, "WIDTHS", CONFIG)
+    monkeypatch.setattr(nano, "WIDTHS", CONFIG)
     monkeypatch.setattr(export, "TOKENS", CONFIG["vocab_size"])
     base = export.checkpoint(tmp_path / "base", "ME*")
     its = export.adapter(tmp_path / "adapter", base)
