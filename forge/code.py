@@ -24,10 +24,10 @@ def closure(repo: Path, stage: str, apart: tuple[str, ...] = ()) -> list[Path]:
     """
     own = repo / "stages" / stage
     left_out = {*_BESIDE, *apart}
-    found = {
+    files = {
         p for p in own.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name not in left_out
     }
-    todo = [p for p in found if p.suffix == ".py"] + _packages(repo, own / "__main__.py")
+    todo = [p for p in files if p.suffix == ".py"] + _packages(repo, own / "__main__.py")
     seen: set[Path] = set()
     while todo:
         path = todo.pop()
@@ -35,7 +35,7 @@ def closure(repo: Path, stage: str, apart: tuple[str, ...] = ()) -> list[Path]:
             continue
         seen.add(path)
         names, beside = _mentions(repo, path)
-        found.update(beside)
+        files.update(beside)
         for name in names:
             if name.split(".")[0] in _HOST:
                 raise Refused(
@@ -62,7 +62,7 @@ def closure(repo: Path, stage: str, apart: tuple[str, ...] = ()) -> list[Path]:
                         )
                     )
             todo += reached
-    return sorted(p.relative_to(repo) for p in found | seen)
+    return sorted(p.relative_to(repo) for p in files | seen)
 
 
 def _packages(repo: Path, path: Path) -> list[Path]:

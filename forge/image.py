@@ -53,7 +53,7 @@ def pythons(folder: Path) -> dict[str, str]:
 
 def files(image: Image, machine: str) -> dict[str, Path]:
     """Name -> file of everything that goes into the image on a machine of this type, in a stable order."""
-    found = {
+    own = {
         str(path.relative_to(image.folder)): path
         for path in sorted(image.folder.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts and path.name not in _APART
@@ -64,7 +64,7 @@ def files(image: Image, machine: str) -> dict[str, Path]:
         for name in shared_names
         if (image.folder.parent / name).is_file()
     }
-    return found | shared
+    return own | shared
 
 
 def components(image: Image, executor: str, machine: str | None = None) -> dict[str, str]:

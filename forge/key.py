@@ -48,8 +48,8 @@ def of(
     if executor != "local" and dockerfile.is_file():
         components[f"image/{dockerfile.relative_to(repo)}"] = memo.file(dockerfile)
     if step.contract.product:
-        made = image.components(recipe.images[step.contract.product.image], executor)
-        components |= {f"product/{name.removeprefix('image/')}": value for name, value in made.items()}
+        product = image.components(recipe.images[step.contract.product.image], executor)
+        components |= {f"product/{name.removeprefix('image/')}": value for name, value in product.items()}
     components |= {f"param/{name}": _shown(value) for name, value in step.params.items()}
     components |= {f"source/{name}": memo.source(paths) for name, paths in step.sources.items()}
     components["type"] = step.contract.produces
@@ -57,10 +57,10 @@ def of(
     components["gpu"] = gpu if recipe.on_gpu(step.name) else "none"
     waits = []
     for name, supplier in step.inputs.items():
-        if (its := digest(supplier)) is None:
+        if (content := digest(supplier)) is None:
             waits.append(supplier)
         else:
-            components[f"input/{name}"] = its
+            components[f"input/{name}"] = content
     return Key(components, tuple(waits))
 
 

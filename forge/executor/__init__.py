@@ -59,7 +59,7 @@ class Executor(Protocol):
     name: str
     scratch: str
 
-    def check(self, wanted: list[Image], gpu: bool) -> list[Finding]:
+    def check(self, environments: list[Image], gpu: bool) -> list[Finding]:
         """What this machine lacks for these images."""
 
     def prepare(self, image: Image, on_line: Callable[[str], None]) -> None:

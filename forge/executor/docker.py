@@ -179,12 +179,12 @@ class Docker:
 
     # --- what is missing ------------------------------------------------------------------------------------
 
-    def check(self, wanted: list[Image], gpu: bool) -> list[Finding]:
+    def check(self, environments: list[Image], gpu: bool) -> list[Finding]:
         if lacking := no_engine():
             return [lacking]
-        found = []
+        findings = []
         if not _plugin("buildx", _BUILDX):
-            found.append(
+            findings.append(
                 error(
                     "docker buildx",
                     "no buildx, or one that is too old",
@@ -193,7 +193,7 @@ class Docker:
                 )
             )
         if not _plugin("compose", (2, 20)):
-            found.append(
+            findings.append(
                 error(
                     "docker compose",
                     "no compose, or one that is too old",
@@ -203,7 +203,7 @@ class Docker:
             )
         info = self.client.info()
         if gpu and "nvidia" not in info.get("Runtimes", {}) and not info.get("CDISpecDirs"):
-            found.append(
+            findings.append(
                 error(
                     "docker",
                     "an engine without the NVIDIA runtime",
@@ -212,11 +212,11 @@ class Docker:
                     " and restart the engine.",
                 )
             )
-        found += machine_findings(wanted, images.machine_type(info.get("Architecture")))
+        findings += machine_findings(environments, images.machine_type(info.get("Architecture")))
         root = Path(info.get("DockerRootDir", "/"))
-        needed = 5.0 * sum(not self._there(self.tag(image)) for image in wanted)
+        needed = 5.0 * sum(not self._there(self.tag(image)) for image in environments)
         if root.exists() and (free := shutil.disk_usage(root).free / 1e9) < needed:
-            found.append(
+            findings.append(
                 error(
                     "docker",
                     f"{free:.1f} GB free at {root}",
@@ -224,7 +224,7 @@ class Docker:
                     "Free some space there (docker system df).",
                 )
             )
-        return found
+        return findings
 
     # --- images ---------------------------------------------------------------------------------------------
 
@@ -471,9 +471,9 @@ class Docker:
                 continue
 
 
-def machine_findings(wanted: list[Image], machine: str) -> list[Finding]:
+def machine_findings(environments: list[Image], machine: str) -> list[Finding]:
     """The images whose torch no lock holds for an engine on this type of machine."""
-    on_cpu = [image for image in wanted if image.args.get("torch") == "cpu"]
+    on_cpu = [image for image in environments if image.args.get("torch") == "cpu"]
     machines = sorted({name for image in on_cpu for name in images.pythons(image.folder.parent)})
     if not on_cpu or machine in machines:
         return []

@@ -71,10 +71,10 @@ class Local:
         """The environment's python; this one for an image without locked requirements."""
         return self.python(image) if self.ready(image) else Path(sys.executable)
 
-    def check(self, wanted: list[Image], gpu: bool) -> list[Finding]:
-        found = []
+    def check(self, environments: list[Image], gpu: bool) -> list[Finding]:
+        findings = []
         if gpu:
-            found.append(
+            findings.append(
                 error(
                     "executor",
                     "the local executor, whose environments hold CPU builds",
@@ -82,8 +82,8 @@ class Local:
                     "Run with --executor docker.",
                 )
             )
-        missing = [image for image in wanted if _locked(image) and not self.ready(image)]
-        return found + [
+        missing = [image for image in environments if _locked(image) and not self.ready(image)]
+        return findings + [
             finding
             for folder in {image.folder.parent for image in missing}
             for finding in self._python_findings(folder)
