@@ -151,7 +151,7 @@ def served(
     that are quantised.
     """
     serving = serve.of(config)
-    its = serve.Checkpoint(
+    its = serve.Served(
         None if facts["format"] == "BF16" else serving.layout_of(packed),
         weight_only=not quant_config.ALGORITHMS.get(facts["format"], True),
         fp8_cache=facts["kv_cache"] == "FP8",

@@ -37,7 +37,7 @@ class Serve:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Served:
     """What decides the flags. `layout` is None for BF16, `nvidia` where a Mamba in_proj is quantised;
     `lora_rank` is 0 without an adapter.
     """
@@ -49,10 +49,10 @@ class Checkpoint:
     lora_attention_only: bool = True
 
 
-def quantised(folder: Path) -> Checkpoint:
+def quantised(folder: Path) -> Served:
     """What decides the flags of a checkpoint that stage quantize made."""
     settings = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
-    return Checkpoint(
+    return Served(
         layout=json.loads((folder / "audit.json").read_text())["layout"],
         weight_only=settings["quant_algo"] == "W4A16_NVFP4",
         fp8_cache=settings["kv_cache_quant_algo"] == "FP8",
@@ -71,8 +71,8 @@ class Serving:
     name: str
     base_name: str
     request: dict[str, Any]
-    limits: Callable[[str, Checkpoint], list[ServingError]]  # what a version cannot serve right
-    flags: Callable[[str, str, Checkpoint, str], Serve]  # by version, device, checkpoint and KV cache
+    limits: Callable[[str, Served], list[ServingError]]  # what a version cannot serve right
+    flags: Callable[[str, str, Served, str], Serve]  # by version, device, checkpoint and KV cache
     attention: frozenset[str]  # LoRA targets that vLLM can add at run time everywhere
     layout_of: Callable[[set[str]], str]  # of packed modules, as far as flags depend on it
 
@@ -80,7 +80,7 @@ class Serving:
         self,
         vllm: str,
         device: str,
-        checkpoint: Checkpoint,
+        checkpoint: Served,
         max_model_len: int,
         max_num_seqs: int,
         memory_share: float = 0.35,
@@ -107,7 +107,7 @@ class Serving:
             args += ["--gpu-memory-utilization", str(memory_share)]
         return Serve([*args, *made.args], made.env)
 
-    def adapted(self, adapter: Path) -> Checkpoint:
+    def adapted(self, adapter: Path) -> Served:
         """What decides the flags of a BF16 base that is served with this adapter (a folder with
         adapter_config.json).
         """
@@ -115,7 +115,7 @@ class Serving:
         targets = config["target_modules"]
         modules = {targets} if isinstance(targets, str) else set(targets)
         attention = modules <= self.attention and not config.get("target_parameters")
-        return Checkpoint(lora_rank=config["r"], lora_attention_only=attention)
+        return Served(lora_rank=config["r"], lora_attention_only=attention)
 
 
 def of(config: dict[str, Any]) -> Serving:
@@ -155,7 +155,7 @@ class KVCache:
 
 
 def kv_cache(
-    vllm: str, device: str, checkpoint: Checkpoint, asked: str = "auto", cpuinfo: Path = CPUINFO
+    vllm: str, device: str, checkpoint: Served, asked: str = "auto", cpuinfo: Path = CPUINFO
 ) -> KVCache:
     """The KV cache of a server on `device`, whatever the checkpoint's files ask for.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from model.families import serve
 from model.families.messages import normalise, served_tools
-from model.families.serve import Checkpoint, Serving, ServingError
+from model.families.serve import Served, Serving, ServingError
 from stages import check, dataset, job
 from stages.evaluate import checks, gate, overlap, report
 from stages.evaluate import questions as written
@@ -32,7 +32,7 @@ class Plan:
     """One server and the columns it answers for (column -> the name that the API knows it by)."""
 
     model: Path
-    checkpoint: Checkpoint
+    checkpoint: Served
     columns: dict[str, str]
     adapter: Path | None = None
 
@@ -188,8 +188,8 @@ def servers(its: Job, serving: Serving) -> list[Plan]:
             "`merged` is the same model, with the adapter added to the weights; the merge stage compared"
             " the two",
         )
-        plans.append(Plan(its.inputs["base"], Checkpoint(), {"base": serving.name}))
-    plans.append(Plan(its.inputs["merge"], Checkpoint(), {"merged": serving.name}))
+        plans.append(Plan(its.inputs["base"], Served(), {"base": serving.name}))
+    plans.append(Plan(its.inputs["merge"], Served(), {"merged": serving.name}))
     nvfp4 = its.inputs["quantize"]
     plans.append(Plan(nvfp4, serve.quantised(nvfp4), {"nvfp4": serving.name}))
     return plans

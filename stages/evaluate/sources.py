@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.families.serve import Checkpoint, ServingError, kv_cache
+from model.families.serve import Served, ServingError, kv_cache
 from stages import check, dataset
 from stages.check import Finding, Given
 from stages.evaluate import gate, overlap, questions
@@ -30,7 +30,7 @@ def cache(stage: Given) -> list[Finding]:
     """
     if "quantize" not in stage.inputs:
         return []
-    checkpoint = Checkpoint("nvidia", fp8_cache=stage.inputs["quantize"].params["kv_cache"] == "FP8")
+    checkpoint = Served("nvidia", fp8_cache=stage.inputs["quantize"].params["kv_cache"] == "FP8")
     try:
         chosen = kv_cache(NEWEST, stage.device, checkpoint, stage.parameters(Parameters).kv_cache)
     except ServingError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from model.families.serve import Checkpoint
+from model.families.serve import Served
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 
@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).parent / "card.md.j2"
 def markdown(
     serve: dict[str, Any],
     report: dict[str, Any],
-    checkpoint: Checkpoint,
+    checkpoint: Served,
     provenance: dict[str, dict[str, str]],
 ) -> str:
     form, held = {

@@ -7,7 +7,7 @@ import shutil
 from typing import Any
 
 from model.families import serve
-from model.families.serve import Checkpoint, Serving, ServingError
+from model.families.serve import Served, Serving, ServingError
 from stages import job
 from stages.job import Job, StageError
 from stages.package import card
@@ -73,7 +73,7 @@ def run(its: Job) -> None:
     job.progress(1, 1, "serving")
 
 
-def served(its: Job, serving: Serving, serves: str) -> Checkpoint:
+def served(its: Job, serving: Serving, serves: str) -> Served:
     """What decides the flags of what is served."""
     match serves:
         case "nvfp4":
@@ -81,7 +81,7 @@ def served(its: Job, serving: Serving, serves: str) -> Checkpoint:
         case "tuned":
             return serving.adapted(its.inputs["train"] / "adapter")
         case _:
-            return Checkpoint()
+            return Served()
 
 
 def check(its: Job, serves: str) -> dict[str, Any]:

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from model.families.nemotron_h.serving import NEMOTRON_H
-from model.families.serve import Checkpoint, ServingError, kv_cache, version
+from model.families.serve import Served, ServingError, kv_cache, version
 
-BF16 = Checkpoint()
-OFFICIAL = Checkpoint("nvidia", fp8_cache=True)
-CONSERVATIVE = Checkpoint("conservative", fp8_cache=True)
-ADAPTER = Checkpoint(lora_rank=16)
+BF16 = Served()
+OFFICIAL = Served("nvidia", fp8_cache=True)
+CONSERVATIVE = Served("conservative", fp8_cache=True)
+ADAPTER = Served(lora_rank=16)
 RELEASES = ("0.12.0", "0.13.0", "0.15.1", "0.17.0", "0.17.1", "0.18.0", "0.30.2", "0.31.0", "0.32.0+cpu")
 
 
@@ -44,13 +44,13 @@ def test_the_kv_cache_is_always_said(vllm):
     assert value(served(vllm), "--kv-cache-dtype") == "fp8"
     # before, some attention backends knew BF16 as auto only
     bf16 = "bfloat16" if version(vllm) >= (0, 15) else "auto"
-    assert value(served(vllm, Checkpoint("conservative")), "--kv-cache-dtype") == bf16
+    assert value(served(vllm, Served("conservative")), "--kv-cache-dtype") == bf16
     assert value(served(vllm, BF16), "--kv-cache-dtype") == bf16
 
 
 def test_the_recipe_overrides_the_kv_cache_that_the_checkpoint_asks_for():
     assert value(served("0.31.0", OFFICIAL, kv_cache="bfloat16"), "--kv-cache-dtype") == "bfloat16"
-    assert value(served("0.31.0", Checkpoint("nvidia"), kv_cache="fp8"), "--kv-cache-dtype") == "fp8"
+    assert value(served("0.31.0", Served("nvidia"), kv_cache="fp8"), "--kv-cache-dtype") == "fp8"
     with pytest.raises(ServingError, match="0.14.1 takes the KV cache that the checkpoint asks for"):
         served("0.14.1", CONSERVATIVE, kv_cache="bfloat16")
 
@@ -99,18 +99,18 @@ def test_an_adapter_goes_to_attention_alone():
         "qkv_proj",
     ]
     with pytest.raises(ServingError, match="merge it"):
-        served("0.31.0", Checkpoint(lora_rank=16, lora_attention_only=False))
+        served("0.31.0", Served(lora_rank=16, lora_attention_only=False))
     assert "--enable-lora" not in served("0.31.0", BF16).args
 
 
 @pytest.mark.parametrize("rank,allowed", [(1, "8"), (8, "8"), (9, "16"), (32, "32"), (500, "512")])
 def test_a_rank_is_rounded_up_to_one_that_vllm_knows(rank, allowed):
-    assert value(served("0.31.0", Checkpoint(lora_rank=rank)), "--max-lora-rank") == allowed
+    assert value(served("0.31.0", Served(lora_rank=rank)), "--max-lora-rank") == allowed
 
 
 def test_a_rank_beyond_vllm_s_is_refused():
     with pytest.raises(ServingError, match="513"):
-        served("0.31.0", Checkpoint(lora_rank=513))
+        served("0.31.0", Served(lora_rank=513))
 
 
 @pytest.mark.trap("wrong-expert-backend")
@@ -129,7 +129,7 @@ def test_before_that_flashinfer_is_two_variables(vllm):
 
 
 def test_weight_only_experts_take_marlin_and_0_22():
-    weight_only = Checkpoint("conservative", weight_only=True)
+    weight_only = Served("conservative", weight_only=True)
     with pytest.raises(ServingError, match="W4A16_NVFP4.*0.22"):
         served("0.21.0", weight_only)
     assert (
@@ -142,7 +142,7 @@ def test_weight_only_experts_take_marlin_and_0_22():
 
 
 def test_limits_are_named_all_at_once():
-    checkpoint = Checkpoint("nvidia", weight_only=True, lora_rank=8)
+    checkpoint = Served("nvidia", weight_only=True, lora_rank=8)
     assert [fault.remedy for fault in NEMOTRON_H.limits("0.12.0", checkpoint)] == [
         "quantise with layout: conservative, or serve with 0.18 or newer",
         "quantise activations too, or serve with 0.22 or newer",

@@ -16,7 +16,7 @@ import torch
 from model.families import serve
 from model.families.nemotron_h import native
 from model.families.nemotron_h.serving import NEMOTRON_H, SERVED_NAME
-from model.families.serve import Checkpoint as Served
+from model.families.serve import Served
 from model.weights import nvfp4
 from stages.evaluate import evaluate
 from stages.evaluate.server import Server

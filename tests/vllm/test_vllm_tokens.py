@@ -21,7 +21,7 @@ from vllm.tool_parsers import ToolParserManager
 
 from model.families import serve
 from model.families.nemotron_h.serving import NEMOTRON_H, SERVED_NAME, THINKING_OFF
-from model.families.serve import Checkpoint as Served
+from model.families.serve import Served
 from stages.evaluate import evaluate
 from stages.evaluate.server import Server
 

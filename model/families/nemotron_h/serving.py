@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 
-from model.families.serve import Checkpoint, Serve, Serving, ServingError, kv_cache, version
+from model.families.serve import Serve, Served, Serving, ServingError, kv_cache, version
 
 SERVED_NAME = "nemotron-nano"
 BASE_NAME = "nemotron-nano-base"  # where the adapter is added at run time and has the name that clients know
@@ -31,7 +31,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 512)
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
-def limits(vllm: str, checkpoint: Checkpoint) -> list[ServingError]:
+def limits(vllm: str, checkpoint: Served) -> list[ServingError]:
     """Everything that one vLLM version cannot serve right of `checkpoint`. Raises ServingError if `vllm`
     is no version.
     """
@@ -79,7 +79,7 @@ def limits(vllm: str, checkpoint: Checkpoint) -> list[ServingError]:
     return found
 
 
-def flags(vllm: str, device: str, checkpoint: Checkpoint, cache: str = "auto") -> Serve:
+def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Serve:
     """The flags that version, device, checkpoint and KV cache decide, within the version's limits; name
     and sizes are the caller's.
     """
