@@ -22,6 +22,7 @@ PIECE = 2**20  # bytes
 THREADS = 4  # that read and compute while another writes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_OF_THE_FOLDER = ("manifest.json", "merge.json")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -326,6 +327,17 @@ def shards(slots: list[Slot], limit: int) -> list[tuple[str, list[Slot]]]:
             groups.append([])
         groups[-1].append(slot)
     return [(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1)]
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """What lies beside the weights and goes along with them, sorted: settings, tokenizer, the index. Not what
+    tells of this folder alone, a manifest or a merge's report.
+    """
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in _OF_THE_FOLDER
+    ]
 
 
 def write_index(folder: Path, layout: list[tuple[str, list[Slot]]]) -> None:

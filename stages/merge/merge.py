@@ -18,7 +18,7 @@ import torch
 
 from model import audit
 from model.lora import Adapter, AdapterError, Change
-from model.weights.checkpoint import Checkpoint, CheckpointError, Slot, Work, write
+from model.weights.checkpoint import Checkpoint, CheckpointError, Slot, Work, files_beside, write
 from stages import job
 from stages.job import Job, StageError
 from stages.merge import proof
@@ -123,7 +123,6 @@ def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
             Slot(name, base.entries[name].dtype, base.entries[name].shape) for name in base.in_file(file)
         ]
         write(output / file, slots, produce, base.metadata[file])
-    for path in sorted(base.folder.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "manifest.json":
-            shutil.copyfile(path, output / path.name)
+    for path in files_beside(base.folder):
+        shutil.copyfile(path, output / path.name)
     return {name: sum(counts) for name, counts in changed.items()}

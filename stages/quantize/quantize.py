@@ -21,7 +21,7 @@ import torch
 from model import audit, layouts
 from model.families.family import Spec
 from model.weights import nvfp4, quant_config
-from model.weights.checkpoint import INDEX, Checkpoint, Slot, Work, write, write_index
+from model.weights.checkpoint import INDEX, Checkpoint, Slot, Work, files_beside, write, write_index
 from stages import dataset, job
 from stages.job import Job, StageError
 from stages.quantize import calibrate, fidelity
@@ -189,12 +189,8 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
             ]
         write(output / file, slots, produce, source.metadata[file])
         written.append((file, slots))
-    for path in sorted(source.folder.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix != ".safetensors"
-            and path.name not in ("manifest.json", "merge.json", INDEX)
-        ):
+    for path in files_beside(source.folder):
+        if path.name != INDEX:
             shutil.copyfile(path, output / path.name)
     # A single shard can have an index too (model-00001-of-00001), and is found by nothing else.
     if (source.folder / INDEX).exists():

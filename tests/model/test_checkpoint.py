@@ -64,3 +64,11 @@ def test_a_config_is_parsed_once(tmp_path, monkeypatch):
     found = Checkpoint(tmp_path)
     assert [found.config["hidden_size"], found.config["hidden_size"]] == [8, 8]
     assert parsed == ["config.json"]
+
+
+def test_what_tells_of_one_folder_alone_does_not_go_along(tmp_path):
+    along = ["config.json", "model.safetensors.index.json", "tokenizer.json"]
+    for name in [*along, "manifest.json", "merge.json", "model-00001-of-00001.safetensors"]:
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    assert [path.name for path in checkpoint.files_beside(tmp_path)] == along
