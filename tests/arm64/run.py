@@ -302,7 +302,7 @@ def logits():
             [
                 *container(
                     "train",
-                    f"--volume={REPO}/nemotron:/annie/nemotron:ro",
+                    f"--volume={REPO}/model:/annie/model:ro",
                     f"--volume={REPO}/tests/arm64:/annie/tests/arm64:ro",
                     f"--volume={Path(checkpoint).resolve()}:/checkpoint:ro",
                     f"--volume={there.parent}:/output",
