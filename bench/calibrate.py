@@ -57,12 +57,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Random(config, Path(folder))
         layers = walk.Layers(config, dtype, options.device)
-        its = walk.Walk(walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, options.device)
+        forward = walk.Walk(
+            walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, options.device
+        )
         wanted = layouts.quantised(config, "nvidia")
         for number in range(len(layers)):
             block = clocked("filling", partial(layers.fill, number, source.tensor))
             seen = calibrate.Maxima(block)
-            clocked("forward", partial(its.through, block))
+            clocked("forward", partial(forward.through, block))
             seen.close()
             for name in (name for name in wanted if name.startswith(f"backbone.layers.{number}.")):
                 weight = source.tensor(f"{name}.weight").to(device)

@@ -52,15 +52,18 @@ class Packed(Row):
         return len(self._packs(lengths))
 
     def step(self, conversations: Sequence[Conversation]) -> float:
-        count, found = sum(its.trained for its in conversations), torch.zeros((), device=self.device)
-        for group in best_fit([len(its.ids) for its in conversations], CAPACITY):
+        count, found = (
+            sum(conversation.trained for conversation in conversations),
+            torch.zeros((), device=self.device),
+        )
+        for group in best_fit([len(conversation.ids) for conversation in conversations], CAPACITY):
             pack = [conversations[number] for number in group]
-            documents = Documents(tuple(len(its.ids) for its in pack))
+            documents = Documents(tuple(len(conversation.ids) for conversation in pack))
             loss = (
                 assemble.loss(
                     self.model,
-                    torch.cat([its.ids for its in pack]),
-                    torch.cat([its.labels for its in pack]),
+                    torch.cat([conversation.ids for conversation in pack]),
+                    torch.cat([conversation.labels for conversation in pack]),
                     documents,
                 )
                 / count

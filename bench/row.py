@@ -71,10 +71,15 @@ class Row:
 
     def step(self, conversations: Sequence[Conversation]) -> float:
         """The mean loss over the step's trained tokens, and one optimizer step on it."""
-        count, found = sum(its.trained for its in conversations), torch.zeros((), device=self.device)
+        count, found = (
+            sum(conversation.trained for conversation in conversations),
+            torch.zeros((), device=self.device),
+        )
         for part in self._micro_batches(conversations):
             with torch.autocast(self.device.type, torch.bfloat16):
-                loss = self.loss_of(*padded(part)) * (sum(its.trained for its in part) / count)
+                loss = self.loss_of(*padded(part)) * (
+                    sum(conversation.trained for conversation in part) / count
+                )
             loss.backward()
             found += loss.detach()
         self.update()
@@ -99,9 +104,11 @@ class Row:
 
 def padded(part: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """ids, labels and mask of a micro-batch, as `Row` has them."""
-    ids = nn.utils.rnn.pad_sequence([its.ids for its in part], batch_first=True)
-    labels = nn.utils.rnn.pad_sequence([its.labels for its in part], batch_first=True, padding_value=IGNORED)
-    lengths = torch.tensor([len(its.ids) for its in part])
+    ids = nn.utils.rnn.pad_sequence([conversation.ids for conversation in part], batch_first=True)
+    labels = nn.utils.rnn.pad_sequence(
+        [conversation.labels for conversation in part], batch_first=True, padding_value=IGNORED
+    )
+    lengths = torch.tensor([len(conversation.ids) for conversation in part])
     if int(lengths.min()) == ids.shape[1]:
         return ids, labels, None
     return ids, labels, (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(ids.device)

@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[1]
 def defaults(stage: str) -> dict[str, Any]:
     """The parameters of a stage and their defaults, None for one that a recipe has to give."""
     contract = tomllib.loads((REPO / "stages" / stage / "stage.toml").read_text())["parameters"]
-    return {name: its.get("default") for name, its in contract.items()}
+    return {name: parameter.get("default") for name, parameter in contract.items()}
 
 
 def command(

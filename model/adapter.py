@@ -124,7 +124,7 @@ def peft_names(model: Model) -> dict[str, str]:
             found[linear.module] = _PREFIX + linear.module
         elif not linear.index:
             stacks.setdefault(linear.module.rpartition(".")[0], []).append(linear.module)
-    for module, its in stacks.items():
-        for outer, stack in enumerate(reversed(its)):  # PEFT wraps them in their order
+    for module, names in stacks.items():
+        for outer, stack in enumerate(reversed(names)):  # PEFT wraps them in their order
             found[stack] = _PREFIX + module + ".base_layer" * outer
     return found

@@ -58,17 +58,17 @@ def inside(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` of hf_quant_config.json in the form of `quantization_config` in config.json: the names
     differ, and the KV cache's is a table.
     """
-    its = settings["quantization"]
-    kv_cache = its["kv_cache_quant_algo"]
+    quantization = settings["quantization"]
+    kv_cache = quantization["kv_cache_quant_algo"]
     if kv_cache not in (None, "FP8"):
         raise ValueError(f"kv_cache_quant_algo {kv_cache!r} has no form in {CONFIG}; expected FP8 or null")
     return {
         "quant_method": "modelopt",
-        "quant_algo": its["quant_algo"],
-        "group_size": its["group_size"],
+        "quant_algo": quantization["quant_algo"],
+        "group_size": quantization["group_size"],
         "producer": settings["producer"],
         **({"kv_cache_scheme": _FP8_CACHE} if kv_cache else {}),
-        "ignore": its["exclude_modules"],
+        "ignore": quantization["exclude_modules"],
     }
 
 
@@ -77,8 +77,8 @@ def read(folder: Path, config: dict[str, Any]) -> list[QuantConfig]:
     none of the known forms.
     """
     found = []
-    if its := config.get(INSIDE):
-        found.append(_of(CONFIG, its, "ignore"))
+    if quantization := config.get(INSIDE):
+        found.append(_of(CONFIG, quantization, "ignore"))
     if (folder / FILE).exists():
         found.append(_of(FILE, read_json(folder / FILE).get("quantization"), "exclude_modules"))
     return found

@@ -37,23 +37,23 @@ class Plan:
     adapter: Path | None = None
 
 
-def run(its: Job) -> None:
-    params = its.parameters(Parameters)
+def run(task: Job) -> None:
+    params = task.parameters(Parameters)
     if wrong := gate.faults(params.gate):
         raise StageError(
             "; ".join(wrong),
             f"a gate on the columns {', '.join(gate.COLUMNS)}",
             "Mend `gate` in the recipe; docs/formats.md, The gate, says what it holds.",
         )
-    asked = questions(its)
-    serving = serve.of_folder(its.inputs["base"])
-    plans = servers(its, serving)
+    asked = questions(task)
+    serving = serve.of_folder(task.inputs["base"])
+    plans = servers(task, serving)
     try:  # all of them before the first server starts
         vllm = serve.installed()
         flags = [
             serving.serve(
                 vllm,
-                its.device,
+                task.device,
                 plan.checkpoint,
                 params.max_model_len,
                 params.concurrency,
@@ -85,10 +85,10 @@ def run(its: Job) -> None:
                 seconds[column] = round(time.monotonic() - began, 1)
             if plan.adapter:
                 check_adapter(answers, params.control)
-    write(its, vllm, asked, answers, seconds)
+    write(task, vllm, asked, answers, seconds)
 
 
-def questions(its: Job) -> list[dict[str, Any]]:
+def questions(task: Job) -> list[dict[str, Any]]:
     """The questions of the source, or of the held-out conversations: their last answer says what is
     expected.
 
@@ -96,12 +96,12 @@ def questions(its: Job) -> list[dict[str, Any]]:
     of lines are no difference. Raises StageError if one of them is not as it should be, is not asked as in
     production, or was trained on.
     """
-    if its.sources.get("questions"):
-        asked, wrong = written.read(its.sources["questions"][0])
+    if task.sources.get("questions"):
+        asked, wrong = written.read(task.sources["questions"][0])
         wrong = (
             wrong
-            or unlike_production(asked, its.inputs["data"])
-            or overlap.findings(asked, training(its.inputs["data"]))
+            or unlike_production(asked, task.inputs["data"])
+            or overlap.findings(asked, training(task.inputs["data"]))
         )
         if wrong:
             more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
@@ -110,7 +110,7 @@ def questions(its: Job) -> list[dict[str, Any]]:
                 wrong[0].expected,
                 wrong[0].remedy,
             )
-        prompt = written.plain((its.inputs["data"] / "prompt.txt").read_text())
+        prompt = written.plain((task.inputs["data"] / "prompt.txt").read_text())
         return [
             {
                 **row,
@@ -121,7 +121,7 @@ def questions(its: Job) -> list[dict[str, Any]]:
             for row in (q.row for q in asked)
         ]
     made = []
-    for _, row in dataset.read(its.inputs["data"] / "eval.jsonl"):
+    for _, row in dataset.read(task.inputs["data"] / "eval.jsonl"):
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
         expected = row["messages"][last]
         calls = expected.get("tool_calls")
@@ -175,12 +175,12 @@ def training(data: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield f"{row['file']}:{row['line']}", row["messages"]
 
 
-def servers(its: Job, serving: Serving) -> list[Plan]:
-    adapter = its.inputs["train"] / "adapter"
+def servers(task: Job, serving: Serving) -> list[Plan]:
+    adapter = task.inputs["train"] / "adapter"
     tuned = serving.adapted(adapter)
     plans = []
     if tuned.lora_attention_only:
-        plans.append(Plan(its.inputs["base"], tuned, {"base": serving.name, "tuned": "tuned"}, adapter))
+        plans.append(Plan(task.inputs["base"], tuned, {"base": serving.name, "tuned": "tuned"}, adapter))
     else:
         job.warning(
             "the adapter is not on attention alone, which vLLM cannot add at run time everywhere: the column"
@@ -188,9 +188,9 @@ def servers(its: Job, serving: Serving) -> list[Plan]:
             "`merged` is the same model, with the adapter added to the weights; the merge stage compared"
             " the two",
         )
-        plans.append(Plan(its.inputs["base"], Served(), {"base": serving.name}))
-    plans.append(Plan(its.inputs["merge"], Served(), {"merged": serving.name}))
-    nvfp4 = its.inputs["quantize"]
+        plans.append(Plan(task.inputs["base"], Served(), {"base": serving.name}))
+    plans.append(Plan(task.inputs["merge"], Served(), {"merged": serving.name}))
+    nvfp4 = task.inputs["quantize"]
     plans.append(Plan(nvfp4, serve.quantised(nvfp4), {"nvfp4": serving.name}))
     return plans
 
@@ -279,7 +279,7 @@ def exchange(
     """
 
     def shows(number: int) -> tuple[bool, int]:
-        given = {column: spoken(its[number]) for column, its in answers.items()}
+        given = {column: spoken(task[number]) for column, task in answers.items()}
         return not scored["nvfp4"][number], sum(answer != given["base"] for answer in given.values())
 
     best = max(range(len(asked)), key=shows)  # the first of the best
@@ -287,7 +287,7 @@ def exchange(
         "messages": [as_openai(m) for m in asked[best]["messages"]],
         "tools": asked[best].get("tools") or [],
         "max_tokens": max_tokens,
-        "answers": {column: spoken(its[best]) for column, its in answers.items()},
+        "answers": {column: spoken(task[best]) for column, task in answers.items()},
     }
 
 
@@ -301,7 +301,7 @@ def spoken(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(
-    its: Job,
+    task: Job,
     vllm: str,
     asked: list[dict[str, Any]],
     answers: dict[str, list[dict[str, Any]]],
@@ -311,16 +311,16 @@ def write(
         column: [checks.score(q, a) for q, a in zip(asked, given, strict=False)]
         for column, given in answers.items()
     }
-    params = its.parameters(Parameters)
+    params = task.parameters(Parameters)
     summary = report.summarise(asked, scored, params.gate, params.control) | {
         "seconds": seconds,
         "vllm": vllm,
     }
-    (its.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (its.output / "report.md").write_text(report.markdown(summary))
-    report.picture(its.output / "behaviour.png", summary)
+    (task.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (task.output / "report.md").write_text(report.markdown(summary))
+    report.picture(task.output / "behaviour.png", summary)
     dataset.write(
-        its.output / "answers.jsonl",
+        task.output / "answers.jsonl",
         (
             {
                 "id": question["id"],
@@ -334,7 +334,7 @@ def write(
             for column, given in answers.items()
         ),
     )
-    (its.output / "exchange.json").write_text(
+    (task.output / "exchange.json").write_text(
         json.dumps(exchange(asked, scored, answers, params.max_tokens), indent=2, ensure_ascii=False) + "\n"
     )
     for column, share in summary["pass"].items():

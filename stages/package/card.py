@@ -29,7 +29,7 @@ def markdown(
         [mode.replace("_", " "), *(str(report["failures"][c][mode]) for c in columns)]
         for mode in report["modes"]
     ]
-    digests = [[name, its["key"][:12], its["digest"]] for name, its in sorted(provenance.items())]
+    digests = [[name, source["key"][:12], source["digest"]] for name, source in sorted(provenance.items())]
     card: str = jinja2.Template(
         TEMPLATE.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     ).render(

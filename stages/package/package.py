@@ -16,8 +16,8 @@ from stages.package.parameters import Parameters
 PORT = 8000
 
 
-def run(its: Job) -> None:
-    report = json.loads((its.inputs["evaluate"] / "report.json").read_text())
+def run(task: Job) -> None:
+    report = json.loads((task.inputs["evaluate"] / "report.json").read_text())
     gate = report["gate"]
     # a gate that asks nothing passes whatever it sees
     if not gate["passed"] or not (gate["asks"] or gate["unchecked"]):
@@ -31,15 +31,15 @@ def run(its: Job) -> None:
         job.warning(
             gate["says"], "The model card says so too; write a gate before this model goes into production"
         )
-    params = its.parameters(Parameters)
+    params = task.parameters(Parameters)
     serves = params.serves
-    serving = serve.of_folder(its.inputs["base"])
-    checkpoint = served(its, serving, serves)
+    serving = serve.of_folder(task.inputs["base"])
+    checkpoint = served(task, serving, serves)
     try:
         vllm = serve.installed()
         flags = serving.serve(
             vllm,
-            its.device,
+            task.device,
             checkpoint,
             params.max_model_len,
             params.max_num_seqs,
@@ -57,38 +57,38 @@ def run(its: Job) -> None:
         "served_name": serving.name,
         "serves": serves,
         "vllm": vllm,
-        "device": its.device,
+        "device": task.device,
         "args": flags.args,
         "env": flags.env,
         "port": PORT,
         "chat_template_kwargs": serving.request,
     }
-    (its.output / "serve.json").write_text(json.dumps(described, indent=1) + "\n")
-    (its.output / "check.json").write_text(
-        json.dumps(check(its, serves), indent=1, ensure_ascii=False) + "\n"
+    (task.output / "serve.json").write_text(json.dumps(described, indent=1) + "\n")
+    (task.output / "check.json").write_text(
+        json.dumps(check(task, serves), indent=1, ensure_ascii=False) + "\n"
     )
     for name in ("prompt.txt", "tools.json"):
-        shutil.copyfile(its.inputs["data"] / name, its.output / name)
-    (its.output / "README.md").write_text(card.markdown(described, report, checkpoint, its.provenance))
+        shutil.copyfile(task.inputs["data"] / name, task.output / name)
+    (task.output / "README.md").write_text(card.markdown(described, report, checkpoint, task.provenance))
     job.progress(1, 1, "serving")
 
 
-def served(its: Job, serving: Serving, serves: str) -> Served:
+def served(task: Job, serving: Serving, serves: str) -> Served:
     """What decides the flags of what is served."""
     match serves:
         case "nvfp4":
-            return serve.quantised(its.inputs["quantize"])
+            return serve.quantised(task.inputs["quantize"])
         case "tuned":
-            return serving.adapted(its.inputs["train"] / "adapter")
+            return serving.adapted(task.inputs["train"] / "adapter")
         case _:
             return Served()
 
 
-def check(its: Job, serves: str) -> dict[str, Any]:
+def check(task: Job, serves: str) -> dict[str, Any]:
     """A question of the evaluation that the served model answers otherwise than the base, so that a
     running server can be told from one.
     """
-    exchange = json.loads((its.inputs["evaluate"] / "exchange.json").read_text())
+    exchange = json.loads((task.inputs["evaluate"] / "exchange.json").read_text())
     base, answer = (exchange["answers"].get(column) for column in ("base", serves))
     if answer == base:
         raise StageError(

@@ -28,17 +28,17 @@ from stages.quantize import calibrate, fidelity
 from stages.quantize.parameters import Parameters
 
 
-def run(its: Job) -> None:
-    source, params = Checkpoint(its.inputs["merge"]), its.parameters(Parameters)
+def run(task: Job) -> None:
+    source, params = Checkpoint(task.inputs["merge"]), task.parameters(Parameters)
     chosen, weight_only = params.layout, params.format == "w4a16"
     modules = layouts.quantised(source.config, chosen)
     maxima: dict[str, torch.Tensor] = {}
     calibration: dict[str, Any] = {}
     if not weight_only:
         rows = calibrate.conversations(
-            its.inputs["data"] / "train.jsonl", params.calibration_rows, params.calibration_tokens
+            task.inputs["data"] / "train.jsonl", params.calibration_rows, params.calibration_tokens
         )
-        maxima, idle = calibrated(source, chosen, rows, params.engine, its.device)
+        maxima, idle = calibrated(source, chosen, rows, params.engine, task.device)
         calibration = {
             "engine": params.engine,
             "conversations": len(rows),
@@ -51,16 +51,16 @@ def run(its: Job) -> None:
                 " their layer's largest scale",
                 "Raise calibration_rows, or give conversations that look like those it will serve",
             )
-    stream(source, modules, maxima, its)
+    stream(source, modules, maxima, task)
     kv_cache = None if params.kv_cache == "none" else params.kv_cache
     quant_config.write(
-        its.output,
+        task.output,
         layouts.hf_quant_config(
             source.config, chosen, kv_cache, importlib.metadata.version("nvidia-modelopt"), weight_only
         ),
     )
-    findings = audit.nvfp4(its.output, chosen, source.folder, weight_only)
-    made = Checkpoint(its.output)
+    findings = audit.nvfp4(task.output, chosen, source.folder, weight_only)
+    made = Checkpoint(task.output)
     report = {
         "layout": chosen,
         "format": params.format,
@@ -73,8 +73,8 @@ def run(its: Job) -> None:
         "findings": [f.as_json() for f in findings],
     }
     if not findings and params.fidelity_tokens:
-        report |= compared(source, made, its)
-    (its.output / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
+        report |= compared(source, made, task)
+    (task.output / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
     if findings:
         listed = "; ".join(str(f) for f in findings[:5])
         raise StageError(
@@ -84,19 +84,19 @@ def run(its: Job) -> None:
         )
 
 
-def compared(source: Checkpoint, made: Checkpoint, its: Job) -> dict[str, Any]:
+def compared(source: Checkpoint, made: Checkpoint, task: Job) -> dict[str, Any]:
     """`{"fidelity": figures}` of the quantised model on held-out conversations; empty, with a warning,
     where stage data held none out.
     """
-    path = its.inputs["data"] / "eval.jsonl"
+    path = task.inputs["data"] / "eval.jsonl"
     if not dataset.count(path):
         job.warning(
             "no held-out conversation: the quantised model's loss, KL and error by layer were not measured",
             "Set eval_share above 0 in stage data, or fidelity_tokens: 0 to leave the comparison out",
         )
         return {}
-    rows = fidelity.rows(path, its.parameters(Parameters).fidelity_tokens)
-    figures = fidelity.measure(source, made, rows, its.device)
+    rows = fidelity.rows(path, task.parameters(Parameters).fidelity_tokens)
+    figures = fidelity.measure(source, made, rows, task.device)
     job.metric("held-out loss before", figures["loss"]["source"])
     job.metric("held-out loss in NVFP4", figures["loss"]["quantised"])
     job.metric("KL to the source", figures["kl"])
@@ -141,14 +141,14 @@ class Packing:
             return part
 
 
-def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tensor], its: Job) -> None:
+def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tensor], task: Job) -> None:
     """Writes the shards with the linears `modules` quantised, a file for each of the source's, and
     everything beside them.
 
     Without `maxima` weights alone are quantised, and no input has a scale.
     """
-    output, packed = its.output, set(modules)
-    params = its.parameters(Parameters)
+    output, packed = task.output, set(modules)
+    params = task.parameters(Parameters)
     specs = layouts.tensors(
         source.config,
         params.layout,
@@ -173,7 +173,7 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
                 module,
                 nvfp4.global_scale(maxima[module]) if maxima else None,
                 params.scales,
-                its.device,
+                task.device,
             )
         return [partial(current.part, part)]
 

@@ -37,31 +37,31 @@ def run(task: job.Job) -> None:
     """Trains and writes `adapter/`, `training.json`, `loss.jsonl`, `loss.png` and `tensorboard/`."""
     began, params = time.monotonic(), task.parameters(Parameters)
     guard.enough(params.steps)
-    its = ranks.join(task.device)
+    group = ranks.join(task.device)
     if task.device == "cpu":
         # Small matrices gain from a second core and lose from a third; and sums come out the same everywhere.
-        torch.set_num_threads(max(1, 2 // its.world))
+        torch.set_num_threads(max(1, 2 // group.world))
     if params.deterministic:
         determinism.on()
     rows = read(task.inputs["data"] / "train.jsonl")
     held_out = read(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
-    if not held_out and its.first:
+    if not held_out and group.first:
         job.warning(
             "no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
             "Nothing shows when training begins to learn by heart; with eval_share above 0 the best step is"
             " kept" + (", and patience has an effect" if params.patience else ""),
         )
     if task.device == "cuda":
-        kernel_watch.start(compiling if its.first else lambda note: None)
+        kernel_watch.start(compiling if group.first else lambda note: None)
     sizes.fitting(lengths(rows), lengths(held_out), params.sequence_tokens, params.batch_tokens)
-    model = adapted(task, its)
-    teacher = Teacher(task, its) if params.qat_loss == "teacher" else None
-    loop = Loop(task, model, rows, held_out, its, rounding(task, model, rows, teacher), teacher)
+    model = adapted(task, group)
+    teacher = Teacher(task, group) if params.qat_loss == "teacher" else None
+    loop = Loop(task, model, rows, held_out, group, rounding(task, model, rows, teacher), teacher)
     if found := resume_from(task.scratch):
         loop.resume(found)
     watch: Watch | None = None
-    if its.first:
-        sizes.advise(loop.order, params.steps, its.world, task.device)
+    if group.first:
+        sizes.advise(loop.order, params.steps, group.world, task.device)
         loop.watch = watch = Watch(
             params.steps, task.device, Board(task.output / "tensorboard", loop.history)
         )
@@ -93,17 +93,17 @@ def lengths(rows: list[dict[str, Any]]) -> list[int]:
     return [len(row["input_ids"]) for row in rows]
 
 
-def adapted(task: job.Job, its: ranks.Ranks) -> Model:
+def adapted(task: job.Job, group: ranks.Ranks) -> Model:
     """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
     params = task.parameters(Parameters)
     form = memory.METHODS[params.method]
-    if params.sharded and its.world == 1:
+    if params.sharded and group.world == 1:
         raise job.StageError(
             "sharded with one process",
             "several that hold the base between them",
             "Set ranks to the number of GPUs, or leave sharded out",
         )
-    shards = Shards(its.rank, its.world) if params.sharded else Shards()
+    shards = Shards(group.rank, group.world) if params.sharded else Shards()
     try:
         checkpoint = Checkpoint(task.inputs["base"])
         if packed := [name for name in checkpoint.entries if name.endswith("weight_scale_2")]:
@@ -120,7 +120,7 @@ def adapted(task: job.Job, its: ranks.Ranks) -> Model:
             form,
             getattr(torch, params.precision),
             task.device,
-            loading(form) if its.first else None,
+            loading(form) if group.first else None,
             shards,
         )
         adapt(model, params, task.seed)

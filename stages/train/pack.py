@@ -129,7 +129,10 @@ def share(
     every = shares(rows, count, work)
     own = packs(every[rank], capacity)
     most = (
-        max(len(best_fit([len(row["input_ids"]) for row in its], capacity)) for its in every)
+        max(
+            len(best_fit([len(row["input_ids"]) for row in conversations], capacity))
+            for conversations in every
+        )
         if level
         else len(own)
     )

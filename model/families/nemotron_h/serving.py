@@ -35,20 +35,20 @@ def limits(vllm: str, checkpoint: Served) -> list[ServingError]:
     """Everything that one vLLM version cannot serve right of `checkpoint`. Raises ServingError if `vllm`
     is no version.
     """
-    its = version(vllm)
+    release = version(vllm)
     found = []
-    if its < OLDEST:
+    if release < OLDEST:
         found.append(
             ServingError(f"vLLM {vllm} does not know this model's NVFP4 experts", "0.12 or newer is needed")
         )
-    if checkpoint.layout == "nvidia" and its < (0, 18):
+    if checkpoint.layout == "nvidia" and release < (0, 18):
         found.append(
             ServingError(
                 f"vLLM {vllm} reads a quantised in_proj wrongly",
                 "quantise with layout: conservative, or serve with 0.18 or newer",
             )
         )
-    if checkpoint.weight_only and its < (0, 22):
+    if checkpoint.weight_only and release < (0, 22):
         found.append(
             ServingError(
                 f"vLLM {vllm} cannot serve experts in W4A16_NVFP4",
@@ -56,7 +56,7 @@ def limits(vllm: str, checkpoint: Served) -> list[ServingError]:
             )
         )
     if checkpoint.lora_rank:
-        if its < (0, 15):
+        if release < (0, 15):
             found.append(
                 ServingError(
                     f"vLLM {vllm} cannot serve an adapter for this model",
@@ -83,9 +83,9 @@ def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Se
     """The flags that version, device, checkpoint and KV cache decide, within the version's limits; name
     and sizes are the caller's.
     """
-    its, nvfp4 = version(vllm), checkpoint.layout is not None
+    release, nvfp4 = version(vllm), checkpoint.layout is not None
     args = ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder"]
-    if its >= (0, 17, 1):
+    if release >= (0, 17, 1):
         args += ["--reasoning-parser", "nemotron_v3"]
     else:
         args += [
@@ -95,9 +95,9 @@ def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Se
             "nano_v3",
             "--trust-remote-code",
         ]
-    if its >= (0, 15):
+    if release >= (0, 15):
         args += ["--default-chat-template-kwargs", json.dumps(THINKING_OFF)]
-    if its < (0, 13):
+    if release < (0, 13):
         args += ["--mamba-ssm-cache-dtype", "float32"]
     if checkpoint.lora_rank:
         rank = next(r for r in RANKS if r >= checkpoint.lora_rank)
@@ -134,7 +134,7 @@ def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Se
         return Serve(args, {})
     if checkpoint.weight_only:
         return Serve([*args, "--moe-backend", "marlin"], {})
-    if its >= (0, 31):
+    if release >= (0, 31):
         return Serve([*args, "--moe-backend", "flashinfer_cutlass"], {})
     return Serve(args, {"VLLM_USE_FLASHINFER_MOE_FP4": "1", "VLLM_FLASHINFER_MOE_BACKEND": "throughput"})
 
