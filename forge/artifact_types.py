@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
+from forge import toml_file
 from forge.finding import Finding, Refused, error
 
 FILE = "stages/artifacts.toml"
@@ -16,15 +16,7 @@ Types = Mapping[str, tuple[str, ...]]
 
 def load(stages: Path) -> Types:
     """The types of the repository whose `stages/` this is. Refused with every fault of the file."""
-    path = stages / "artifacts.toml"
-    if not path.is_file():
-        raise Refused(
-            error(FILE, "no such file", "the types of artifacts", "docs/formats.md says what it holds.")
-        )
-    try:
-        types = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise Refused(error(FILE, str(fault), "TOML", "Mend that line.")) from fault
+    types = toml_file.read(stages / "artifacts.toml", FILE, "the types of artifacts")
     if findings := [finding for name, files in types.items() for finding in _findings(name, files)]:
         raise Refused(findings)
     return {name: tuple(files) for name, files in types.items()}

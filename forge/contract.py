@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forge import artifact_types
+from forge import artifact_types, toml_file
 from forge.finding import Finding, Refused, error
 from forge.parameter import TYPES as PARAMETER_TYPES
 from forge.parameter import Parameter, Unfit, convert, nearest
@@ -147,16 +146,8 @@ _KEYS = {
 
 def load(folder: Path, types: artifact_types.Types) -> Contract:
     """Reads `folder/stage.toml`; `types` are those of the repository. Refused with every fault it has."""
-    path = folder / "stage.toml"
     name = f"stages/{folder.name}/stage.toml"
-    if not path.is_file():
-        raise Refused(
-            error(name, "no such file", "the contract of the stage", "docs/formats.md says what it holds.")
-        )
-    try:
-        raw = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise Refused(error(name, str(fault), "TOML", "Mend that line.")) from fault
+    raw = toml_file.read(folder / "stage.toml", name, "the contract of the stage")
     findings: list[Finding] = []
     for key, value in raw.items():
         if key not in _KEYS:
