@@ -279,7 +279,7 @@ def exchange(
     """
 
     def shows(number: int) -> tuple[bool, int]:
-        given = {column: spoken(task[number]) for column, task in answers.items()}
+        given = {column: spoken(said[number]) for column, said in answers.items()}
         return not scored["nvfp4"][number], sum(answer != given["base"] for answer in given.values())
 
     best = max(range(len(asked)), key=shows)  # the first of the best
@@ -287,7 +287,7 @@ def exchange(
         "messages": [as_openai(m) for m in asked[best]["messages"]],
         "tools": asked[best].get("tools") or [],
         "max_tokens": max_tokens,
-        "answers": {column: spoken(task[best]) for column, task in answers.items()},
+        "answers": {column: spoken(said[best]) for column, said in answers.items()},
     }
 
 

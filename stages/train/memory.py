@@ -117,12 +117,12 @@ def check(config: dict[str, Any], params: Parameters, device: str, count: int = 
     if needed <= room:
         return
     fitting = (
-        way
-        for way in METHODS
+        method
+        for method in METHODS
         if sum(
             bytes_needed(
                 config,
-                replace(params, method=way, gradient_checkpointing=True, decoded_gb=0.0),
+                replace(params, method=method, gradient_checkpointing=True, decoded_gb=0.0),
                 count,
             ).values()
         )
