@@ -84,12 +84,17 @@ def taken(file: RepoSibling, previous: Path | None, scratch: Path) -> bool:
     """Whether `previous`, the stage's earlier artifact, had a file with the digest that the hub announces; it
     is in `scratch` then.
     """
-    target = scratch / file.rfilename
-    if previous is None or target.exists() or not whole(previous / file.rfilename, file):
+    if previous is None:
+        return False
+    earlier, target = previous / file.rfilename, scratch / file.rfilename
+    if target.exists() or not earlier.is_file() or earlier.stat().st_size != file.size:
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
-    link(previous / file.rfilename, target)
-    return whole(target, file)
+    link(earlier, target)
+    if whole(target, file):
+        return True
+    target.unlink()
+    return False
 
 
 def link(source: Path, target: Path) -> None:
