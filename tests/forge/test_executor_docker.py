@@ -140,21 +140,24 @@ def test_a_stages_image_is_its_own_layer_on_its_environment(toy):
     ]
 
 
-@engine
-def test_the_same_files_give_the_same_layer(toy, tmp_path_factory):
-    """Whatever their times and modes are in the clone."""
-    executor, program = Docker(toy / "repo", toy / "home"), task(toy).program
-    executor.prepare(program.environment, print)
-    seen = []
-    for time_, mode in ((1_000_000_000, 0o600), (1_500_000_000, 0o755)):
+def test_the_same_files_give_the_same_context(toy, tmp_path_factory):
+    """Whatever their times and modes are in the clone, and the caller's umask: a layer holds both, and any
+    user of a container reads them.
+    """
+    program, seen = task(toy).program, []
+    for time_, mode, umask in ((1_000_000_000, 0o600, 0o077), (1_500_000_000, 0o755, 0o022)):
         code = toy / "repo/stages/toy/__main__.py"
         os.utime(code, (time_, time_))
         code.chmod(mode)
-        context = tmp_path_factory.mktemp("context")
-        program.copy(context)
+        context, before = tmp_path_factory.mktemp("context"), os.umask(umask)
+        try:
+            program.copy(context)
+        finally:
+            os.umask(before)
         copied = context / "stages/toy/__main__.py"
-        seen.append((copied.stat().st_mtime, copied.stat().st_mode & 0o777, copied.read_text()))
-    assert seen[0] == seen[1] and seen[0][:2] == (0, 0o644)
+        about = [(path.stat().st_mtime, path.stat().st_mode & 0o777) for path in (copied, copied.parent)]
+        seen.append((about, copied.read_text()))
+    assert seen[0] == seen[1] and seen[0][0] == [(0, 0o644), (0, 0o755)]
 
 
 def test_an_image_is_named_by_what_goes_into_it(toy):
