@@ -24,7 +24,7 @@ if __name__ == "__main__" and Path(sys.prefix) != REPO / ".venv":
 import click  # noqa: E402
 
 from forge import VERSION  # noqa: E402
-from forge.executor import EXECUTORS  # noqa: E402
+from forge.executors import EXECUTORS  # noqa: E402
 
 if TYPE_CHECKING:
     from forge.executor import Executor

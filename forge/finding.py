@@ -19,6 +19,10 @@ class Finding:
         text = f"{self.subject}: found {self.found}; expected {self.expected}"
         return f"{text}. {self.remedy}" if self.remedy else text
 
+    def as_values(self) -> dict[str, str]:
+        """The texts, as events and JSON output have them."""
+        return {name: getattr(self, name) for name in ("subject", "found", "expected", "remedy")}
+
 
 def error(subject: str, found: str, expected: str, remedy: str = "") -> Finding:
     return Finding("error", subject, found, expected, remedy)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forge import hashing
+from forge.executors import EXECUTORS
 
 # Beside an image and without effect on it.
 _APART = ("README.md", "requirements.in", "kernels.in", "excludes.txt")
@@ -75,13 +76,13 @@ def components(image: Image, executor: str, machine: str | None = None) -> dict[
     read = {
         name: path
         for name, path in files(image, machine).items()
-        if executor != "local" or name not in _BUILD_ONLY
+        if EXECUTORS[executor].images or name not in _BUILD_ONLY
     }
     named = {f"image/{name}": hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}
     named |= {f"image/arg/{name}": value for name, value in image.args.items()}
     named["image/executor"] = executor
     named["image/platform"] = machine
-    if executor == "local":  # an image's Python comes with its base
+    if not EXECUTORS[executor].images:  # an image's Python comes with its base
         named["image/python"] = pythons(image.folder.parent).get(machine, "none")
     return named
 

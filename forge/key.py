@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge import code, hashing, image, typed_parameters
+from forge.executors import EXECUTORS
 from forge.program import Program
 from forge.recipe import Recipe, Step
 
@@ -24,7 +25,7 @@ class Key:
         return None if self.waits else hashing.of_value(self.components)
 
 
-def of(
+def of_step(
     step: Step,
     recipe: Recipe,
     repo: Path,
@@ -34,8 +35,11 @@ def of(
     digest: Callable[[str], str | None],
 ) -> Key:
     """The key of `step`. `digest` gives the content digest of a stage's artifact, None if it is not built;
-    `gpu` is the GPU's architecture or "none". Where content decides and not a file's age, an input that is
-    built again and comes out the same leaves every key after it as it was."""
+    `gpu` is the GPU's architecture or "none".
+
+    Keys use content digests, not timestamps: if an input is rebuilt with identical content, no downstream key
+    changes.
+    """
     contract = step.contract
     files = code.closure(repo, step.name, contract.apart)
     components = {
@@ -45,7 +49,7 @@ def of(
     }
     components |= image.components(recipe.images[contract.image], executor)
     dockerfile = Program(step.name, recipe.images[contract.image], repo).dockerfile
-    if executor != "local" and dockerfile.is_file():
+    if EXECUTORS[executor].images and dockerfile.is_file():
         components[f"image/{dockerfile.relative_to(repo)}"] = memo.file(dockerfile)
     if step.contract.product:
         product = image.components(recipe.images[step.contract.product.image], executor)

@@ -172,7 +172,7 @@ def examine(
     def digest(supplier: str) -> str | None:
         return built[supplier].digest if supplier in built else None
 
-    stage_key = key.of(
+    stage_key = key.of_step(
         step, context.recipe, context.repo, context.executor, context.store.memo, context.gpu, digest
     )
     newest = context.store.newest(step.name, context.recipe.name, context.executor)

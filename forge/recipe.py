@@ -16,7 +16,7 @@ from forge import artifact_types
 from forge.artifact_types import Types
 from forge.contract import load as load_contract
 from forge.contract import nearest
-from forge.executor import EXECUTORS
+from forge.executors import EXECUTORS
 from forge.finding import Refused, error
 from forge.image import Image
 from forge.parameter import renamed

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import re
 import signal
 import sqlite3
 import time
@@ -18,24 +15,11 @@ from typing import Any
 from forge import check, lock, plan, preflight, store
 from forge.executor import Executor, ProductBuilder, Task
 from forge.finding import Finding, Refused, error
+from forge.follow import StageFailed, disk_finding, follow
 from forge.journal import Event, Journal, Log
 from forge.mask import Mask
 from forge.plan import Context, Plan, Selection, Stage
 from forge.store import Artifact
-
-_TAIL = 12  # log lines that a failure shows
-
-
-class StageFailed(Exception):
-    """A stage that ended without an artifact: the finding, and where its log lies."""
-
-    def __init__(self, finding: Finding, log: Path, tail: list[str]):
-        super().__init__(str(finding))
-        self.finding, self.log, self.tail = finding, log, tail
-
-    def as_event(self) -> dict[str, Any]:
-        """The values of the event `failed`, without the stage's name."""
-        return {**_finding_values(self.finding), "log": str(self.log), "tail": self.tail}
 
 
 @dataclass(frozen=True)
@@ -162,7 +146,7 @@ class _Run:
             return self.outcome(1)
         except (OSError, sqlite3.Error) as fault:
             self.journal.emit(
-                "failed", stage=current, **_finding_values(self.disk_finding(fault)), log="", tail=[]
+                "failed", stage=current, **disk_finding(self.store.home, fault).as_values(), log="", tail=[]
             )
             return self.outcome(1)
         self.journal.emit("done", ran=self.ran, seconds=round(time.monotonic() - started, 1))
@@ -201,7 +185,7 @@ class _Run:
         try:
             make(on_line)
         except Refused as refused:
-            raise StageFailed(_joined(refused.findings), log.path, log.tail(_TAIL)) from refused
+            raise StageFailed.of_findings(refused.findings, log) from refused
         finally:
             log.close()
         if lines:
@@ -235,7 +219,7 @@ class _Run:
                 network=step.needs.network,
                 memory_gb=step.needs.memory_gb,
             )
-            self.finish(task, log)
+            follow(self.executor, self.journal, self.store.home, task, log)
             if step.contract.product:
                 self.build(stage, output, log)
             self.says(stage, "checking and storing what it made")
@@ -249,9 +233,9 @@ class _Run:
                 stage.name, key, output, step.contract.produces, step.contract.files, facts
             )
         except Refused as refused:
-            raise StageFailed(_joined(refused.findings), log.path, log.tail(_TAIL)) from refused
+            raise StageFailed.of_findings(refused.findings, log) from refused
         except OSError as fault:
-            raise StageFailed(self.disk_finding(fault), log.path, log.tail(_TAIL)) from fault
+            raise StageFailed.of_findings([disk_finding(self.store.home, fault)], log) from fault
         finally:
             log.close()
             store.remove(output)
@@ -290,65 +274,6 @@ class _Run:
             },
         }
 
-    def finish(self, task: Task, log: Log) -> None:
-        """Follows a stage to its end. StageFailed if it exits with anything but 0."""
-        last_error: dict[str, str] = {}
-        running = self.executor.submit(task)
-        try:
-            for line in self.executor.logs(running):
-                event = _protocol_event(line.text) if line.stream == "stdout" else None
-                if event is None:
-                    self.journal.emit("log", stage=task.stage, line=log.line(line.text))
-                    continue
-                event = _on_host(event, self.executor.scratch, task.job["scratch"])
-                if event["event"] == "error":
-                    last_error = event
-                if event["event"] != "progress":
-                    log.line(_log_line(event))
-                self.journal.emit(event.pop("event"), stage=task.stage, **event)
-            code = self.executor.poll(running)
-        except BaseException:
-            self.executor.cancel(running)
-            raise
-        if code == 0 and not last_error:
-            return
-        # A stage that says why it failed is shown with that alone; what led to it, tracebacks too, is in the
-        # log.
-        tail = [] if last_error else log.tail(_TAIL)
-        raise StageFailed(self.stage_finding(task, code, last_error, log), log.path, tail)
-
-    def stage_finding(self, task: Task, code: int | None, last_error: dict[str, str], log: Log) -> Finding:
-        tail = "\n".join(log.tail(60))
-        mask = self.journal.mask.text
-        if preflight.disk_gb(self.store.home) < 0.05 or "No space left on device" in tail:
-            return self.disk_finding(OSError(errno.ENOSPC, "the disk is full", str(self.store.home)))
-        if last_error:
-            return error(
-                task.stage, *(mask(str(last_error.get(k, ""))) for k in ("found", "expected", "remedy"))
-            )
-        if code in (-9, 137):
-            return error(
-                task.stage,
-                "the stage was killed (signal 9)",
-                "the stage to end by itself",
-                f"Most often memory ran out: it needs about {task.memory_gb:g} GB. Run again to go on where"
-                " it stopped.",
-            )
-        return error(task.stage, f"exit status {code}", "0", "The last lines of its log say more.")
-
-    def disk_finding(self, fault: Exception) -> Finding:
-        subject = "store"
-        remedy = "What was built before is as it was; run again to go on."
-        if getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(fault):
-            free = preflight.disk_gb(self.store.home)
-            return error(
-                subject,
-                f"the disk is full ({free:.1f} GB free at {self.store.home})",
-                "room for what the stage writes",
-                f"Free some space. {remedy}",
-            )
-        return error(subject, f"{type(fault).__name__}: {fault}", "to write what the stage made", remedy)
-
     def build(self, stage: Stage, output: Path, log: Log) -> None:
         """Makes the image of a stage with a product, with an executor that can."""
         step = self.recipe.stages[stage.name]
@@ -373,64 +298,3 @@ class _Run:
             labels,
             on_line,
         )
-
-
-def follow(context: Context, executor: Executor, journal: Journal, task: Task, log: Log) -> None:
-    """Runs a task that is no stage of the recipe, to its end. StageFailed if it exits with anything but 0."""
-    _Run(context, executor, Selection(), journal).finish(task, log)
-
-
-def _finding_values(finding: Finding) -> dict[str, str]:
-    return {
-        "subject": finding.subject,
-        "found": finding.found,
-        "expected": finding.expected,
-        "remedy": finding.remedy,
-    }
-
-
-def _joined(findings: list[Finding]) -> Finding:
-    """Several findings about the same thing as one."""
-    first = findings[0]
-    return error(
-        first.subject,
-        "; ".join(f.found for f in findings),
-        "; ".join(dict.fromkeys(f.expected for f in findings)),
-        first.remedy,
-    )
-
-
-def _protocol_event(text: str) -> dict[str, Any] | None:
-    """A line of the stage protocol, or None if it is something else."""
-    if not text.startswith("{"):
-        return None
-    try:
-        event = json.loads(text)
-    except ValueError:
-        return None
-    known = ("progress", "metric", "warning", "error")
-    return event if isinstance(event, dict) and event.get("event") in known else None
-
-
-def _on_host(event: dict[str, Any], inside: str, scratch: str) -> dict[str, Any]:
-    """A warning or an error whose texts name files in the scratch folder as the user can open them.
-
-    `inside`: the folder's path where the stage runs, "" if it is the host's own.
-    """
-    if not inside or event["event"] not in ("warning", "error"):
-        return event
-    path = re.compile(rf"(?<![\w./-]){re.escape(inside)}/")
-    return {
-        key: path.sub(lambda _: f"{scratch}/", value) if isinstance(value, str) else value
-        for key, value in event.items()
-    }
-
-
-def _log_line(event: dict[str, Any]) -> str:
-    """An event as a line of the log."""
-    if event["event"] == "metric":
-        step = f" (step {event['step']})" if event.get("step") is not None else ""
-        return f"{event['name']} = {event['value']}{step}"
-    if event["event"] == "warning":
-        return f"warning: {event['message']} {event['remedy']}".rstrip()
-    return f"error: found {event['found']}; expected {event['expected']}. {event['remedy']}"

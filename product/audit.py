@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from forge import artifact_types, contract
 from forge.executor import Executor
 from forge.finding import Finding, Refused, error
 from forge.plan import Context
 from forge.program import Program
 from product import QUANTIZE
 
-MODULE, ENVIRONMENT = "audit", "train"
+MODULE = "audit"
 
 
 def audit(
@@ -26,7 +27,8 @@ def audit(
     folders = {"FOLDER": folder} | ({"--base": base} if base else {})
     if missing := [finding for name, path in folders.items() for finding in _no_checkpoint(name, path)]:
         raise Refused(missing)
-    environment = context.recipe.images[ENVIRONMENT]
+    types = artifact_types.load(context.repo / "stages")
+    environment = context.recipe.images[contract.load(context.repo / "stages" / QUANTIZE, types).image]
     program = Program(QUANTIZE, environment, context.repo, MODULE)
     if lacking := [f for f in executor.check([environment], gpu=False) if f.level == "error"]:
         raise Refused(lacking)

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forge import lock, plan, run, store
+from forge import lock, plan, store
 from forge.executor import Executor, Task
 from forge.finding import Finding, Refused, error
+from forge.follow import StageFailed, follow
 from forge.journal import Event, Journal
 from forge.mask import Mask
 from forge.plan import Context
@@ -118,8 +119,8 @@ class _Warming:
             self.executor.bake(plan.program(self.context, self.step, MODULE), said)
             self.journal.emit("stage", stage=MODULE, why=about["why"], key=None, estimate=about["seconds"])
             task = self.task(output, scratch)
-            run.follow(self.context, self.executor, self.journal, task, log)
-        except run.StageFailed as failed:
+            follow(self.executor, self.journal, self.context.store.home, task, log)
+        except StageFailed as failed:
             self.journal.emit("failed", stage=MODULE, **failed.as_event())
             return None
         except KeyboardInterrupt:

@@ -21,17 +21,17 @@ MYPY = [sys.executable, "-m", "mypy"]
 
 
 def executors() -> int:
-    """Checks every class of `forge.executor.EXECUTORS` against the protocol: they are named in strings there,
+    """Checks every class of `EXECUTORS` against the protocol: they are named in strings there,
     which mypy does not follow. Exit status.
     """
-    from forge.executor import EXECUTORS
+    from forge.executors import EXECUTORS
 
     lines = [
         "from pathlib import Path",
         "from forge.executor import Executor",
     ]
-    for name, place in EXECUTORS.items():
-        module, _, class_name = place.partition(":")
+    for name, entry in EXECUTORS.items():
+        module, _, class_name = entry.place.partition(":")
         lines += [f"import {module}", f"{name}: Executor = {module}.{class_name}(Path(), Path())"]
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "every_executor.py"

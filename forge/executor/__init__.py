@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, runtime_checkable
 
+from forge.executors import EXECUTORS
 from forge.finding import Finding, Refused, error
 from forge.image import Image
 from forge.program import Program
@@ -112,18 +113,10 @@ class ProductBuilder(Protocol):
         """
 
 
-# Name -> module and class, which takes the repository and the home folder. Only the one that is asked for is
-# imported. `make lint` holds every class to the protocol (tests/lint.py).
-EXECUTORS = {
-    "docker": "forge.executor.docker:Docker",
-    "local": "forge.executor.local:Local",
-}
-
-
 def make(name: str | None, repo: Path, home: Path) -> Executor:
     """The executor called `name`; without a name docker where an engine answers, else local."""
     if name is None:
-        from forge.executor.docker import answers
+        from forge.executor.engine import answers
 
         name = "docker" if answers() else "local"
     if name not in EXECUTORS:
@@ -135,7 +128,7 @@ def make(name: str | None, repo: Path, home: Path) -> Executor:
                 "Name one of these with --executor.",
             )
         )
-    module, _, class_name = EXECUTORS[name].partition(":")
+    module, _, class_name = EXECUTORS[name].place.partition(":")
     executor: Executor = getattr(importlib.import_module(module), class_name)(repo, home)
     return executor
 

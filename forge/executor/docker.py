@@ -5,74 +5,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
-from docker.types import DeviceRequest, Mount
 
 from forge import VERSION, render
 from forge import image as images
 from forge.executor import KERNELS, Line, Task, kernel_folder, run_logged
+from forge.executor.container import SCRATCH, ContainerSpec, container_job
+from forge.executor.engine import has_plugin, machine_findings, no_engine, unanswered
 from forge.executor.local import stage_environment
 from forge.finding import Finding, Refused, error
 from forge.image import Image
 from forge.program import Program
 
 REPOSITORY = "annie"
-SCRATCH = "/scratch"  # a task's scratch folder, in its container
 # the same in every container: Triton writes the absolute path of what it compiled beside it
 KERNELS_INSIDE = "/kernels"
 _OWNER = "io.annie.home"  # label: the store whose run started a container
-_ENGINE = "Start a Docker engine (its context must be the current one), or run with --executor local."
 _STREAM_SECONDS = 30 * 24 * 3600  # a stage may be silent for as long as it trains
 _EPOCH = "0"  # SOURCE_DATE_EPOCH: the same files give the same image
 _BUILDX = (0, 11)  # named build contexts with folders, and --load from any driver
-
-
-def answers() -> bool:
-    """Whether a Docker engine answers here."""
-    return no_engine() is None
-
-
-def no_engine(address: str | None = None) -> Finding | None:
-    """Why no Docker engine answers; None if one does. `address` is a URL such as unix:///run/docker.sock
-    (default: the environment's).
-    """
-    try:
-        client = docker.DockerClient(address, timeout=5) if address else docker.from_env(timeout=5)
-        try:
-            client.ping()
-        finally:
-            client.close()
-    except (DockerException, OSError) as fault:
-        return _no_engine(fault)
-    return None
-
-
-def _no_engine(fault: BaseException) -> Finding:
-    if any(isinstance(cause, PermissionError) for cause in _causes(fault)):
-        return error(
-            "docker",
-            "an engine's socket that this user may not open",
-            "a user in the group docker",
-            "Run sudo usermod -aG docker $USER, then log out and in again; or run with --executor local.",
-        )
-    return error("docker", f"no engine answers ({fault})", "a Docker engine", _ENGINE)
-
-
-def _causes(fault: BaseException | None) -> Iterator[BaseException]:
-    """The exception and those that led to it: docker's own holds requests', which holds urllib3's, which
-    holds the socket's.
-    """
-    while fault:
-        yield fault
-        fault = fault.__cause__ or fault.__context__
 
 
 @dataclass
@@ -82,67 +40,6 @@ class Running:
     container: Any
     output: Iterator[tuple[bytes | None, bytes | None]]
     code: int | None = None
-
-
-@dataclass(frozen=True)
-class ContainerSpec:
-    """A container as the API and as `docker run` take it. It mounts data; its code is the image's."""
-
-    image: str
-    command: list[str]
-    user: str
-    network: str
-    environment: dict[str, str]
-    mounts: list[tuple[str, str, bool]]  # (host path, container path, read-only)
-    labels: dict[str, str] = field(default_factory=dict)
-    gpu: bool = False
-    entrypoint: str | None = None  # None: the image's own
-
-    def as_api(self) -> dict[str, Any]:
-        return {
-            "image": self.image,
-            "command": self.command,
-            "user": self.user,
-            "network_mode": self.network,
-            "environment": self.environment,
-            "mounts": [
-                Mount(target, source, type="bind", read_only=read_only)
-                for source, target, read_only in self.mounts
-            ],
-            "labels": self.labels,
-            "shm_size": "2g",
-            "read_only": True,
-            "tmpfs": {"/tmp": "exec,mode=1777"},
-            "cap_drop": ["ALL"],
-            "security_opt": ["no-new-privileges"],
-            "entrypoint": self.entrypoint,
-            "device_requests": [DeviceRequest(count=-1, capabilities=[["gpu"]])] if self.gpu else [],
-        }
-
-    def as_command(self) -> list[str]:
-        """`docker run` with the same effect."""
-        command = [
-            "docker",
-            "run",
-            "--rm",
-            f"--user={self.user}",
-            f"--network={self.network}",
-            "--read-only",
-            "--tmpfs=/tmp:exec,mode=1777",
-            "--shm-size=2g",
-            "--cap-drop=ALL",
-            "--security-opt=no-new-privileges",
-        ]
-        if self.gpu:
-            command.append("--gpus=all")
-        command += [f"--env={name}={value}" for name, value in self.environment.items()]
-        command += [
-            f"--mount=type=bind,source={source},target={target}{',readonly' if read_only else ''}"
-            for source, target, read_only in self.mounts
-        ]
-        if self.entrypoint:
-            command.append(f"--entrypoint={self.entrypoint}")
-        return [*command, self.image, *self.command]
 
 
 class Docker:
@@ -163,7 +60,7 @@ class Docker:
                 self._client.ping()
             except (DockerException, OSError) as fault:
                 self._client = None
-                raise Refused(_no_engine(fault)) from fault
+                raise Refused(unanswered(fault)) from fault
         return self._client
 
     def tag(self, image: Image) -> str:
@@ -183,7 +80,7 @@ class Docker:
         if lacking := no_engine():
             return [lacking]
         findings = []
-        if not _plugin("buildx", _BUILDX):
+        if not has_plugin("buildx", _BUILDX):
             findings.append(
                 error(
                     "docker buildx",
@@ -192,7 +89,7 @@ class Docker:
                     "Install docker-buildx-plugin (docker-buildx on Debian).",
                 )
             )
-        if not _plugin("compose", (2, 20)):
+        if not has_plugin("compose", (2, 20)):
             findings.append(
                 error(
                     "docker compose",
@@ -471,64 +368,7 @@ class Docker:
                 continue
 
 
-def machine_findings(environments: list[Image], machine: str) -> list[Finding]:
-    """The images whose torch no lock holds for an engine on this type of machine."""
-    on_cpu = [image for image in environments if image.args.get("torch") == "cpu"]
-    machines = sorted({name for image in on_cpu for name in images.pythons(image.folder.parent)})
-    if not on_cpu or machine in machines:
-        return []
-    return [
-        error(
-            "images",
-            f"torch: cpu on {machine}",
-            f"{' or '.join(machines)}, for which images/torch-*.lock hold torch",
-            "Take a base with its own torch and `torch: base`.",
-        )
-    ]
-
-
-def container_job(task: Task) -> tuple[dict[str, Any], list[tuple[str, str, bool]]]:
-    """The job with the container's paths, and the mounts (host path, container path, read-only) that make
-    them true.
-    """
-    mounts: list[tuple[str, str, bool]] = []
-
-    def mounted(host: str, target: str, read_only: bool = True) -> str:
-        mounts.append((host, target, read_only))
-        return target
-
-    job = dict(task.job)
-    job["inputs"] = {name: mounted(path, f"/inputs/{name}") for name, path in task.job["inputs"].items()}
-    job["sources"] = {
-        name: [
-            mounted(path, str(PurePosixPath("/sources", name, str(number), Path(path).name)))
-            for number, path in enumerate(paths)
-        ]
-        for name, paths in task.job["sources"].items()
-    }
-    job["secrets"] = {name: mounted(path, f"/secrets/{name}") for name, path in task.job["secrets"].items()}
-    if "previous" in task.job:
-        job["previous"] = mounted(task.job["previous"], "/previous")
-    job["output"] = mounted(task.job["output"], "/output", False)
-    job["scratch"] = mounted(task.job["scratch"], SCRATCH, False)
-    return job, mounts
-
-
 def _wheels() -> Path | None:
     """A folder of wheels on this machine that a build may take torch from."""
     folder = os.environ.get("ANNIE_WHEELS") or os.environ.get("PIP_FIND_LINKS")
     return Path(folder) if folder and Path(folder).is_dir() else None
-
-
-def _plugin(name: str, oldest: tuple[int, int]) -> bool:
-    try:
-        answer = subprocess.run(
-            ["docker", name, "version"], capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-    except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        return False
-    for word in answer.replace("v", " ").split():
-        parts = word.split(".")
-        if len(parts) >= 2 and parts[0].isdigit() and parts[1].isdigit():
-            return (int(parts[0]), int(parts[1])) >= oldest
-    return False

@@ -17,8 +17,8 @@ CHECK = """\
 from stages import check
 from stages.check import Finding
 
-def look(its):
-    for path in its.sources["files"]:
+def look(task):
+    for path in task.sources["files"]:
         if path.is_file() and "bad" in path.read_text():
             yield Finding(f"{path.name}:1", "a bad word", "good words", "Mend it.")
         if path.is_file() and "odd" in path.read_text():
@@ -30,15 +30,15 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def checked(its):
-    shutil.copy(toy.REPO / "stages" / "check.py", its.repo / "stages" / "check.py")
-    (its.repo / "stages/words/sources.py").write_text(CHECK)
+def checked(mini):
+    shutil.copy(toy.REPO / "stages" / "check.py", mini.repo / "stages" / "check.py")
+    (mini.repo / "stages/words/sources.py").write_text(CHECK)
     toy.edit(
-        its.repo / "stages/words/stage.toml",
+        mini.repo / "stages/words/stage.toml",
         'produces = "text"',
         'produces = "text"\ncheck = "stages.words.sources"',
     )
-    return its
+    return mini
 
 
 def test_plan_run_and_doctor_name_the_file_and_line(checked, command):

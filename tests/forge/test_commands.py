@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import build
 from forge import VERSION, executor
-from forge.executor import EXECUTORS
+from forge.executors import EXECUTORS
 from forge.finding import Refused
 
 
@@ -19,7 +19,7 @@ def test_the_version_is_one_that_the_changelog_knows():
     assert said == ["annie", VERSION] and f"## {VERSION}" in (build.REPO / "CHANGELOG.md").read_text()
 
 
-def test_plan_then_run_then_nothing_to_do(its, command):
+def test_plan_then_run_then_nothing_to_do(mini, command):
     assert "3 of 3 to run" in command("plan")
     assert [s["state"] for s in json.loads(command("plan", "--json"))["stages"]] == ["run", "waits", "waits"]
     text = command("run")
@@ -28,7 +28,7 @@ def test_plan_then_run_then_nothing_to_do(its, command):
     assert "everything is built" in command("plan")
 
 
-def test_run_as_json_lines(its, command):
+def test_run_as_json_lines(mini, command):
     events = [json.loads(line) for line in command("run", "--json").splitlines()]
     kinds = [e["event"] for e in events]
     assert (
@@ -39,17 +39,17 @@ def test_run_as_json_lines(its, command):
     ).items()
 
 
-def test_path_prints_a_folder_and_nothing_else(its, command):
+def test_path_prints_a_folder_and_nothing_else(mini, command):
     assert "python build.py run --recipe toy --executor local --until count" in command(
         "path", "count", code=1
     ).replace("\n", "")
     command("run")
-    assert command("path", "count") == f"{its.plan().stages[1].artifact.folder}\n"
+    assert command("path", "count") == f"{mini.plan().stages[1].artifact.folder}\n"
 
 
-def test_explain_in_words_and_as_json(its, command):
+def test_explain_in_words_and_as_json(mini, command):
     command("run")
-    toy.edit(its.recipe, "upper: false", "upper: true")
+    toy.edit(mini.recipe, "upper: false", "upper: true")
     assert "the parameter upper changed: false -> true" in command("explain", "words")
     change = json.loads(command("explain", "words", "--json"))["changes"]
     assert change == [
@@ -63,20 +63,20 @@ def test_explain_in_words_and_as_json(its, command):
     assert "slow: cached" not in command("explain", "slow")
 
 
-def test_status_and_logs(its, command):
+def test_status_and_logs(mini, command):
     assert command("status").count("never") == 3
     command("run")
     assert json.loads(command("status", "--json"))["running"] is None
     assert command("status").count("cached") == 3
     assert "count = 3" in command("logs", "count")
-    for folder in (its.home / "runs").iterdir():
+    for folder in (mini.home / "runs").iterdir():
         (folder / "02-count.log").rename(folder / "00-count.log")  # what an image of that name would leave
     assert "no log under recipe toy" in command("logs", "count", code=1)
     assert "Did you mean count?" in command("logs", "cuont", code=1)
 
 
-def test_a_failed_run_ends_with_1_and_says_why(its, command):
-    toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: badly")
+def test_a_failed_run_ends_with_1_and_says_why(mini, command):
+    toy.edit(mini.recipe, "steps: 3", "steps: 3\n    how: badly")
     text = command("run", code=1)
     for word in (
         "slow failed",
@@ -89,16 +89,16 @@ def test_a_failed_run_ends_with_1_and_says_why(its, command):
     assert "the last run failed in slow: a bad thing" in command("status")
 
 
-def test_bad_input_ends_with_1_and_no_traceback(its, command):
-    toy.edit(its.recipe, "upper: false", "uper: false")
+def test_bad_input_ends_with_1_and_no_traceback(mini, command):
+    toy.edit(mini.recipe, "upper: false", "uper: false")
     text = command("run", code=1)
     assert "toy.yaml:7" in text and "Did you mean upper?" in text and "Traceback" not in text
     assert "Did you mean toy?" in CliRunner().invoke(build.cli, ["plan", "--recipe", "tooy"]).output
 
 
-def test_doctor_names_what_is_missing(its, command):
+def test_doctor_names_what_is_missing(mini, command):
     assert "has what it takes" in command("doctor")
-    toy.edit(its.recipe, "minutes: 0.5", "memory_gb: 90000")
+    toy.edit(mini.recipe, "minutes: 0.5", "memory_gb: 90000")
     assert "90000 GB" in command("doctor", code=1)
 
 
@@ -110,14 +110,14 @@ def test_a_plan_that_cannot_run_does_not_say_that_everything_is_built(command):
     )
 
 
-def test_every_executor_of_the_table_is_made_and_may_stand_in_a_recipe(its):
+def test_every_executor_of_the_table_is_made_and_may_stand_in_a_recipe(mini):
     for name in EXECUTORS:
-        assert executor.make(name, its.repo, its.home).name == name
+        assert executor.make(name, mini.repo, mini.home).name == name
     assert "'docker', 'local'" in CliRunner().invoke(build.cli, ["plan", "--executor", "cloud"]).output
     with pytest.raises(Refused, match="no executor cloud; expected docker or local"):
-        executor.make("cloud", its.repo, its.home)
-    toy.edit(its.recipe, "seed: 3", "seed: 3\nexecutor: cloud")
+        executor.make("cloud", mini.repo, mini.home)
+    toy.edit(mini.recipe, "seed: 3", "seed: 3\nexecutor: cloud")
     with pytest.raises(Refused, match="executor = 'cloud'; expected one of docker, local"):
-        its.context()
-    toy.edit(its.recipe, "executor: cloud", "executor: docker")
-    assert its.context().recipe.executor == "docker"
+        mini.context()
+    toy.edit(mini.recipe, "executor: cloud", "executor: docker")
+    assert mini.context().recipe.executor == "docker"

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from forge.executor import Task
-from forge.executor.docker import Docker, answers, container_job, machine_findings, no_engine
+from forge.executor.container import container_job
+from forge.executor.docker import Docker
+from forge.executor.engine import answers, machine_findings, no_engine
 from forge.finding import Refused
 from forge.image import Image, fingerprint, machine_type
 from forge.program import Program

@@ -18,8 +18,8 @@ def names(its, stage):
     return set(plan.planned_stage(its.context(), stage).key.components)
 
 
-def test_a_key_holds_what_the_stage_reaches_and_nothing_else(its):
-    its.run(last="words")
+def test_a_key_holds_what_the_stage_reaches_and_nothing_else(mini):
+    mini.run(last="words")
     assert {
         "code/stages/words/__main__.py",
         "code/stages/job.py",
@@ -32,14 +32,14 @@ def test_a_key_holds_what_the_stage_reaches_and_nothing_else(its):
         "source/files",
         "seed",
         "gpu",
-    } <= names(its, "words")
-    assert "code/model/unused.py" not in names(its, "words")
-    assert not any(name.startswith("code/model") for name in names(its, "count"))
-    assert "input/words" in names(its, "count")
+    } <= names(mini, "words")
+    assert "code/model/unused.py" not in names(mini, "words")
+    assert not any(name.startswith("code/model") for name in names(mini, "count"))
+    assert "input/words" in names(mini, "count")
 
 
-def test_imports_are_followed_however_they_are_written(its):
-    package = its.repo / "model" / "deep"
+def test_imports_are_followed_however_they_are_written(mini):
+    package = mini.repo / "model" / "deep"
     package.mkdir()
     for name, text in {
         "__init__": "",
@@ -52,40 +52,40 @@ def test_imports_are_followed_however_they_are_written(its):
     (package / "shapes.json").write_text("{}")
     (package / "b.py").write_text("TABLE = 'shapes.json'\n")
     toy.edit(
-        its.repo / "stages/count/__main__.py",
-        "def run(its):",
-        "def run(its):\n    import model.deep.a as deep",
+        mini.repo / "stages/count/__main__.py",
+        "def run(task):",
+        "def run(task):\n    import model.deep.a as deep",
     )
-    reached = {str(p) for p in code.closure(its.repo, "count")}
+    reached = {str(p) for p in code.closure(mini.repo, "count")}
     assert {f"model/deep/{n}" for n in ("__init__.py", "a.py", "b.py", "c.py", "shapes.json")} <= reached
     assert "model/deep/table.py" not in reached
 
 
-def test_the_files_of_a_type_are_in_no_key(its):
-    before = [stage.key for stage in its.plan().stages]
-    toy.edit(its.repo / "stages/artifacts.toml", '"text.txt"', '"text.txt", "more.txt"')
-    assert [stage.key for stage in its.plan().stages] == before
+def test_the_files_of_a_type_are_in_no_key(mini):
+    before = [stage.key for stage in mini.plan().stages]
+    toy.edit(mini.repo / "stages/artifacts.toml", '"text.txt"', '"text.txt", "more.txt"')
+    assert [stage.key for stage in mini.plan().stages] == before
 
 
-def test_a_stage_that_imports_another_is_refused(its):
+def test_a_stage_that_imports_another_is_refused(mini):
     toy.edit(
-        its.repo / "stages/count/__main__.py",
+        mini.repo / "stages/count/__main__.py",
         "from stages import job",
         "from stages import job\nimport stages.words.__main__",
     )
     with pytest.raises(Refused, match="no import of another stage"):
-        code.closure(its.repo, "count")
+        code.closure(mini.repo, "count")
 
 
 @pytest.mark.parametrize("package", ["forge", "product"])
-def test_a_stage_that_imports_the_host_side_is_refused(its, package):
+def test_a_stage_that_imports_the_host_side_is_refused(mini, package):
     toy.edit(
-        its.repo / "stages/count/__main__.py",
+        mini.repo / "stages/count/__main__.py",
         "from stages import job",
         f"from stages import job\nimport {package}.report",
     )
     with pytest.raises(Refused, match=f"an import of {package}.report"):
-        code.closure(its.repo, "count")
+        code.closure(mini.repo, "count")
 
 
 @pytest.mark.parametrize(
@@ -97,64 +97,64 @@ def test_a_stage_that_imports_the_host_side_is_refused(its, package):
         ("data/b/c.txt", "gamma", "delta", "the source files has other content"),
     ],
 )
-def test_explain_says_what_changed_in_one_phrase(its, path, old, new, phrase):
-    assert its.run().code == 0
-    before = its.plan().stages[0].key.sha256
-    toy.edit(its.repo / path, old, new)
-    explained = plan.explain(its.context(), "words")
+def test_explain_says_what_changed_in_one_phrase(mini, path, old, new, phrase):
+    assert mini.run().code == 0
+    before = mini.plan().stages[0].key.sha256
+    toy.edit(mini.repo / path, old, new)
+    explained = plan.explain(mini.context(), "words")
     assert explained.old == before != explained.stage.key.sha256
     assert [c.phrase.startswith(phrase) for c in explained.changes] == [True]
 
 
-def test_an_input_that_comes_out_the_same_stops_the_change(its):
-    its.run()
-    toy.edit(its.repo / "model/letters.py", "UPPER = {}", "UPPER = dict()")
-    assert its.states() == {"words": "run", "count": "waits", "slow": "waits"}
-    assert its.run().ran == ("words",)
-    assert its.states() == dict.fromkeys(("words", "count", "slow"), "cached")
+def test_an_input_that_comes_out_the_same_stops_the_change(mini):
+    mini.run()
+    toy.edit(mini.repo / "model/letters.py", "UPPER = {}", "UPPER = dict()")
+    assert mini.states() == {"words": "run", "count": "waits", "slow": "waits"}
+    assert mini.run().ran == ("words",)
+    assert mini.states() == dict.fromkeys(("words", "count", "slow"), "cached")
 
 
-def test_going_back_finds_the_old_artifact(its):
-    its.run()
-    toy.edit(its.recipe, "upper: false", "upper: true")
-    assert its.run().ran == ("words", "count")  # the count is the same in capitals, so slow stays
-    toy.edit(its.recipe, "upper: true", "upper: false")
-    assert set(its.states().values()) == {"cached"}
+def test_going_back_finds_the_old_artifact(mini):
+    mini.run()
+    toy.edit(mini.recipe, "upper: false", "upper: true")
+    assert mini.run().ran == ("words", "count")  # the count is the same in capitals, so slow stays
+    toy.edit(mini.recipe, "upper: true", "upper: false")
+    assert set(mini.states().values()) == {"cached"}
 
 
-def test_a_moved_source_is_the_same_source(its):
-    its.run()
-    (its.repo / "data" / "moved").mkdir()
-    (its.repo / "data/a.txt").rename(its.repo / "data/moved/a.txt")
-    toy.edit(its.recipe, "data/a.txt", "data/moved/a.txt")
-    assert set(its.states().values()) == {"cached"}
+def test_a_moved_source_is_the_same_source(mini):
+    mini.run()
+    (mini.repo / "data" / "moved").mkdir()
+    (mini.repo / "data/a.txt").rename(mini.repo / "data/moved/a.txt")
+    toy.edit(mini.recipe, "data/a.txt", "data/moved/a.txt")
+    assert set(mini.states().values()) == {"cached"}
 
 
-def test_a_file_apart_is_in_no_key_unless_the_stage_imports_it(its):
-    folder = its.repo / "stages/count"
+def test_a_file_apart_is_in_no_key_unless_the_stage_imports_it(mini):
+    folder = mini.repo / "stages/count"
     (folder / "warm.py").write_text("from model import unused\n")
     toy.edit(folder / "stage.toml", 'image = "plain"', 'image = "plain"\napart = ["warm.py"]')
     apart = {"stages/count/warm.py", "model/unused.py"}
     in_key = {f"code/{name}" for name in apart}
-    assert not in_key & names(its, "count")
-    context = its.context()
+    assert not in_key & names(mini, "count")
+    context = mini.context()
     program = plan.program(context, context.recipe.stages["count"])
     assert apart <= {str(path) for path in program.files()}
-    toy.edit(folder / "__main__.py", "def run(its):", "def run(its):\n    from stages.count import warm")
-    assert in_key <= names(its, "count")
+    toy.edit(folder / "__main__.py", "def run(task):", "def run(task):\n    from stages.count import warm")
+    assert in_key <= names(mini, "count")
 
 
-def test_a_file_apart_that_is_not_there_is_named(its):
-    toy.edit(its.repo / "stages/count/stage.toml", 'image = "plain"', 'image = "plain"\napart = ["no.py"]')
+def test_a_file_apart_that_is_not_there_is_named(mini):
+    toy.edit(mini.repo / "stages/count/stage.toml", 'image = "plain"', 'image = "plain"\napart = ["no.py"]')
     with pytest.raises(Refused, match=r"apart names 'no.py'"):
-        its.context()
+        mini.context()
 
 
-def test_a_stages_dockerfile_is_in_the_keys_of_containers_alone(its):
-    (its.repo / "stages/count/Dockerfile").write_text("FROM x\n")
-    in_containers = plan.planned_stage(replace(its.context(), executor="docker"), "count").key.components
+def test_a_stages_dockerfile_is_in_the_keys_of_containers_alone(mini):
+    (mini.repo / "stages/count/Dockerfile").write_text("FROM x\n")
+    in_containers = plan.planned_stage(replace(mini.context(), executor="docker"), "count").key.components
     assert "image/stages/count/Dockerfile" in in_containers
-    assert not any("Dockerfile" in name for name in names(its, "count"))
+    assert not any("Dockerfile" in name for name in names(mini, "count"))
 
 
 def in_key(stage):

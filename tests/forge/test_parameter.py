@@ -146,22 +146,22 @@ def test_a_warm_up_is_not_longer_than_the_steps(tmp_path):
     )
 
 
-def test_a_default_that_another_parameter_forbids_is_called_one(its):
+def test_a_default_that_another_parameter_forbids_is_called_one(mini):
     toy.edit(
-        its.repo / "stages/slow/stage.toml",
+        mini.repo / "stages/slow/stage.toml",
         "[parameters.seconds]\n",
         '[parameters.seconds]\nat_most = "steps"\n',
     )
-    toy.edit(its.repo / "stages/slow/stage.toml", "default = 0.0", "default = 4.0")
+    toy.edit(mini.repo / "stages/slow/stage.toml", "default = 0.0", "default = 4.0")
     with pytest.raises(
         Refused, match=r"slow.seconds = 4.0 \(the default\); expected at most steps, which is 3"
     ):
-        its.plan()
+        mini.plan()
 
 
-def test_at_most_names_a_number_of_the_same_stage(its):
+def test_at_most_names_a_number_of_the_same_stage(mini):
     toy.edit(
-        its.repo / "stages/slow/stage.toml",
+        mini.repo / "stages/slow/stage.toml",
         "[parameters.seconds]\n",
         '[parameters.seconds]\nat_most = "stepz"\n',
     )
@@ -172,7 +172,7 @@ def test_at_most_names_a_number_of_the_same_stage(its):
             " mean steps?"
         ),
     ):
-        its.plan()
+        mini.plan()
 
 
 BOTH = (
@@ -246,11 +246,11 @@ def test_so_is_an_old_key_of_a_recipe(tmp_path):
         recipe.load(path, toy.REPO)
 
 
-def test_instead_of_names_a_parameter_of_the_same_stage(its):
-    toml = its.repo / "stages/slow/stage.toml"
+def test_instead_of_names_a_parameter_of_the_same_stage(mini):
+    toml = mini.repo / "stages/slow/stage.toml"
     toy.edit(toml, "[parameters.seconds]\n", '[parameters.seconds]\ninstead_of = "stepz"\n')
     with pytest.raises(Refused, match=r"instead_of = 'stepz'; expected another .*Did you mean steps\?"):
-        its.plan()
+        mini.plan()
 
 
 SHARE = Parameter("float", doc="0.9 is 90 %", min=0, max=1)
@@ -345,11 +345,11 @@ def test_a_gate_that_can_be_held_is_accepted(tmp_path, gate):
     assert faults(tmp_path, evaluate={"gate": gate}) == []
 
 
-def test_seeds_and_needs_have_ranges_too(its):
-    toy.edit(its.recipe, "seed: 3", "seed: -3")
-    toy.edit(its.recipe, "{minutes: 0.5}", "{memory_gb: -1}")
+def test_seeds_and_needs_have_ranges_too(mini):
+    toy.edit(mini.recipe, "seed: 3", "seed: -3")
+    toy.edit(mini.recipe, "{minutes: 0.5}", "{memory_gb: -1}")
     with pytest.raises(Refused) as refused:
-        its.plan()
+        mini.plan()
     assert [f.found for f in refused.value.findings] == ["seed = -3", "slow.needs.memory_gb = -1"]
 
 
@@ -370,9 +370,9 @@ def test_seeds_and_needs_have_ranges_too(its):
         ),
     ],
 )
-def test_a_fault_inside_a_described_map_is_named_with_its_place(its, table, said):
-    with (its.repo / "stages/slow/stage.toml").open("a") as opened:
+def test_a_fault_inside_a_described_map_is_named_with_its_place(mini, table, said):
+    with (mini.repo / "stages/slow/stage.toml").open("a") as opened:
         opened.write(f"{table}\n")
     with pytest.raises(Refused) as refused:
-        its.plan()
+        mini.plan()
     assert any(said in str(finding) for finding in refused.value.findings), refused.value.findings

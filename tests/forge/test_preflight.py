@@ -26,25 +26,25 @@ def test_memory_comes_from_proc_meminfo(tmp_path):
 
 
 @pytest.mark.parametrize(("need", "subject"), [("memory_gb: 90000", "slow"), ("disk_gb: 9000000", "disk")])
-def test_too_little_of_something_is_named_with_its_remedy(its, need, subject):
-    toy.edit(its.recipe, "minutes: 0.5", need)
+def test_too_little_of_something_is_named_with_its_remedy(mini, need, subject):
+    toy.edit(mini.recipe, "minutes: 0.5", need)
     with pytest.raises(Refused) as refused:
-        its.run()
+        mini.run()
     finding = refused.value.findings[0]
     assert finding.subject == subject and finding.remedy
-    assert not list(its.home.glob("runs/*"))
+    assert not list(mini.home.glob("runs/*"))
 
 
-def test_a_missing_gpu_is_named_where_the_recipe_wants_one(its):
-    toy.edit(its.recipe, "seed: 3", "seed: 3\ngpu: cuda")
-    toy.edit(its.recipe, "minutes: 0.5", "gpu: true")
+def test_a_missing_gpu_is_named_where_the_recipe_wants_one(mini):
+    toy.edit(mini.recipe, "seed: 3", "seed: 3\ngpu: cuda")
+    toy.edit(mini.recipe, "minutes: 0.5", "gpu: true")
     with pytest.raises(
         Refused, match="no GPU that nvidia-smi can see; expected one, since the recipe says gpu: cuda"
     ):
-        its.run()
+        mini.run()
 
 
-def test_a_missing_secret_is_named(its):
-    toy.edit(its.recipe, "seed: 3", "seed: 3\nsecrets: {token: nowhere.txt}")
+def test_a_missing_secret_is_named(mini):
+    toy.edit(mini.recipe, "seed: 3", "seed: 3\nsecrets: {token: nowhere.txt}")
     with pytest.raises(Refused, match="secret token: found no file .*nowhere.txt"):
-        its.run()
+        mini.run()

@@ -100,49 +100,49 @@ def faults(its):
         ("name: toy", "name: [toy", "toy.yaml:2: found"),
     ],
 )
-def test_a_fault_names_its_line_and_the_nearest_valid_word(its, old, new, said):
-    toy.edit(its.recipe, old, new)
-    assert any(said in fault for fault in faults(its)), faults(its)
+def test_a_fault_names_its_line_and_the_nearest_valid_word(mini, old, new, said):
+    toy.edit(mini.recipe, old, new)
+    assert any(said in fault for fault in faults(mini)), faults(mini)
 
 
-def test_every_fault_is_named_at_once(its):
-    toy.edit(its.recipe, "upper: false", "uper: 1")
-    toy.edit(its.recipe, "steps: 3", "steps: many")
-    toy.edit(its.recipe, "data/a.txt", "data/z.txt")
-    assert len(faults(its)) == 4  # the unknown key, the parameter that it leaves out, the path, the type
+def test_every_fault_is_named_at_once(mini):
+    toy.edit(mini.recipe, "upper: false", "uper: 1")
+    toy.edit(mini.recipe, "steps: 3", "steps: many")
+    toy.edit(mini.recipe, "data/a.txt", "data/z.txt")
+    assert len(faults(mini)) == 4  # the unknown key, the parameter that it leaves out, the path, the type
 
 
-def test_a_stage_under_its_name_before_is_told_the_new_one(its):
-    toy.edit(its.repo / "stages/count/stage.toml", "summary", 'was = "number"\nsummary')
+def test_a_stage_under_its_name_before_is_told_the_new_one(mini):
+    toy.edit(mini.repo / "stages/count/stage.toml", "summary", 'was = "number"\nsummary')
     with pytest.raises(Refused, match="no stage number in recipe toy.*It is called count now"):
-        its.plan(last="number")
-    toy.edit(its.repo / "stages/words/stage.toml", "summary", "summery")  # one with faults is left out of it
-    toy.edit(its.recipe, "  count: {}", "  number: {}")
-    with its.recipe.open("a") as opened:
+        mini.plan(last="number")
+    toy.edit(mini.repo / "stages/words/stage.toml", "summary", "summery")  # one with faults is left out of it
+    toy.edit(mini.recipe, "  count: {}", "  number: {}")
+    with mini.recipe.open("a") as opened:
         opened.write("variants:\n  other: {number: {}}\n")
-    said = [fault for fault in faults(its) if "unknown stage number" in fault]
+    said = [fault for fault in faults(mini) if "unknown stage number" in fault]
     assert (
         "toy.yaml:9: found unknown stage number; expected a folder of stages/ with a stage.toml." in said[0]
     )
     assert said[0].endswith("It is called count now.")
 
 
-def test_the_recipes_that_say_image_are_told_package(its, tmp_path):
+def test_the_recipes_that_say_image_are_told_package(mini, tmp_path):
     path = tmp_path / "old.yaml"
     path.write_text((toy.REPO / "recipes/tiny.yaml").read_text().replace("  package: {}", "  image: {}"))
     with pytest.raises(Refused, match="unknown stage image; .* It is called package now"):
         recipe.load(path, toy.REPO)
 
 
-def test_an_input_of_another_type_is_refused(its):
-    toy.edit(its.repo / "stages/count/stage.toml", 'words = "text"', 'words = "report"')
-    assert "toy.yaml:9: found input words of count is the text of words; expected report" in faults(its)[0]
+def test_an_input_of_another_type_is_refused(mini):
+    toy.edit(mini.repo / "stages/count/stage.toml", 'words = "text"', 'words = "report"')
+    assert "toy.yaml:9: found input words of count is the text of words; expected report" in faults(mini)[0]
 
 
-def test_a_faulty_contract_is_named_by_its_file(its):
-    toy.edit(its.repo / "stages/slow/stage.toml", "choices", "choises")
-    toy.edit(its.repo / "stages/count/stage.toml", 'produces = "text"', 'produces = "txet"')
-    said = "\n".join(faults(its))
+def test_a_faulty_contract_is_named_by_its_file(mini):
+    toy.edit(mini.repo / "stages/slow/stage.toml", "choices", "choises")
+    toy.edit(mini.repo / "stages/count/stage.toml", 'produces = "text"', 'produces = "txet"')
+    said = "\n".join(faults(mini))
     assert (
         "stages/slow/stage.toml: found unknown key parameters.how.choises" in said
         and "Did you mean choices?" in said
@@ -161,27 +161,27 @@ def test_a_faulty_contract_is_named_by_its_file(its):
         ("[text]\nfiles = []", "found text = {'files': []}; expected a list"),
     ],
 )
-def test_faulty_artifact_types_are_named_by_their_file_and_once(its, text, said):
-    path = its.repo / "stages/artifacts.toml"
+def test_faulty_artifact_types_are_named_by_their_file_and_once(mini, text, said):
+    path = mini.repo / "stages/artifacts.toml"
     path.unlink() if text is None else path.write_text(text)
-    (fault,) = faults(its)
+    (fault,) = faults(mini)
     assert fault.startswith("stages/artifacts.toml: ") and said in fault
 
 
-def test_numbers_that_yaml_reads_as_words_are_numbers(its):
-    toy.edit(its.recipe, "steps: 3", "steps: 3\n    seconds: 1e-3")
-    assert its.context().recipe.stages["slow"].params["seconds"] == 1e-3
+def test_numbers_that_yaml_reads_as_words_are_numbers(mini):
+    toy.edit(mini.recipe, "steps: 3", "steps: 3\n    seconds: 1e-3")
+    assert mini.context().recipe.stages["slow"].params["seconds"] == 1e-3
 
 
-def test_stages_may_stand_in_any_order(its):
-    text = its.recipe.read_text()
+def test_stages_may_stand_in_any_order(mini):
+    text = mini.recipe.read_text()
     head, stages = text.split("stages:\n")
     words, rest = stages.split("  count: {}\n")
-    its.recipe.write_text(f"{head}stages:\n{rest.rstrip()}\n  count: {{}}\n{words}")
-    assert list(its.context().recipe.stages) == ["words", "count", "slow"]
+    mini.recipe.write_text(f"{head}stages:\n{rest.rstrip()}\n  count: {{}}\n{words}")
+    assert list(mini.context().recipe.stages) == ["words", "count", "slow"]
 
 
-def test_the_recipes_of_this_repository_read(its):
+def test_the_recipes_of_this_repository_read(mini):
     from forge import recipe
 
     for path in sorted((toy.REPO / "recipes").glob("*.yaml")):
@@ -191,7 +191,7 @@ def test_the_recipes_of_this_repository_read(its):
 @pytest.mark.parametrize(
     "selected", [{"first": "slow", "last": "words"}, {"first": "count", "only": ("words",)}]
 )
-def test_a_selection_of_no_stage_is_refused(its, selected):
+def test_a_selection_of_no_stage_is_refused(mini, selected):
     with pytest.raises(
         Refused,
         match=(
@@ -199,4 +199,4 @@ def test_a_selection_of_no_stage_is_refused(its, selected):
             " count, slow."
         ),
     ):
-        its.plan(**selected)
+        mini.plan(**selected)

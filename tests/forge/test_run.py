@@ -24,10 +24,10 @@ def wait_for(condition, seconds=20.0):
         time.sleep(0.02)
 
 
-def test_a_run_makes_every_stage_once(its):
-    outcome = its.run()
+def test_a_run_makes_every_stage_once(mini):
+    outcome = mini.run()
     assert (outcome.code, outcome.ran) == (0, ("words", "count", "slow"))
-    assert (its.text("words"), its.text("count"), its.text("slow")) == (
+    assert (mini.text("words"), mini.text("count"), mini.text("slow")) == (
         "alpha beta gamma",
         "3",
         "went on from 0",
@@ -39,11 +39,11 @@ def test_a_run_makes_every_stage_once(its):
         "01-words.log",
         "03-slow.log",
     }
-    assert its.run().ran == () and its.event("done")["seconds"] == 0
+    assert mini.run().ran == () and mini.event("done")["seconds"] == 0
 
 
-def test_a_job_is_as_the_formats_say(its):
-    folder = its.run().folder
+def test_a_job_is_as_the_formats_say(mini):
+    folder = mini.run().folder
     job = json.loads((folder / "02-count.json").read_text())
     assert set(job) == {
         "stage",
@@ -57,175 +57,175 @@ def test_a_job_is_as_the_formats_say(its):
         "device",
         "provenance",
     }
-    words = its.plan().stages[0].artifact
+    words = mini.plan().stages[0].artifact
     assert job["provenance"] == {"words": {"stage": "words", "key": words.key, "digest": words.digest}}
     assert json.loads((folder / "01-words.json").read_text())["params"] == {"upper": False, "times": 1}
 
 
-def test_selections(its):
-    assert its.run(last="count").ran == ("words", "count")
-    assert its.states() == {"words": "cached", "count": "cached", "slow": "run"}
-    assert its.run(only=("slow",)).ran == ("slow",)
-    assert its.run(first="count", force=True).ran == ("count", "slow")
+def test_selections(mini):
+    assert mini.run(last="count").ran == ("words", "count")
+    assert mini.states() == {"words": "cached", "count": "cached", "slow": "run"}
+    assert mini.run(only=("slow",)).ran == ("slow",)
+    assert mini.run(first="count", force=True).ran == ("count", "slow")
     with pytest.raises(Refused, match="Did you mean count"):
-        its.plan(first="cuont")
+        mini.plan(first="cuont")
 
 
-def test_a_stage_whose_input_is_not_built_is_blocked(its):
-    assert its.states(only=("count",)) == {"count": "blocked"}
+def test_a_stage_whose_input_is_not_built_is_blocked(mini):
+    assert mini.states(only=("count",)) == {"count": "blocked"}
     with pytest.raises(Refused, match="words not built"):
-        its.run(only=("count",))
+        mini.run(only=("count",))
 
 
-def test_a_forced_stage_keeps_an_artifact_in_place_all_the_time(its):
-    its.run()
-    before = its.plan().stages[0].artifact
-    assert its.run(only=("words",), force=True).ran == ("words",)
-    after = its.plan().stages[0].artifact
+def test_a_forced_stage_keeps_an_artifact_in_place_all_the_time(mini):
+    mini.run()
+    before = mini.plan().stages[0].artifact
+    assert mini.run(only=("words",), force=True).ran == ("words",)
+    after = mini.plan().stages[0].artifact
     assert (
         before.folder == after.folder
         and before.digest == after.digest
-        and not list((its.home / "store/tmp").iterdir())
+        and not list((mini.home / "store/tmp").iterdir())
     )
 
 
-def test_a_failure_says_found_expected_remedy_and_where_the_log_is(its):
-    toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: badly")
-    assert its.run().code == 1
-    failed = its.event("failed")
+def test_a_failure_says_found_expected_remedy_and_where_the_log_is(mini):
+    toy.edit(mini.recipe, "steps: 3", "steps: 3\n    how: badly")
+    assert mini.run().code == 1
+    failed = mini.event("failed")
     assert (failed["found"], failed["expected"], failed["remedy"]) == (
         "a bad thing",
         "a good thing",
         "Make it good.",
     )
     assert "a bad thing" in open(failed["log"]).read()
-    assert its.states() == {"words": "cached", "count": "cached", "slow": "run"}
+    assert mini.states() == {"words": "cached", "count": "cached", "slow": "run"}
 
 
-def test_an_output_that_lacks_what_its_type_needs_is_not_taken(its):
-    toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: empty")
-    assert its.run().code == 1
-    assert its.event("failed")["found"] == "no text.txt"
-    assert its.states()["slow"] == "run"
+def test_an_output_that_lacks_what_its_type_needs_is_not_taken(mini):
+    toy.edit(mini.recipe, "steps: 3", "steps: 3\n    how: empty")
+    assert mini.run().code == 1
+    assert mini.event("failed")["found"] == "no text.txt"
+    assert mini.states()["slow"] == "run"
 
 
-def test_a_stage_that_is_killed_says_so(its):
-    toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: crash")
-    assert its.run().code == 1
-    assert "signal 9" in its.event("failed")["found"]
+def test_a_stage_that_is_killed_says_so(mini):
+    toy.edit(mini.recipe, "steps: 3", "steps: 3\n    how: crash")
+    assert mini.run().code == 1
+    assert "signal 9" in mini.event("failed")["found"]
 
 
-def test_kill_9_in_the_middle_and_the_next_run_goes_on(its):
-    toy.edit(its.recipe, "steps: 3", "steps: 40\n    seconds: 0.05")
-    process = its.start()
-    wait_for(lambda: any(int(p.read_text() or 0) >= 3 for p in its.home.glob("store/scratch/slow/*/done")))
+def test_kill_9_in_the_middle_and_the_next_run_goes_on(mini):
+    toy.edit(mini.recipe, "steps: 3", "steps: 40\n    seconds: 0.05")
+    process = mini.start()
+    wait_for(lambda: any(int(p.read_text() or 0) >= 3 for p in mini.home.glob("store/scratch/slow/*/done")))
     process.kill()
     process.wait()
-    assert list(its.home.glob("store/tmp/slow-*")) and not list(its.home.glob("store/artifacts/slow/*"))
-    assert its.plan().stages[2].why.endswith("goes on where it stopped")
-    assert its.run().code == 0
-    assert int(its.text("slow").rsplit(" ", 1)[1]) >= 3
-    assert not list(its.home.glob("store/tmp/*")) and not list(its.home.glob("store/scratch/slow/*"))
+    assert list(mini.home.glob("store/tmp/slow-*")) and not list(mini.home.glob("store/artifacts/slow/*"))
+    assert mini.plan().stages[2].why.endswith("goes on where it stopped")
+    assert mini.run().code == 0
+    assert int(mini.text("slow").rsplit(" ", 1)[1]) >= 3
+    assert not list(mini.home.glob("store/tmp/*")) and not list(mini.home.glob("store/scratch/slow/*"))
 
 
 @pytest.mark.trap("half-written-artifact")
 @pytest.mark.parametrize("moment", ["_seal", "_sync", "_place"])
-def test_kill_9_while_an_artifact_is_taken(its, moment):
-    process = its.start(
+def test_kill_9_while_an_artifact_is_taken(mini, moment):
+    process = mini.start(
         "from forge import store",
         "import os, signal",
         f"store.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)",
     )
     assert process.wait() == -signal.SIGKILL
-    assert set(its.states().values()) == {"run", "waits"}
-    assert its.run().code == 0
-    assert Store(its.home).damage(its.plan().stages[0].artifact) == ""
+    assert set(mini.states().values()) == {"run", "waits"}
+    assert mini.run().code == 0
+    assert Store(mini.home).damage(mini.plan().stages[0].artifact) == ""
 
 
-def test_a_full_disk_leaves_what_was_there_and_is_named(its):
+def test_a_full_disk_leaves_what_was_there_and_is_named(mini):
     """RLIMIT_FSIZE stops the stage's writes as a full disk does; the message for ENOSPC comes from a real
     small disk.
     """
-    its.run()
-    toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: large")
-    process = its.start(
+    mini.run()
+    toy.edit(mini.recipe, "steps: 3", "steps: 3\n    how: large")
+    process = mini.start(
         "import resource, signal",
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)",
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))",
     )
     assert process.wait() == 1, process.stdout.read()
-    assert its.states() == {"words": "cached", "count": "cached", "slow": "run"}
-    assert its.run().ran == ("slow",)
+    assert mini.states() == {"words": "cached", "count": "cached", "slow": "run"}
+    assert mini.run().ran == ("slow",)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
-def test_no_space_left_is_named_with_its_remedy(its):
-    its.home.mkdir()
+def test_no_space_left_is_named_with_its_remedy(mini):
+    mini.home.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(its.home)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mini.home)], capture_output=True
     ).returncode:
         pytest.skip("this machine mounts no tmpfs")
     try:
-        toy.edit(its.recipe, "steps: 3", "steps: 3\n    how: large")
-        assert its.run().code == 1
+        toy.edit(mini.recipe, "steps: 3", "steps: 3\n    how: large")
+        assert mini.run().code == 1
         assert (
-            "the disk is full" in its.event("failed")["found"]
-            and "Free some space" in its.event("failed")["remedy"]
+            "the disk is full" in mini.event("failed")["found"]
+            and "Free some space" in mini.event("failed")["remedy"]
         )
-        assert its.states() == {"words": "cached", "count": "cached", "slow": "run"}
+        assert mini.states() == {"words": "cached", "count": "cached", "slow": "run"}
     finally:
-        subprocess.run(["umount", "-l", str(its.home)], check=True)
+        subprocess.run(["umount", "-l", str(mini.home)], check=True)
 
 
-def test_two_runs_at_once(its):
-    toy.edit(its.recipe, "steps: 3", "steps: 30\n    seconds: 0.05")
-    process = its.start()
-    wait_for(lambda: list(its.home.glob("store/scratch/slow/*/done")))
+def test_two_runs_at_once(mini):
+    toy.edit(mini.recipe, "steps: 3", "steps: 30\n    seconds: 0.05")
+    process = mini.start()
+    wait_for(lambda: list(mini.home.glob("store/scratch/slow/*/done")))
     with pytest.raises(Refused, match=rf"held by process {process.pid} "):
-        its.run(wait=False)
-    assert its.run().ran == ()  # the other run has built it all by then
-    assert str(process.pid) in its.event("waiting")["holder"]
+        mini.run(wait=False)
+    assert mini.run().ran == ()  # the other run has built it all by then
+    assert str(process.pid) in mini.event("waiting")["holder"]
     assert process.wait() == 0
 
 
-def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(its):
-    toy.edit(its.recipe, "steps: 3", "steps: 200\n    seconds: 0.05")
-    process = its.start()
-    wait_for(lambda: list(its.home.glob("store/scratch/slow/*/done")))
+def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(mini):
+    toy.edit(mini.recipe, "steps: 3", "steps: 200\n    seconds: 0.05")
+    process = mini.start()
+    wait_for(lambda: list(mini.home.glob("store/scratch/slow/*/done")))
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
-    events = journal.events(max(its.home.glob("runs/*")))
+    events = journal.events(max(mini.home.glob("runs/*")))
     assert events[-1]["event"] == "interrupted" and "build.py run --recipe toy" in events[-1]["resume"]
-    assert not list(its.home.glob("store/tmp/*"))
+    assert not list(mini.home.glob("store/tmp/*"))
 
 
 @pytest.mark.trap("half-written-artifact")
-def test_a_damaged_artifact_is_not_taken_for_whole(its):
-    its.run()
-    folder = its.plan().stages[1].artifact.folder
+def test_a_damaged_artifact_is_not_taken_for_whole(mini):
+    mini.run()
+    folder = mini.plan().stages[1].artifact.folder
     (folder / "text.txt").unlink()
-    stage = its.plan().stages[1]
+    stage = mini.plan().stages[1]
     assert (stage.state, stage.why) == ("run", "its artifact is damaged: text.txt is missing")
-    assert its.run().ran == ("count",)
+    assert mini.run().ran == ("count",)
 
 
-def test_secrets_reach_the_stage_and_no_log(its):
+def test_secrets_reach_the_stage_and_no_log(mini):
     secret = "s3cret-of-many-letters"
-    (its.repo / "token.txt").write_text(secret + "\n")
-    (its.repo / "token.txt").chmod(0o600)
-    toy.edit(its.recipe, "seed: 3", "seed: 3\nsecrets: {token: token.txt}")
-    folder = its.run().folder
-    assert "the token is [secret]" in its.log("words")
+    (mini.repo / "token.txt").write_text(secret + "\n")
+    (mini.repo / "token.txt").chmod(0o600)
+    toy.edit(mini.recipe, "seed: 3", "seed: 3\nsecrets: {token: token.txt}")
+    folder = mini.run().folder
+    assert "the token is [secret]" in mini.log("words")
     assert not any(secret in p.read_text() for p in folder.iterdir())
 
 
-def test_a_log_can_be_followed_while_it_grows(its):
-    toy.edit(its.recipe, "steps: 3", "steps: 10\n    seconds: 0.05\n    how: badly")
-    process = its.start()
-    wait_for(lambda: list(its.home.glob("runs/*/03-slow.log")))
+def test_a_log_can_be_followed_while_it_grows(mini):
+    toy.edit(mini.recipe, "steps: 3", "steps: 10\n    seconds: 0.05\n    how: badly")
+    process = mini.start()
+    wait_for(lambda: list(mini.home.glob("runs/*/03-slow.log")))
     text = []
     reader = threading.Thread(
-        target=lambda: text.extend(journal.read_log(its.home, "toy", "slow", ["slow"], follow=True))
+        target=lambda: text.extend(journal.read_log(mini.home, "toy", "slow", ["slow"], follow=True))
     )
     reader.start()
     reader.join(10)
@@ -234,7 +234,7 @@ def test_a_log_can_be_followed_while_it_grows(its):
 
 
 def test_a_message_of_a_container_names_scratch_files_as_the_host_does():
-    from forge.run import _on_host
+    from forge.follow import _on_host
 
     event = {
         "event": "error",
@@ -252,14 +252,14 @@ def test_a_message_of_a_container_names_scratch_files_as_the_host_does():
     )
 
 
-def test_a_stage_that_asks_for_it_is_given_its_newest_artifact(its):
-    contract = its.repo / "stages/words/stage.toml"
+def test_a_stage_that_asks_for_it_is_given_its_newest_artifact(mini):
+    contract = mini.repo / "stages/words/stage.toml"
     toy.edit(contract, 'image = "plain"', 'image = "plain"\nprevious = true')
     job = lambda outcome: json.loads((outcome.folder / "01-words.json").read_text())
-    assert "previous" not in job(its.run(last="words"))
-    before = plan.artifact(its.context(), "words").folder
-    toy.edit(its.recipe, "upper: false", "upper: true")
-    assert job(its.run(last="words"))["previous"] == str(before)
+    assert "previous" not in job(mini.run(last="words"))
+    before = plan.artifact(mini.context(), "words").folder
+    toy.edit(mini.recipe, "upper: false", "upper: true")
+    assert job(mini.run(last="words"))["previous"] == str(before)
     toy.edit(contract, "previous = true", "")
-    toy.edit(its.recipe, "upper: true", "upper: false\n    times: 2")
-    assert "previous" not in job(its.run(last="words"))
+    toy.edit(mini.recipe, "upper: true", "upper: false\n    times: 2")
+    assert "previous" not in job(mini.run(last="words"))

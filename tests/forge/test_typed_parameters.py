@@ -112,12 +112,12 @@ def test_a_job_that_lacks_parameters_or_has_others_is_refused_by_their_names(kin
         job.typed(kind, params)
 
 
-def test_the_dataclass_decides_no_key_while_it_follows_the_contract(its):
+def test_the_dataclass_decides_no_key_while_it_follows_the_contract(mini):
     def key():
-        return plan.planned_stage(its.context(), "words").key.components
+        return plan.planned_stage(mini.context(), "words").key.components
 
     before = key()
-    folder = its.repo / "stages" / "words"
+    folder = mini.repo / "stages" / "words"
     typed_parameters.write(loaded(folder))
     assert key() == before
     toy.edit(folder / "stage.toml", '"shout"', '"in capitals"')
@@ -128,6 +128,6 @@ def test_the_dataclass_decides_no_key_while_it_follows_the_contract(its):
     assert key().keys() - before.keys() == {"code/stages/words/parameters.py"}
 
 
-def test_a_module_of_that_name_without_a_contract_for_it_is_code(its):
-    (its.repo / "stages/words/parameters.py").write_text("TABLE = {}\n")
-    assert "code/stages/words/parameters.py" in plan.planned_stage(its.context(), "words").key.components
+def test_a_module_of_that_name_without_a_contract_for_it_is_code(mini):
+    (mini.repo / "stages/words/parameters.py").write_text("TABLE = {}\n")
+    assert "code/stages/words/parameters.py" in plan.planned_stage(mini.context(), "words").key.components

@@ -77,16 +77,16 @@ FILES = {
         """\
         from stages import job
 
-        def run(its):
+        def run(task):
             from model.spelling import spell
-            files = [f for p in its.sources["files"] for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
-            words = [spell(w, its.params["upper"]) for f in files for w in f.read_text().split()]
+            files = [f for p in task.sources["files"] for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
+            words = [spell(w, task.params["upper"]) for f in files for w in f.read_text().split()]
             for number, word in enumerate(words, 1):
                 job.progress(number, len(words), "words", word)
-            if "token" in its.secrets:
-                for part in ["the token is ", *its.secrets["token"].read_text()]:  # a letter at a time
+            if "token" in task.secrets:
+                for part in ["the token is ", *task.secrets["token"].read_text()]:  # a letter at a time
                     print(part, end="", flush=True)
-            (its.output / "text.txt").write_text(" ".join(words * its.params["times"]))
+            (task.output / "text.txt").write_text(" ".join(words * task.params["times"]))
 
         if __name__ == "__main__":
             job.main(run)
@@ -109,10 +109,10 @@ FILES = {
         """\
         from stages import job
 
-        def run(its):
-            count = len((its.inputs["words"] / "text.txt").read_text().split())
+        def run(task):
+            count = len((task.inputs["words"] / "text.txt").read_text().split())
             job.metric("count", count)
-            (its.output / "text.txt").write_text(str(count))
+            (task.output / "text.txt").write_text(str(count))
 
         if __name__ == "__main__":
             job.main(run)
@@ -149,27 +149,27 @@ FILES = {
         import os, sys, time
         from stages import job
 
-        def run(its):
-            done = its.scratch / "done"
+        def run(task):
+            done = task.scratch / "done"
             first = int(done.read_text()) if done.exists() else 0
-            (its.output / "text.txt").write_text("half")
-            for step in range(first, its.params["steps"]):
-                time.sleep(its.params["seconds"])
+            (task.output / "text.txt").write_text("half")
+            for step in range(first, task.params["steps"]):
+                time.sleep(task.params["seconds"])
                 done.write_text(str(step + 1))
-                job.progress(step + 1, its.params["steps"], "steps", f"from {first}")
-            how = its.params["how"]
+                job.progress(step + 1, task.params["steps"], "steps", f"from {first}")
+            how = task.params["how"]
             if how == "badly":
                 raise job.StageError("a bad thing", "a good thing", "Make it good.")
             if how == "crash":
                 os.kill(os.getpid(), 9)
             if how == "empty":
-                (its.output / "text.txt").unlink()
+                (task.output / "text.txt").unlink()
                 return
             if how == "large":
-                with open(its.output / "large.bin", "wb") as stream:
+                with open(task.output / "large.bin", "wb") as stream:
                     for _ in range(64):
                         stream.write(b"x" * 1_000_000)
-            (its.output / "text.txt").write_text(f"went on from {first}")
+            (task.output / "text.txt").write_text(f"went on from {first}")
 
         if __name__ == "__main__":
             job.main(run)
@@ -233,11 +233,11 @@ class Toy:
                 "import sys; sys.path[:0] = sys.argv[2:]",
                 "from pathlib import Path",
                 "import toy",
-                "its = toy.Toy.__new__(toy.Toy)",
-                "its.repo, its.home = Path(sys.argv[1]) / 'repo', Path(sys.argv[1]) / 'home'",
-                "its.recipe, its.events = its.repo / 'recipes' / 'toy.yaml', []",
+                "mini = toy.Toy.__new__(toy.Toy)",
+                "mini.repo, mini.home = Path(sys.argv[1]) / 'repo', Path(sys.argv[1]) / 'home'",
+                "mini.recipe, mini.events = mini.repo / 'recipes' / 'toy.yaml', []",
                 *lines,
-                "sys.exit(its.run().code)",
+                "sys.exit(mini.run().code)",
             ]
         )
         # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that: here

@@ -7,19 +7,19 @@ from click.testing import CliRunner
 
 
 @pytest.fixture
-def its(tmp_path):
+def mini(tmp_path):
     import toy
 
     return toy.Toy(tmp_path)
 
 
 @pytest.fixture
-def command(its, monkeypatch):
+def command(mini, monkeypatch):
     """`command(*words, code=0)` runs a command of build.py on the miniature repository; its output."""
     import build
 
-    monkeypatch.setattr(build, "REPO", its.repo)
-    monkeypatch.setenv("ANNIE_HOME", str(its.home))
+    monkeypatch.setattr(build, "REPO", mini.repo)
+    monkeypatch.setenv("ANNIE_HOME", str(mini.home))
     monkeypatch.setenv("COLUMNS", "160")
 
     def call(*words, code=0):

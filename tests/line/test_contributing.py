@@ -46,7 +46,7 @@ def clone(tmp_path_factory):
     with (clone / "stages/artifacts.toml").open("a") as types:
         types.write(block("**4. Its artifact type**", "toml"))
     table = "EXECUTORS = {\n"
-    edit(clone / "forge/executor/__init__.py", table, table + block("**2. Its name**", "python"))
+    edit(clone / "forge/executors.py", table, table + block("**2. Its name**", "python"))
     generator = [sys.executable, "-m", "forge.typed_parameters"]  # as `make parameters` runs it
     assert ran(clone, *generator) == "wrote stages/hello/parameters.py\n"
     return clone

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.executor.docker import answers
+from forge.executor.engine import answers
 
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = [

@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from toy_fixtures import command, its
+from toy_fixtures import command, mini
 
-__all__ = ["command", "its"]
+__all__ = ["command", "mini"]

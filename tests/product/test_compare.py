@@ -30,11 +30,11 @@ MAIN = """\
 import json
 from stages import job
 
-def run(its):
-    said = (its.inputs["{input}"] / "text.txt").read_text()
-    (its.output / "text.txt").write_text(said)
+def run(task):
+    said = (task.inputs["{input}"] / "text.txt").read_text()
+    (task.output / "text.txt").write_text(said)
     share = 1.0 if "ALPHA" in said else 0.5
-    (its.output / "{file}").write_text(json.dumps({made}))
+    (task.output / "{file}").write_text(json.dumps({made}))
 
 if __name__ == "__main__":
     job.main(run)
@@ -48,20 +48,20 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture
-def compared(its):
+def compared(mini):
     """The miniature repository with stages that leave what `compare` reads, and two variants."""
     for name, source, file, made in (
         ("quantize", "words", "audit.json", FIDELITY),
         ("evaluate", "quantize", "report.json", PASS),
     ):
-        folder = its.repo / "stages" / name
+        folder = mini.repo / "stages" / name
         folder.mkdir()
         (folder / "stage.toml").write_text(STAGE.format(name=name, input=source))
         (folder / "__main__.py").write_text(MAIN.format(input=source, file=file, made=made))
-    toy.edit(its.recipe, "  count: {}\n", "  quantize: {}\n  evaluate: {}\n  count: {}\n")
-    with its.recipe.open("a") as opened:
+    toy.edit(mini.recipe, "  count: {}\n", "  quantize: {}\n  evaluate: {}\n  count: {}\n")
+    with mini.recipe.open("a") as opened:
         opened.write("variants:\n  as-it-is: {}\n  loud: {words: {upper: true}}\n")
-    return its
+    return mini
 
 
 def test_every_way_is_run_and_shown_in_a_row(compared, command):
@@ -211,7 +211,7 @@ def test_ways_whose_four_bits_were_not_measured_have_no_curves():
     )
 
 
-def test_a_recipe_without_ways_is_refused(its, command):
+def test_a_recipe_without_ways_is_refused(mini, command):
     assert "found no variants in recipe toy" in command("compare", code=1)
 
 
@@ -231,11 +231,11 @@ def test_a_recipe_without_ways_is_refused(its, command):
         ("'a/b': {}", "found the variant 'a/b'; expected letters, digits and dashes"),
     ],
 )
-def test_a_fault_in_a_way_is_named_with_its_line(its, variant, said):
-    with its.recipe.open("a") as opened:
+def test_a_fault_in_a_way_is_named_with_its_line(mini, variant, said):
+    with mini.recipe.open("a") as opened:
         opened.write(f"variants:\n  {variant}\n")
     with pytest.raises(Refused) as refused:
-        its.plan()
+        mini.plan()
     assert any(said in str(fault) and "toy.yaml:14" in str(fault) for fault in refused.value.findings), (
         refused.value.findings
     )

@@ -13,11 +13,11 @@ PACKAGE = """\
 import json
 from stages import job
 
-def run(its):
-    (its.output / "text.txt").write_text("flags")
-    (its.output / "serve.json").write_text(json.dumps({"device": "cpu"}))
+def run(task):
+    (task.output / "text.txt").write_text("flags")
+    (task.output / "serve.json").write_text(json.dumps({"device": "cpu"}))
     tag = "annie/vllm-nemotron-annie:0123456789ab"
-    (its.output / "image.json").write_text(json.dumps({"tag": tag}))
+    (task.output / "image.json").write_text(json.dumps({"tag": tag}))
 
 if __name__ == "__main__":
     job.main(run)
@@ -38,16 +38,16 @@ def test_the_service_listens_on_loopback_only_and_without_privileges():
     assert service["cap_drop"] == ["ALL"] and service["read_only"] and "privileged" not in service
 
 
-def test_a_run_that_built_the_image_points_compose_to_it(its, command):
-    folder = its.repo / "stages" / serving.PACKAGE
-    (its.repo / "stages/count").rename(folder)
+def test_a_run_that_built_the_image_points_compose_to_it(mini, command):
+    folder = mini.repo / "stages" / serving.PACKAGE
+    (mini.repo / "stages/count").rename(folder)
     (folder / "__main__.py").write_text(PACKAGE)
     toy.edit(
-        its.recipe,
+        mini.recipe,
         "  count: {}\n  slow:\n",
         f"  {serving.PACKAGE}: {{}}\n  slow:\n    inputs: {{count: {serving.PACKAGE}}}\n",
     )
-    override = its.repo / render.OVERRIDE
+    override = mini.repo / render.OVERRIDE
     command("run", "--until", "words")
     assert not override.exists()
     command("run")
@@ -57,13 +57,13 @@ def test_a_run_that_built_the_image_points_compose_to_it(its, command):
     assert not override.exists(), "nothing was built"
 
 
-def test_a_run_without_an_engine_leaves_what_compose_reads(its, command):
-    folder = its.repo / "stages" / serving.PACKAGE
-    (its.repo / "stages/count").rename(folder)
+def test_a_run_without_an_engine_leaves_what_compose_reads(mini, command):
+    folder = mini.repo / "stages" / serving.PACKAGE
+    (mini.repo / "stages/count").rename(folder)
     toy.edit(
-        its.recipe,
+        mini.recipe,
         "  count: {}\n  slow:\n",
         f"  {serving.PACKAGE}: {{}}\n  slow:\n    inputs: {{count: {serving.PACKAGE}}}\n",
     )
     command("run")
-    assert not (its.repo / render.OVERRIDE).exists()
+    assert not (mini.repo / render.OVERRIDE).exists()

@@ -23,20 +23,31 @@ AUDIT = """\
     sys.exit(bool(faults))
     """
 
+CONTRACT = """
+summary = "a checkpoint in four bits"
+image = "train"
+produces = "text"
+[needs]
+minutes = 1
+disk_gb = 0.001
+memory_gb = 0.1
+"""
+
 
 @pytest.fixture
-def checkpoints(its):
+def checkpoints(mini):
     """Folders that look like checkpoints, and an image whose audit is the one above."""
-    (its.repo / "images/train").mkdir()
-    (its.repo / "images/train/note.txt").write_text("this interpreter")
-    (its.repo / "stages/quantize").mkdir()
-    (its.repo / "stages/quantize/audit.py").write_text(textwrap.dedent(AUDIT))
+    (mini.repo / "images/train").mkdir()
+    (mini.repo / "images/train/note.txt").write_text("this interpreter")
+    (mini.repo / "stages/quantize").mkdir()
+    (mini.repo / "stages/quantize/stage.toml").write_text(CONTRACT)
+    (mini.repo / "stages/quantize/audit.py").write_text(textwrap.dedent(AUDIT))
     for name in ("good", "bad", "crash"):
-        folder = its.repo / name
+        folder = mini.repo / name
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").touch()
-    return its.repo
+    return mini.repo
 
 
 def test_audit_describes_a_checkpoint_and_the_flags_it_needs(checkpoints, command):
@@ -82,14 +93,14 @@ def test_audit_of_no_checkpoint_and_one_that_breaks_the_audit(checkpoints, comma
     )
 
 
-def test_demo_ends_with_a_table_and_an_exchange(its, command):
+def test_demo_ends_with_a_table_and_an_exchange(mini, command):
     """The report that the whole line ends with, from an artifact as docs/formats.md has it."""
     from rich.console import Console
 
     from product import report
 
     columns = ["base", "tuned", "merged", "nvfp4"]
-    folder = its.home / "report"
+    folder = mini.home / "report"
     folder.mkdir(parents=True)
     shares = dict(zip(columns, (0.1, 0.95, 0.95, 0.9), strict=False))
     (folder / "report.json").write_text(
@@ -139,24 +150,24 @@ REPORT = """\
 import json
 from stages import job
 
-def run(its):
+def run(task):
     for name in ("report.md", "behaviour.png", "answers.jsonl", "exchange.json"):
-        (its.output / name).write_text("x")
+        (task.output / name).write_text("x")
     said = {"columns": ["base", "nvfp4"], "questions": 50, "pass": {"base": 0.0, "nvfp4": 0.98},
             "gate": {"passed": True, "why": [], "unchecked": False}}
-    (its.output / "report.json").write_text(json.dumps(said))
+    (task.output / "report.json").write_text(json.dumps(said))
 
 if __name__ == "__main__":
     job.main(run)
 """
 
 
-def test_a_run_that_made_a_report_ends_with_its_shares(its, command):
-    (its.repo / "stages/count/__main__.py").write_text(REPORT)
-    toy.edit(its.repo / "stages/count/stage.toml", 'produces = "text"', 'produces = "report"')
-    toy.edit(its.repo / "stages/slow/stage.toml", 'count = "text"', 'count = "report"')
+def test_a_run_that_made_a_report_ends_with_its_shares(mini, command):
+    (mini.repo / "stages/count/__main__.py").write_text(REPORT)
+    toy.edit(mini.repo / "stages/count/stage.toml", 'produces = "text"', 'produces = "report"')
+    toy.edit(mini.repo / "stages/slow/stage.toml", 'count = "text"', 'count = "report"')
     for _ in range(2):  # when it was made, and when nothing was to do
         assert "50 questions passed: base 0%, nvfp4 98%; gate passed" in command("run")
     assert "questions passed" not in command("run", "--until", "words")
-    toy.edit(its.repo / "stages/count/__main__.py", '"unchecked": False', '"unchecked": True')
+    toy.edit(mini.repo / "stages/count/__main__.py", '"unchecked": False', '"unchecked": True')
     assert "nvfp4 98%; no gate was set, nothing was checked" in command("run")

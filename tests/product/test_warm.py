@@ -35,19 +35,19 @@ WARM = """\
     import json, os, pathlib
     from stages import job
 
-    def run(its):
+    def run(task):
         folder = pathlib.Path(os.environ["ANNIE_KERNELS"])
         there = len(list(folder.iterdir()))
         (folder / "kernel").write_text("x" * 1000)
         job.progress(1, None, "kernels", "compiled scan")
         job.metric("kernels compiled", 1 - there)
-        if its.params["rank"] == 13:
+        if task.params["rank"] == 13:
             raise job.StageError("a bad rank", "a good one", "Take 16.")
-        print("inputs", sorted(its.inputs), its.device, its.params, flush=True)
-        (its.scratch / "checkpoint").mkdir()
+        print("inputs", sorted(task.inputs), task.device, task.params, flush=True)
+        (task.scratch / "checkpoint").mkdir()
         report = {"compiled": 1 - there, "loaded": there, "tuned": 0, "folder": "gpu", "bytes": 1000}
         report["kernels"] = {}
-        (its.output / "warm.json").write_text(json.dumps(report))
+        (task.output / "warm.json").write_text(json.dumps(report))
 
     if __name__ == "__main__":
         job.main(run)
@@ -62,16 +62,16 @@ class WithGpu(Local):
 
 
 @pytest.fixture
-def trained(its):
-    folder = its.repo / "stages/train"
+def trained(mini):
+    folder = mini.repo / "stages/train"
     folder.mkdir()
     (folder / "stage.toml").write_text(textwrap.dedent(TRAIN))
     (folder / "__main__.py").write_text("")
-    (its.repo / "stages/train/warm.py").write_text(textwrap.dedent(WARM))
-    toy.edit(its.recipe, "seed: 3", "seed: 3\ngpu: cuda")
-    with its.recipe.open("a") as recipe:
+    (mini.repo / "stages/train/warm.py").write_text(textwrap.dedent(WARM))
+    toy.edit(mini.recipe, "seed: 3", "seed: 3\ngpu: cuda")
+    with mini.recipe.open("a") as recipe:
         recipe.write("  train: {}\n")
-    return its
+    return mini
 
 
 def warmed(its, executor=None, gpu="sm_121"):

@@ -1,0 +1,87 @@
+"""Which Docker engine answers here, and what it lacks for a run."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import docker
+from docker.errors import DockerException
+
+from forge import image as images
+from forge.finding import Finding, error
+from forge.image import Image
+
+_ENGINE = "Start a Docker engine (its context must be the current one), or run with --executor local."
+
+
+def answers() -> bool:
+    """Whether a Docker engine answers here."""
+    return no_engine() is None
+
+
+def no_engine(address: str | None = None) -> Finding | None:
+    """Why no Docker engine answers; None if one does. `address` is a URL such as unix:///run/docker.sock
+    (default: the environment's).
+    """
+    try:
+        client = docker.DockerClient(address, timeout=5) if address else docker.from_env(timeout=5)
+        try:
+            client.ping()
+        finally:
+            client.close()
+    except (DockerException, OSError) as fault:
+        return unanswered(fault)
+    return None
+
+
+def unanswered(fault: BaseException) -> Finding:
+    """What it means that an engine did not answer."""
+    if any(isinstance(cause, PermissionError) for cause in _causes(fault)):
+        return error(
+            "docker",
+            "an engine's socket that this user may not open",
+            "a user in the group docker",
+            "Run sudo usermod -aG docker $USER, then log out and in again; or run with --executor local.",
+        )
+    return error("docker", f"no engine answers ({fault})", "a Docker engine", _ENGINE)
+
+
+def _causes(fault: BaseException | None) -> Iterator[BaseException]:
+    """The exception and those that led to it: docker's own holds requests', which holds urllib3's, which
+    holds the socket's.
+    """
+    while fault:
+        yield fault
+        fault = fault.__cause__ or fault.__context__
+
+
+def machine_findings(environments: list[Image], machine: str) -> list[Finding]:
+    """The images whose torch no lock holds for an engine on this type of machine."""
+    on_cpu = [image for image in environments if image.args.get("torch") == "cpu"]
+    machines = sorted({name for image in on_cpu for name in images.pythons(image.folder.parent)})
+    if not on_cpu or machine in machines:
+        return []
+    return [
+        error(
+            "images",
+            f"torch: cpu on {machine}",
+            f"{' or '.join(machines)}, for which images/torch-*.lock hold torch",
+            "Take a base with its own torch and `torch: base`.",
+        )
+    ]
+
+
+def has_plugin(name: str, oldest: tuple[int, int]) -> bool:
+    """Whether the docker command has the plugin `name` in version `oldest` or newer."""
+    try:
+        answer = subprocess.run(
+            ["docker", name, "version"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return False
+    for word in answer.replace("v", " ").split():
+        parts = word.split(".")
+        if len(parts) >= 2 and parts[0].isdigit() and parts[1].isdigit():
+            return (int(parts[0]), int(parts[1])) >= oldest
+    return False

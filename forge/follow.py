@@ -1,0 +1,138 @@
+"""Following a task to its end: its events into the journal, its log, and what its failure means."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from forge import preflight
+from forge.executor import Executor, Task
+from forge.finding import Finding, error
+from forge.journal import Journal, Log
+
+TAIL = 12  # log lines that a failure shows
+
+
+class StageFailed(Exception):
+    """A stage that ended without an artifact: the finding, and where its log lies."""
+
+    def __init__(self, finding: Finding, log: Path, tail: list[str]):
+        super().__init__(str(finding))
+        self.finding, self.log, self.tail = finding, log, tail
+
+    @classmethod
+    def of_findings(cls, findings: list[Finding], log: Log) -> StageFailed:
+        """Several findings about the same thing as one failure."""
+        first = findings[0]
+        joined = error(
+            first.subject,
+            "; ".join(finding.found for finding in findings),
+            "; ".join(dict.fromkeys(finding.expected for finding in findings)),
+            first.remedy,
+        )
+        return cls(joined, log.path, log.tail(TAIL))
+
+    def as_event(self) -> dict[str, Any]:
+        """The values of the event `failed`, without the stage's name."""
+        return {**self.finding.as_values(), "log": str(self.log), "tail": self.tail}
+
+
+def follow(executor: Executor, journal: Journal, home: Path, task: Task, log: Log) -> None:
+    """Runs a task to its end. StageFailed if it exits with anything but 0, or reports an error."""
+    last_error: dict[str, str] = {}
+    running = executor.submit(task)
+    try:
+        for line in executor.logs(running):
+            event = _protocol_event(line.text) if line.stream == "stdout" else None
+            if event is None:
+                journal.emit("log", stage=task.stage, line=log.line(line.text))
+                continue
+            event = _on_host(event, executor.scratch, task.job["scratch"])
+            if event["event"] == "error":
+                last_error = event
+            if event["event"] != "progress":
+                log.line(_log_line(event))
+            journal.emit(event.pop("event"), stage=task.stage, **event)
+        code = executor.poll(running)
+    except BaseException:
+        executor.cancel(running)
+        raise
+    if code == 0 and not last_error:
+        return
+    # A stage that says why it failed is shown with that alone; what led to it, tracebacks too, is in the
+    # log.
+    tail = [] if last_error else log.tail(TAIL)
+    raise StageFailed(_failure(home, journal, task, code, last_error, log), log.path, tail)
+
+
+def disk_finding(home: Path, fault: Exception) -> Finding:
+    """What a failed read or write of the store means, and what to do."""
+    remedy = "What was built before is as it was; run again to go on."
+    if getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(fault):
+        free = preflight.disk_gb(home)
+        return error(
+            "store",
+            f"the disk is full ({free:.1f} GB free at {home})",
+            "room for what the stage writes",
+            f"Free some space. {remedy}",
+        )
+    return error("store", f"{type(fault).__name__}: {fault}", "to write what the stage made", remedy)
+
+
+def _failure(
+    home: Path, journal: Journal, task: Task, code: int | None, last_error: dict[str, str], log: Log
+) -> Finding:
+    """Why a task failed: a full disk, the error that it reported, or its exit status."""
+    if preflight.disk_gb(home) < 0.05 or "No space left on device" in "\n".join(log.tail(60)):
+        return disk_finding(home, OSError(errno.ENOSPC, "the disk is full", str(home)))
+    if last_error:
+        mask = journal.mask.text
+        return error(task.stage, *(mask(str(last_error.get(k, ""))) for k in ("found", "expected", "remedy")))
+    if code in (-9, 137):
+        return error(
+            task.stage,
+            "the stage was killed (signal 9)",
+            "the stage to end by itself",
+            f"Most often memory ran out: it needs about {task.memory_gb:g} GB. Run again to go on where"
+            " it stopped.",
+        )
+    return error(task.stage, f"exit status {code}", "0", "The last lines of its log say more.")
+
+
+def _protocol_event(text: str) -> dict[str, Any] | None:
+    """A line of the stage protocol, or None if it is something else."""
+    if not text.startswith("{"):
+        return None
+    try:
+        event = json.loads(text)
+    except ValueError:
+        return None
+    known = ("progress", "metric", "warning", "error")
+    return event if isinstance(event, dict) and event.get("event") in known else None
+
+
+def _on_host(event: dict[str, Any], inside: str, scratch: str) -> dict[str, Any]:
+    """A warning or an error whose texts name files in the scratch folder as the user can open them.
+
+    `inside`: the folder's path where the stage runs, "" if it is the host's own.
+    """
+    if not inside or event["event"] not in ("warning", "error"):
+        return event
+    path = re.compile(rf"(?<![\w./-]){re.escape(inside)}/")
+    return {
+        key: path.sub(lambda _: f"{scratch}/", value) if isinstance(value, str) else value
+        for key, value in event.items()
+    }
+
+
+def _log_line(event: dict[str, Any]) -> str:
+    """An event as a line of the log."""
+    if event["event"] == "metric":
+        step = f" (step {event['step']})" if event.get("step") is not None else ""
+        return f"{event['name']} = {event['value']}{step}"
+    if event["event"] == "warning":
+        return f"warning: {event['message']} {event['remedy']}".rstrip()
+    return f"error: found {event['found']}; expected {event['expected']}. {event['remedy']}"
