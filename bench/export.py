@@ -98,22 +98,22 @@ def adapter(folder: Path, base: Path) -> Path:
     return folder
 
 
-def copy(base: Path, its: Path, output: Path) -> None:
+def copy(base: Path, adapter_folder: Path, output: Path) -> None:
     """Every file copied."""
     shutil.copytree(base, output, dirs_exist_ok=True)
 
 
-def merge(base: Path, its: Path, output: Path) -> None:
+def merge(base: Path, adapter_folder: Path, output: Path) -> None:
     """Stage merge, without its proofs."""
     from model.lora import Adapter
     from model.weights.checkpoint import Checkpoint
     from stages.merge.merge import stream
 
     source = Checkpoint(base)
-    stream(source, Adapter(its, source), output)
+    stream(source, Adapter(adapter_folder, source), output)
 
 
-def proven(base: Path, its: Path, output: Path) -> None:
+def proven(base: Path, adapter_folder: Path, output: Path) -> None:
     """Stage merge, and its proof of the files: both checkpoints read once more."""
     from model.lora import Adapter
     from model.weights.checkpoint import Checkpoint
@@ -121,22 +121,22 @@ def proven(base: Path, its: Path, output: Path) -> None:
     from stages.merge.merge import stream
 
     source = Checkpoint(base)
-    changes = Adapter(its, source)
+    changes = Adapter(adapter_folder, source)
     changed = stream(source, changes, output)
     proof.files(source, Checkpoint(output), changes, changed)
 
 
-def weights(base: Path, its: Path, output: Path) -> None:
+def weights(base: Path, adapter_folder: Path, output: Path) -> None:
     """Stage quantize on weights alone (W4A16), in NVIDIA's layout."""
     quantised(base, output, "w4a16", "own")
 
 
-def nvfp4(base: Path, its: Path, output: Path) -> None:
+def nvfp4(base: Path, adapter_folder: Path, output: Path) -> None:
     """Stage quantize as W4A4: calibrated on 8 conversations of 512 tokens, packed, audited."""
     quantised(base, output, "w4a4", "own")
 
 
-def modelopt(base: Path, its: Path, output: Path) -> None:
+def modelopt(base: Path, adapter_folder: Path, output: Path) -> None:
     """The same with ModelOpt's calibration."""
     quantised(base, output, "w4a4", "modelopt")
 
@@ -163,33 +163,33 @@ def quantised(base: Path, output: Path, form: str, engine: str) -> None:
     quantize.run(Job("quantize", params, {"merge": base, "data": output.parent}, output, output, 0))
 
 
-def peft(base: Path, its: Path, output: Path) -> None:
+def peft(base: Path, adapter_folder: Path, output: Path) -> None:
     """PEFT's merge_and_unload of the whole model in BF16, saved by transformers."""
     import torch
     from peft import PeftModel
 
     from model.families.nemotron_h import native
 
-    PeftModel.from_pretrained(native.load(base, torch.bfloat16), its).merge_and_unload().save_pretrained(
-        output
-    )
+    PeftModel.from_pretrained(
+        native.load(base, torch.bfloat16), adapter_folder
+    ).merge_and_unload().save_pretrained(output)
 
 
 ROWS = {row.__name__: row for row in (copy, merge, proven, peft, weights, nvfp4, modelopt)}
 
 
-def process(row: str, base: Path, its: Path, output: Path) -> None:
+def process(row: str, base: Path, adapter_folder: Path, output: Path) -> None:
     """One row in this process; prints its seconds and peak memory as JSON on the last line."""
     import torch
 
     torch.manual_seed(0)
-    before = time.perf_counter()
-    ROWS[row](base, its, output)
+    began = time.perf_counter()
+    ROWS[row](base, adapter_folder, output)
     os.sync()
     print(
         json.dumps(
             {
-                "seconds": time.perf_counter() - before,
+                "seconds": time.perf_counter() - began,
                 "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
         )
@@ -208,16 +208,16 @@ def main() -> None:
         row, *paths = options.process
         process(row, *map(Path, paths))
         return
-    base, its = options.folder / "base", options.folder / "adapter"
+    base, adapter_folder = options.folder / "base", options.folder / "adapter"
     # in a process of its own: a row's peak would begin with the peak of the process that starts it
-    if not its.exists():
+    if not adapter_folder.exists():
         subprocess.run(
             [
                 sys.executable,
                 "-c",
                 (
-                    f"from pathlib import Path; from bench import export; export.adapter(Path({str(its)!r}),"
-                    f" export.checkpoint(Path({str(base)!r}), {options.pattern!r}))"
+                    f"from pathlib import Path; from bench import export; export.adapter("
+                    f"Path({str(adapter_folder)!r}), export.checkpoint(Path({str(base)!r}), {options.pattern!r}))"
                 ),
             ],
             check=True,
@@ -228,12 +228,12 @@ def main() -> None:
         f" {'GB/s':>6s} {'peak GB':>8s}",
         flush=True,
     )
-    found: dict[str, dict[str, Any]] = {}
+    best: dict[str, dict[str, Any]] = {}
     for _ in range(options.repeats):  # in turn, so that what else the machine does falls on every row
         for row in options.rows.split(","):
             shutil.rmtree(output := options.folder / "output", ignore_errors=True)
             output.mkdir()
-            ran = subprocess.run(
+            finished = subprocess.run(
                 [
                     sys.executable,
                     "-m",
@@ -242,16 +242,16 @@ def main() -> None:
                     "--process",
                     row,
                     str(base),
-                    str(its),
+                    str(adapter_folder),
                     str(output),
                 ],
                 check=True,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            its_figures = json.loads(ran.stdout.splitlines()[-1])
-            found[row] = min(found.get(row, its_figures), its_figures, key=lambda figures: figures["seconds"])
-    for row, figures in found.items():
+            measured = json.loads(finished.stdout.splitlines()[-1])
+            best[row] = min(best.get(row, measured), measured, key=lambda figures: figures["seconds"])
+    for row, figures in best.items():
         print(
             f"{row:8s} {figures['seconds']:8.1f} {size / figures['seconds'] / GB:6.2f}"
             f" {figures['peak'] / GB:8.2f}"

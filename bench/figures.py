@@ -35,15 +35,15 @@ def summary(times: list[float], tokens: list[int], computed: list[int]) -> dict[
     """Of each step its seconds, its conversations' tokens, and the tokens that were computed for them,
     padding included.
     """
-    its = counted(len(times))
-    timed = sorted(times[its])
+    steps = counted(len(times))
+    timed = sorted(times[steps])
     return {
         "timed": len(timed),
         "ms": statistics.median(timed) * 1e3,
         "p95_ms": timed[int(len(timed) * 0.95)] * 1e3,
         "all_ms": [seconds * 1e3 for seconds in times],
-        "tokens_per_s": sum(tokens[its]) / sum(timed),
-        "padded": 1 - sum(tokens[its]) / sum(computed[its]),
+        "tokens_per_s": sum(tokens[steps]) / sum(timed),
+        "padded": 1 - sum(tokens[steps]) / sum(computed[steps]),
     }
 
 

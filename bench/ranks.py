@@ -61,38 +61,44 @@ class Timed(ranks.Ranks):
 
 def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict[str, Any]]:
     """Conversations of stage data's form with these lengths, in the plan's order."""
-    made: list[dict[str, Any]] = []
+    conversations: list[dict[str, Any]] = []
     for number, step in enumerate(plan):
-        for one in lengths.conversations(step, vocabulary, number):
-            made.append({"input_ids": one.ids.tolist(), "labels": one.labels.tolist(), "number": len(made)})
-    return made
+        for conversation in lengths.conversations(step, vocabulary, number):
+            conversations.append(
+                {
+                    "input_ids": conversation.ids.tolist(),
+                    "labels": conversation.labels.tolist(),
+                    "number": len(conversations),
+                }
+            )
+    return conversations
 
 
 def measure(
-    kind: str, model: Model, config: dict[str, Any], its: Timed, options: argparse.Namespace
+    kind: str, model: Model, config: dict[str, Any], timed_ranks: Timed, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One kind of lengths on a model that is there: median milliseconds, tokens a second, and the worst
     rank's wait.
     """
-    plan = lengths.plan(kind, options.steps * its.world, options.documents)
+    plan = lengths.plan(kind, options.steps * timed_ranks.world, options.documents)
     params = stage_job.defaults("train") | {
         "steps": options.steps,
-        "batch": options.documents * its.world,
-        "batch_tokens": lengths.CAPACITY * its.world * (kind in lengths.PACKED),
+        "batch": options.documents * timed_ranks.world,
+        "batch_tokens": lengths.CAPACITY * timed_ranks.world * (kind in lengths.PACKED),
         "gradient_checkpointing": True,
         "sharded": options.sharded,
-        "ranks": its.world,
+        "ranks": timed_ranks.world,
     }
     with tempfile.TemporaryDirectory() as folder:
         task = job.Job("train", params, {}, Path(folder), Path(folder), 0, device="cuda")
-        loop = Loop(task, model, rows(plan, config["vocab_size"]), [], its)
+        loop = Loop(task, model, rows(plan, config["vocab_size"]), [], timed_ranks)
         if not options.sharded:
             loop.capture(0)
-        its.waited.clear()
+        timed_ranks.waited.clear()
         times = []
         torch.cuda.reset_peak_memory_stats()
         for number in range(options.steps):
-            its.wait()
+            timed_ranks.wait()
             torch.cuda.synchronize()
             began = time.perf_counter()
             loop.step(number)
@@ -103,12 +109,12 @@ def measure(
     ]
     figures = summary(times, tokens, tokens)
     timed = counted(len(times))
-    waited = torch.tensor([sum(its.waited[timed]) / sum(times[timed])], device="cuda")
-    if its.world > 1:
+    waited = torch.tensor([sum(timed_ranks.waited[timed]) / sum(times[timed])], device="cuda")
+    if timed_ranks.world > 1:
         distributed.all_reduce(waited, distributed.ReduceOp.MAX)
     return {
         "kind": kind,
-        "gpus": its.world,
+        "gpus": timed_ranks.world,
         "ms": figures["ms"],
         "speed": figures["tokens_per_s"],
         "waited": waited.item(),
@@ -125,18 +131,18 @@ def work(options: argparse.Namespace) -> None:
         determinism.before_torch()
         determinism.on()
     joined = ranks.join("cuda")
-    its = Timed(joined.rank, joined.world)
+    timed_ranks = Timed(joined.rank, joined.world)
     config = operations.sizes(options.layers)
-    shards = Shards(its.rank, its.world) if options.sharded else Shards()
+    shards = Shards(timed_ranks.rank, timed_ranks.world) if options.sharded else Shards()
     model = assemble.random(
         config, "nf4", torch.bfloat16, f"cuda:{torch.cuda.current_device()}", shards=shards
     )
     adapter.attach(model, "all", RANK, ALPHA, 0)
     recompute.attach(model.train(), lengths.CAPACITY)
     for kind in lengths.kinds(options.lengths):
-        found = measure(kind, model, config, its, options)
-        if its.first:
-            print("row " + json.dumps(found), flush=True)
+        row = measure(kind, model, config, timed_ranks, options)
+        if timed_ranks.first:
+            print("row " + json.dumps(row), flush=True)
     distributed.destroy_process_group()
 
 

@@ -79,30 +79,30 @@ def make(
     )
     written = time.perf_counter()
     quant_config.write(output, layouts.hf_quant_config(config, chosen, kv_cache, "0.47.0", form == "w4a16"))
-    if found := audit.nvfp4(output, chosen, weight_only=form == "w4a16"):
-        raise SystemExit("\n".join(map(str, found)))
-    made = Checkpoint(output)
+    if findings := audit.nvfp4(output, chosen, weight_only=form == "w4a16"):
+        raise SystemExit("\n".join(map(str, findings)))
+    checkpoint = Checkpoint(output)
     print(
-        f"{len(made.entries):,} tensors, {made.bytes:,} bytes, {len(modules):,} matrices packed, {len(idle)}"
-        f" idle; calibrated {calibrated - began:.1f} s, packed and written {written - calibrated:.1f} s,"
+        f"{len(checkpoint.entries):,} tensors, {checkpoint.bytes:,} bytes, {len(modules):,} matrices packed,"
+        f" {len(idle)} idle; calibrated {calibrated - began:.1f} s, packed and written {written - calibrated:.1f} s,"
         " audited"
     )
 
 
 @torch.no_grad()
-def expected(made: Checkpoint, ids: list[int], device: str, dtype: torch.dtype) -> torch.Tensor:
+def expected(checkpoint: Checkpoint, ids: list[int], device: str, dtype: torch.dtype) -> torch.Tensor:
     """Log-probabilities (tokens, vocabulary), float32 on the CPU, of what follows each token."""
-    read = dequantised(made)
-    layers = walk.Layers(made.config, dtype, device)
-    its = walk.Walk(
-        walk.packed([torch.tensor(ids)]), made.tensor("backbone.embeddings.weight"), dtype, device
+    read = dequantised(checkpoint)
+    layers = walk.Layers(checkpoint.config, dtype, device)
+    forward_pass = walk.Walk(
+        walk.packed([torch.tensor(ids)]), checkpoint.tensor("backbone.embeddings.weight"), dtype, device
     )
     for number in range(len(layers)):
-        its.through(layers.fill(number, read))
-    logits = its.logits(
-        made.tensor("backbone.norm_f.weight"),
-        made.tensor("lm_head.weight"),
-        made.config["layer_norm_epsilon"],
+        forward_pass.through(layers.fill(number, read))
+    logits = forward_pass.logits(
+        checkpoint.tensor("backbone.norm_f.weight"),
+        checkpoint.tensor("lm_head.weight"),
+        checkpoint.config["layer_norm_epsilon"],
     )
     return torch.cat([chunk.log_softmax(-1).cpu() for chunk in logits])
 
@@ -127,9 +127,9 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
         **more,
     )
     print(f"engine up in {time.perf_counter() - began:.1f} s", flush=True)
-    made = Checkpoint(folder / "nvfp4")
+    checkpoint = Checkpoint(folder / "nvfp4")
     ids = torch.randint(
-        3, made.config["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(1)
+        3, checkpoint.config["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(1)
     ).tolist()
 
     def generate(count: int, tokens: int, **more: int) -> list[Any]:
@@ -139,17 +139,22 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
 
     answer = generate(1, GREEDY, logprobs=1, prompt_logprobs=1)[0]
     greedy = list(answer.outputs[0].token_ids)
-    its, exact = (expected(made, ids + greedy, device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    bf16_logs, float32_logs = (
+        expected(checkpoint, ids + greedy, device, dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
     prompt = torch.tensor(ids[1:])[:, None]
-    found = torch.tensor(
+    vllm_prompt = torch.tensor(
         [place[token].logprob for token, place in zip(ids[1:], answer.prompt_logprobs[1:], strict=False)]
     )
-    wanted, exactly = (logs[: PROMPT - 1].gather(1, prompt).flatten() for logs in (its, exact))
-    agree = sum(token == its[PROMPT + n - 1].argmax().item() for n, token in enumerate(greedy))
+    bf16_prompt, float32_prompt = (
+        logs[: PROMPT - 1].gather(1, prompt).flatten() for logs in (bf16_logs, float32_logs)
+    )
+    agree = sum(token == bf16_logs[PROMPT + n - 1].argmax().item() for n, token in enumerate(greedy))
     print(
-        f"prompt log-probabilities (they spread by {exactly.std():.2f}): vLLM from BF16"
-        f" {(found - wanted).abs().mean():.4f}, from float32 {(found - exactly).abs().mean():.4f}; BF16 from"
-        f" float32 {(wanted - exactly).abs().mean():.4f}; greedy tokens as in BF16: {agree} of {GREEDY}",
+        f"prompt log-probabilities (they spread by {float32_prompt.std():.2f}): vLLM from BF16"
+        f" {(vllm_prompt - bf16_prompt).abs().mean():.4f}, from float32"
+        f" {(vllm_prompt - float32_prompt).abs().mean():.4f}; BF16 from float32"
+        f" {(bf16_prompt - float32_prompt).abs().mean():.4f}; greedy tokens as in BF16: {agree} of {GREEDY}",
         flush=True,
     )
     for size in sizes:

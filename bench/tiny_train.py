@@ -51,13 +51,13 @@ def base(folder: Path) -> None:
 
 def rows(kind: str, steps: int) -> list[dict[str, Any]]:
     """The conversations of `steps` steps, as stage data writes them."""
-    vocabulary, made = defaults("base")["vocabulary"], []
+    vocabulary, conversations = defaults("base")["vocabulary"], []
     for number, step in enumerate(lengths.plan(kind, steps)):
-        made += [
-            {"input_ids": its.ids.tolist(), "labels": its.labels.tolist()}
-            for its in lengths.conversations(step, vocabulary, number)
+        conversations += [
+            {"input_ids": conversation.ids.tolist(), "labels": conversation.labels.tolist()}
+            for conversation in lengths.conversations(step, vocabulary, number)
         ]
-    return [{**row, "number": number} for number, row in enumerate(made)]
+    return [{**row, "number": number} for number, row in enumerate(conversations)]
 
 
 class Turns:

@@ -104,9 +104,9 @@ def measure(
         for number, kind in enumerate(lengths.kinds(options.lengths)):
             if row.pads:
                 row.micro = options.micro_batch[number % len(options.micro_batch)]
-            found: dict[str, Any] = {"row": name, "lengths": kind, "ceiling": top}
+            row_figures: dict[str, Any] = {"row": name, "lengths": kind, "ceiling": top}
             try:
-                found |= run(
+                row_figures |= run(
                     row,
                     lengths.plan(kind, options.steps, options.documents),
                     config,
@@ -115,18 +115,18 @@ def measure(
                     compilations,
                 )
                 if number == 0:
-                    found |= built
+                    row_figures |= built
                 else:
-                    del found["first_s"]  # of this process, the first was on other lengths
+                    del row_figures["first_s"]  # of this process, the first was on other lengths
             except Exception as error:  # what stops one distribution must not cost the others
-                found |= failed(error)
+                row_figures |= failed(error)
                 row.optimizer.zero_grad(set_to_none=True)
             else:
                 if name in options.profile.split(",") or options.profile == "all":
-                    found |= profiled(
-                        row, lengths.plan(kind, 1, options.documents)[0], config, name, found["note"]
+                    row_figures |= profiled(
+                        row, lengths.plan(kind, 1, options.documents)[0], config, name, row_figures["note"]
                     )
-            yield found
+            yield row_figures
     finally:
         row.close()
 
@@ -140,14 +140,14 @@ def run(
     compilations: figures.Compilations | None,
 ) -> dict[str, Any]:
     """The figures of a row's steps on conversations of the lengths of `plan`."""
-    cuda, times, done, first, began = device.type == "cuda", [], [], None, time.perf_counter()
+    cuda, times, step_operations, first, began = device.type == "cuda", [], [], None, time.perf_counter()
     row.prepare(plan)
     synchronize(device)
     prepared = time.perf_counter() - began
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    for number, its in enumerate(plan):
-        step = lengths.conversations(its, config["vocab_size"], number, device)
+    for number, step_lengths in enumerate(plan):
+        step = lengths.conversations(step_lengths, config["vocab_size"], number, device)
         synchronize(device)
         began = time.perf_counter()
         loss = row.step(step)
@@ -156,9 +156,9 @@ def run(
         first = first or time.time() - figures.started()
         if compilations:
             compilations.step(number)
-        computed, trained = row.computed(its), sum(one.trained for one in step)
+        computed, trained = row.computed(step_lengths), sum(conversation.trained for conversation in step)
         tokens = sum(computed)
-        done.append(
+        step_operations.append(
             operations.total(
                 operations.count(
                     config,
@@ -166,16 +166,20 @@ def run(
                     tokens,
                     trained,
                     sum(n * n for n in computed) / tokens,
-                    row.passes(its),
+                    row.passes(step_lengths),
                 )
             )
         )
     timed = figures.counted(len(plan))
     found: dict[str, Any] = {"first_s": first, "prepare_s": prepared, "loss": loss, "note": row.described}
-    found |= figures.summary(times, [sum(its) for its in plan], [sum(row.computed(its)) for its in plan])
+    found |= figures.summary(
+        times,
+        [sum(step_lengths) for step_lengths in plan],
+        [sum(row.computed(step_lengths)) for step_lengths in plan],
+    )
     found |= {
-        "operations": sum(done[timed]) / found["timed"],
-        "share": sum(done[timed]) / sum(times[timed]) / top,
+        "operations": sum(step_operations[timed]) / found["timed"],
+        "share": sum(step_operations[timed]) / sum(times[timed]) / top,
     }
     if compilations and compilations.after is not None:
         found["compiled"] = compilations.after

@@ -50,22 +50,22 @@ def adapted(model: nn.Module) -> dict[str, Projection]:
 
 def state(model: Model) -> dict[str, torch.Tensor]:
     """The factors as PEFT names and lays them out, float32 on the CPU."""
-    found, peft_name = {}, peft_names(model)
+    tensors, peft_name = {}, peft_names(model)
     for name, module in adapted(model).items():
         a, b = module.lora_a.detach().float().cpu(), module.lora_b.detach().float().cpu()
-        found[f"{peft_name[name]}.lora_A.weight"] = a.flatten(0, 1).contiguous()
-        found[f"{peft_name[name]}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
-    return found
+        tensors[f"{peft_name[name]}.lora_A.weight"] = a.flatten(0, 1).contiguous()
+        tensors[f"{peft_name[name]}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
+    return tensors
 
 
 @torch.no_grad()
 def restore(model: Model, tensors: dict[str, torch.Tensor]) -> None:
     """Puts what `state` gave back. Raises ValueError where the two are not of the same adapter."""
     peft_name = peft_names(model)
-    wanted = {f"{peft_name[name]}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
-    if wanted != tensors.keys():
+    expected = {f"{peft_name[name]}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
+    if expected != tensors.keys():
         raise ValueError(
-            f"an adapter with other tensors: {sorted(wanted ^ tensors.keys())[0]} is in one of the two only"
+            f"an adapter with other tensors: {sorted(expected ^ tensors.keys())[0]} is in one of the two only"
         )
     for name, module in adapted(model).items():
         a, b = (tensors[f"{peft_name[name]}.lora_{side}.weight"] for side in "AB")
@@ -117,14 +117,14 @@ def peft_names(model: Model) -> dict[str, str]:
     """Native name of each linear and stack -> what PEFT calls its wrapper, before `.lora_A.weight` and
     `.lora_B.weight`, where all stacks of a module are adapted.
     """
-    found: dict[str, str] = {}
+    wrappers: dict[str, str] = {}
     stacks: dict[str, list[str]] = {}  # module -> the stacks that are its parameters, in their order
     for linear in model.linears.values():
         if linear.index is None:
-            found[linear.module] = _PREFIX + linear.module
+            wrappers[linear.module] = _PREFIX + linear.module
         elif not linear.index:
             stacks.setdefault(linear.module.rpartition(".")[0], []).append(linear.module)
     for module, names in stacks.items():
         for outer, stack in enumerate(reversed(names)):  # PEFT wraps them in their order
-            found[stack] = _PREFIX + module + ".base_layer" * outer
-    return found
+            wrappers[stack] = _PREFIX + module + ".base_layer" * outer
+    return wrappers

@@ -57,13 +57,13 @@ def load(
             f"{unknown[0]} is in {'the checkpoint' if unknown[0] in checkpoint.entries else 'config.json'}"
             f" only ({len(unknown)} such tensors)"
         )
-    model, done, total = empty(config, form, dtype, device, shards), 0, checkpoint.bytes
+    model, bytes_read, total = empty(config, form, dtype, device, shards), 0, checkpoint.bytes
     for file in checkpoint.files:
         for name in checkpoint.in_file(file):
             fill(model, name, checkpoint.tensor(name))
-            done += checkpoint.entries[name].bytes
+            bytes_read += checkpoint.entries[name].bytes
             if progress:
-                progress(done, total)
+                progress(bytes_read, total)
     return finish(model)
 
 
@@ -112,9 +112,9 @@ def empty(config: Config, form: str, dtype: torch.dtype, device: str, shards: Sh
         count, (out, inside) = (
             (old.shape[0], old.shape[1:]) if isinstance(old, nn.Parameter) else (1, old.weight.shape)
         )
-        held = form if linear.module in packed else "bf16"
+        linear_form = form if linear.module in packed else "bf16"
         delattr(parent, attribute)
-        setattr(parent, attribute, Projection(count, out, inside, held, dtype, device, shards))
+        setattr(parent, attribute, Projection(count, out, inside, linear_form, dtype, device, shards))
     model.placed, model.hub_config = (dtype, device), config
     return model
 
@@ -144,9 +144,11 @@ def fill(model: Model, name: str, value: torch.Tensor) -> None:
 
 def finish(model: Model) -> Model:
     """The filled model, prepared; raises ValueError if anything was not filled."""
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise ValueError(f"{left[0]} was not filled ({len(left)} such tensors)")
+    unfilled = [
+        name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta
+    ]
+    if unfilled:
+        raise ValueError(f"{unfilled[0]} was not filled ({len(unfilled)} such tensors)")
     return prepare(model)
 
 
@@ -187,16 +189,16 @@ def keep_decoded(model: Model, room: float) -> tuple[int, int]:
     """
     dtype, device = model.placed
     multiple = ALIGNMENT if torch.device(device).type == "cuda" and dtype == torch.bfloat16 else 1
-    count, taken = 0, 0
+    count, kept_bytes = 0, 0
     for module in model.modules():
         if (
             isinstance(module, Projection)
             and module.form != "bf16"
-            and taken + (size := module.bytes_to_keep(multiple)) <= room
+            and kept_bytes + (size := module.decoded_bytes(multiple)) <= room
         ):
-            module.keep(multiple)
-            count, taken = count + 1, taken + size
-    return count, taken
+            module.keep_decoded(multiple)
+            count, kept_bytes = count + 1, kept_bytes + size
+    return count, kept_bytes
 
 
 def bytes_by_group(model: Model) -> dict[str, dict[str, int]]:
@@ -206,15 +208,15 @@ def bytes_by_group(model: Model) -> dict[str, dict[str, int]]:
     adapter, norms. This is what shows whether the experts are packed: bitsandbytes leaves them as they are
     without a word, since they are no Linears.
     """
-    group, found = registry.of(model.hub_config).group, dict[str, dict[str, int]]()
+    group, groups = registry.of(model.hub_config).group, dict[str, dict[str, int]]()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        row = found.setdefault(group(name), {"bytes": 0, "four_bit": 0, "trainable": 0})
+        row = groups.setdefault(group(name), {"bytes": 0, "four_bit": 0, "trainable": 0})
         row["bytes"] += tensor.numel() * tensor.element_size()
         if tensor.dtype == torch.uint8:
             row["four_bit"] += tensor.numel() * tensor.element_size()
         if getattr(tensor, "requires_grad", False):
             row["trainable"] += tensor.numel()
-    return found
+    return groups
 
 
 def parameters(model: Model) -> int:

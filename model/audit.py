@@ -26,11 +26,11 @@ UNREADABLE = (CheckpointError, ValueError, KeyError, OSError)
 def bf16(folder: Path, values: bool = True) -> list[Finding]:
     """Findings about an unquantised checkpoint; `values` also reads every tensor for NaN and infinity."""
     try:
-        its = Checkpoint(folder)
-        expected = registry.of(its.config).tensors(its.config)
+        checkpoint = Checkpoint(folder)
+        expected = registry.of(checkpoint.config).tensors(checkpoint.config)
     except UNREADABLE as error:
         return [unreadable(folder.name, error)]
-    if (folder / QUANT).exists() or any(e.dtype == "U8" for e in its.entries.values()):
+    if (folder / QUANT).exists() or any(e.dtype == "U8" for e in checkpoint.entries.values()):
         return [
             Finding(
                 folder.name,
@@ -40,10 +40,10 @@ def bf16(folder: Path, values: bool = True) -> list[Finding]:
                 " from.",
             )
         ]
-    found = list(faults.structure(its, expected))
-    if values and not found:
-        found += not_finite(its, list(its.entries))
-    return found
+    findings = list(faults.structure(checkpoint, expected))
+    if values and not findings:
+        findings += not_finite(checkpoint, list(checkpoint.entries))
+    return findings
 
 
 def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bool = False) -> list[Finding]:
@@ -51,10 +51,10 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bo
     for bit.
     """
     try:
-        its = Checkpoint(folder)
-        config, family = its.config, registry.of(its.config)
-        said = quant_config.read(folder, config)
-        if not any(c.file == QUANT for c in said):
+        checkpoint = Checkpoint(folder)
+        config, family = checkpoint.config, registry.of(checkpoint.config)
+        configs = quant_config.read(folder, config)
+        if not any(c.file == QUANT for c in configs):
             raise CheckpointError(f"{folder.name} has no {QUANT}")
         original = Checkpoint(source) if source else None
         plain = (
@@ -65,21 +65,25 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bo
         expected = layouts.tensors(config, layout, plain, weight_only)
     except UNREADABLE as error:
         return [unreadable(folder.name, error)]
-    found = [
-        *faults.structure(its, expected),
-        *faults.settings(said),
-        *faults.excludes(its, family.listed(config), packed_modules(its), said[0]),
-        *faults.scales(its),
+    findings = [
+        *faults.structure(checkpoint, expected),
+        *faults.settings(configs),
+        *faults.excludes(checkpoint, family.listed(config), packed_modules(checkpoint), configs[0]),
+        *faults.scales(checkpoint),
     ]
     if original:
-        kept = [n for n in plain if expected[n].dtype != "U8"]
-        found += faults.unchanged(its, original, kept, family.never_cast)
-    return found
+        unquantised = [n for n in plain if expected[n].dtype != "U8"]
+        findings += faults.unchanged(checkpoint, original, unquantised, family.never_cast)
+    return findings
 
 
-def packed_modules(its: Checkpoint) -> set[str]:
+def packed_modules(checkpoint: Checkpoint) -> set[str]:
     """Modules that are quantised in the files: packed weights, or any scale."""
     packed = {
-        n.removesuffix(".weight") for n, e in its.entries.items() if n.endswith(".weight") and e.dtype == "U8"
+        n.removesuffix(".weight")
+        for n, e in checkpoint.entries.items()
+        if n.endswith(".weight") and e.dtype == "U8"
     }
-    return packed | {n.rpartition(".")[0] for n in its.entries if n.rpartition(".")[2] in layouts.PARTS}
+    return packed | {
+        n.rpartition(".")[0] for n in checkpoint.entries if n.rpartition(".")[2] in layouts.PARTS
+    }

@@ -49,69 +49,71 @@ def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Au
     BF16 one in all that no adapter changes, which is everything but its linears. `vllm` is a version,
     `0.32.0+cpu` for one without a GPU.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     try:
-        found += faults.files(folder)
-        its = Checkpoint(folder)
+        findings += faults.files(folder)
+        checkpoint = Checkpoint(folder)
     except UNREADABLE as error:
         # what stops Checkpoint has been found file by file
-        return Audit(found or [unreadable(folder.name, error)])
+        return Audit(findings or [unreadable(folder.name, error)])
     try:
-        config, family = its.config, registry.of(its.config)
-        said = quant_config.read(folder, config)
+        config, family = checkpoint.config, registry.of(checkpoint.config)
+        configs = quant_config.read(folder, config)
         plain = family.tensors(config)
     except UNREADABLE as error:
-        return Audit([*found, unreadable(folder.name, error)])
-    packed = packed_modules(its)
+        return Audit([*findings, unreadable(folder.name, error)])
+    packed = packed_modules(checkpoint)
     facts = {
         "format": "BF16",
         "layout": None,
         "dtypes": family.precisions[0],
         "kv_cache": None,
-        "tensors": len(its.entries),
-        "files": len(its.files),
-        "bytes": its.bytes,
+        "tensors": len(checkpoint.entries),
+        "files": len(checkpoint.files),
+        "bytes": checkpoint.bytes,
         "quantised": len(packed),
         "excludes": 0,
     }
-    if packed or said:
-        precision = family.precision({n: e.dtype for n, e in its.entries.items()})
+    if packed or configs:
+        precision = family.precision({n: e.dtype for n, e in checkpoint.entries.items()})
         plain = family.in_precision(config, precision)
         layout, chosen = layouts.recognise(config, packed)
         facts |= {
-            "format": said[0].algorithm if said else "NVFP4",
+            "format": configs[0].algorithm if configs else "NVFP4",
             "layout": layout,
             "dtypes": precision,
         }
-        facts |= {"kv_cache": said[0].kv_cache, "excludes": len(said[0].excludes)} if said else {}
-        found += settings(its, family, packed, said)
+        facts |= {"kv_cache": configs[0].kv_cache, "excludes": len(configs[0].excludes)} if configs else {}
+        findings += settings(checkpoint, family, packed, configs)
         if facts["format"] not in quant_config.ALGORITHMS:
-            return Audit(found, facts)
-        expected = layouts.packed_tensors(plain, chosen, input_scales=has_input_scales(its))
-        found += [*faults.structure(its, expected), *faults.scales(its)]
-        fixed = [n for n in plain if expected[n].dtype != "U8"]
+            return Audit(findings, facts)
+        expected = layouts.packed_tensors(plain, chosen, input_scales=has_input_scales(checkpoint))
+        findings += [*faults.structure(checkpoint, expected), *faults.scales(checkpoint)]
+        unchanged = [n for n in plain if expected[n].dtype != "U8"]
     else:
-        found += faults.structure(its, plain)
+        findings += faults.structure(checkpoint, plain)
         adapted = {linear.weight for linear in family.linears(config)}
-        fixed = [n for n in plain if n not in adapted]
+        unchanged = [n for n in plain if n not in adapted]
     if base:
         try:
-            found += faults.unchanged(its, Checkpoint(base), fixed, family.never_cast)
+            findings += faults.unchanged(checkpoint, Checkpoint(base), unchanged, family.never_cast)
         except UNREADABLE as error:
-            found.append(unreadable(f"--base {base.name}", error))
+            findings.append(unreadable(f"--base {base.name}", error))
     if vllm is None:
-        return Audit(found, facts)
-    needs, more = served(vllm, config, facts, packed)
-    return Audit([*found, *more], facts, needs)
+        return Audit(findings, facts)
+    needs, serving_findings = served(vllm, config, facts, packed)
+    return Audit([*findings, *serving_findings], facts, needs)
 
 
-def has_input_scales(its: Checkpoint) -> bool:
-    return any(n.endswith(".input_scale") for n in its.entries)
+def has_input_scales(checkpoint: Checkpoint) -> bool:
+    return any(n.endswith(".input_scale") for n in checkpoint.entries)
 
 
-def settings(its: Checkpoint, family: Family, packed: set[str], said: list[QuantConfig]) -> list[Finding]:
+def settings(
+    checkpoint: Checkpoint, family: Family, packed: set[str], configs: list[QuantConfig]
+) -> list[Finding]:
     """What is said about the quantisation against what is in the files."""
-    if not said:
+    if not configs:
         return [
             Finding(
                 QUANT,
@@ -120,7 +122,7 @@ def settings(its: Checkpoint, family: Family, packed: set[str], said: list[Quant
                 "vLLM would read packed weights as BF16: write it.",
             )
         ]
-    first = said[0]
+    first = configs[0]
     if not packed:
         return [
             Finding(
@@ -130,9 +132,12 @@ def settings(its: Checkpoint, family: Family, packed: set[str], said: list[Quant
                 "Remove the settings of what is BF16, or take the quantised files.",
             )
         ]
-    found = [*faults.settings(said), *faults.excludes(its, family.listed(its.config), packed, first)]
-    if first.algorithm == "NVFP4" and not has_input_scales(its):
-        found.append(
+    findings = [
+        *faults.settings(configs),
+        *faults.excludes(checkpoint, family.listed(checkpoint.config), packed, first),
+    ]
+    if first.algorithm == "NVFP4" and not has_input_scales(checkpoint):
+        findings.append(
             Finding(
                 first.file,
                 "quant_algo NVFP4, and no input_scale in the files",
@@ -141,7 +146,7 @@ def settings(its: Checkpoint, family: Family, packed: set[str], said: list[Quant
                 " config.json.",
             )
         )
-    return found
+    return findings
 
 
 def served(
@@ -151,13 +156,13 @@ def served(
     that are quantised.
     """
     serving = serve.of(config)
-    its = serve.Served(
+    checkpoint = serve.Served(
         None if facts["format"] == "BF16" else serving.layout_of(packed),
         weight_only=not quant_config.ALGORITHMS.get(facts["format"], True),
         fp8_cache=facts["kv_cache"] == "FP8",
     )
     try:
-        limits = serving.limits(vllm, its)
+        limits = serving.limits(vllm, checkpoint)
     except ServingError as error:
         limits = [error]
     if limits:
@@ -170,7 +175,7 @@ def served(
             )
             for error in limits
         ]
-    return serving.flags(vllm, "cpu" if "+cpu" in vllm else "cuda", its, "auto"), []
+    return serving.flags(vllm, "cpu" if "+cpu" in vllm else "cuda", checkpoint, "auto"), []
 
 
 def main() -> None:
@@ -178,9 +183,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", type=Path)
     parser.add_argument("--vllm")
-    made = audit(**vars(parser.parse_args()))
-    print(json.dumps(made.as_json()))
-    sys.exit(bool(made.findings))
+    result = audit(**vars(parser.parse_args()))
+    print(json.dumps(result.as_json()))
+    sys.exit(bool(result.findings))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ class Finding:
 def unreadable(subject: str, error: Exception) -> Finding:
     if isinstance(error, UnknownFamily):
         return Finding(subject, error.found, error.expected, error.remedy)
-    what = f"no {error.args[0]} in config.json" if isinstance(error, KeyError) else str(error)
-    return Finding(subject, what, "a whole checkpoint with its config", _AGAIN)
+    problem = f"no {error.args[0]} in config.json" if isinstance(error, KeyError) else str(error)
+    return Finding(subject, problem, "a whole checkpoint with its config", _AGAIN)
 
 
 def shown(name: str) -> str:
@@ -55,8 +55,8 @@ def files(folder: Path) -> Iterator[Finding]:
     """
     index = weight_map(folder) if (folder / INDEX).exists() else {}
     named = list(dict.fromkeys(index.values())) or [SINGLE]
-    whole: set[str] = set()
-    held: dict[str, str] = {}  # tensor -> the file that has it
+    readable: set[str] = set()
+    file_of: dict[str, str] = {}  # tensor -> the file that has it
     for file in named:
         if not (folder / file).is_file():
             yield Finding(
@@ -68,25 +68,25 @@ def files(folder: Path) -> Iterator[Finding]:
         except (CheckpointError, OSError) as error:
             yield Finding(file, str(error), "a whole safetensors file", _AGAIN)
             continue
-        whole.add(file)
+        readable.add(file)
         for name in entries:
-            if name in held:
+            if name in file_of:
                 yield Finding(
                     shown(name),
-                    f"it in {held[name]} and in {file}",
+                    f"it in {file_of[name]} and in {file}",
                     "each tensor once",
                     "Which one is loaded depends on the loader: remove one.",
                 )
-            held[name] = file
+            file_of[name] = file
     for name, file in index.items():
-        if file in whole and held.get(name) != file:
+        if file in readable and file_of.get(name) != file:
             yield Finding(
                 shown(name),
-                f"it in {held[name]}" if name in held else "it in no file",
+                f"it in {file_of[name]}" if name in file_of else "it in no file",
                 f"it in {file}, as {INDEX} says",
                 f"Write {INDEX} again, or that file.",
             )
-    for name, file in held.items():
+    for name, file in file_of.items():
         if index and name not in index:
             yield Finding(
                 shown(name),
@@ -131,7 +131,7 @@ def structure(checkpoint: Checkpoint, expected: dict[str, Spec]) -> Iterator[Fin
                 f"{spec.dtype} {spec.shape}",
                 "The checkpoint is incomplete: make or download it again.",
             )
-        elif any(f"{module}.{other}" in entries for other in PARTS):
+        elif any(f"{module}.{sibling}" in entries for sibling in PARTS):
             yield Finding(
                 name,
                 "no such tensor",
@@ -155,11 +155,11 @@ def structure(checkpoint: Checkpoint, expected: dict[str, Spec]) -> Iterator[Fin
             )
 
 
-def _said(config: QuantConfig) -> tuple[str, str | None, int, list[str]]:
+def _settings_key(config: QuantConfig) -> tuple[str, str | None, int, list[str]]:
     return config.algorithm, config.kv_cache, config.group_size, sorted(config.excludes)
 
 
-def _shown(config: QuantConfig) -> str:
+def _summary(config: QuantConfig) -> str:
     return (
         f"{config.algorithm} with {len(config.excludes)} excludes, groups of {config.group_size} and KV cache"
         f" {config.kv_cache or 'as computed'}"
@@ -168,22 +168,22 @@ def _shown(config: QuantConfig) -> str:
 
 def settings(configs: list[QuantConfig]) -> Iterator[Finding]:
     """What is said about the quantisation, against what vLLM reads."""
-    its = configs[0]
+    first = configs[0]
     for other in configs[1:]:
-        if _said(its) != _said(other):
+        if _settings_key(first) != _settings_key(other):
             yield Finding(
                 other.file,
-                _shown(other),
-                f"what {its.file} says: {_shown(its)}",
-                f"vLLM takes {its.file}: make them agree.",
+                _summary(other),
+                f"what {first.file} says: {_summary(first)}",
+                f"vLLM takes {first.file}: make them agree.",
             )
-    if its.algorithm in ONLY_INSIDE and its.file != CONFIG:
+    if first.algorithm in ONLY_INSIDE and first.file != CONFIG:
         yield Finding(
-            its.file,
-            f"quant_algo {its.algorithm}, and no {INSIDE} in {CONFIG}",
+            first.file,
+            f"quant_algo {first.algorithm}, and no {INSIDE} in {CONFIG}",
             f"these settings in {CONFIG}",
-            f"Every vLLM refuses {its.algorithm} from {its.file}: add {INSIDE} to {CONFIG} (its form is in"
-            " docs/formats.md), or quantise again.",
+            f"Every vLLM refuses {first.algorithm} from {first.file}: add {INSIDE} to {CONFIG} (its form is"
+            " in docs/formats.md), or quantise again.",
         )
     for config in configs:
         if config.missing:
@@ -234,7 +234,7 @@ def excludes(
                 "Mend or remove it.",
             )
         elif wrong:
-            more = (
+            examples = (
                 f" ({wrong[0]} and {len(wrong) - 1} more)"
                 if wrong[1:]
                 else ""
@@ -243,7 +243,7 @@ def excludes(
             )
             yield Finding(
                 config.file,
-                f"the exclude {name}, which is quantised in the files{more}",
+                f"the exclude {name}, which is quantised in the files{examples}",
                 "excluded or quantised, not both",
                 "Take it off the list.",
             )
@@ -284,24 +284,24 @@ def scales(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def unchanged(
-    checkpoint: Checkpoint, source: Checkpoint, wanted: Iterable[str], never_cast: tuple[str, ...]
+    checkpoint: Checkpoint, source: Checkpoint, names: Iterable[str], never_cast: tuple[str, ...]
 ) -> Iterator[Finding]:
     """The tensors `wanted` that both have in one dtype, and those that end in `never_cast` whatever theirs:
     equal bits.
     """
-    for name in wanted:
-        mine, its = checkpoint.entries.get(name), source.entries.get(name)
-        if mine is None:
+    for name in names:
+        entry, source_entry = checkpoint.entries.get(name), source.entries.get(name)
+        if entry is None:
             continue  # said by `structure`
-        if its is None or its.shape != mine.shape:
+        if source_entry is None or source_entry.shape != entry.shape:
             yield Finding(
                 name,
-                f"{its.shape if its else 'no such tensor'} in the source",
-                f"{mine.shape}",
+                f"{source_entry.shape if source_entry else 'no such tensor'} in the source",
+                f"{entry.shape}",
                 "The source is another model: name what this was made from.",
             )
-        elif (its.dtype != mine.dtype and name.endswith(never_cast)) or (
-            its.dtype == mine.dtype and not checkpoint.same(name, source)
+        elif (source_entry.dtype != entry.dtype and name.endswith(never_cast)) or (
+            source_entry.dtype == entry.dtype and not checkpoint.same(name, source)
         ):
             yield Finding(
                 name,
@@ -311,8 +311,8 @@ def unchanged(
             )
 
 
-def not_finite(checkpoint: Checkpoint, wanted: Iterable[str]) -> Iterator[Finding]:
-    for name in wanted:
+def not_finite(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[Finding]:
+    for name in names:
         tensor = checkpoint.tensor(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             yield Finding(

@@ -22,8 +22,8 @@ def linears(config: Config, layout: str) -> tuple[Linear, ...]:
 
 @cache  # a run of stage quantize asks five times, of thousands
 def _linears(config: str, layout: str) -> tuple[Linear, ...]:
-    read: Config = json.loads(config)
-    return tuple(registry.of(read).quantised(read, layout))
+    parsed: Config = json.loads(config)
+    return tuple(registry.of(parsed).quantised(parsed, layout))
 
 
 def quantised(config: Config, layout: str) -> list[str]:
@@ -81,19 +81,19 @@ def packed_tensors(
     16) and one or two F32 scalars of shape ().
     """
     chosen = set(modules)
-    found: dict[str, Spec] = {}
+    specs: dict[str, Spec] = {}
     for name, spec in source.items():
         module = name.removesuffix(".weight")
         if module not in chosen or not name.endswith(".weight"):
-            found[name] = spec
+            specs[name] = spec
             continue
         out, inside = spec.shape
-        found[name] = Spec((out, inside // 2), "U8")
-        found[f"{module}.weight_scale"] = Spec((out, inside // GROUP), "F8_E4M3")
-        found[f"{module}.weight_scale_2"] = Spec((), "F32")
+        specs[name] = Spec((out, inside // 2), "U8")
+        specs[f"{module}.weight_scale"] = Spec((out, inside // GROUP), "F8_E4M3")
+        specs[f"{module}.weight_scale_2"] = Spec((), "F32")
         if input_scales:
-            found[f"{module}.input_scale"] = Spec((), "F32")
-    return found
+            specs[f"{module}.input_scale"] = Spec((), "F32")
+    return specs
 
 
 def hf_quant_config(

@@ -40,7 +40,7 @@ _COPY = re.compile(
 )
 KEPT = 6  # tensors: what the experts of a layer share
 ANOTHER = "is it an adapter of another model?"
-ITS_BASE = "Give stage merge the base that the adapter was trained on."
+SAME_BASE = "Give stage merge the base that the adapter was trained on."
 SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained."
 
 
@@ -79,13 +79,13 @@ class Change:
     @property
     def finite(self) -> bool:
         parts = (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
-        return all(bool(torch.isfinite(part).all()) for part in parts)
+        return all(bool(torch.isfinite(tensor).all()) for tensor in parts)
 
     def rows(self, first: int, count: int) -> Change:
         """The change of some rows."""
-        part = slice(first, first + count)
+        chosen = slice(first, first + count)
         return Change(
-            self.a, self.b[part], self.scale, None if self.magnitude is None else self.magnitude[part]
+            self.a, self.b[chosen], self.scale, None if self.magnitude is None else self.magnitude[chosen]
         )
 
     def applied(self, weight: torch.Tensor) -> torch.Tensor:
@@ -94,10 +94,10 @@ class Change:
         With DoRA that is multiplied by `magnitude / |W + (B @ A) * scale|`, the norm along each row (arXiv
         2402.09353).
         """
-        after = weight.float() + (self.b @ self.a) * self.scale
+        changed = weight.float() + (self.b @ self.a) * self.scale
         if self.magnitude is not None:
-            after = (self.magnitude / torch.linalg.norm(after, dim=1)).view(-1, 1) * after
-        return after
+            changed = (self.magnitude / torch.linalg.norm(changed, dim=1)).view(-1, 1) * changed
+        return changed
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """`applied`, rounded once to the weight's dtype; a change of zeros gives every bit back."""
@@ -204,7 +204,7 @@ class Adapter:
             raise AdapterError(
                 f"{module} of the adapter matches no tensor of the checkpoint; {ANOTHER}",
                 "modules of this model",
-                ITS_BASE,
+                SAME_BASE,
             )
         if names[0] not in self.linears and names[0] != self.family.head:
             raise AdapterError(
@@ -243,14 +243,14 @@ class Adapter:
         }
 
     def _check_kinds(self, module: str, keys: dict[str, str]) -> None:
-        wanted = {"A", "B", "magnitude_vector"} if self.settings.dora else {"A", "B"}
-        if missing := wanted - keys.keys():
+        expected = {"A", "B", "magnitude_vector"} if self.settings.dora else {"A", "B"}
+        if missing := expected - keys.keys():
             raise AdapterError(
                 f"{module} has lora_{' and lora_'.join(sorted(keys))} only",
                 f"lora_{' and lora_'.join(sorted(missing))} too",
                 "The file was cut or edited: copy it again.",
             )
-        if extra := keys.keys() - wanted:
+        if extra := keys.keys() - expected:
             raise AdapterError(
                 f"{keys[extra.pop()]} is there, and use_dora in {CONFIG} is not set",
                 "the two files of one adapter",
@@ -282,7 +282,7 @@ class Adapter:
         names = [hub] if hub in self._base.entries else [linear.weight for linear in stack]
         if not names:
             raise AdapterError(
-                f"{key} is not a tensor of the checkpoint; {ANOTHER}", "modules of this model", ITS_BASE
+                f"{key} is not a tensor of the checkpoint; {ANOTHER}", "modules of this model", SAME_BASE
             )
         stored, shape = self.tensors.entries[key].shape, self._base.entries[names[0]].shape
         if stored != (shape if names == [hub] else (len(names), *shape)):
@@ -293,13 +293,13 @@ class Adapter:
             )
         value = self.tensors.tensor(key)
         for name in names:
-            part = value if names == [hub] else value[self.linears[name].index]
-            before = self._base.tensor(name)
-            if not torch.equal(part.to(before.dtype), before):
+            stored_value = value if names == [hub] else value[self.linears[name].index]
+            base_value = self._base.tensor(name)
+            if not torch.equal(stored_value.to(base_value.dtype), base_value):
                 raise AdapterError(
                     f"{key} differs from {name} of the base: it was trained, or is of another base",
                     "the base's values, since a merge adds LoRA alone",
-                    f"Train without modules_to_save and bias. {ITS_BASE}",
+                    f"Train without modules_to_save and bias. {SAME_BASE}",
                 )
 
     def tensor(self, key: str) -> torch.Tensor:

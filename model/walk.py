@@ -86,9 +86,9 @@ class Walk:
         """Root of the summed squares of all that the hidden states differ by from another's; of themselves
         without one.
         """
-        others: Iterable[torch.Tensor | float] = other.hidden if other else [0.0] * len(self.hidden)
+        references: Iterable[torch.Tensor | float] = other.hidden if other else [0.0] * len(self.hidden)
         squares: float = sum(
-            (a.float() - b).square().sum().item() for a, b in zip(self.hidden, others, strict=True)
+            (a.float() - b).square().sum().item() for a, b in zip(self.hidden, references, strict=True)
         )
         root: float = squares**0.5
         return root

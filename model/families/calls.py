@@ -44,8 +44,10 @@ def _against(schema: dict[str, Any] | None, name: str, arguments: dict[str, Any]
     properties = schema.get("properties")
     listed = properties if isinstance(properties, dict) else {}
     reasons = []
-    more = schema.get("additionalProperties", False)
-    if (isinstance(properties, dict) or not schema) and not (more is True or isinstance(more, dict)):
+    additional = schema.get("additionalProperties", False)
+    if (isinstance(properties, dict) or not schema) and not (
+        additional is True or isinstance(additional, dict)
+    ):
         reasons += [
             f"argument {key} of {name} is not in its schema" for key in arguments if key not in listed
         ]
@@ -54,13 +56,13 @@ def _against(schema: dict[str, Any] | None, name: str, arguments: dict[str, Any]
         if key not in arguments:
             reasons.append(f"argument {key} of {name} is missing")
     for key, value in arguments.items():
-        part = listed.get(key)
-        if not isinstance(part, dict):
+        property_schema = listed.get(key)
+        if not isinstance(property_schema, dict):
             continue
-        if (expected := part.get("type")) is not None and not _is(value, expected):
+        if (expected := property_schema.get("type")) is not None and not _is(value, expected):
             types = expected if isinstance(expected, list) else [expected]
             reasons.append(f"argument {key} of {name} is {_type(value)}, not {' or '.join(map(str, types))}")
-        elif isinstance(part.get("enum"), list) and value not in part["enum"]:
+        elif isinstance(property_schema.get("enum"), list) and value not in property_schema["enum"]:
             reasons.append(f"argument {key} of {name} is none of its enum")
     return reasons
 

@@ -66,9 +66,11 @@ class Targets:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `peft.LoraConfig`."""
-        found: dict[str, Any] = {"target_modules": list(self.target_modules)}
+        arguments: dict[str, Any] = {"target_modules": list(self.target_modules)}
         return (
-            {**found, "target_parameters": list(self.target_parameters)} if self.target_parameters else found
+            {**arguments, "target_parameters": list(self.target_parameters)}
+            if self.target_parameters
+            else arguments
         )
 
 

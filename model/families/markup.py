@@ -92,12 +92,12 @@ def tags(function: dict[str, Any]) -> Iterator[str]:
     properties = parameters.get("properties")
     levels = [("tool", function), ("parameters", parameters)]
     levels += [
-        ("property", part)
-        for part in (properties.values() if isinstance(properties, dict) else ())
-        if isinstance(part, dict)
+        ("property", schema)
+        for schema in (properties.values() if isinstance(properties, dict) else ())
+        if isinstance(schema, dict)
     ]
-    for level, part in levels:
-        for key in part:
+    for level, schema in levels:
+        for key in schema:
             if key not in _KNOWN_KEYS[level]:
                 yield f"<{key}>"
                 yield f"</{key}>"

@@ -158,10 +158,10 @@ def _call(call: Any, position: int) -> dict[str, Any]:
     return {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _check_name(name: Any, what: str) -> None:
+def _check_name(name: Any, subject: str) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ChatError(
-            f"{what} is not a name that can be read back: no < > =, no line break, no blank at an end"
+            f"{subject} is not a name that can be read back: no < > =, no line break, no blank at an end"
         )
 
 

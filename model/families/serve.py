@@ -94,7 +94,7 @@ class Serving:
         """
         if faults := self.limits(vllm, checkpoint):
             raise faults[0]
-        made = self.flags(vllm, device, checkpoint, kv_cache)
+        family_flags = self.flags(vllm, device, checkpoint, kv_cache)
         args = [
             "--served-model-name",
             name or self.name,
@@ -105,7 +105,7 @@ class Serving:
         ]
         if device == "cuda":
             args += ["--gpu-memory-utilization", str(memory_share)]
-        return Serve([*args, *made.args], made.env)
+        return Serve([*args, *family_flags.args], family_flags.env)
 
     def adapted(self, adapter: Path) -> Served:
         """What decides the flags of a BF16 base that is served with this adapter (a folder with
@@ -155,7 +155,7 @@ class KVCache:
 
 
 def kv_cache(
-    vllm: str, device: str, checkpoint: Served, asked: str = "auto", cpuinfo: Path = CPUINFO
+    vllm: str, device: str, checkpoint: Served, requested: str = "auto", cpuinfo: Path = CPUINFO
 ) -> KVCache:
     """The KV cache of a server on `device`, whatever the checkpoint's files ask for.
 
@@ -165,13 +165,15 @@ def kv_cache(
     where an older vLLM would follow the checkpoint instead.
     """
     on_cpu, explicit = device == "cpu", version(vllm) >= (0, 15)
-    if asked == "fp8" or (asked == "auto" and checkpoint.fp8_cache and not on_cpu):
+    if requested == "fp8" or (requested == "auto" and checkpoint.fp8_cache and not on_cpu):
         if on_cpu and not fp8_on_cpu(cpuinfo):
             raise ServingError(
                 "kv_cache: fp8 on a CPU without AVX-512 and AMX, where vLLM refuses to start",
                 "set kv_cache: auto",
             )
-        return KVCache("fp8", "the recipe asks for it" if asked == "fp8" else "the checkpoint asks for it")
+        return KVCache(
+            "fp8", "the recipe asks for it" if requested == "fp8" else "the checkpoint asks for it"
+        )
     if on_cpu:
         why = (
             "vLLM has the FP8 that the checkpoint asks for on some CPUs only"
@@ -191,7 +193,7 @@ def kv_cache(
         )
     return KVCache(
         "bfloat16" if explicit else "auto",
-        "the recipe asks for it" if asked == "bfloat16" else "the checkpoint asks for no other",
+        "the recipe asks for it" if requested == "bfloat16" else "the checkpoint asks for no other",
     )
 
 

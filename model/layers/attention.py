@@ -64,8 +64,8 @@ def forward(
             f"documents of {documents.tokens} tokens describe a batch of 1, found {batch} x {tokens} tokens"
         )
     q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
-    way = in_one_call if query.is_cuda and query.dtype in FLASH else by_document
-    return way(q, k, v, documents, scaling).unflatten(0, (batch, tokens)), None
+    attend = in_one_call if query.is_cuda and query.dtype in FLASH else by_document
+    return attend(q, k, v, documents, scaling).unflatten(0, (batch, tokens)), None
 
 
 def by_document(

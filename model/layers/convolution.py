@@ -125,14 +125,16 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
         t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         inside = (t < tokens)[:, None] & (c < channels)[None, :]
-        before = tl.load(position + t, mask=t < tokens, other=0)
+        tokens_before = tl.load(position + t, mask=t < tokens, other=0)
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
         if BIASED:
             total += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
         for k in tl.static_range(KERNEL):
             tap = tl.load(weight + c * KERNEL + (KERNEL - 1 - k), mask=c < channels, other=0.0).to(tl.float32)
             value = tl.load(
-                x + (t - k)[:, None] * x_row + c[None, :], mask=inside & (before >= k)[:, None], other=0.0
+                x + (t - k)[:, None] * x_row + c[None, :],
+                mask=inside & (tokens_before >= k)[:, None],
+                other=0.0,
             )
             total += value.to(tl.float32) * tap[None, :]
         total = total * tl.sigmoid(total)
@@ -162,8 +164,8 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
         for j in tl.static_range(KERNEL):
             later = t + j
-            before = tl.load(position + later, mask=later < tokens, other=-1)
-            reached = (before >= j)[:, None] & columns  # token `later` is of t's document
+            tokens_before = tl.load(position + later, mask=later < tokens, other=-1)
+            reached = (tokens_before >= j)[:, None] & columns  # token `later` is of t's document
             u = tl.zeros((TOKENS, CHANNELS), tl.float32)
             if BIASED:
                 u += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
@@ -173,14 +175,16 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
                 )
                 value = tl.load(
                     x + (later - k)[:, None] * x_row + c[None, :],
-                    mask=reached & (before >= k)[:, None],
+                    mask=reached & (tokens_before >= k)[:, None],
                     other=0.0,
                 )
                 u += value.to(tl.float32) * tap[None, :]
             s = tl.sigmoid(u)
-            given = tl.load(g + later[:, None] * g_row + c[None, :], mask=reached, other=0.0).to(tl.float32)
+            gradient = tl.load(g + later[:, None] * g_row + c[None, :], mask=reached, other=0.0).to(
+                tl.float32
+            )
             tap = tl.load(weight + c * KERNEL + (KERNEL - 1 - j), mask=c < channels, other=0.0).to(tl.float32)
-            total += given * s * (1.0 + u * (1.0 - s)) * tap[None, :]
+            total += gradient * s * (1.0 + u * (1.0 - s)) * tap[None, :]
         tl.store(
             dx + t[:, None] * channels + c[None, :],
             total.to(dx.dtype.element_ty),

@@ -21,7 +21,7 @@ class Documents:
     """
 
     lengths: tuple[int, ...]
-    _made: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _tensors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -70,8 +70,10 @@ class Documents:
         # Fifty layers ask for the same tensors: one copy to the device, not fifty; through pinned memory, so
         # that nothing waits for it.
         key = (name, str(device))
-        if key not in self._made:
-            made = make()
+        if key not in self._tensors:
+            tensor = make()
             pinned = torch.device(device).type == "cuda"
-            self._made[key] = made.pin_memory().to(device, non_blocking=True) if pinned else made.to(device)
-        return self._made[key]
+            self._tensors[key] = (
+                tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
+            )
+        return self._tensors[key]

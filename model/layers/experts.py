@@ -52,14 +52,20 @@ def forward(
             " with model.assemble"
         )
     return _Experts.apply(
-        hidden_states, Routing.of(top_k_index, up.experts), top_k_weights, *up.pair, *down.pair, up, down
+        hidden_states,
+        Routing.of(top_k_index, up.experts),
+        top_k_weights,
+        *up.trainable_factors,
+        *down.trainable_factors,
+        up,
+        down,
     )
 
 
 def stacks(module: nn.Module) -> tuple[Projection, Projection]:
     """The up and the down projections of a module of routed experts, in the order of STACKS."""
-    its = cast("Stacks", module)
-    return its.up_proj, its.down_proj
+    experts = cast("Stacks", module)
+    return experts.up_proj, experts.down_proj
 
 
 def holds_stacks(module: nn.Module) -> bool:
@@ -100,23 +106,21 @@ def gradients(
         u = _multiply(up, source, routing)
     else:
         _low(up, source, routing)
-    given = rows.gather(g, routing.token, _room(down, x))
-    dh = _back(down, given, routing)
+    dy = rows.gather(g, routing.token, _room(down, x))
+    dh = _back(down, dy, routing)
     da_down = db_down = da_up = db_up = None
     if down.rank:
         h = rows.squared(u, _room(down, x))
         _low(down, h, routing)
         # A share multiplies whole rows: it is put on the narrow side of each product.
-        da_down = _cut(
-            outer((given[:, hidden:] * p[:, None]).to(x.dtype), h[:, :width], routing), down.rank, 1
-        )
+        da_down = _cut(outer((dy[:, hidden:] * p[:, None]).to(x.dtype), h[:, :width], routing), down.rank, 1)
         db_down = _cut(
-            outer(given[:, :hidden], (h[:, width:] * (down.scale * p[:, None])).to(x.dtype), routing),
+            outer(dy[:, :hidden], (h[:, width:] * (down.scale * p[:, None])).to(x.dtype), routing),
             down.rank,
             2,
         )
         del h
-    del given
+    del dy
     du, dp = rows.through(dh, u, p, _room(up, x))
     del dh, u
     dx = rows.combine(_back(up, du, routing), routing.inverse, None, share.shape[1])
@@ -150,8 +154,8 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, share, u = ctx.saved_tensors
-        dx, dshare, *rest = gradients(g, x, ctx.routing, share, u, ctx.up, ctx.down)
-        return dx, None, dshare, *rest, None, None
+        dx, dshare, *dfactors = gradients(g, x, ctx.routing, share, u, ctx.up, ctx.down)
+        return dx, None, dshare, *dfactors, None, None
 
 
 def _multiple(x: torch.Tensor) -> int:
@@ -176,20 +180,20 @@ def _multiply(projection: Projection, source: torch.Tensor, routing: Routing) ->
     """(S, in + room) -> (S, out): base and change in one product. Fills the last columns of `source`."""
     _low(projection, source, routing)
     if projection.rank and not projection.rounded:
-        return product(source, projection.beside(_multiple(source)), routing)
-    return product(source[:, : projection.in_features], projection.multiplied(), routing)
+        return product(source, projection.with_b_columns(_multiple(source)), routing)
+    return product(source[:, : projection.in_features], projection.forward_weights(), routing)
 
 
-def _back(projection: Projection, given: torch.Tensor, routing: Routing) -> torch.Tensor:
+def _back(projection: Projection, dy: torch.Tensor, routing: Routing) -> torch.Tensor:
     """(S, out + room) -> (S, in): the gradient of a projection's input. Fills the last columns of `given`
     with what B gives back.
     """
     out = projection.out_features
     if projection.rank:
-        given[:, out:] = back(given[:, :out], projection.factors(given.dtype, _multiple(given))[1], routing)
+        dy[:, out:] = back(dy[:, :out], projection.factors(dy.dtype, _multiple(dy))[1], routing)
         if not projection.rounded:
-            return back(given, projection.above(_multiple(given)), routing)
-    return back(given[:, :out], projection.multiplied(), routing)
+            return back(dy, projection.with_a_rows(_multiple(dy)), routing)
+    return back(dy[:, :out], projection.forward_weights(), routing)
 
 
 def _cut(gradient: torch.Tensor, rank: int, dimension: int) -> torch.Tensor:

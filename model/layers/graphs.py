@@ -62,29 +62,31 @@ class Captured:
         gradients: list[torch.Tensor],
         pool: _POOL_HANDLE,
         hidden: torch.Tensor,
-        given: torch.Tensor,
+        hidden_gradient: torch.Tensor,
     ):
         """Adds to `gradients`, writes `hidden` and reads `given`, its gradient: both (tokens, hidden
         size).
         """
         device = parameters[0].device
-        self.key, self.hidden, self.given = key, hidden, given
+        self.key, self.hidden, self.hidden_gradient = key, hidden, hidden_gradient
         self.ids = torch.zeros(key.tokens, dtype=torch.int64, device=device)
-        self.parts = {
+        self.buffers = {
             "offsets": torch.zeros(key.documents + 1, dtype=torch.int32, device=device),
             "index": torch.zeros(key.tokens, dtype=torch.int32, device=device),
             "position": torch.zeros(key.tokens, dtype=torch.int32, device=device),
         }
         self.fill(torch.zeros(key.tokens, dtype=torch.int64), Documents((key.tokens,)))
-        documents = Documents((key.tokens,), {(name, str(device)): part for name, part in self.parts.items()})
+        documents = Documents(
+            (key.tokens,), {(name, str(device)): buffer for name, buffer in self.buffers.items()}
+        )
 
         def forward() -> torch.Tensor:
-            found = run(self.ids, documents)
-            hidden.copy_(found.detach())
-            return found
+            output = run(self.ids, documents)
+            hidden.copy_(output.detach())
+            return output
 
-        def backward(found: torch.Tensor) -> None:
-            torch._foreach_add_(gradients, list(torch.autograd.grad(found, parameters, given)))
+        def backward(output: torch.Tensor) -> None:
+            torch._foreach_add_(gradients, list(torch.autograd.grad(output, parameters, hidden_gradient)))
 
         # Once without capturing: kernels are compiled and loaded, and libraries take their workspaces.
         stream = torch.cuda.Stream(device)
@@ -96,29 +98,31 @@ class Captured:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: NCCL's own thread may ask for events meanwhile.
         with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
-            found = forward()
+            output = forward()
         with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
-            backward(found)
+            backward(output)
 
     def fill(self, ids: torch.Tensor, documents: Documents) -> None:
         """Puts a pack, and an idle document behind it, where the graphs read them. `ids` int64 (tokens,)
         on any device.
         """
         idle = self.key.tokens - documents.tokens
-        whole = Documents((*documents.lengths, idle)) if idle else documents
-        if len(whole.lengths) > self.key.documents:
-            raise ValueError(f"{len(whole.lengths)} documents for a graph of {self.key.documents}")
+        padded_documents = Documents((*documents.lengths, idle)) if idle else documents
+        if len(padded_documents.lengths) > self.key.documents:
+            raise ValueError(f"{len(padded_documents.lengths)} documents for a graph of {self.key.documents}")
         self.ids[: documents.tokens].copy_(ids, non_blocking=True)
         self.ids[documents.tokens :].zero_()
         # Documents that are not there begin and end where the last one ends.
-        offsets = whole.offsets("cpu")
-        offsets = torch.cat([offsets, offsets[-1:].expand(self.key.documents - len(whole.lengths))])
-        for name, made in (
+        offsets = padded_documents.offsets("cpu")
+        offsets = torch.cat(
+            [offsets, offsets[-1:].expand(self.key.documents - len(padded_documents.lengths))]
+        )
+        for name, values in (
             ("offsets", offsets),
-            ("index", whole.index("cpu")),
-            ("position", whole.position("cpu")),
+            ("index", padded_documents.index("cpu")),
+            ("position", padded_documents.position("cpu")),
         ):
-            self.parts[name].copy_(made.pin_memory(), non_blocking=True)
+            self.buffers[name].copy_(values.pin_memory(), non_blocking=True)
 
 
 class Graphs:
@@ -148,13 +152,13 @@ class Graphs:
         self, packs: Iterable[Documents], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
         """Captures every size among `packs`, the largest first, whose memory the smaller ones then take."""
-        wanted = sorted(
+        keys = sorted(
             {self.key(documents) for documents in packs} - set(self.captured),
             key=lambda key: (-key.tokens, -key.documents),
         )
-        for number, key in enumerate(wanted, 1):
+        for number, key in enumerate(keys, 1):
             self.capture(key)
-            progress(number, len(wanted))
+            progress(number, len(keys))
 
     def capture(self, key: Key) -> Captured:
         if not self.model.training:
@@ -163,13 +167,13 @@ class Graphs:
             table = self.model.get_input_embeddings().weight
             self.rows = torch.zeros(2, key.tokens, table.shape[1], dtype=table.dtype, device=table.device)
         # In the middle of a step they hold what its packs gave so far, and capturing adds to them once.
-        kept = [gradient.clone() for gradient in self.gradients] if self.filled else None
-        found = Captured(
+        sums = [gradient.clone() for gradient in self.gradients] if self.filled else None
+        captured = Captured(
             key, self.run, self.parameters, self.gradients, self.pool, *self.rows[:, : key.tokens]
         )
-        self.captured[key] = found
-        torch._foreach_copy_(self.gradients, kept) if kept else torch._foreach_zero_(self.gradients)
-        return found
+        self.captured[key] = captured
+        torch._foreach_copy_(self.gradients, sums) if sums else torch._foreach_zero_(self.gradients)
+        return captured
 
     @property
     def filled(self) -> bool:
@@ -181,9 +185,9 @@ class Graphs:
     def hidden(self, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
         """As assemble.hidden_states: (tokens, hidden size). Its backward has to come before the next call."""
         key = self.key(documents)
-        found = self.captured.get(key) or self.capture(key)
-        found.fill(ids, documents)
-        return _Replay.apply(self.link, self, found)[: documents.tokens]
+        captured = self.captured.get(key) or self.capture(key)
+        captured.fill(ids, documents)
+        return _Replay.apply(self.link, self, captured)[: documents.tokens]
 
     def accumulate(self) -> None:
         """After a backward: the parameters' gradients are what was summed here, beside what they had."""
@@ -198,18 +202,18 @@ class _Replay(torch.autograd.Function):
     apply: ClassVar[Callable[..., torch.Tensor]]
 
     @staticmethod
-    def forward(ctx: Any, link: torch.Tensor, graphs: Graphs, found: Captured) -> torch.Tensor:
-        ctx.graphs, ctx.found = graphs, found
-        found.forward.replay()
-        return found.hidden
+    def forward(ctx: Any, link: torch.Tensor, graphs: Graphs, captured: Captured) -> torch.Tensor:
+        ctx.graphs, ctx.captured = graphs, captured
+        captured.forward.replay()
+        return captured.hidden
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[None, None, None]:
-        graphs, found = ctx.graphs, ctx.found
+        graphs, captured = ctx.graphs, ctx.captured
         if not graphs.filled:
             torch._foreach_zero_(graphs.gradients)  # what a step before left here
-        found.given.copy_(g)
-        found.backward.replay()
+        captured.hidden_gradient.copy_(g)
+        captured.backward.replay()
         graphs.accumulate()
         return None, None, None

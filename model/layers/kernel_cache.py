@@ -50,11 +50,11 @@ def prepare(warn: Callable[[str, str], None]) -> Path | None:
     if not (root := os.environ.get(FOLDER)):
         return None
     try:
-        found = Path(root) / identity()
-        sow(found, Path(os.environ.get(SEED) or BAKED))
+        subfolder = Path(root) / identity()
+        sow(subfolder, Path(os.environ.get(SEED) or BAKED))
         for name in CACHES.values():
-            (found / name).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=found):  # a folder can be there and not be ours to write to
+            (subfolder / name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=subfolder):  # a folder can be there and not be ours to write to
             pass
     except (OSError, Unknown) as fault:
         warn(
@@ -64,9 +64,9 @@ def prepare(warn: Callable[[str, str], None]) -> Path | None:
         )
         return None
     for variable, name in CACHES.items():
-        os.environ.setdefault(variable, str(found / name))
-    _prepared = found
-    return found
+        os.environ.setdefault(variable, str(subfolder / name))
+    _prepared = subfolder
+    return subfolder
 
 
 def folder() -> Path | None:

@@ -51,15 +51,15 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for at in range(0, len(targets), chunk):
-            rows, wanted = hidden[at : at + chunk], targets[at : at + chunk]
+        for start in range(0, len(targets), chunk):
+            rows, chunk_targets = hidden[start : start + chunk], targets[start : start + chunk]
             logits = (rows @ head.t()).float()
-            total += F.cross_entropy(logits, wanted, reduction="sum")
+            total += F.cross_entropy(logits, chunk_targets, reduction="sum")
             if gradient is not None:
                 # softmax minus one-hot: the derivative of the sum by the logits
                 logits = logits.softmax(-1)
-                logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-                gradient[at : at + chunk] = logits.to(head.dtype) @ head
+                logits[torch.arange(len(chunk_targets), device=chunk_targets.device), chunk_targets] -= 1
+                gradient[start : start + chunk] = logits.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
         return total
 
@@ -72,11 +72,9 @@ class _CrossEntropy(torch.autograd.Function):
 def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` likeliest tokens of each row of logits (n, vocabulary): index int64 (n, count), and
     float32 (n, count + 1) their log-probabilities and, last, that of all others together."""
-    every = logits.float().log_softmax(-1)
-    found = every.topk(count)
-    return found.indices, torch.cat(
-        [found.values, _others(every, found.indices).logsumexp(-1, keepdim=True)], -1
-    )
+    logs = logits.float().log_softmax(-1)
+    top = logs.topk(count)
+    return top.indices, torch.cat([top.values, _others(logs, top.indices).logsumexp(-1, keepdim=True)], -1)
 
 
 def _others(logs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -124,21 +122,21 @@ class _Distillation(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         divergence, entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device).unbind()
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for at in range(0, len(targets), chunk):
-            part = slice(at, at + chunk)
-            every = (hidden[part] @ head.t()).float().log_softmax(-1)
-            entropy += F.nll_loss(every, targets[part], reduction="sum")
-            others = _others(every, index[part])
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            student = (hidden[rows] @ head.t()).float().log_softmax(-1)
+            entropy += F.nll_loss(student, targets[rows], reduction="sum")
+            others = _others(student, index[rows])
             rest = others.logsumexp(-1, keepdim=True)
-            p = logs[part].exp()
-            divergence += (p * (logs[part] - torch.cat([every.gather(1, index[part]), rest], -1))).sum()
+            p = logs[rows].exp()
+            divergence += (p * (logs[rows] - torch.cat([student.gather(1, index[rows]), rest], -1))).sum()
             if gradient is not None:
                 slope = (
-                    every.exp_()
+                    student.exp_()
                     .sub_(others.sub_(rest).exp_().mul_(p[:, -1:]))
-                    .scatter_add_(1, index[part], -p[:, :-1])
+                    .scatter_add_(1, index[rows], -p[:, :-1])
                 )
-                gradient[part] = slope.to(head.dtype) @ head
+                gradient[rows] = slope.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy)
         return divergence, entropy

@@ -59,14 +59,14 @@ def implementation(device: torch.device | str) -> str:
     return "triton"
 
 
-def _chosen(wanted: str | None, device: torch.device) -> str:
-    if wanted is None:
+def _chosen(requested: str | None, device: torch.device) -> str:
+    if requested is None:
         return implementation(device)
-    if wanted not in IMPLEMENTATIONS:
-        raise ValueError(f"there is no implementation {wanted!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    if wanted != "torch" and implementation(device) != wanted:
+    if requested not in IMPLEMENTATIONS:
+        raise ValueError(f"there is no implementation {requested!r}; there are {', '.join(IMPLEMENTATIONS)}")
+    if requested != "torch" and implementation(device) != requested:
         raise ValueError(f"the Triton kernels run on CUDA, and these tensors are on {device}")
-    return wanted
+    return requested
 
 
 def _check(documents: Documents | None, x: torch.Tensor) -> None:
@@ -161,17 +161,17 @@ def _scan(
 
     def chunked(value: torch.Tensor) -> torch.Tensor:  # (b, tokens, ...) -> (b, n, l, ...)
         value = value.to(exact)
-        found: torch.Tensor = (
+        chunks: torch.Tensor = (
             F.pad(value, (0, 0) * (value.ndim - 2) + (0, pad)) if pad else value
         ).unflatten(1, (count, length))
-        return found
+        return chunks
 
     x_, dt_, B, C = chunked(x).unflatten(3, (groups, -1)), chunked(dt), chunked(B), chunked(C)
     # of the decay from before the chunk's first token to after token l: b n l h
     log = (dt_ * A.to(exact)).cumsum(2)
-    made = x_ * dt_.unflatten(3, (groups, -1)).unsqueeze(-1)
+    weighted = x_ * dt_.unflatten(3, (groups, -1)).unsqueeze(-1)
     blocked = ~torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-    start, end, kept = log.exp(), (log[:, :, -1:] - log).exp(), log[:, :, -1].exp()
+    start, end, chunk_decay = log.exp(), (log[:, :, -1:] - log).exp(), log[:, :, -1].exp()
     if documents is not None:
         index = documents.index(x.device)
         index = torch.cat([index, index[-1:].expand(pad)]).view(count, length)
@@ -180,7 +180,7 @@ def _scan(
         blocked = (blocked | (index[:, :, None] != index[:, None, :]))[:, None]
         start = start * (index == before)[..., None]
         end = end * (index == last)[..., None]
-        kept = kept * (last == before)
+        chunk_decay = chunk_decay * (last == before)
 
     # Within a chunk: every token with every earlier one of its document.
     log = log.transpose(2, 3)
@@ -191,12 +191,12 @@ def _scan(
         .unflatten(2, (groups, -1))
     )
     pairs = decay * torch.einsum("bnlgk,bnsgk->bngls", C, B).unsqueeze(3)
-    y = torch.einsum("bngrls,bnsgrp->bnlgrp", pairs, made)
+    y = torch.einsum("bngrls,bnsgrp->bnlgrp", pairs, weighted)
     # Between chunks: what each adds to the state, the states that enter, and what the tokens read of them.
     if count > 1:
         end, start = (value.unflatten(3, (groups, -1)).unsqueeze(-1) for value in (end, start))
-        added = torch.einsum("bnlgk,bnlgrp->bngkrp", B, made * end)
-        entering = _Entering.apply(added, kept.unflatten(2, (groups, 1, -1)).unsqueeze(-1))
+        added = torch.einsum("bnlgk,bnlgrp->bngkrp", B, weighted * end)
+        entering = _Entering.apply(added, chunk_decay.unflatten(2, (groups, 1, -1)).unsqueeze(-1))
         y = torch.addcmul(y, torch.einsum("bnlgk,bngkrp->bnlgrp", C, entering), start)
     if D is not None:
         y = torch.addcmul(y, x_, D.to(exact).view(groups, -1, 1))
@@ -213,23 +213,23 @@ class _Entering(torch.autograd.Function):
     apply: ClassVar[Callable[..., torch.Tensor]]
 
     @staticmethod
-    def forward(ctx: Any, added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, added: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
         entering = torch.zeros_like(added, memory_format=torch.contiguous_format)
-        states, adds, keeps = entering.unbind(1), added.unbind(1), kept.unbind(1)
+        states, adds, decays = entering.unbind(1), added.unbind(1), decay.unbind(1)
         for i in range(len(states) - 1):
-            torch.addcmul(adds[i], keeps[i], states[i], out=states[i + 1])
-        ctx.save_for_backward(entering, kept)
+            torch.addcmul(adds[i], decays[i], states[i], out=states[i + 1])
+        ctx.save_for_backward(entering, decay)
         return entering
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        entering, kept = ctx.saved_tensors
+        entering, decay = ctx.saved_tensors
         added = torch.zeros_like(entering)
-        sums, given, keeps = added.unbind(1), gradient.unbind(1), kept.unbind(1)
+        sums, gradients, decays = added.unbind(1), gradient.unbind(1), decay.unbind(1)
         for i in reversed(range(len(sums) - 1)):
-            torch.addcmul(given[i + 1], keeps[i + 1], sums[i + 1], out=sums[i])
-        return added, (added * entering).sum_to_size(kept.shape)
+            torch.addcmul(gradients[i + 1], decays[i + 1], sums[i + 1], out=sums[i])
+        return added, (added * entering).sum_to_size(decay.shape)
 
 
 def gated_norm(
@@ -249,10 +249,10 @@ def gated_norm(
     if _chosen(implementation, y.device) == "triton":
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
-        found: torch.Tensor = rmsnorm_fn(
+        normalised: torch.Tensor = rmsnorm_fn(
             y, weight, None, z=z, eps=eps, group_size=group, norm_before_gate=False
         )
-        return found
+        return normalised
     exact = torch.promote_types(y.dtype, torch.float32)
     gated: torch.Tensor = (y.to(exact) * F.silu(z.to(exact))).unflatten(-1, (-1, group))
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
@@ -280,16 +280,16 @@ def forward(
                 "packed documents and a generation cache exclude each other: call the model with"
                 " use_cache=False"
             )
-        own: torch.Tensor = type(self).forward(
+        generated: torch.Tensor = type(self).forward(
             self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
         )
-        return own
+        return generated
     if documents is None and any(kwargs.get(name) is not None for name in PACKED):
         raise ValueError(
             f"a packed batch ({', '.join(n for n in PACKED if kwargs.get(n) is not None)}) needs"
             " documents=Documents(lengths)"
         )
-    way, dtype = self.implementation, hidden_states.dtype
+    implementation, dtype = self.implementation, hidden_states.dtype
     groups, state = self.n_groups, self.ssm_state_size
 
     def unpadded(value: torch.Tensor) -> torch.Tensor:
@@ -297,7 +297,7 @@ def forward(
 
     projected = self.in_proj(unpadded(hidden_states))
     z, xbc, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
-    xbc = unpadded(conv(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, documents, way))
+    xbc = unpadded(conv(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, documents, implementation))
     x, B, C = xbc.split([self.intermediate_size, groups * state, groups * state], -1)
     # no clamp: the checkpoint's own code and vLLM have none
     dt = F.softplus(dt.float() + self.dt_bias.float())
@@ -310,11 +310,13 @@ def forward(
         self.D.float(),
         self.chunk_size,
         documents,
-        way,
+        implementation,
     )
-    y = gated_norm(y.flatten(-2), z, self.norm.weight, self.norm.variance_epsilon, self.norm.group_size, way)
-    out: torch.Tensor = self.out_proj(y.to(dtype))
-    return out
+    y = gated_norm(
+        y.flatten(-2), z, self.norm.weight, self.norm.variance_epsilon, self.norm.group_size, implementation
+    )
+    output: torch.Tensor = self.out_proj(y.to(dtype))
+    return output
 
 
 def attach(mixer: Mamba, implementation: str | None = None) -> Mamba:

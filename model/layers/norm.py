@@ -30,8 +30,8 @@ def attach(norm: nn.Module) -> None:
 def forward(self: Norm, hidden_states: torch.Tensor) -> torch.Tensor:
     """(..., width) to the same shape and dtype. On a CPU the class's own."""
     if not hidden_states.is_cuda:
-        own: torch.Tensor = type(self).forward(self, hidden_states)
-        return own
+        output: torch.Tensor = type(self).forward(self, hidden_states)
+        return output
     return _RMSNorm.apply(hidden_states, self.weight.detach(), self.variance_epsilon)
 
 
@@ -58,16 +58,16 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        rows, given = x.reshape(-1, x.shape[-1]).contiguous(), g.reshape(-1, x.shape[-1]).contiguous()
+        rows, g_rows = x.reshape(-1, x.shape[-1]).contiguous(), g.reshape(-1, x.shape[-1]).contiguous()
         dx = torch.empty_like(rows)
         _kernels()[1][(len(rows),)](
-            given,
+            g_rows,
             rows,
             weight,
             inverse,
             dx,
             rows.shape[1],
-            given.stride(0),
+            g_rows.stride(0),
             rows.stride(0),
             BLOCK=1 << (rows.shape[1] - 1).bit_length(),
         )
@@ -97,13 +97,13 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         value = tl.load(x + row * x_row + column, mask=column < width, other=0.0).to(tl.float32)
-        given = tl.load(g + row * g_row + column, mask=column < width, other=0.0).to(tl.float32)
-        given *= tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+        gradient = tl.load(g + row * g_row + column, mask=column < width, other=0.0).to(tl.float32)
+        gradient *= tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
         factor = tl.load(inverse + row)
-        along = tl.sum(given * value) * factor * factor * factor / width
+        projected = tl.sum(gradient * value) * factor * factor * factor / width
         tl.store(
             dx + row * width + column,
-            (given * factor - value * along).to(dx.dtype.element_ty),
+            (gradient * factor - value * projected).to(dx.dtype.element_ty),
             mask=column < width,
         )
 

@@ -61,7 +61,7 @@ class Projection(nn.Module):
         self.dtype = dtype
         self.shards = shards
         self.rank, self.scale, self.rounded = 0, 0.0, False
-        self.kept: torch.Tensor | None = None
+        self.decoded: torch.Tensor | None = None
         rows = shards.height(experts * out)
         forms: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
             "bf16": {"weight": ((rows, inside), dtype)},
@@ -88,21 +88,21 @@ class Projection(nn.Module):
 
         Raises ValueError on another shape, and on more matrices than there are.
         """
-        wanted = (self.out_features, self.in_features)
-        run = matrices if matrices.ndim == 3 else matrices[None]
-        count = len(run)
-        if tuple(run.shape[1:]) != wanted:
-            raise ValueError(f"a matrix of shape {tuple(matrices.shape)}, expected {wanted}")
+        expected = (self.out_features, self.in_features)
+        stack = matrices if matrices.ndim == 3 else matrices[None]
+        count = len(stack)
+        if tuple(stack.shape[1:]) != expected:
+            raise ValueError(f"a matrix of shape {tuple(matrices.shape)}, expected {expected}")
         if expert + count > self.experts:
             raise ValueError(f"{count} matrices from {expert} on, expected {self.experts} in all")
-        run = run.to(self.weight.device)
-        packed = {"weight": run} if self.form == "bf16" else vars(PACKINGS[self.form].pack(run))
+        stack = stack.to(self.weight.device)
+        packed = {"weight": stack} if self.form == "bf16" else vars(PACKINGS[self.form].pack(stack))
         if self.form == "nvfp4":
             self.weight_scale_2[expert : expert + count] = packed["weight_scale_2"]
         for name in self._by_rows:
             self.shards.put(getattr(self, name), expert * self.out_features, packed[name].flatten(0, 1))
 
-    def held(self) -> torch.Tensor | nf4.Packed | nvfp4.Packed:
+    def stored_weights(self) -> torch.Tensor | nf4.Packed | nvfp4.Packed:
         """The frozen weights in their form, whole: tensors (experts, out, ...)."""
         rows, sizes = self.experts * self.out_features, (self.experts, self.out_features)
         whole: dict[str, torch.Tensor] = {
@@ -120,10 +120,10 @@ class Projection(nn.Module):
         """The frozen weights (experts, out, in) in `dtype`, without any change; written into `out`, a view
         of that shape, if it is given.
         """
-        if self.kept is not None:
-            found = self.kept[:, : self.out_features, : self.in_features]
-            return found if out is None else out.copy_(found)
-        held = self.held()
+        if self.decoded is not None:
+            weights = self.decoded[:, : self.out_features, : self.in_features]
+            return weights if out is None else out.copy_(weights)
+        held = self.stored_weights()
         if isinstance(held, torch.Tensor):
             return held if out is None else out.copy_(held)
         if self.weight.is_cuda:
@@ -141,28 +141,28 @@ class Projection(nn.Module):
                     else out
                 ),
             )
-        found = PACKINGS[self.form].unpack(held).to(self.dtype)
-        return found if out is None else out.copy_(found)
+        weights = PACKINGS[self.form].unpack(held).to(self.dtype)
+        return weights if out is None else out.copy_(weights)
 
     @torch.no_grad()
-    def keep(self, multiple: int = 1) -> None:
+    def keep_decoded(self, multiple: int = 1) -> None:
         """Holds the weights decoded from now on, with room for the factors beside and below them; call it
         after `adapt`.
 
         `multiple` is the one that `beside` and `above` will be called with.
         """
         room = self.rank + -self.rank % multiple
-        made = torch.zeros(
+        decoded = torch.zeros(
             self.experts,
             self.out_features + room,
             self.in_features + room,
             dtype=self.dtype,
             device=self.weight.device,
         )
-        self.dense(made[:, : self.out_features, : self.in_features])
-        self.kept = made
+        self.dense(decoded[:, : self.out_features, : self.in_features])
+        self.decoded = decoded
 
-    def bytes_to_keep(self, multiple: int = 1) -> int:
+    def decoded_bytes(self, multiple: int = 1) -> int:
         """What `keep` takes."""
         room = self.rank + -self.rank % multiple
         return self.experts * (self.out_features + room) * (self.in_features + room) * self.dtype.itemsize
@@ -180,7 +180,7 @@ class Projection(nn.Module):
         )
         self.rank, self.scale = rank, alpha / rank
 
-    def change(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    def set_change(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
         """Puts a change that is there already: A (experts, rank, in), B (experts, out, rank), both times
         `scale`. Rank 0 takes it away.
         """
@@ -191,7 +191,7 @@ class Projection(nn.Module):
         self.rank, self.scale = a.shape[1], scale
 
     @torch.no_grad()
-    def multiplied(self) -> torch.Tensor:
+    def forward_weights(self) -> torch.Tensor:
         """The weights that the forward multiplies with, (experts, out, in) in `dtype`.
 
         Rounded, they are what the export will write: NVFP4 of the BF16 merge of base and change, and the
@@ -200,52 +200,52 @@ class Projection(nn.Module):
         """
         if not self.rounded:
             return self.dense()
-        made = torch.empty(
+        weights = torch.empty(
             self.experts, self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device
         )
         frozen = self.dense()
-        for at in range(0, self.experts, ROUNDED_AT_ONCE):
-            some = slice(at, at + ROUNDED_AT_ONCE)
-            merged = frozen[some].float()
+        for first in range(0, self.experts, ROUNDED_AT_ONCE):
+            chunk = slice(first, first + ROUNDED_AT_ONCE)
+            merged = frozen[chunk].float()
             if self.rank:
-                merged = merged + self.scale * (self.lora_b[some] @ self.lora_a[some])
-            made[some] = rounding.rounded(merged.to(torch.bfloat16), self.dtype)
-        return made
+                merged = merged + self.scale * (self.lora_b[chunk] @ self.lora_a[chunk])
+            weights[chunk] = rounding.rounded(merged.to(torch.bfloat16), self.dtype)
+        return weights
 
     @torch.no_grad()
-    def beside(self, multiple: int = 1) -> torch.Tensor:
+    def with_b_columns(self, multiple: int = 1) -> torch.Tensor:
         """The frozen weights with scale * B behind them, (experts, out, in + rank): for rows that carry A
         x behind x.
         """
         _, b = self.factors(self.dtype, multiple)
-        if self.kept is not None:
-            made = self.kept[:, : self.out_features]
+        if self.decoded is not None:
+            weights = self.decoded[:, : self.out_features]
         else:
-            made = self.weight.new_empty(
+            weights = self.weight.new_empty(
                 self.experts, self.out_features, self.in_features + b.shape[2], dtype=self.dtype
             )
-            self.dense(made[:, :, : self.in_features])
-        made[:, :, self.in_features :] = b
-        return made
+            self.dense(weights[:, :, : self.in_features])
+        weights[:, :, self.in_features :] = b
+        return weights
 
     @torch.no_grad()
-    def above(self, multiple: int = 1) -> torch.Tensor:
+    def with_a_rows(self, multiple: int = 1) -> torch.Tensor:
         """The frozen weights with A below them, (experts, out + rank, in): for gradients that carry what B
         gives back behind them.
         """
         a, _ = self.factors(self.dtype, multiple)
-        if self.kept is not None:
-            made = self.kept[:, :, : self.in_features]
+        if self.decoded is not None:
+            weights = self.decoded[:, :, : self.in_features]
         else:
-            made = self.weight.new_empty(
+            weights = self.weight.new_empty(
                 self.experts, self.out_features + a.shape[1], self.in_features, dtype=self.dtype
             )
-            self.dense(made[:, : self.out_features])
-        made[:, self.out_features :] = a
-        return made
+            self.dense(weights[:, : self.out_features])
+        weights[:, self.out_features :] = a
+        return weights
 
     @property
-    def pair(self) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
+    def trainable_factors(self) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
         """What is trained: A and B, or None and None."""
         return (self.lora_a, self.lora_b) if self.rank else (None, None)
 
@@ -262,7 +262,7 @@ class Projection(nn.Module):
         """As a linear without bias: (..., in) -> (..., out). Raises ValueError for a stack of several."""
         if self.experts != 1:
             raise ValueError(f"a stack of {self.experts} matrices is multiplied by model.layers.experts")
-        return _Linear.apply(x, *self.pair, self)
+        return _Linear.apply(x, *self.trainable_factors, self)
 
     def extra_repr(self) -> str:
         return f"{self.experts} x ({self.out_features}, {self.in_features}), {self.form}, rank {self.rank}"
@@ -283,7 +283,7 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.projection, ctx.change = projection, a is not None
         ctx.save_for_backward(x if ctx.change else None)
-        y = x @ projection.multiplied()[0].t()
+        y = x @ projection.forward_weights()[0].t()
         if ctx.change and not projection.rounded:
             factor_a, factor_b = projection.factors(x.dtype)
             y += (x @ factor_a[0].t()) @ factor_b[0].t()
@@ -296,7 +296,7 @@ class _Linear(torch.autograd.Function):
         projection = ctx.projection
         dx = da = db = None
         if ctx.needs_input_grad[0]:
-            dx = g @ projection.multiplied()[0]
+            dx = g @ projection.forward_weights()[0]
         if ctx.change:
             (x,) = ctx.saved_tensors
             factor_a, factor_b = projection.factors(x.dtype)

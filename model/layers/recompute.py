@@ -75,16 +75,16 @@ def fitting(config: NemotronHConfig, kinds: list[str], tokens: int, capacity: in
     recomputed."""
     logits = CHUNK * config.vocab_size * 12  # in float32, their softmax, and BF16 beside them
 
-    def held(length: int, kept: float) -> float:
+    def peak_bytes(length: int, kept: float) -> float:
         inputs = len(kinds) * length * config.hidden_size * 2
         # while a block of experts goes back
         rows = 6 * length * config.num_experts_per_tok * config.moe_intermediate_size * 2
         return inputs + kept + max(rows, logits)
 
-    kept, count, room = 0.0, 0, held(capacity, 0.0)
+    kept, count, room = 0.0, 0, peak_bytes(capacity, 0.0)
     for kind in reversed(kinds):
         kept += tokens * bytes_kept(config, kind)
-        if held(tokens, kept) > room:
+        if peak_bytes(tokens, kept) > room:
             break
         count += 1
     return count
@@ -112,14 +112,14 @@ def forward(self: Block, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
     mixer = self.mixer
     if not (self.recomputed and self.training):
         normed = self.norm(hidden_states)
-        whole: torch.Tensor = hidden_states + mixer(normed)
-        return whole
+        output: torch.Tensor = hidden_states + mixer(normed)
+        return output
     up, down = experts.stacks(mixer.experts)
     return _Block.apply(
         hidden_states,
         self,
-        *up.pair,
-        *down.pair,
+        *up.trainable_factors,
+        *down.trainable_factors,
         *_trained(mixer.shared_experts),
     )
 
@@ -163,10 +163,10 @@ class _Block(torch.autograd.Function):
             start = hidden.detach().requires_grad_()
             rows, routing, share, shared = _parts(block, start)
         up, down = experts.stacks(block.mixer.experts)
-        dx, dshare, *own = experts.gradients(
+        dx, dshare, *expert_gradients = experts.gradients(
             g.flatten(0, -2), rows.detach(), routing, share.detach(), None, up, down
         )
-        around, *rest = torch.autograd.grad(
+        around, *shared_gradients = torch.autograd.grad(
             [rows, share, shared], [start, *_trained(block.mixer.shared_experts)], [dx, dshare, g]
         )
-        return g + around, None, *own, *rest
+        return g + around, None, *expert_gradients, *shared_gradients

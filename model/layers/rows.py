@@ -105,8 +105,8 @@ def _kernels() -> dict[str, JITFunction]:
     def gather(x, token, out, width, x_row, out_row, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         source = tl.load(token + row)
-        for at in range(0, width, BLOCK):
-            column = at + tl.arange(0, BLOCK)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
             value = tl.load(x + source * x_row + column, mask=column < width, other=0.0)
             tl.store(out + row * out_row + column, value, mask=column < width)
 
@@ -114,8 +114,8 @@ def _kernels() -> dict[str, JITFunction]:
     @no_type_check  # Triton's own language
     def squared(u, out, width, u_row, out_row, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        for at in range(0, width, BLOCK):
-            column = at + tl.arange(0, BLOCK)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
             value = tl.maximum(
                 tl.load(u + row * u_row + column, mask=column < width, other=0.0).to(tl.float32), 0.0
             )
@@ -129,8 +129,8 @@ def _kernels() -> dict[str, JITFunction]:
         row = tl.program_id(0).to(tl.int64)
         share = tl.load(p + row)
         total = tl.zeros((BLOCK,), tl.float32)
-        for at in range(0, width, BLOCK):
-            column = at + tl.arange(0, BLOCK)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
             given = tl.load(dh + row * dh_row + column, mask=column < width, other=0.0).to(tl.float32)
             relu = tl.maximum(
                 tl.load(u + row * u_row + column, mask=column < width, other=0.0).to(tl.float32), 0.0
@@ -149,8 +149,8 @@ def _kernels() -> dict[str, JITFunction]:
         d, inverse, share, out, width, d_row, CHOICES: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
-        for at in range(0, width, BLOCK):
-            column = at + tl.arange(0, BLOCK)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
             total = tl.zeros((BLOCK,), tl.float32)
             for k in tl.static_range(CHOICES):
                 source = tl.load(inverse + row * CHOICES + k)

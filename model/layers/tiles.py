@@ -152,15 +152,15 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
             weight += tl.load(experts + tile).to(tl.int64) * w_expert
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for start in range(0, depth, DEPTH):
-                at = start + tl.arange(0, DEPTH)
+                inner = start + tl.arange(0, DEPTH)
                 a = tl.load(
-                    x + row[:, None] * x_row + at[None, :] * x_depth,
-                    mask=(row[:, None] < end) & (at[None, :] < depth),
+                    x + row[:, None] * x_row + inner[None, :] * x_depth,
+                    mask=(row[:, None] < end) & (inner[None, :] < depth),
                     other=0.0,
                 )
                 b = tl.load(
-                    weight + at[:, None] * w_depth + column[None, :] * w_column,
-                    mask=(at[:, None] < depth) & (column[None, :] < columns),
+                    weight + inner[:, None] * w_depth + column[None, :] * w_column,
+                    mask=(inner[:, None] < depth) & (column[None, :] < columns),
                     other=0.0,
                 )
                 total = tl.dot(a, b, total)

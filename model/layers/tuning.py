@@ -39,8 +39,8 @@ def table(gpu: str) -> dict[str, dict[str, Any]]:
     """Kernel -> configuration for a GPU by its name as torch gives it; empty for one that is not in
     tuning.json.
     """
-    found: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())["gpus"].get(gpu, {})
-    return found
+    kernels: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())["gpus"].get(gpu, {})
+    return kernels
 
 
 def digest() -> str:
@@ -56,11 +56,11 @@ def tuners() -> Iterator[tuple[str, Autotuner]]:
 
     from triton.runtime import Autotuner
 
-    seen = set()
+    names = set()
     for module in MODULES:
         for name, value in vars(importlib.import_module(f"mamba_ssm.ops.triton.{module}")).items():
-            if isinstance(value, Autotuner) and name not in seen:
-                seen.add(name)
+            if isinstance(value, Autotuner) and name not in names:
+                names.add(name)
                 yield name, value
 
 
@@ -78,18 +78,20 @@ def prepare() -> None:
                 value = value.fn
             value.fn = _unspecialised(value.fn)
     known = table(torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
-    kept = remembered()
+    earlier = remembered()
     for name, tuner in tuners():
         tuner.fn = _unspecialised(tuner.fn)
         if name in known:
             chosen = dict(known[name])
             config = triton.Config(chosen.pop("arguments"), **chosen)
-            config.pre_hook = next((its.pre_hook for its in tuner.configs if its.pre_hook), None)
+            config.pre_hook = next(
+                (candidate.pre_hook for candidate in tuner.configs if candidate.pre_hook), None
+            )
             tuner.configs = [config]
         elif determinism.wanted():
             tuner.configs = [smallest(tuner.configs)]
         else:
-            recall(tuner, kept.get(name, []))
+            recall(tuner, earlier.get(name, []))
             watch(name, tuner)
 
 
@@ -125,11 +127,11 @@ def remembered() -> dict[str, list[dict[str, Any]]]:
         return {}
 
 
-def recall(tuner: Autotuner, found: list[dict[str, Any]]) -> None:
+def recall(tuner: Autotuner, entries: list[dict[str, Any]]) -> None:
     """Lets a tuner know what was found before. What it has no such configuration for any more is left out,
     and searched for again.
     """
-    for entry in found:
+    for entry in entries:
         for config in tuner.configs:
             if described(config) == {name: entry.get(name) for name in described(config)}:
                 tuner.cache[tuple(entry["key"])] = config
@@ -146,9 +148,9 @@ def watch(name: str, tuner: Autotuner) -> None:
         return prune(*arguments, **named)
 
     def run_and_remember(*arguments: Any, **named: Any) -> Any:
-        before = len(tuner.cache)
+        known = len(tuner.cache)
         result = run(*arguments, **named)
-        if len(tuner.cache) > before:
+        if len(tuner.cache) > known:
             remember(name, tuner)
         return result
 
@@ -163,9 +165,11 @@ def remember(name: str, tuner: Autotuner) -> None:
     if path is None:
         return
     kernels = remembered()
-    own = [{"key": list(key), **described(config)} for key, config in tuner.cache.items()]
-    kernels[name] = own + [
-        entry for entry in kernels.get(name, []) if entry["key"] not in [its["key"] for its in own]
+    own_entries = [{"key": list(key), **described(config)} for key, config in tuner.cache.items()]
+    kernels[name] = own_entries + [
+        entry
+        for entry in kernels.get(name, [])
+        if entry["key"] not in [own_entry["key"] for own_entry in own_entries]
     ]
     # Renamed into place: a process that reads meanwhile, or one that is killed here, has the old file or the
     # new one.
@@ -199,9 +203,9 @@ def chosen() -> dict[str, dict[str, Any]]:
     """Kernel -> the configuration that this process has run it with, as tuning.json has it. Of several,
     the last.
     """
-    found = {}
+    configurations = {}
     for name, tuner in tuners():
         config = tuner.configs[0] if len(tuner.configs) == 1 else getattr(tuner, "best_config", None)
         if config is not None:
-            found[name] = described(config)
-    return found
+            configurations[name] = described(config)
+    return configurations

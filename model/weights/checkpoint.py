@@ -82,7 +82,7 @@ def header(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
                     file,
                     value["dtype"],
                     tuple(value["shape"]),
-                    *(8 + length + at for at in value["data_offsets"]),
+                    *(8 + length + offset for offset in value["data_offsets"]),
                 )
                 for name, value in raw.items()
             }
@@ -108,20 +108,20 @@ def header(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError, with the file's name, on anything else."""
     try:
-        found = json.loads(file.read_text())
+        value = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file.name} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file.name} holds a {type(found).__name__}, not an object")
-    return found
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file.name} holds a {type(value).__name__}, not an object")
+    return value
 
 
 def weight_map(folder: Path) -> dict[str, str]:
     """The index of a folder: tensor -> file. Raises CheckpointError if it is none."""
-    found = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise CheckpointError(f"{INDEX} has no weight_map of tensor names to file names")
-    return found
+    return files
 
 
 class Tensors:
@@ -175,16 +175,16 @@ class Tensors:
             return iter([partial(self.tensor, name)])
         return (partial(self.rows, name, *span) for span in self.spans(name))
 
-    def _read(self, name: str, start: int, into: torch.Tensor) -> torch.Tensor:
+    def _read(self, name: str, start: int, target: torch.Tensor) -> torch.Tensor:
         file = self.entries[name].file
         with file.open("rb", buffering=0) as opened:
             opened.seek(start)
-            left = data(into)
-            while left and (count := opened.readinto(left)):
-                left = left[count:]
-        if left:
+            remaining = data(target)
+            while remaining and (count := opened.readinto(remaining)):
+                remaining = remaining[count:]
+        if remaining:
             raise CheckpointError(f"{file.name} ended in the middle of {name}")
-        return into
+        return target
 
 
 class Checkpoint(Tensors):
@@ -255,21 +255,23 @@ def write(
     Work is done by a few threads ahead of the writing, so that reading, computing and writing go on at
     once. Raises CheckpointError if what comes of it has another shape or dtype than the slot announces.
     """
-    at, table = 0, {}
+    offset, table = 0, {}
     for slot in slots:
         table[slot.name] = {
             "dtype": slot.dtype,
             "shape": list(slot.shape),
-            "data_offsets": [at, at + slot.bytes],
+            "data_offsets": [offset, offset + slot.bytes],
         }
-        at += slot.bytes
+        offset += slot.bytes
     head = json.dumps({"__metadata__": metadata or {"format": "pt"}, **table}, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # tensor data begins on a multiple of 8 bytes
 
     def work() -> Iterator[tuple[Slot, Work]]:
         for slot in slots:
-            made = produce(slot)
-            for piece in [partial(torch.Tensor.detach, made)] if isinstance(made, torch.Tensor) else made:
+            produced = produce(slot)
+            for piece in (
+                [partial(torch.Tensor.detach, produced)] if isinstance(produced, torch.Tensor) else produced
+            ):
                 yield slot, piece
 
     written = dict.fromkeys(table, 0)
@@ -285,10 +287,10 @@ def write(
                     f"{slot.name} came out as {piece.dtype} {tuple(piece.shape)}, announced were {slot.dtype}"
                     f" {slot.shape}"
                 )
-            left = data(piece)
-            written[slot.name] += left.nbytes
-            while left:
-                left = left[opened.write(left) :]
+            remaining = data(piece)
+            written[slot.name] += remaining.nbytes
+            while remaining:
+                remaining = remaining[opened.write(remaining) :]
     for slot in slots:
         if written[slot.name] != slot.bytes:
             raise CheckpointError(
@@ -301,7 +303,7 @@ def ahead(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, torch.Tenso
     """The results of work in its order, computed by a few threads; at most twice as many are there or
     under way at once.
     """
-    threads, before = min(THREADS, os.cpu_count() or 1), torch.get_num_threads()
+    threads, previous_threads = min(THREADS, os.cpu_count() or 1), torch.get_num_threads()
     # each works on a piece of its own; teams of threads within would wait for one another
     torch.set_num_threads(1)
     try:
@@ -316,7 +318,7 @@ def ahead(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, torch.Tenso
                 first, result = pending.popleft()
                 yield first, result.result()
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous_threads)
 
 
 def shards(slots: list[Slot], limit: int) -> list[tuple[str, list[Slot]]]:

@@ -86,15 +86,15 @@ def _kernel() -> JITFunction:
         if DOUBLE:
             second = tl.load(seconds + matrix)
         for start in range(0, width, TILE):
-            at = start + tl.arange(0, TILE)
-            code = tl.load(codes + at, mask=at < width, other=0).to(tl.int32)
+            position = start + tl.arange(0, TILE)
+            code = tl.load(codes + position, mask=position < width, other=0).to(tl.int32)
             # Two columns a byte, and an even number of columns a group: both have one scale.
-            scale = tl.load(scales + at // (GROUP // 2), mask=at < width, other=0)
+            scale = tl.load(scales + position // (GROUP // 2), mask=position < width, other=0)
             factor = tl.load(bytes_of_scale + scale.to(tl.int32)) * second if DOUBLE else scale.to(tl.float32)
-            both = tl.interleave(
+            columns = tl.interleave(
                 tl.load(values + (code & 15)) * factor, tl.load(values + (code >> 4)) * factor
             )
             column = 2 * start + tl.arange(0, 2 * TILE)
-            tl.store(out + column, both.to(out.dtype.element_ty), mask=column < 2 * width)
+            tl.store(out + column, columns.to(out.dtype.element_ty), mask=column < 2 * width)
 
     return kernel

@@ -83,7 +83,7 @@ PLAIN = (
     "Train a plain LoRA, or merge with PEFT itself and give the merged checkpoint to stage base "
     "(source: folder)."
 )
-_WAYS_OUT = {
+_REMEDIES = {
     "alora_invocation_tokens": (
         "An activated LoRA works only after its invocation tokens, so no merged "
         "weight stands for it. Serve it as an adapter, or train a plain LoRA."
@@ -207,7 +207,7 @@ def read(folder: Path) -> LoraSettings:
             raise AdapterError(
                 f"{name} in {CONFIG} is {_short(value)}, which a merge does not support",
                 f"{_short(DEFAULTS.get(name))}, its default",
-                _WAYS_OUT.get(name, PLAIN),
+                _REMEDIES.get(name, PLAIN),
             )
     return _settings(config)
 

@@ -33,10 +33,10 @@ def table() -> torch.Tensor:
     """The sixteen values in ascending order, float32; code 7 is zero."""
 
     def quantiles(count: int) -> torch.Tensor:
-        found: torch.Tensor = torch.special.ndtri(
+        normal_quantiles: torch.Tensor = torch.special.ndtri(
             torch.linspace(OFFSET, 0.5, count, dtype=torch.float64)[:-1]
         )
-        return found
+        return normal_quantiles
 
     values = torch.cat([quantiles(9), torch.zeros(1, dtype=torch.float64), -quantiles(8)]).sort().values
     return (values / values.max()).float()

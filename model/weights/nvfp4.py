@@ -73,15 +73,19 @@ def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
     groups = weight.reshape(-1, GROUP)
     # Floats without a sign are in the order of their bits, and torch takes the maximum of 16 integers in half
     # the time.
-    amax = _by_chunks(lambda part: part.float().abs().view(torch.int32).amax(-1), groups).view(torch.float32)
+    amax = _by_chunks(lambda chunk: chunk.float().abs().view(torch.int32).amax(-1), groups).view(
+        torch.float32
+    )
     second = global_scale(amax.view(*front[:-1], -1).amax(-1))
-    spread = second[..., None, None].expand(*front, width // GROUP).reshape(-1)
-    scale = block_scale(amax, spread, FP4_MAX)
+    group_second = second[..., None, None].expand(*front, width // GROUP).reshape(-1)
+    scale = block_scale(amax, group_second, FP4_MAX)
     if search == "mse":
-        scale = _by_chunks(least_error, groups, amax, spread)
-    divisor = scale.float() * spread
+        scale = _by_chunks(least_error, groups, amax, group_second)
+    divisor = scale.float() * group_second
     divisor.masked_fill_(divisor == 0, torch.inf)  # smaller than any float32: such weights become 0
-    codes = _by_chunks(lambda part, its: _bytes(encode(part.float() / its[:, None])), groups, divisor)
+    codes = _by_chunks(
+        lambda chunk, chunk_divisor: _bytes(encode(chunk.float() / chunk_divisor[:, None])), groups, divisor
+    )
     return Packed(codes.view(*front, width // 2), scale.view(*front, width // GROUP), second)
 
 
@@ -109,13 +113,13 @@ def least_error(groups: torch.Tensor, amax: torch.Tensor, second: torch.Tensor) 
     """
     size = groups.float().abs()
     six, four = (block_scale(amax, second, target).view(torch.uint8) for target in (FP4_MAX, 4.0))
-    best, least = six, _error(size, six, second)
+    best, least_squares = six, _error(size, six, second)
     for byte in (six - 1, six + 1, four, four - 1, four + 1):
         byte.clamp_(*_BYTES)
         error = _error(size, byte, second)
         # never where `least` is NaN: zeros in a matrix whose scales are too small for float32
-        better = error < least * _BETTER
-        best, least = torch.where(better, byte, best), torch.where(better, error, least)
+        better = error < least_squares * _BETTER
+        best, least_squares = torch.where(better, byte, best), torch.where(better, error, least_squares)
     return best.view(torch.float8_e4m3fn)
 
 
@@ -157,8 +161,8 @@ def _bytes(codes: torch.Tensor) -> torch.Tensor:
     """Codes (..., in), two to a byte (..., in / 2). Read as one 16-bit number, two codes have the even
     column in the low byte.
     """
-    both = codes.view(torch.int16)
-    return ((both >> 4) | both).to(torch.uint8)
+    pairs = codes.view(torch.int16)
+    return ((pairs >> 4) | pairs).to(torch.uint8)
 
 
 def unpack(packed: Packed) -> torch.Tensor:
@@ -169,7 +173,11 @@ def unpack(packed: Packed) -> torch.Tensor:
     codes = packed.weight.reshape(-1, GROUP // 2)
     scale = (packed.weight_scale.float() * packed.weight_scale_2[..., None, None]).reshape(-1, 1)
     values = _by_chunks(
-        lambda part, its: pairs.index_select(0, part.flatten().int()).view(-1, GROUP).mul_(its), codes, scale
+        lambda chunk, chunk_scale: (
+            pairs.index_select(0, chunk.flatten().int()).view(-1, GROUP).mul_(chunk_scale)
+        ),
+        codes,
+        scale,
     )
     return values.view(*packed.weight.shape[:-1], -1)
 
@@ -182,11 +190,11 @@ def _by_chunks(work: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> tor
         return work(*tensors)
     out: torch.Tensor | None = None
     start = 0
-    for part in zip(*(tensor.split(CHUNK // GROUP) for tensor in tensors), strict=True):
-        made = work(*part)
+    for chunks in zip(*(tensor.split(CHUNK // GROUP) for tensor in tensors), strict=True):
+        result = work(*chunks)
         if out is None:
-            out = made.new_empty(len(tensors[0]), *made.shape[1:])
+            out = result.new_empty(len(tensors[0]), *result.shape[1:])
         # and not joined at the end, which with two threads took longer than the rest
-        out[start : start + len(made)] = made
-        start += len(made)
+        out[start : start + len(result)] = result
+        start += len(result)
     return cast(torch.Tensor, out)  # `split` gives one part at least

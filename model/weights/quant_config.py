@@ -76,12 +76,12 @@ def read(folder: Path, config: dict[str, Any]) -> list[QuantConfig]:
     """Everything that is said, what vLLM takes first. Raises CheckpointError on a file or value that is
     none of the known forms.
     """
-    found = []
+    configs = []
     if quantization := config.get(INSIDE):
-        found.append(_of(CONFIG, quantization, "ignore"))
+        configs.append(_of(CONFIG, quantization, "ignore"))
     if (folder / FILE).exists():
-        found.append(_of(FILE, read_json(folder / FILE).get("quantization"), "exclude_modules"))
-    return found
+        configs.append(_of(FILE, read_json(folder / FILE).get("quantization"), "exclude_modules"))
+    return configs
 
 
 def _of(file: str, raw: object, listed: str) -> QuantConfig:

@@ -91,7 +91,7 @@ def _kernel() -> JITFunction:
             # step.
             step2 = tl.where(unit < 2.0, 0.5, tl.where(unit < 4.0, 1.0, 2.0))
             code = tl.minimum(((unit / step2 + 12582912.0) - 12582912.0) * step2, FP4_MAX)
-            found = tl.where(value < 0.0, -code, code) * divisor
-            tl.store(out + column, found.to(out.dtype.element_ty), mask=column < width)
+            rounded_value = tl.where(value < 0.0, -code, code) * divisor
+            tl.store(out + column, rounded_value.to(out.dtype.element_ty), mask=column < width)
 
     return kernel

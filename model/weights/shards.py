@@ -42,7 +42,7 @@ class Shards:
         """
         if self.count == 1:
             return own
-        made = own.new_empty(self.count * len(own), *own.shape[1:])
+        gathered = own.new_empty(self.count * len(own), *own.shape[1:])
         # As bytes: not every backend knows every dtype.
-        distributed.all_gather_into_tensor(made.view(torch.uint8), own.view(torch.uint8))
-        return made[:rows]
+        distributed.all_gather_into_tensor(gathered.view(torch.uint8), own.view(torch.uint8))
+        return gathered[:rows]

@@ -262,7 +262,7 @@ def beside(
         b = torch.zeros(module.experts, module.out_features, rank, device=module.weight.device)
         for matrix, (left, right) in found.items():
             a[matrix, : len(left)], b[matrix, :, : len(left)] = left, right
-        module.change(a, b, 1.0)
+        module.set_change(a, b, 1.0)
 
     def weight_of(name: str) -> torch.Tensor:
         if name in whole:

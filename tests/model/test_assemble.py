@@ -303,10 +303,10 @@ def test_weights_are_held_decoded_in_the_room_that_is_given_the_first_blocks_fir
         ]
 
     model, packed = loaded()
-    sizes = [module.bytes_to_keep() for module in packed]
+    sizes = [module.decoded_bytes() for module in packed]
     assert assemble.keep_decoded(model, min(sizes) - 1) == (0, 0)
     assert assemble.keep_decoded(model, sum(sizes[:3])) == (3, sum(sizes[:3]))
-    assert [module.kept is not None for module in packed] == [True] * 3 + [False] * (len(packed) - 3)
+    assert [module.decoded is not None for module in packed] == [True] * 3 + [False] * (len(packed) - 3)
     model, packed = loaded()
     assert assemble.keep_decoded(model, 1e12) == (
         len(packed),
@@ -326,7 +326,7 @@ def test_rounded_weights_are_bit_for_bit_what_the_export_writes(base, tmp_path):
     for module in exported:
         module.rounded = True
         hub = names[id(module)].replace("model.", "backbone.", 1)
-        for expert, found in enumerate(module.multiplied()):
+        for expert, found in enumerate(module.forward_weights()):
             name = f"{hub.replace('.experts.', f'.experts.{expert}.')}.weight"
             # Merge's own arithmetic, and the exporter's.
             weight = (stored.tensor(name).float() + merged.delta(name)).to(torch.bfloat16)

@@ -174,13 +174,13 @@ def test_rounded_products_are_those_of_the_export(device):
         its.rounded = True
         merged = (its.dense().float() + its.scale * its.lora_b @ its.lora_a).to(torch.bfloat16)
         exported = nvfp4.unpack(nvfp4.pack(merged))
-        assert torch.equal(its.multiplied(), exported) and not torch.equal(exported, merged.float())
+        assert torch.equal(its.forward_weights(), exported) and not torch.equal(exported, merged.float())
     x, index, share = inputs(24, torch.float32, device)
     layer(x, index, share).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
     plain = Layer("bf16", 0, torch.float32, device)
     for mine, its in ((plain.up_proj, layer.up_proj), (plain.down_proj, layer.down_proj)):
-        mine.weight.copy_(its.multiplied().flatten(0, 1))
+        mine.weight.copy_(its.forward_weights().flatten(0, 1))
     y, dx = plain(x, index, share), x.grad.clone()
     x.grad = None
     y.sum().backward()
@@ -255,16 +255,20 @@ def test_weights_that_are_held_decoded_give_the_same_bits_step_after_step(form, 
                 torch.manual_seed(number)
                 projection.lora_a.data.normal_(std=0.1)
                 projection.lora_b.data.normal_(std=0.1)
-            leaves = [x, share, *(factor for projection in its if rank for factor in projection.pair)]
+            leaves = [
+                x,
+                share,
+                *(factor for projection in its if rank for factor in projection.trainable_factors),
+            ]
             y = layer(x, index, share)
             found += [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
         return found
 
     wanted, multiple = steps(), grouped.ALIGNMENT if grouped.fast(x) else 1
     for projection in its:
-        before, room = projection.dense().clone(), projection.bytes_to_keep(multiple)
-        projection.keep(multiple)
-        assert torch.equal(projection.dense(), before) and projection.kept.nbytes == room
+        before, room = projection.dense().clone(), projection.decoded_bytes(multiple)
+        projection.keep_decoded(multiple)
+        assert torch.equal(projection.dense(), before) and projection.decoded.nbytes == room
         projection.weight.zero_()  # what is packed is not read any more
     assert all(torch.equal(a, b) for a, b in zip(steps(), wanted, strict=True))
 

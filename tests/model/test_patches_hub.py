@@ -163,7 +163,7 @@ def unpatched(name):
     """HUB with every site patched but one."""
     text = HUB
     for site in patches.SITES:
-        text = text if site.name == name else site.before.sub(site.after, text)
+        text = text if site.name == name else site.original.sub(site.replacement, text)
     return text
 
 
@@ -190,7 +190,7 @@ def test_what_a_newer_copy_already_has_is_left_alone():
 @pytest.mark.parametrize("name", NAMES)
 def test_one_site_patched_already_is_kept_and_the_others_are_patched(name):
     site = next(site for site in patches.SITES if site.name == name)
-    partly = site.before.sub(site.after, HUB)
+    partly = site.original.sub(site.replacement, HUB)
     assert states(partly) == {**dict.fromkeys(NAMES, TO_PATCH), name: THERE}
     assert patches.patched(partly) == patches.patched(HUB)
 
@@ -495,7 +495,7 @@ def test_a_patch_that_does_not_do_what_it_says_is_not_written(monkeypatch):
     monkeypatch.setattr(
         patches,
         "SITES",
-        (patches.Site(site.name, site.does, site.before, site.there, lambda found: found[0]),),
+        (patches.Site(site.name, site.purpose, site.original, site.patched, lambda match: match[0]),),
     )
     with pytest.raises(PatchError, match="b router not as it should be"):
         patches.patched(HUB)

@@ -43,4 +43,6 @@ def test_a_share_of_the_rows_is_packed_as_the_whole_matrix_is():
     assert torch.equal(first.weight, alone.weight[:18]) and torch.equal(
         first.weight_scale_2, alone.weight_scale_2
     )
-    assert isinstance(alone.held(), nvfp4.Packed) and isinstance(stack("nf4", Shards()).held(), nf4.Packed)
+    assert isinstance(alone.stored_weights(), nvfp4.Packed) and isinstance(
+        stack("nf4", Shards()).stored_weights(), nf4.Packed
+    )

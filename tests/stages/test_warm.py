@@ -80,7 +80,7 @@ def test_weights_are_held_decoded_as_in_the_recipe(tmp_path):
     task = small.job("warm", tmp_path, given, base=base)
     model = warm.adapted(task, warm.shape(task))
     packed = [its for its in model.modules() if isinstance(its, Projection) and its.form == "nf4"]
-    assert packed and all(its.kept is not None for its in packed)
+    assert packed and all(its.decoded is not None for its in packed)
 
 
 def test_without_a_base_it_takes_nanos_shape_and_says_so(tmp_path, capsys):

@@ -35,7 +35,7 @@ def _kinds(config: Config) -> list[str]:
 
 
 def _one_layer(config: Config, kind: str) -> Config:
-    letter = next(letter for letter, its in names.LETTERS.items() if its == kind)
+    letter = next(letter for letter, name in names.LETTERS.items() if name == kind)
     return config | {"hybrid_override_pattern": letter, "num_hidden_layers": 1}
 
 

@@ -49,16 +49,16 @@ def tensors(config: dict[str, Any], float32: tuple[str, ...] = FLOAT32) -> dict[
     BF16, and F32 where a name ends in one of `float32`.
     """
     d, vocabulary = config["hidden_size"], config["vocab_size"]
-    found: dict[str, tuple[int, ...]] = {EMBEDDINGS: (vocabulary, d)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDINGS: (vocabulary, d)}
     layer = {"M": _mamba, "*": _attention, "E": _experts}
     for number, letter in enumerate(pattern(config)):
         prefix = f"{_HUB}.layers.{number}"
-        found[f"{prefix}.norm.weight"] = (d,)
-        found |= {f"{prefix}.mixer.{name}": shape for name, shape in layer[letter](config).items()}
-    found[FINAL_NORM] = (d,)
-    found[HEAD] = (vocabulary, d)
+        shapes[f"{prefix}.norm.weight"] = (d,)
+        shapes |= {f"{prefix}.mixer.{name}": shape for name, shape in layer[letter](config).items()}
+    shapes[FINAL_NORM] = (d,)
+    shapes[HEAD] = (vocabulary, d)
     endings = tuple(f".{ending}" for ending in float32)
-    return {name: Spec(shape, "F32" if name.endswith(endings) else "BF16") for name, shape in found.items()}
+    return {name: Spec(shape, "F32" if name.endswith(endings) else "BF16") for name, shape in shapes.items()}
 
 
 def _mamba(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -91,13 +91,13 @@ def _attention(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def _experts(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     d, count, width = config["hidden_size"], config["n_routed_experts"], config["moe_intermediate_size"]
     shared = config["moe_shared_expert_intermediate_size"]
-    found: dict[str, tuple[int, ...]] = {"gate.weight": (count, d), "gate.e_score_correction_bias": (count,)}
+    shapes: dict[str, tuple[int, ...]] = {"gate.weight": (count, d), "gate.e_score_correction_bias": (count,)}
     for expert in range(count):
-        found[f"experts.{expert}.up_proj.weight"] = (width, d)
-        found[f"experts.{expert}.down_proj.weight"] = (d, width)
-    found["shared_experts.up_proj.weight"] = (shared, d)
-    found["shared_experts.down_proj.weight"] = (d, shared)
-    return found
+        shapes[f"experts.{expert}.up_proj.weight"] = (width, d)
+        shapes[f"experts.{expert}.down_proj.weight"] = (d, width)
+    shapes["shared_experts.up_proj.weight"] = (shared, d)
+    shapes["shared_experts.down_proj.weight"] = (d, shared)
+    return shapes
 
 
 def native(name: str) -> str:
@@ -107,9 +107,9 @@ def native(name: str) -> str:
     parts = name.split(".")
     if parts[0] == _HUB:
         parts[0] = _NATIVE
-    if (at := _expert(parts)) is None:
+    if (index := _stack_index(parts)) is None:
         return ".".join(parts)
-    return ".".join([*parts[: at + 1], parts[at + 2]])
+    return ".".join([*parts[: index + 1], parts[index + 2]])
 
 
 def hub(name: str, expert: int | None = None) -> str:
@@ -125,8 +125,8 @@ def hub(name: str, expert: int | None = None) -> str:
 def expert(name: str) -> int | None:
     """Which expert a hub name is of; None for what is in no stack."""
     parts = name.split(".")
-    at = _expert(parts)
-    return None if at is None else int(parts[at + 1])
+    index = _stack_index(parts)
+    return None if index is None else int(parts[index + 1])
 
 
 def layer(name: str) -> int | None:
@@ -153,7 +153,7 @@ def group(name: str) -> str:
     return next((label for label, rule in _GROUPS if re.search(rule, name)), "norms")
 
 
-def _expert(parts: list[str]) -> int | None:
+def _stack_index(parts: list[str]) -> int | None:
     """Where in a split hub name the stack of experts stands."""
-    at = parts.index("experts") if "experts" in parts else len(parts)
-    return at if parts[at + 1 : at + 2] and parts[at + 1].isdigit() else None
+    index = parts.index("experts") if "experts" in parts else len(parts)
+    return index if parts[index + 1 : index + 2] and parts[index + 1].isdigit() else None

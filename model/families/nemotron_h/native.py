@@ -104,9 +104,9 @@ def attach(model: nn.Module) -> None:
             norm.attach(module)
     experts.register()
     attention.register()
-    ours = cast("Model", model)
-    ours.set_experts_implementation(experts.NAME)
-    ours.set_attn_implementation(attention.NAME)
+    typed = cast("Model", model)
+    typed.set_experts_implementation(experts.NAME)
+    typed.set_attn_implementation(attention.NAME)
 
 
 def stored_exactly(name: str) -> bool:

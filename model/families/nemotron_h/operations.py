@@ -32,14 +32,14 @@ def count(config: dict[str, Any], recomputed: bool) -> Operations:
     """
     layers = {letter: pattern(config).count(letter) for letter in "M*E"}
     hidden, again = config["hidden_size"], int(recomputed)
-    whole = FORWARD + again + BACKWARD
+    passes = FORWARD + again + BACKWARD
     matrices = layers["M"] * _mamba(config) + layers["*"] * _attention(config) + layers["E"] * _shared(config)
     routed = layers["E"] * config["num_experts_per_tok"] * hidden * config["moe_intermediate_size"]
-    routed_passes = 2 * whole - again  # of up and down; down is not recomputed
+    routed_passes = 2 * passes - again  # of up and down; down is not recomputed
     scan_passes = FORWARD + again + SCAN_BACKWARD
     attention_passes = FORWARD + again + ATTENTION_BACKWARD
     return Operations(
-        token=2 * (matrices * whole + routed * routed_passes) + layers["M"] * _scan(config) * scan_passes,
+        token=2 * (matrices * passes + routed * routed_passes) + layers["M"] * _scan(config) * scan_passes,
         square=int(2 * layers["*"] * config["num_attention_heads"] * config["head_dim"] * attention_passes),
         trained=2 * hidden * config["vocab_size"] * (FORWARD + BACKWARD),
     )

@@ -72,10 +72,10 @@ class Site:
     """
 
     name: str
-    does: str
-    before: re.Pattern[str]
-    there: re.Pattern[str]
-    after: Callable[[re.Match[str]], str]
+    purpose: str
+    original: re.Pattern[str]
+    patched: re.Pattern[str]
+    replacement: Callable[[re.Match[str]], str]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Row:
     site: str
     line: str
     state: str
-    does: str
+    purpose: str
 
 
 def _without_autocast(body: re.Match[str]) -> str:
@@ -95,8 +95,8 @@ def _without_autocast(body: re.Match[str]) -> str:
     return "\n".join([indent + NO_AUTOCAST, *("    " + line if line else line for line in lines)])
 
 
-def _lines(before: str, there: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    return re.compile(before, re.MULTILINE), re.compile(there, re.MULTILINE)
+def _lines(original_pattern: str, patched_pattern: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    return re.compile(original_pattern, re.MULTILINE), re.compile(patched_pattern, re.MULTILINE)
 
 
 _IDLE = r"\n(?=(?: *#.*\n)* *expert_dtype = )"  # what follows the branch of an idle expert
@@ -109,7 +109,7 @@ SITES = (
             r"^except ImportError:\n +raise ImportError\([\"']mamba-ssm is required.*\)$",
             "^except ImportError:\n" + re.escape(NORM) + "$",
         ),
-        lambda found: "except ImportError:\n" + NORM,
+        lambda match: "except ImportError:\n" + NORM,
     ),
     Site(
         "b router",
@@ -129,7 +129,7 @@ SITES = (
             r"^ +final_hidden_states\.index_add_\(0, token_indices,"
             r" weighted_output\.to\(final_hidden_states\.dtype\)\)$",
         ),
-        lambda found: found[0].replace("weighted_output", "weighted_output.to(final_hidden_states.dtype)"),
+        lambda match: match[0].replace("weighted_output", "weighted_output.to(final_hidden_states.dtype)"),
     ),
     Site(
         "c idle input",
@@ -138,13 +138,13 @@ SITES = (
             r"^( +)expert_dtype = expert\.down_proj\.weight\.dtype$",
             r"^ +expert_dtype = hidden_states\.dtype$",
         ),
-        lambda found: found[1] + "expert_dtype = hidden_states.dtype",
+        lambda match: match[1] + "expert_dtype = hidden_states.dtype",
     ),
     Site(
         "d idle call",
         "an idle expert is called only where torch.distributed runs",
         *_lines(f"^( +)else:{_IDLE}", f"^ +{re.escape(DISTRIBUTED)}{_IDLE}"),
-        lambda found: f"{found[1]}{DISTRIBUTED}\n",
+        lambda match: f"{match[1]}{DISTRIBUTED}\n",
     ),
     Site(
         "e tied keys",
@@ -153,7 +153,7 @@ SITES = (
             r"^( +)_tied_weights_keys = \[[\"']lm_head\.weight[\"']\]$",
             r"^ +_tied_weights_keys = \{|^class NemotronHForCausalLM\b(?![\s\S]*_tied_weights_keys)",
         ),
-        lambda found: found[1] + "_tied_weights_keys = {}",
+        lambda match: match[1] + "_tied_weights_keys = {}",
     ),
     Site(
         "f stream",
@@ -166,8 +166,8 @@ SITES = (
             rf" {re.escape(STREAM)}\n"
             r" +else:\n +\1 = (?:contextlib\.)?nullcontext\(\)\n\n? +with \1:$",
         ),
-        lambda found: (
-            f"{found[1]}import contextlib\n\n{found[1]}with {STREAM} if hidden_states.is_cuda else"
+        lambda match: (
+            f"{match[1]}import contextlib\n\n{match[1]}with {STREAM} if hidden_states.is_cuda else"
             " contextlib.nullcontext():\n"
         ),
     ),
@@ -186,20 +186,20 @@ def patched(text: str) -> str:
     """
     rows = survey(text)
     if odd := [row for row in rows if row.state not in (TO_PATCH, THERE)]:
-        found = ", ".join(f"{row.site} {row.state}" for row in odd)
+        states = ", ".join(f"{row.site} {row.state}" for row in odd)
         raise PatchError(
-            f"found: {found}\nexpected: every site exactly once, as the hub's file has it or as it is"
+            f"found: {states}\nexpected: every site exactly once, as the hub's file has it or as it is"
             " patched\ndo: download the file afresh; if the hub's has changed, look at what it does there"
             " and extend model/families/nemotron_h/patches.py"
         )
     for site, row in zip(SITES, rows, strict=True):
         if row.state == TO_PATCH:
-            text = site.before.sub(site.after, text)
-    left = [row.site for row in survey(text) if row.state != THERE]
-    if left:
+            text = site.original.sub(site.replacement, text)
+    unpatched = [row.site for row in survey(text) if row.state != THERE]
+    if unpatched:
         raise PatchError(
-            f"found: {', '.join(left)} not as it should be after patching\nexpected: every site patched\n"
-            "do: keep this copy of the file, which is as it was, and mend patches.py"
+            f"found: {', '.join(unpatched)} not as it should be after patching\nexpected: every site"
+            " patched\ndo: keep this copy of the file, which is as it was, and mend patches.py"
         )
     return text
 
@@ -233,7 +233,7 @@ def patch(path: Path, check: bool = False) -> tuple[list[Row], str]:
     finally:
         beside.unlink(missing_ok=True)
     return [
-        Row(row.site, row.line, PATCHED if row.state == TO_PATCH else row.state, row.does) for row in rows
+        Row(row.site, row.line, PATCHED if row.state == TO_PATCH else row.state, row.purpose) for row in rows
     ], ""
 
 
@@ -249,16 +249,16 @@ def main(arguments: list[str] | None = None) -> int:
         "path", type=Path, metavar="FILE_OR_FOLDER", help=f"a {FILE}, or a folder in which to look for it"
     )
     parser.add_argument("--check", action="store_true", help="say what would be done, and change nothing")
-    given = parser.parse_args(arguments)
-    paths = sorted(given.path.rglob(FILE)) if given.path.is_dir() else [given.path]
+    options = parser.parse_args(arguments)
+    paths = sorted(options.path.rglob(FILE)) if options.path.is_dir() else [options.path]
     if not paths:
         print(
-            f"found: no {FILE} under {given.path}\nexpected: the hub's file\ndo: name the model's folder or"
+            f"found: no {FILE} under {options.path}\nexpected: the hub's file\ndo: name the model's folder or"
             " the hub's cache",
             file=sys.stderr,
         )
         return 1
-    return max(_report(path, given.check) for path in paths)
+    return max(_report(path, options.check) for path in paths)
 
 
 def _report(path: Path, check: bool) -> int:
@@ -278,20 +278,28 @@ def table(rows: list[Row]) -> str:
     """The rows under a heading, each column as wide as its widest cell."""
     cells = [
         ("site", "line", "state", "what it does"),
-        *((row.site, row.line, row.state, row.does) for row in rows),
+        *((row.site, row.line, row.state, row.purpose) for row in rows),
     ]
     site, line, state = (max(len(row[i]) for row in cells) for i in range(3))
     return "\n".join(f"{a:<{site}}  {b:>{line}}  {c:<{state}}  {d}" for a, b, c, d in cells)
 
 
 def _row(site: Site, text: str) -> Row:
-    before, there = (
-        [text.count("\n", 0, found.start()) + 1 for found in pattern.finditer(text)]
-        for pattern in (site.before, site.there)
+    original_lines, patched_lines = (
+        [text.count("\n", 0, match.start()) + 1 for match in pattern.finditer(text)]
+        for pattern in (site.original, site.patched)
     )
-    count = len(before) + len(there)
-    state = f"found {count} times" if count > 1 else TO_PATCH if before else THERE if there else ABSENT
-    return Row(site.name, ", ".join(map(str, sorted(before + there))), state, site.does)
+    count = len(original_lines) + len(patched_lines)
+    state = (
+        f"found {count} times"
+        if count > 1
+        else TO_PATCH
+        if original_lines
+        else THERE
+        if patched_lines
+        else ABSENT
+    )
+    return Row(site.name, ", ".join(map(str, sorted(original_lines + patched_lines))), state, site.purpose)
 
 
 def _check_known(text: str) -> None:

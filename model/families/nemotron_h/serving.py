@@ -36,20 +36,20 @@ def limits(vllm: str, checkpoint: Served) -> list[ServingError]:
     is no version.
     """
     release = version(vllm)
-    found = []
+    errors = []
     if release < OLDEST:
-        found.append(
+        errors.append(
             ServingError(f"vLLM {vllm} does not know this model's NVFP4 experts", "0.12 or newer is needed")
         )
     if checkpoint.layout == "nvidia" and release < (0, 18):
-        found.append(
+        errors.append(
             ServingError(
                 f"vLLM {vllm} reads a quantised in_proj wrongly",
                 "quantise with layout: conservative, or serve with 0.18 or newer",
             )
         )
     if checkpoint.weight_only and release < (0, 22):
-        found.append(
+        errors.append(
             ServingError(
                 f"vLLM {vllm} cannot serve experts in W4A16_NVFP4",
                 "quantise activations too, or serve with 0.22 or newer",
@@ -57,26 +57,26 @@ def limits(vllm: str, checkpoint: Served) -> list[ServingError]:
         )
     if checkpoint.lora_rank:
         if release < (0, 15):
-            found.append(
+            errors.append(
                 ServingError(
                     f"vLLM {vllm} cannot serve an adapter for this model",
                     "merge it, or serve with 0.15 or newer",
                 )
             )
         if not checkpoint.lora_attention_only:
-            found.append(
+            errors.append(
                 ServingError(
                     "an adapter on Mamba or expert layers cannot be served at run time everywhere", "merge it"
                 )
             )
         if checkpoint.lora_rank > RANKS[-1]:
-            found.append(
+            errors.append(
                 ServingError(
                     f"vLLM takes adapters of rank {RANKS[-1]} at most, this one has {checkpoint.lora_rank}",
                     "merge it",
                 )
             )
-    return found
+    return errors
 
 
 def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Serve:

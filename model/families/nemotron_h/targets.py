@@ -34,13 +34,13 @@ def targets(config: Config, preset: str) -> Targets:
     """What `preset` puts LoRA on in a model of `config`. Raises FamilyError if any of it matches nothing."""
     if preset not in PRESETS:
         raise FamilyError(f"there is no target preset {preset!r}; there are {', '.join(PRESETS)}")
-    wanted, present = PRESETS[preset], {linear.module for linear in linears(config)}
-    for suffix in (*wanted["target_modules"], *wanted["target_parameters"]):
+    suffixes, present = PRESETS[preset], {linear.module for linear in linears(config)}
+    for suffix in (*suffixes["target_modules"], *suffixes["target_parameters"]):
         if not any(name.endswith(f".{suffix}") for name in present):
             raise FamilyError(
                 f"preset {preset!r} wants {suffix}, which this model does not have: choose another preset"
             )
-    return Targets(wanted["target_modules"], wanted["target_parameters"])
+    return Targets(suffixes["target_modules"], suffixes["target_parameters"])
 
 
 def targeted(config: Config, preset: str) -> list[Linear]:
