@@ -22,7 +22,7 @@ from model.layers.documents import Documents
 HEADS, KEYS, SIZE = (nano.WIDTHS[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
 SCALE = SIZE**-0.5
 ALLOWED = 1.5
-WAYS: dict[str, Callable[..., torch.Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "one call": attention.in_one_call,
     "a call a document": attention.by_document,
 }
@@ -45,12 +45,15 @@ def definition(
 
 
 def results(
-    way: Callable[..., torch.Tensor], parts: list[torch.Tensor], given: torch.Tensor
+    attend: Callable[..., torch.Tensor], parts: list[torch.Tensor], output_gradient: torch.Tensor
 ) -> list[torch.Tensor]:
     """The output and the gradients of query, key and value, given that of the output; float64 on the CPU."""
     leaves = [part.detach().clone().requires_grad_() for part in parts]
-    out = way(*leaves)
-    return [tensor.detach().double().cpu() for tensor in (out, *torch.autograd.grad(out, leaves, given))]
+    output = attend(*leaves)
+    return [
+        tensor.detach().double().cpu()
+        for tensor in (output, *torch.autograd.grad(output, leaves, output_gradient))
+    ]
 
 
 def main() -> None:
@@ -63,21 +66,26 @@ def main() -> None:
     documents = Documents(tuple(map(int, options.lengths.split(","))))
     generator = torch.Generator().manual_seed(0)
     shapes = [(documents.tokens, heads, SIZE) for heads in (HEADS, KEYS, KEYS, HEADS)]
-    made = [torch.randn(shape, generator=generator).bfloat16().to(options.device) for shape in shapes]
-    *parts, given = [tensor.double() for tensor in made]
-    exact = results(lambda q, k, v: definition(q, k, v, documents), parts, given)
+    tensors = [torch.randn(shape, generator=generator).bfloat16().to(options.device) for shape in shapes]
+    *parts, output_gradient = [tensor.double() for tensor in tensors]
+    exact = results(lambda q, k, v: definition(q, k, v, documents), parts, output_gradient)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, BF16, documents of {options.lengths} tokens")
     print(f"{'':18s} {'output':>9s} {'query':>9s} {'key':>9s} {'value':>9s}")
     errors = {}
-    for label, way in WAYS.items():
-        if way is attention.in_one_call and options.device == "cpu":
+    for label, attend in IMPLEMENTATIONS.items():
+        if attend is attention.in_one_call and options.device == "cpu":
             continue
-        found = results(lambda *leaves, way=way: way(*leaves, documents, SCALE), made[:3], made[3])
-        errors[label] = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+        approximate = results(
+            lambda *leaves, attend=attend: attend(*leaves, documents, SCALE), tensors[:3], tensors[3]
+        )
+        errors[label] = [((a - b).norm() / b.norm()).item() for a, b in zip(approximate, exact, strict=True)]
         print(f"{label:18s} " + " ".join(f"{error:9.2e}" for error in errors[label]))
-    one = errors.get("one call", [])
-    if any(error > ALLOWED * other for error, other in zip(one, errors["a call a document"], strict=False)):
+    one_call = errors.get("one call", [])
+    if any(
+        error > ALLOWED * by_document
+        for error, by_document in zip(one_call, errors["a call a document"], strict=False)
+    ):
         sys.exit(f"one call is further off than {ALLOWED} times a call a document")
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bench.operations import Recipe, linears
+from bench.operations import Workload, linears
 from bench.row import DoesNotFit, Row, pack, packed, random, start_dt
 
 RANK, ALPHA, DROPOUT = 16, 32, 0.05
@@ -87,8 +87,8 @@ class Experts(nn.Module):
         for number, expert in enumerate(self.experts):
             tokens, slots = torch.where(places[number])
             if tokens.numel():
-                made = expert(flat[tokens]) * weights[tokens, slots].unsqueeze(-1)
-                out.index_add_(0, tokens, made.to(out.dtype))
+                expert_output = expert(flat[tokens]) * weights[tokens, slots].unsqueeze(-1)
+                out.index_add_(0, tokens, expert_output.to(out.dtype))
             else:  # an idle expert is called all the same, so that its adapters have a gradient (of zero)
                 out = out + expert(torch.zeros_like(flat[:1])).to(out.dtype)
         shared: torch.Tensor = self.shared(x)
@@ -105,8 +105,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (
-            made.view(*x.shape[:2], -1, self.size).transpose(1, 2)
-            for made in (self.q(x), self.k(x), self.v(x))
+            projected.view(*x.shape[:2], -1, self.size).transpose(1, 2)
+            for projected in (self.q(x), self.k(x), self.v(x))
         )
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))  # what autocast does to this product
@@ -193,8 +193,8 @@ def naive_scan(
     pad = -tokens % chunk
 
     def cut(t: torch.Tensor) -> torch.Tensor:
-        whole = F.pad(t, (*[0] * (2 * (t.dim() - 2)), 0, pad))
-        return whole.reshape(batch, -1, chunk, *t.shape[2:])
+        padded = F.pad(t, (*[0] * (2 * (t.dim() - 2)), 0, pad))
+        return padded.reshape(batch, -1, chunk, *t.shape[2:])
 
     x, a, B, C = cut(x * dt[..., None]), cut(dt * A), cut(B), cut(C)
     a = a.permute(0, 3, 1, 2)  # b h c l
@@ -202,8 +202,10 @@ def naive_scan(
     scores = (C[:, :, :, None] * B[:, :, None]).sum(-1)  # b c l s h, summed from b c l s h n
     weights = scores * decay_between(a).permute(0, 2, 3, 4, 1)
     y = (weights[..., None] * x[:, :, None]).sum(3)  # b c l h p, summed from b c l s h p
-    left = (reached[..., -1:] - reached).exp().permute(0, 2, 3, 1)  # b c l h
-    states = ((B * left[..., None])[..., None, :] * x[..., None]).sum(2)  # b c h p n, summed from b c l h p n
+    decay_to_end = (reached[..., -1:] - reached).exp().permute(0, 2, 3, 1)  # b c l h
+    states = ((B * decay_to_end[..., None])[..., None, :] * x[..., None]).sum(
+        2
+    )  # b c h p n, summed from b c l h p n
     states = torch.cat([torch.zeros_like(states[:, :1]), states], dim=1)
     carried = decay_between(F.pad(reached[..., -1], (1, 0))).permute(0, 2, 3, 1)  # b to from h
     starts = (carried[..., None, None] * states[:, None]).sum(2)[:, :-1]
@@ -270,11 +272,11 @@ def notebook(config: dict[str, Any], device: torch.device) -> Row:
     scan.
     """
     model = Notebook(config, device).train()
-    recipe = Recipe(targets=frozenset({"attention", "experts", "shared"}))
+    workload = Workload(targets=frozenset({"attention", "experts", "shared"}))
     return Row(
         model,
         lambda ids, labels, mask: model(ids, labels),
-        recipe,
+        workload,
         zip((PARTS[letter] for letter in config["hybrid_override_pattern"]), model.layers, strict=True),
     )
 
@@ -328,7 +330,7 @@ def peft_today(config: dict[str, Any], device: torch.device, scan: str = "found"
     )
     model = peft.get_peft_model(model, lora).train()
     blocks = model.get_base_model().model.layers
-    recipe = Recipe(
+    workload = Workload(
         targets=frozenset({"attention", "experts", "shared"}),
         expert_lora="dense",
         scores="head" if "torch" in note else "group",
@@ -340,7 +342,7 @@ def peft_today(config: dict[str, Any], device: torch.device, scan: str = "found"
     loss_of = lambda ids, labels, mask: (
         model(input_ids=ids, labels=labels, attention_mask=mask, use_cache=False).loss
     )
-    row = Row(model, loss_of, recipe, parts, note)
+    row = Row(model, loss_of, workload, parts, note)
     row.pads = True
     return row
 
@@ -372,14 +374,14 @@ def mamba_path(code: Any, scan: str) -> str:
     fails, so it is put out of the way.
     """
     code.mamba2_split_conv1d_scan_combined = lambda *_, **__: None
-    keep = code.__dict__.setdefault("scan_as_found", code.mamba2_chunk_scan)
-    fallback = getattr(keep, "__wrapped__", keep)
-    code.mamba2_chunk_scan = fallback if scan == "torch" else keep
-    found = scan == "found" and any(
+    scan_of_transformers = code.__dict__.setdefault("scan_as_found", code.mamba2_chunk_scan)
+    fallback = getattr(scan_of_transformers, "__wrapped__", scan_of_transformers)
+    code.mamba2_chunk_scan = fallback if scan == "torch" else scan_of_transformers
+    fused = scan == "found" and any(
         getattr(cell.cell_contents, "__module__", "") == "mamba_ssm.ops.triton.ssd_combined"
-        for cell in keep.__closure__ or ()
+        for cell in scan_of_transformers.__closure__ or ()
     )
-    return "scan of mamba-ssm, conv of torch" if found else "scan and conv of transformers' torch fallback"
+    return "scan of mamba-ssm, conv of torch" if fused else "scan and conv of transformers' torch fallback"
 
 
 def materialise(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
@@ -392,8 +394,8 @@ def materialise(model: nn.Module, config: dict[str, Any], device: torch.device) 
             pack(module, device)
             continue
         for name, old in list(module.named_parameters(recurse=False)):
-            full = f"{path}.{name}"
-            if full.endswith(ones):
+            path_of_parameter = f"{path}.{name}"
+            if path_of_parameter.endswith(ones):
                 value = torch.ones(old.shape, device=device, dtype=torch.bfloat16)
             elif name == "A_log":
                 value = torch.arange(1, len(old) + 1, device=device).float().log().bfloat16()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from model.layers.structure import Model
 
-WAYS: dict[str, dict[str, str]] = {
+ENVIRONMENTS: dict[str, dict[str, str]] = {
     "as GNU OpenMP comes": {},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "GOMP_SPINCOUNT=30000": {"GOMP_SPINCOUNT": "30000"},
@@ -52,20 +52,20 @@ def steps(base: Path, data: Path, seconds: float) -> int:
     ]
     model = cast("Model", native.load(base)).requires_grad_(True)
     model.set_experts_implementation("eager")
-    done, began = 0, 0.0
+    count, began = 0, 0.0
 
     def on_step(step: int, loss: float) -> None:
-        nonlocal done, began
+        nonlocal count, began
         if step <= WARM:
             began = time.monotonic()
         elif time.monotonic() - began > seconds:
             raise Enough
         else:
-            done += 1
+            count += 1
 
     with contextlib.suppress(Enough):
         teach.teach(model, rows, 100_000, 1024, 1e-6, 0, on_step)
-    return done
+    return count
 
 
 def main(base: str, data: str, seconds: float = 15.0) -> None:
@@ -74,16 +74,16 @@ def main(base: str, data: str, seconds: float = 15.0) -> None:
         f"{'steps in ' + format(seconds, 'g') + ' s':26s}"
         + "".join(f"{f'{n} busy loops':>14s}" for n in BESIDE)
     )
-    for name, variables in WAYS.items():
+    for name, variables in ENVIRONMENTS.items():
         row = []
         for count in BESIDE:
             loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
             command = [sys.executable, "-m", "bench.busy", base, data, str(seconds), "--count"]
             try:
-                made = subprocess.run(
+                finished = subprocess.run(
                     command, env={**plain, **variables}, stdout=subprocess.PIPE, text=True, check=True
                 )
-                row.append(int(made.stdout))
+                row.append(int(finished.stdout))
             finally:
                 for loop in loops:
                     loop.kill()

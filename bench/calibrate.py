@@ -25,7 +25,7 @@ from model import layouts, walk
 from model.weights import nvfp4
 from stages.quantize import calibrate
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def main() -> None:
@@ -46,13 +46,13 @@ def main() -> None:
     rows = list(torch.randint(0, config["vocab_size"], (options.conversations, options.tokens)))
     seconds = {"filling": 0.0, "forward": 0.0, "packing": 0.0}
 
-    def clocked(part: str, work: Callable[[], Made]) -> Made:
+    def clocked(part: str, work: Callable[[], Result]) -> Result:
         synchronize(device)
         began = time.perf_counter()
-        made = work()
+        result = work()
         synchronize(device)
         seconds[part] += time.perf_counter() - began
-        return made
+        return result
 
     with tempfile.TemporaryDirectory() as folder:
         source = Random(config, Path(folder))
@@ -60,20 +60,20 @@ def main() -> None:
         forward = walk.Walk(
             walk.packed(rows), source.tensor("backbone.embeddings.weight"), dtype, options.device
         )
-        wanted = layouts.quantised(config, "nvidia")
+        quantised = layouts.quantised(config, "nvidia")
         for number in range(len(layers)):
             block = clocked("filling", partial(layers.fill, number, source.tensor))
-            seen = calibrate.Maxima(block)
+            maxima = calibrate.Maxima(block)
             clocked("forward", partial(forward.through, block))
-            seen.close()
-            for name in (name for name in wanted if name.startswith(f"backbone.layers.{number}.")):
+            maxima.close()
+            for name in (name for name in quantised if name.startswith(f"backbone.layers.{number}.")):
                 weight = source.tensor(f"{name}.weight").to(device)
                 clocked("packing", partial(nvfp4.pack, weight))
             print(f"layer {number + 1} of {len(layers)}", end="\r", flush=True)
     name = torch.cuda.get_device_name() if cuda else "CPU"
     peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
     print(
-        f"{name}, {len(layers)} layers, {options.conversations} x {options.tokens} tokens, {len(wanted):,}"
+        f"{name}, {len(layers)} layers, {options.conversations} x {options.tokens} tokens, {len(quantised):,}"
         f" matrices{peak}"
     )
     for part, value in seconds.items():

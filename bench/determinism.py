@@ -126,16 +126,16 @@ def main() -> None:
         f" {'last loss':>10s} {'tokens/s':>9s} {'s':>5s}",
         flush=True,
     )
-    seen = set()
+    digests = set()
     for number, (name, deterministic, kill) in enumerate(ROWS):
-        found = run(options.folder, number, params | {"deterministic": deterministic}, device, kill)
-        seen |= {found["sha256"]} if deterministic else set()
+        figures = run(options.folder, number, params | {"deterministic": deterministic}, device, kill)
+        digests |= {figures["sha256"]} if deterministic else set()
         print(
-            f"{name:20s} {found['sha256'][:12]} {found['loss']:10.6f} {found['tokens']:9,}"
-            f" {found['seconds']:5.0f}",
+            f"{name:20s} {figures['sha256'][:12]} {figures['loss']:10.6f} {figures['tokens']:9,}"
+            f" {figures['seconds']:5.0f}",
             flush=True,
         )
-    sys.exit(f"found {len(seen)} adapters of deterministic runs; expected one" if len(seen) > 1 else 0)
+    sys.exit(f"found {len(digests)} adapters of deterministic runs; expected one" if len(digests) > 1 else 0)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def checkpoint(folder: Path, pattern: str) -> Path:
             file,
             [
                 Slot(name, source.entries[name].dtype, source.entries[name].shape)
-                for name in source.in_file(file)
+                for name in source.names_in_file(file)
             ],
         )
         for file in source.files
@@ -217,7 +217,8 @@ def main() -> None:
                 "-c",
                 (
                     f"from pathlib import Path; from bench import export; export.adapter("
-                    f"Path({str(adapter_folder)!r}), export.checkpoint(Path({str(base)!r}), {options.pattern!r}))"
+                    f"Path({str(adapter_folder)!r}),"
+                    f" export.checkpoint(Path({str(base)!r}), {options.pattern!r}))"
                 ),
             ],
             check=True,

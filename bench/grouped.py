@@ -33,7 +33,7 @@ def main(tokens: int = 16384) -> None:
     torch.manual_seed(0)
     index = torch.rand(tokens, EXPERTS, device="cuda").topk(CHOICES).indices
     routing, rows = Routing.of(index, EXPERTS), tokens * CHOICES
-    made = {
+    tensors = {
         name: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02
         for name, shape in {
             "x": (rows, HIDDEN + RANK),
@@ -43,26 +43,26 @@ def main(tokens: int = 16384) -> None:
             "low": (rows, RANK),
         }.items()
     }
-    x, g, w, a, low = made.values()
+    x, g, w, a, low = tensors.values()
     cases: dict[str, tuple[Callable[[], torch.Tensor], int]] = {
         "x W'": (lambda: grouped.product(x, w, routing), 2 * rows * INNER * (HIDDEN + RANK)),
-        "g W": (lambda: grouped.back(g, w, routing), 2 * rows * INNER * (HIDDEN + RANK)),
+        "g W": (lambda: grouped.input_gradient(g, w, routing), 2 * rows * INNER * (HIDDEN + RANK)),
         "x A'": (lambda: grouped.product(x[:, :HIDDEN], a, routing), 2 * rows * HIDDEN * RANK),
         "low' x": (lambda: grouped.outer(low, x[:, :HIDDEN], routing), 2 * rows * HIDDEN * RANK),
     }
     print(f"{torch.cuda.get_device_name()}, {tokens:,} tokens")
     for name, (run, operations) in cases.items():
-        found = {}
+        results = {}
         for kernels in ("torch", "ours"):
             grouped.TORCH_KERNELS = (9, 10) if kernels == "torch" else ()
-            found[kernels] = (run(), measured(run))
+            results[kernels] = (run(), measured(run))
         error = (
-            (found["ours"][0] - found["torch"][0]).float().norm() / found["torch"][0].float().norm()
+            (results["ours"][0] - results["torch"][0]).float().norm() / results["torch"][0].float().norm()
         ).item()
         print(
             f"{name:7s}"
             + "".join(
-                f"  {k} {ms:7.2f} ms {operations / ms / 1e9:6.0f} TFLOP/s" for k, (_, ms) in found.items()
+                f"  {k} {ms:7.2f} ms {operations / ms / 1e9:6.0f} TFLOP/s" for k, (_, ms) in results.items()
             )
             + f"  apart by {error:.1e}"
         )

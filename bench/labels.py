@@ -56,13 +56,13 @@ class Labels:
         return name
 
     def _begin(self, part: str) -> None:
-        held = [self._close() for _ in range(len(self.open))][::-1]
+        suspended = [self._close() for _ in range(len(self.open))][::-1]
         outer = self.running[-1][1] if self.running else "forward"
-        kind = "recomputed" if held else outer
-        self.running.append((self._range(f"{part} {kind}"), kind, held))
+        kind = "recomputed" if suspended else outer
+        self.running.append((self._range(f"{part} {kind}"), kind, suspended))
 
     def _end(self) -> None:
-        entered, _, held = self.running.pop()
+        entered, _, suspended = self.running.pop()
         entered.__exit__(None, None, None)
-        for name in held:
+        for name in suspended:
             self._open(name)

@@ -87,15 +87,15 @@ def conversations(
     lengths: tuple[int, ...], vocabulary: int, seed: int, device: torch.device | str = "cpu"
 ) -> list[Conversation]:
     """Random tokens; the last quarter of every conversation is trained, but never its first token."""
-    generator, made = torch.Generator().manual_seed(seed), []
+    generator, drawn = torch.Generator().manual_seed(seed), []
     for length in lengths:
         ids = torch.randint(0, vocabulary, (length,), generator=generator)
         place = torch.arange(length)
         trained = (place >= length - max(1, length // 4)) & (place > 0)
-        made.append(
+        drawn.append(
             Conversation(ids.to(device), ids.masked_fill(~trained, IGNORED).to(device), int(trained.sum()))
         )
-    return made
+    return drawn
 
 
 def count_sample() -> list[int]:

@@ -71,8 +71,8 @@ START = time.monotonic()
 
 
 def config(small: bool) -> dict[str, Any]:
-    made = tiny.config(PATTERN, 128, 8, 512)
-    return made if small else made | REAL
+    small_config = tiny.config(PATTERN, 128, 8, 512)
+    return small_config if small else small_config | REAL
 
 
 def base(folder: Path, small: bool, device: str) -> dict[str, Any]:
@@ -95,18 +95,18 @@ def value(slot: Slot, generator: torch.Generator, device: str) -> torch.Tensor:
     """One tensor with values of the size that a model's have at its beginning."""
     last = slot.name.split(".")
     if last[-1] == "A_log":
-        made = torch.arange(1, slot.shape[0] + 1).float().log()
+        tensor = torch.arange(1, slot.shape[0] + 1).float().log()
     elif last[-1] == "dt_bias":
-        made = torch.full(slot.shape, -3.0)
+        tensor = torch.full(slot.shape, -3.0)
     elif last[-1] == "e_score_correction_bias":
-        made = torch.zeros(slot.shape)
+        tensor = torch.zeros(slot.shape)
     elif last[-1] == "D" or "norm" in last[-2] or last[-1] == "norm":
-        made = torch.ones(slot.shape)
+        tensor = torch.ones(slot.shape)
     elif last[-1] == "bias":
-        made = torch.zeros(slot.shape)
+        tensor = torch.zeros(slot.shape)
     else:
-        made = 0.02 * torch.randn(slot.shape, generator=generator, device=device)
-    return made.to(torch.float32 if slot.dtype == "F32" else torch.bfloat16).cpu()
+        tensor = 0.02 * torch.randn(slot.shape, generator=generator, device=device)
+    return tensor.to(torch.float32 if slot.dtype == "F32" else torch.bfloat16).cpu()
 
 
 def data(folder: Path, small: bool) -> dict[str, Any]:
@@ -329,7 +329,7 @@ def table(facts: dict[str, dict[str, Any]]) -> str:
             rows.append((fault, "", str(row)))
         elif fault == "error":
             rows.append(("doctored", "", row))
-    return "\n".join(f"{what:36s} | {seconds:7s} | {outcome}" for what, seconds, outcome in rows)
+    return "\n".join(f"{label:36s} | {seconds:7s} | {outcome}" for label, seconds, outcome in rows)
 
 
 def main() -> None:
@@ -349,9 +349,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options.folder.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     facts: dict[str, dict[str, Any]] = {
-        "machine": {"device": where, "torch": torch.__version__, "tiny": options.tiny}
+        "machine": {"device": device_name, "torch": torch.__version__, "tiny": options.tiny}
     }
     failed = False
     for name, part in parts(options.folder, options.tiny, device, options.limit).items():
@@ -371,7 +371,7 @@ def main() -> None:
         (options.out / "merge_check.json").write_text(json.dumps(facts, indent=2) + "\n")
         for log in options.folder.glob("*.log"):
             (options.out / log.name).write_text(log.read_text()[-2_000_000:])
-    print(f"\n{where}, torch {torch.__version__}\n{table(facts)}")
+    print(f"\n{device_name}, torch {torch.__version__}\n{table(facts)}")
     sys.exit(1 if failed else 0)
 
 

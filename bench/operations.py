@@ -1,8 +1,8 @@
 """How many matrix-product operations one optimizer step does, part by part, for each way of training.
 
-Counted are the products that a recipe really does (two operations per multiply-add), recomputed forwards
-included, so that a recipe's share of the matrix ceiling can be told apart from how much work it makes for
-itself. Elementwise work, norms, convolutions, top-k and 4-bit decoding are not products and count nothing.
+Counted are the products that each way of training does (two operations per multiply-add), recomputed
+forwards included. So its share of the matrix ceiling can be told apart from the extra work that it makes
+for itself. Elementwise work, norms, convolutions, top-k and 4-bit decoding are not products and not counted.
 
 Letters in formulas: T tokens of a step, S tokens of a document, D hidden, V vocabulary, r LoRA rank.
 """
@@ -19,7 +19,7 @@ TARGETS = frozenset({"attention", "mamba", "experts", "shared"})
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Workload:
     """What decides how much a way of training multiplies."""
 
     recompute: bool = True  # every block's forward runs again in the backward
@@ -75,7 +75,7 @@ def linears(config: dict[str, Any]) -> dict[str, list[tuple[int, int]]]:
 
 
 def count(
-    config: dict[str, Any], recipe: Recipe, tokens: int, trained: int, length: float, passes: int = 1
+    config: dict[str, Any], workload: Workload, tokens: int, trained: int, length: float, passes: int = 1
 ) -> list[Part]:
     """The parts of one step on `tokens` tokens in documents of `length`, `trained` of them with a label,
     in `passes` micro-batches.
@@ -93,56 +93,56 @@ def count(
     }
     matrices = linears(config)
     rows = {part: tokens * (config["num_experts_per_tok"] if part == "experts" else 1) for part in layers}
-    again = 1 if recipe.recompute else 0
+    again = 1 if workload.recompute else 0
     parts: list[Part] = []
 
     def add(name: str, forward: float, backward: float, recomputed: float = again) -> None:
         parts.append(Part(name, forward, forward * recomputed, forward * backward))
 
-    dense = recipe.expert_lora == "dense" and "experts" in recipe.targets
+    dense = workload.expert_lora == "dense" and "experts" in workload.targets
     for part, pairs in matrices.items():
         products = 2 * rows[part] * layers[part] * sum(i * o for i, o in pairs)
-        half = part == "experts" and not recipe.down_recomputed
+        half = part == "experts" and not workload.down_recomputed
         add(
             f"{part} weights", products, 2 if dense and part == "experts" else 1, again / 2 if half else again
         )
     lora = dense_lora = 0.0
-    for part in recipe.targets:
+    for part in workload.targets:
         if dense and part == "experts":
             stack = config["n_routed_experts"] * sum(i * o for i, o in matrices[part])
-            dense_lora = 2 * passes * layers[part] * recipe.rank * stack
+            dense_lora = 2 * passes * layers[part] * workload.rank * stack
         else:
-            lora += 2 * rows[part] * layers[part] * recipe.rank * sum(i + o for i, o in matrices[part])
+            lora += 2 * rows[part] * layers[part] * workload.rank * sum(i + o for i, o in matrices[part])
     add("LoRA", lora, 2)
     if dense_lora:
         add("LoRA formed as BA", dense_lora, 2)
-    add("scan", tokens * layers["mamba"] * scan(config, recipe), 2)
+    add("scan", tokens * layers["mamba"] * scan(config, workload), 2)
     # Causal: half of the S x S square. Two products forward, five backward (the scores once more, and four
     # gradients).
     square = 2 * 2 * tokens * length / 2 * config["num_attention_heads"] * config["head_dim"]
     add("attention scores", layers["attention"] * square, 2.5)
     add("router", 2 * tokens * layers["experts"] * config["hidden_size"] * config["n_routed_experts"], 1)
-    positions = tokens if recipe.logits == "all" else trained
+    positions = tokens if workload.logits == "all" else trained
     add(
         "lm_head",
         2 * positions * config["hidden_size"] * config["vocab_size"],
         1,
-        1 if recipe.logits_recomputed else 0,
+        1 if workload.logits_recomputed else 0,
     )
     return [part for part in parts if part.total]
 
 
-def scan(config: dict[str, Any], recipe: Recipe) -> float:
+def scan(config: dict[str, Any], workload: Workload) -> float:
     """Forward operations per token of one layer's chunked scan: scores, scores x values, and the states in
     and out.
     """
     heads, size, state, chunk = (
         int(config[key]) for key in ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "chunk_size")
     )
-    scored = int(config["n_groups"]) if recipe.scores == "group" else heads
+    scored = int(config["n_groups"]) if workload.scores == "group" else heads
     return 2 * (scored * chunk * state + heads * chunk * size + 2 * heads * state * size)
 
 
-def total(parts: list[Part], of: Callable[[Part], float] = lambda part: part.total) -> float:
-    """Operations of all parts together; `of` picks which."""
-    return sum(of(part) for part in parts)
+def total(parts: list[Part], operations_of: Callable[[Part], float] = lambda part: part.total) -> float:
+    """Operations of all parts together; `operations_of` picks which."""
+    return sum(operations_of(part) for part in parts)

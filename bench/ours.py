@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench.lengths import CAPACITY, Conversation
-from bench.operations import Recipe
+from bench.operations import Workload
 from bench.row import Row
 from model import adapter, assemble
 from model.layers import recompute
@@ -42,17 +42,17 @@ class Packed(Row):
             self.graphs.prepare({Documents(pack) for lengths in plan for pack in self._packs(lengths)})
 
     def computed(self, lengths: Sequence[int]) -> list[int]:
-        found: list[int] = []
+        lengths_computed: list[int] = []
         for pack in self._packs(lengths):
             idle = self.graphs.key(Documents(pack)).tokens - sum(pack) if self.graphs else 0
-            found += [*pack, idle] if idle else pack
-        return found
+            lengths_computed += [*pack, idle] if idle else pack
+        return lengths_computed
 
     def passes(self, lengths: Sequence[int]) -> int:
         return len(self._packs(lengths))
 
     def step(self, conversations: Sequence[Conversation]) -> float:
-        count, found = (
+        count, total = (
             sum(conversation.trained for conversation in conversations),
             torch.zeros((), device=self.device),
         )
@@ -69,9 +69,9 @@ class Packed(Row):
                 / count
             )
             loss.backward()
-            found += loss.detach()
+            total += loss.detach()
         self.update()
-        return float(found)
+        return float(total)
 
     def close(self) -> None:
         self.graphs = None
@@ -109,12 +109,14 @@ def ours(
         parts.append((name, block))
         if name == "experts":
             parts += [("experts/routed", block.mixer.experts), ("experts/shared", block.mixer.shared_experts)]
-    part = frozenset({"attention", "mamba", "experts", "shared"} if targets == "all" else {targets})
-    recipe = Recipe(down_recomputed=False, logits="trained", scores="group", targets=part, rank=RANK)
+    adapted_parts = frozenset({"attention", "mamba", "experts", "shared"} if targets == "all" else {targets})
+    workload = Workload(
+        down_recomputed=False, logits="trained", scores="group", targets=adapted_parts, rank=RANK
+    )
     row = Packed(
         model,
         assemble.loss,  # which its own `step` calls
-        recipe,
+        workload,
         parts,
         f"{form}, LoRA on {targets}, packed",
     )

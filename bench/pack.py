@@ -27,9 +27,9 @@ UP_ON_TIE = (0.75, 1.75, 3.5)  # between an odd code and the even one above it
 
 
 def plain_pack(weight: torch.Tensor) -> Packed:
-    whole = weight.float()
-    second = nvfp4.global_scale(whole.abs().amax((-2, -1)))
-    groups, spread = whole.unflatten(-1, (-1, GROUP)), second[..., None, None]
+    weights = weight.float()
+    second = nvfp4.global_scale(weights.abs().amax((-2, -1)))
+    groups, spread = weights.unflatten(-1, (-1, GROUP)), second[..., None, None]
     scale = groups.abs().amax(-1) / (FP4_MAX * spread)
     scale = (
         torch.where((scale == 0) | scale.isnan(), 1.0, scale).clamp(SMALLEST, FP8_MAX).to(torch.float8_e4m3fn)
@@ -52,10 +52,10 @@ def plain_unpack(packed: Packed) -> torch.Tensor:
     return groups.flatten(-2)
 
 
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bits, the sign of a zero included."""
-    return one.shape == other.shape and torch.equal(
-        one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8)
+    return a.shape == b.shape and torch.equal(
+        a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)
     )
 
 
@@ -79,8 +79,8 @@ def main(matrices: int = MATRICES, out: int = OUT, inside: int = IN) -> None:
         f" {torch.__version__}; {'equal to plain' if equal else 'DIFFERS from plain'}"
     )
     print(f"{'MB/s':14s} {'threads':>7s} {'best':>7s} {'median':>7s}")
-    every = torch.get_num_threads()
-    for threads in sorted({1, every}):
+    default_threads = torch.get_num_threads()
+    for threads in sorted({1, default_threads}):
         torch.set_num_threads(threads)
         seconds: dict[str, list[float]] = {name: [] for name in rows}
         for _ in range(REPEATS):
@@ -88,12 +88,12 @@ def main(matrices: int = MATRICES, out: int = OUT, inside: int = IN) -> None:
                 began = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - began)
-        for name, taken in seconds.items():
+        for name, times in seconds.items():
             print(
-                f"{name:14s} {threads:7d} {megabytes / min(taken):7,.0f}"
-                f" {megabytes / sorted(taken)[REPEATS // 2]:7,.0f}"
+                f"{name:14s} {threads:7d} {megabytes / min(times):7,.0f}"
+                f" {megabytes / sorted(times)[REPEATS // 2]:7,.0f}"
             )
-    torch.set_num_threads(every)
+    torch.set_num_threads(default_threads)
     nearest, mse = (
         ((nvfp4.unpack(nvfp4.pack(weight, search)) - weight).norm() / weight.float().norm()).item()
         for search in nvfp4.SEARCHES

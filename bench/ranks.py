@@ -129,7 +129,7 @@ def work(options: argparse.Namespace) -> None:
     """
     if options.deterministic:
         determinism.before_torch()
-        determinism.on()
+        determinism.enable()
     joined = ranks.join("cuda")
     timed_ranks = Timed(joined.rank, joined.world)
     config = operations.sizes(options.layers)

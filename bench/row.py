@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bench.lengths import Conversation
-from bench.operations import Recipe
+from bench.operations import Workload
 from model.labels import IGNORED
 
 
@@ -37,13 +37,13 @@ class Row:
         self,
         model: nn.Module,
         loss_of: Callable[..., Any],
-        recipe: Recipe,
+        workload: Workload,
         parts: Iterable[tuple[str, nn.Module]],
         note: str = "",
     ) -> None:
         self.model = model
         self.loss_of = loss_of
-        self.recipe = recipe
+        self.workload = workload
         self.parts = list(parts)
         self.note = note
         self.adapters = [p for p in model.parameters() if p.requires_grad]
@@ -63,7 +63,7 @@ class Row:
         """The lengths of the sequences that a step computes, padding included; `lengths` are its
         conversations'.
         """
-        return [max(part) for part in self._micro_batches(lengths) for _ in part]
+        return [max(micro_batch) for micro_batch in self._micro_batches(lengths) for _ in micro_batch]
 
     def passes(self, lengths: Sequence[int]) -> int:
         """Micro-batches of a step."""
@@ -71,19 +71,19 @@ class Row:
 
     def step(self, conversations: Sequence[Conversation]) -> float:
         """The mean loss over the step's trained tokens, and one optimizer step on it."""
-        count, found = (
+        count, total = (
             sum(conversation.trained for conversation in conversations),
             torch.zeros((), device=self.device),
         )
-        for part in self._micro_batches(conversations):
+        for micro_batch in self._micro_batches(conversations):
             with torch.autocast(self.device.type, torch.bfloat16):
-                loss = self.loss_of(*padded(part)) * (
-                    sum(conversation.trained for conversation in part) / count
+                loss = self.loss_of(*padded(micro_batch)) * (
+                    sum(conversation.trained for conversation in micro_batch) / count
                 )
             loss.backward()
-            found += loss.detach()
+            total += loss.detach()
         self.update()
-        return float(found)
+        return float(total)
 
     def update(self) -> None:
         """Clips the gradients, takes the optimizer's step and drops them."""
@@ -91,8 +91,8 @@ class Row:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _micro_batches(self, whole: Sequence[Any]) -> list[Sequence[Any]]:
-        return [whole[at : at + self.micro] for at in range(0, len(whole), self.micro)]
+    def _micro_batches(self, items: Sequence[Any]) -> list[Sequence[Any]]:
+        return [items[start : start + self.micro] for start in range(0, len(items), self.micro)]
 
     def close(self) -> None:
         """Frees everything the row holds on the device."""
@@ -102,13 +102,13 @@ class Row:
             torch.cuda.empty_cache()
 
 
-def padded(part: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def padded(micro_batch: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """ids, labels and mask of a micro-batch, as `Row` has them."""
-    ids = nn.utils.rnn.pad_sequence([conversation.ids for conversation in part], batch_first=True)
+    ids = nn.utils.rnn.pad_sequence([conversation.ids for conversation in micro_batch], batch_first=True)
     labels = nn.utils.rnn.pad_sequence(
-        [conversation.labels for conversation in part], batch_first=True, padding_value=IGNORED
+        [conversation.labels for conversation in micro_batch], batch_first=True, padding_value=IGNORED
     )
-    lengths = torch.tensor([len(conversation.ids) for conversation in part])
+    lengths = torch.tensor([len(conversation.ids) for conversation in micro_batch])
     if int(lengths.min()) == ids.shape[1]:
         return ids, labels, None
     return ids, labels, (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(ids.device)

@@ -30,7 +30,7 @@ from stages.job import Job
 from stages.quantize import calibrate, quantize
 from stages.quantize.fidelity import dequantised
 
-MORE = {
+CONFIG = {
     "architectures": ["NemotronHForCausalLM"],
     "model_type": "nemotron_h",
     "dtype": "bfloat16",
@@ -56,7 +56,7 @@ def make(
                 file,
                 [
                     Slot(name, source.entries[name].dtype, source.entries[name].shape)
-                    for name in source.in_file(file)
+                    for name in source.names_in_file(file)
                 ],
             )
             for file in source.files
@@ -84,21 +84,21 @@ def make(
     checkpoint = Checkpoint(output)
     print(
         f"{len(checkpoint.entries):,} tensors, {checkpoint.bytes:,} bytes, {len(modules):,} matrices packed,"
-        f" {len(idle)} idle; calibrated {calibrated - began:.1f} s, packed and written {written - calibrated:.1f} s,"
-        " audited"
+        f" {len(idle)} idle; calibrated {calibrated - began:.1f} s, packed and written"
+        f" {written - calibrated:.1f} s, audited"
     )
 
 
 @torch.no_grad()
 def expected(checkpoint: Checkpoint, ids: list[int], device: str, dtype: torch.dtype) -> torch.Tensor:
     """Log-probabilities (tokens, vocabulary), float32 on the CPU, of what follows each token."""
-    read = dequantised(checkpoint)
+    read_dequantised = dequantised(checkpoint)
     layers = walk.Layers(checkpoint.config, dtype, device)
     forward_pass = walk.Walk(
         walk.packed([torch.tensor(ids)]), checkpoint.tensor("backbone.embeddings.weight"), dtype, device
     )
     for number in range(len(layers)):
-        forward_pass.through(layers.fill(number, read))
+        forward_pass.through(layers.fill(number, read_dequantised))
     logits = forward_pass.logits(
         checkpoint.tensor("backbone.norm_f.weight"),
         checkpoint.tensor("lm_head.weight"),
@@ -113,7 +113,7 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
 
     algorithm = json.loads((folder / "nvfp4" / audit.QUANT).read_text())["quantization"]["quant_algo"]
     # as model/families/nemotron_h/serving.py has it
-    more = {"moe_backend": "marlin"} if algorithm == "W4A16_NVFP4" and device == "cuda" else {}
+    backend = {"moe_backend": "marlin"} if algorithm == "W4A16_NVFP4" and device == "cuda" else {}
     began = time.perf_counter()
     served = LLM(
         str(folder / "nvfp4"),
@@ -124,7 +124,7 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         enforce_eager=eager,
-        **more,
+        **backend,
     )
     print(f"engine up in {time.perf_counter() - began:.1f} s", flush=True)
     checkpoint = Checkpoint(folder / "nvfp4")
@@ -132,8 +132,10 @@ def ask(folder: Path, device: str, eager: bool, sizes: list[int]) -> None:
         3, checkpoint.config["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(1)
     ).tolist()
 
-    def generate(count: int, tokens: int, **more: int) -> list[Any]:
-        settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more)
+    def generate(count: int, tokens: int, **options: int) -> list[Any]:
+        settings = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **options
+        )
         answers: list[Any] = served.generate([{"prompt_token_ids": ids}] * count, settings, use_tqdm=False)
         return answers
 
@@ -192,7 +194,7 @@ def main() -> None:
     wide = (
         nano.WIDTHS
         | {"hybrid_override_pattern": options.pattern, "num_hidden_layers": len(options.pattern)}
-        | MORE
+        | CONFIG
     )
     config = json.loads(options.config.read_text()) if options.config else wide
     make(

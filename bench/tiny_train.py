@@ -65,9 +65,9 @@ class Turns:
     a line.
     """
 
-    def __init__(self, block: int, to: int) -> None:
+    def __init__(self, block: int, descriptor: int) -> None:
         """`to`: the file descriptor on which it says so."""
-        self.block, self.to = block, to
+        self.block, self.descriptor = block, descriptor
         self.times: list[float] = []
         self.tokens: list[int] = []  # of every step, or further
         self.computed: list[int] = []
@@ -78,20 +78,20 @@ class Turns:
         """To be called after every step."""
         self.times.append(time.perf_counter() - self.last)
         self.first = self.first or time.time() - figures.started()
-        done = len(self.times)
-        if done % self.block == 0:
-            found = figures.summary(self.times, self.tokens[:done], self.computed[:done])
-            found |= {
+        count = len(self.times)
+        if count % self.block == 0:
+            summary = figures.summary(self.times, self.tokens[:count], self.computed[:count])
+            summary |= {
                 "first_s": self.first,
                 "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
             }
-            os.write(self.to, json.dumps(found).encode() + b"\n")
+            os.write(self.descriptor, json.dumps(summary).encode() + b"\n")
             if not sys.stdin.readline():
                 raise SystemExit("the other side is gone")
         self.last = time.perf_counter()
 
 
-def trl(folder: Path, made: list[dict[str, Any]], steps: int, turns: Turns) -> None:
+def trl(folder: Path, conversations: list[dict[str, Any]], steps: int, turns: Turns) -> None:
     """SFTTrainer on the class with its own Mamba forward, batches padded to their longest conversation."""
     import datasets
     import peft
@@ -144,23 +144,23 @@ def trl(folder: Path, made: list[dict[str, Any]], steps: int, turns: Turns) -> N
             model=peft.get_peft_model(model, config),
             args=settings,
             processing_class=tokenizer,
-            train_dataset=datasets.Dataset.from_list(made),
+            train_dataset=datasets.Dataset.from_list(conversations),
             callbacks=[AfterStep()],
         )
         collate = trainer.data_collator
 
-        def told(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        def counting_collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
             batch = collate(examples)
             turns.tokens.append(int(batch["attention_mask"].sum()))
             turns.computed.append(batch["input_ids"].numel())
             return batch
 
-        trainer.data_collator = told
+        trainer.data_collator = counting_collate
         turns.last = time.perf_counter()
         trainer.train()
 
 
-def stage(folder: Path, made: list[dict[str, Any]], steps: int, turns: Turns) -> None:
+def stage(folder: Path, conversations: list[dict[str, Any]], steps: int, turns: Turns) -> None:
     """Stage train's loop, without what it does between steps."""
     from stages.job import Job
     from stages.train import fit
@@ -176,11 +176,11 @@ def stage(folder: Path, made: list[dict[str, Any]], steps: int, turns: Turns) ->
             Path(scratch),
             SEED,
         )
-        loop = Loop(task, fit.adapted(task, Ranks()), made, [], Ranks())
+        loop = Loop(task, fit.adapted(task, Ranks()), conversations, [], Ranks())
         loop.model.train()
         turns.last = time.perf_counter()
         for number in range(steps):
-            tokens = sum(len(made[row]["input_ids"]) for row in loop.order.step(number))
+            tokens = sum(len(conversations[row]["input_ids"]) for row in loop.order.step(number))
             turns.tokens.append(tokens)
             turns.computed.append(tokens)
             loop.step(number)
@@ -192,12 +192,12 @@ ROWS = {"TRL and PEFT": trl, "stage train": stage}
 
 def child(row: str, folder: Path, kind: str, steps: int, block: int) -> None:
     """One row; stdout has the figures alone, and what libraries and the stage print there is dropped."""
-    to, dropped = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    descriptor, dropped = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(dropped, 1)
     import torch
 
     torch.set_num_threads(THREADS)
-    ROWS[row](folder, rows(kind, steps), steps, Turns(block, to))
+    ROWS[row](folder, rows(kind, steps), steps, Turns(block, descriptor))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     with TemporaryDirectory() as folder:
         base(Path(folder))
         running: dict[str, subprocess.Popen[str]] = {}
-        found: dict[str, dict[str, Any]] = {}
+        figures_of_row: dict[str, dict[str, Any]] = {}
         try:
             for block in range(options.steps // options.block):
                 for row in ROWS:
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
                             f"{row}: its process ended with {running[row].wait()} in block {block + 1}; its"
                             " own words stand above"
                         )
-                    found[row] = json.loads(line)
+                    figures_of_row[row] = json.loads(line)
         finally:
             for process in running.values():
                 process.kill()
@@ -258,7 +258,14 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.lengths} lengths, {options.steps} steps of {lengths.DOCUMENTS} conversations, {THREADS}"
         f" threads on {os.cpu_count()} cores"
     )
-    print(figures.table([{"row": row, "lengths": options.lengths, **its} for row, its in found.items()]))
+    print(
+        figures.table(
+            [
+                {"row": row, "lengths": options.lengths, **row_figures}
+                for row, row_figures in figures_of_row.items()
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":

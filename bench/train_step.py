@@ -162,7 +162,7 @@ def run(
             operations.total(
                 operations.count(
                     config,
-                    row.recipe,
+                    row.workload,
                     tokens,
                     trained,
                     sum(n * n for n in computed) / tokens,
@@ -171,24 +171,24 @@ def run(
             )
         )
     timed = figures.counted(len(plan))
-    found: dict[str, Any] = {"first_s": first, "prepare_s": prepared, "loss": loss, "note": row.described}
-    found |= figures.summary(
+    measured: dict[str, Any] = {"first_s": first, "prepare_s": prepared, "loss": loss, "note": row.described}
+    measured |= figures.summary(
         times,
         [sum(step_lengths) for step_lengths in plan],
         [sum(row.computed(step_lengths)) for step_lengths in plan],
     )
-    found |= {
-        "operations": sum(step_operations[timed]) / found["timed"],
+    measured |= {
+        "operations": sum(step_operations[timed]) / measured["timed"],
         "share": sum(step_operations[timed]) / sum(times[timed]) / top,
     }
     if compilations and compilations.after is not None:
-        found["compiled"] = compilations.after
+        measured["compiled"] = compilations.after
     if cuda:
-        found |= {
+        measured |= {
             "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9,
             "held_gb": torch.cuda.max_memory_reserved(device) / 1e9,
         }
-    return found
+    return measured
 
 
 def profiled(row: Row, plan: tuple[int, ...], config: dict[str, Any], name: str, note: str) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def profile(row: Row, plan: tuple[int, ...], config: dict[str, Any], name: str) 
         for e in events
         if e.key in labels_of.names and e.device_type == torch.autograd.DeviceType.CPU
     }
-    found = {
+    times_of_label = {
         key: {"gpu_ms": e.device_time_total / 1e3, "cpu_ms": e.cpu_time_total / 1e3}
         for key, e in sorted(ranges.items())
     }
@@ -232,9 +232,9 @@ def profile(row: Row, plan: tuple[int, ...], config: dict[str, Any], name: str) 
         f"\n{name}, {len(plan)} conversations of {sum(plan)} tokens with the profiler on: kernels"
         f" {kernels:.1f} ms in all"
     )
-    for key, value in found.items():
+    for key, value in times_of_label.items():
         print(f"  {key:28s} gpu {value['gpu_ms']:9.1f} ms   cpu {value['cpu_ms']:9.1f} ms")
-    rest = kernels - sum(value["gpu_ms"] for key, value in found.items() if "/" not in key)
+    rest = kernels - sum(value["gpu_ms"] for key, value in times_of_label.items() if "/" not in key)
     print(f"  {'embeddings, head, optimizer':28s} gpu {rest:9.1f} ms")
     print(
         events.table(
@@ -243,7 +243,7 @@ def profile(row: Row, plan: tuple[int, ...], config: dict[str, Any], name: str) 
             max_name_column_width=60,
         )
     )
-    return found
+    return times_of_label
 
 
 def explain(error: Exception) -> str:
@@ -277,13 +277,13 @@ def surroundings(device: torch.device, commit: str | None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "absent"
     if commit is None:
-        asked = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
             text=True,
             check=False,
         )
-        commit = asked.stdout.strip() or "unknown"
+        commit = described.stdout.strip() or "unknown"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none (CPU)"
     return {"gpu": gpu, "cuda": torch.version.cuda, "versions": versions, "commit": commit}
 
@@ -330,9 +330,9 @@ def here(
         flush=True,
     )
     try:
-        for found in measure(name, config, device, top, options):
-            rows.append(found)
-            print(figures.table([found]), flush=True)
+        for row in measure(name, config, device, top, options):
+            rows.append(row)
+            print(figures.table([row]), flush=True)
             yield report | {"rows": rows}
     except Exception as error:  # it could not be built
         yield report | {"rows": [*rows, {"row": name, "lengths": "", **failed(error)}]}
@@ -416,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
             builder(name)  # a misspelt row is refused before the first one runs
     if options.deterministic and len(names) == 1 and names[0].startswith("ours"):
         determinism.before_torch()
-        determinism.on()
+        determinism.enable()
     if options.tiles:
         grouped.TORCH_KERNELS = ()
     torch.manual_seed(0)

@@ -28,10 +28,12 @@ class Random(Checkpoint):
         for file, group in shards(
             [Slot(name, spec.dtype, spec.shape) for name, spec in names.tensors(config).items()], limit
         ):
-            at = 0
+            offset = 0
             for slot in group:
-                self.entries[slot.name] = Entry(folder / file, slot.dtype, slot.shape, at, at + slot.bytes)
-                at += slot.bytes
+                self.entries[slot.name] = Entry(
+                    folder / file, slot.dtype, slot.shape, offset, offset + slot.bytes
+                )
+                offset += slot.bytes
             self.files.append(file)
         self.metadata = {file: {"format": "pt"} for file in self.files}
         self._block = torch.empty(BLOCK, dtype=torch.bfloat16).normal_(

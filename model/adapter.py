@@ -70,7 +70,7 @@ def restore(model: Model, tensors: dict[str, torch.Tensor]) -> None:
     for name, module in adapted(model).items():
         a, b = (tensors[f"{peft_name[name]}.lora_{side}.weight"] for side in "AB")
         for factor, value in zip(
-            (module.lora_a, module.lora_b), _stacks(a, b, module, module.rank), strict=True
+            (module.lora_a, module.lora_b), _by_expert(a, b, module, module.rank), strict=True
         ):
             factor.copy_(value)
 
@@ -102,7 +102,7 @@ def load(model: Model, folder: Path) -> None:
     restore(model, load_file(folder / WEIGHTS))
 
 
-def _stacks(
+def _by_expert(
     a: torch.Tensor, b: torch.Tensor, module: Projection, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PEFT's A (experts * rank, in) and B (out, rank * experts) as (experts, rank, in) and (experts, out,

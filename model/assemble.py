@@ -21,7 +21,7 @@ from model.families.family import Config, Linear
 from model.layers.documents import Documents
 from model.layers.graphs import Graphs
 from model.layers.grouped import ALIGNMENT
-from model.layers.loss import cross_entropy, likeliest, trained
+from model.layers.loss import cross_entropy, likeliest, trained_targets
 from model.layers.loss import distillation as distilled
 from model.layers.projection import Projection
 from model.weights.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ def load(
         )
     model, bytes_read, total = empty(config, form, dtype, device, shards), 0, checkpoint.bytes
     for file in checkpoint.files:
-        for name in checkpoint.in_file(file):
+        for name in checkpoint.names_in_file(file):
             fill(model, name, checkpoint.tensor(name))
             bytes_read += checkpoint.entries[name].bytes
             if progress:
@@ -234,20 +234,20 @@ def hidden_states(model: Model, ids: torch.Tensor, documents: Documents) -> torc
     graphs: Graphs | None = getattr(model, "graphs", None)
     if graphs and model.training and torch.is_grad_enabled():
         return graphs.hidden(ids, documents)
-    return _run(model, ids, documents)
+    return _forward(model, ids, documents)
 
 
 def capture(model: Model) -> Graphs:
     """From now on training steps of a model on a GPU replay CUDA graphs (model/layers/graphs.py)."""
     model.graphs = Graphs(
         model,
-        lambda ids, documents: _run(model, ids, documents),
+        lambda ids, documents: _forward(model, ids, documents),
         [p for p in model.parameters() if p.requires_grad],
     )
     return model.graphs
 
 
-def _run(model: Model, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
+def _forward(model: Model, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
     # A mapping of masks is taken as it is; attention and Mamba keep documents apart by themselves.
     hidden: torch.Tensor = model.model(
         input_ids=ids[None], attention_mask={}, use_cache=False, documents=documents
@@ -258,7 +258,7 @@ def _run(model: Model, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
 def loss(model: Model, ids: torch.Tensor, labels: torch.Tensor, documents: Documents) -> torch.Tensor:
     """Sum of -log p over the trained tokens of one packed sequence: float32 scalar."""
     hidden = hidden_states(model, ids, documents)
-    positions, targets = trained(labels)
+    positions, targets = trained_targets(labels)
     return cross_entropy(hidden[positions], model.lm_head.weight, targets)
 
 
@@ -274,12 +274,12 @@ def distillation(
     (model/layers/loss.py), and -log p, without a gradient.
     """
     hidden = hidden_states(model, ids, documents)
-    positions, targets = trained(labels)
+    positions, targets = trained_targets(labels)
     return distilled(hidden[positions], model.lm_head.weight, targets, index, logs)
 
 
 @torch.no_grad()
-def largest(
+def likeliest_tokens(
     model: Model,
     ids: torch.Tensor,
     labels: torch.Tensor,
@@ -290,7 +290,7 @@ def largest(
     """The `count` likeliest next tokens at every trained position of one packed sequence, as
     model/layers/loss.py has them.
     """
-    hidden = hidden_states(model, ids, documents)[trained(labels)[0]]
+    hidden = hidden_states(model, ids, documents)[trained_targets(labels)[0]]
     index, logs = zip(
         *(likeliest(rows @ model.lm_head.weight.t(), count) for rows in hidden.split(chunk)), strict=True
     )

@@ -68,7 +68,7 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bo
     findings = [
         *faults.structure(checkpoint, expected),
         *faults.settings(configs),
-        *faults.excludes(checkpoint, family.listed(config), packed_modules(checkpoint), configs[0]),
+        *faults.excludes(checkpoint, family.excludable(config), packed_modules(checkpoint), configs[0]),
         *faults.scales(checkpoint),
     ]
     if original:

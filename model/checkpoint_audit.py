@@ -101,7 +101,7 @@ def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Au
             findings.append(unreadable(f"--base {base.name}", error))
     if vllm is None:
         return Audit(findings, facts)
-    needs, serving_findings = served(vllm, config, facts, packed)
+    needs, serving_findings = serving_needs(vllm, config, facts, packed)
     return Audit([*findings, *serving_findings], facts, needs)
 
 
@@ -134,7 +134,7 @@ def settings(
         ]
     findings = [
         *faults.settings(configs),
-        *faults.excludes(checkpoint, family.listed(checkpoint.config), packed, first),
+        *faults.excludes(checkpoint, family.excludable(checkpoint.config), packed, first),
     ]
     if first.algorithm == "NVFP4" and not has_input_scales(checkpoint):
         findings.append(
@@ -149,7 +149,7 @@ def settings(
     return findings
 
 
-def served(
+def serving_needs(
     vllm: str, config: dict[str, Any], facts: dict[str, Any], packed: set[str]
 ) -> tuple[Serve | None, list[Finding]]:
     """What this version needs to serve the checkpoint; None, and why, if it cannot. `packed`: the modules

@@ -16,7 +16,7 @@ from model.families.unknown import UnknownFamily
 from model.layouts import PARTS
 from model.weights.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, CheckpointError, header, weight_map
 from model.weights.nvfp4 import GROUP
-from model.weights.quant_config import ALGORITHMS, CONFIG, INSIDE, ONLY_INSIDE, QuantConfig, covers
+from model.weights.quant_config import ALGORITHMS, CONFIG, CONFIG_KEY, ONLY_IN_CONFIG, QuantConfig, covers
 
 _AGAIN = "Copy or download it again."
 
@@ -44,7 +44,7 @@ def unreadable(subject: str, error: Exception) -> Finding:
     return Finding(subject, problem, "a whole checkpoint with its config", _AGAIN)
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A tensor's name as it can be printed."""
     return name if name.isprintable() else repr(name)
 
@@ -72,7 +72,7 @@ def files(folder: Path) -> Iterator[Finding]:
         for name in entries:
             if name in file_of:
                 yield Finding(
-                    shown(name),
+                    printable(name),
                     f"it in {file_of[name]} and in {file}",
                     "each tensor once",
                     "Which one is loaded depends on the loader: remove one.",
@@ -81,7 +81,7 @@ def files(folder: Path) -> Iterator[Finding]:
     for name, file in index.items():
         if file in readable and file_of.get(name) != file:
             yield Finding(
-                shown(name),
+                printable(name),
                 f"it in {file_of[name]}" if name in file_of else "it in no file",
                 f"it in {file}, as {INDEX} says",
                 f"Write {INDEX} again, or that file.",
@@ -89,7 +89,7 @@ def files(folder: Path) -> Iterator[Finding]:
     for name, file in file_of.items():
         if index and name not in index:
             yield Finding(
-                shown(name),
+                printable(name),
                 f"it in {file} and not in {INDEX}",
                 "every tensor in the index",
                 f"Write {INDEX} again.",
@@ -177,13 +177,13 @@ def settings(configs: list[QuantConfig]) -> Iterator[Finding]:
                 f"what {first.file} says: {_summary(first)}",
                 f"vLLM takes {first.file}: make them agree.",
             )
-    if first.algorithm in ONLY_INSIDE and first.file != CONFIG:
+    if first.algorithm in ONLY_IN_CONFIG and first.file != CONFIG:
         yield Finding(
             first.file,
-            f"quant_algo {first.algorithm}, and no {INSIDE} in {CONFIG}",
+            f"quant_algo {first.algorithm}, and no {CONFIG_KEY} in {CONFIG}",
             f"these settings in {CONFIG}",
-            f"Every vLLM refuses {first.algorithm} from {first.file}: add {INSIDE} to {CONFIG} (its form is"
-            " in docs/formats.md), or quantise again.",
+            f"Every vLLM refuses {first.algorithm} from {first.file}: add {CONFIG_KEY} to {CONFIG} (its form"
+            " is in docs/formats.md), or quantise again.",
         )
     for config in configs:
         if config.missing:
@@ -301,7 +301,7 @@ def unchanged(
                 "The source is another model: name what this was made from.",
             )
         elif (source_entry.dtype != entry.dtype and name.endswith(never_cast)) or (
-            source_entry.dtype == entry.dtype and not checkpoint.same(name, source)
+            source_entry.dtype == entry.dtype and not checkpoint.same_bits(name, source)
         ):
             yield Finding(
                 name,

@@ -60,7 +60,7 @@ def excluded(config: Config, layout: str) -> list[str]:
     """
     family, chosen = registry.of(config), set(quantised(config, layout))
     head = family.head.removesuffix(".weight")
-    return [head, *(m for m in family.listed(config) if m not in chosen and m != head)]
+    return [head, *(m for m in family.excludable(config) if m not in chosen and m != head)]
 
 
 def tensors(

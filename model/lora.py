@@ -128,7 +128,7 @@ class Adapter:
     """
 
     def __init__(self, folder: str | Path, base: Checkpoint):
-        self.folder = lora_config.located(Path(folder))
+        self.folder = lora_config.adapter_folder(Path(folder))
         self.settings = lora_config.read(self.folder)
         self.rank, self.scale = self.settings.rank, self.settings.scale
         self.tensors = _tensors(self.folder)
@@ -142,12 +142,12 @@ class Adapter:
                 self._stacks.setdefault(linear.module, []).append(linear)
         for stack in self._stacks:
             self._holders.setdefault(stack.rpartition(".")[0], []).append(stack)
-        self._read: dict[str, torch.Tensor] = {}
-        self.pairs, self.copies = self._pair()
+        self._cache: dict[str, torch.Tensor] = {}
+        self.pairs, self.copies = self._pairs_and_copies()
         for key in self.copies:
             self._check_copy(key)
 
-    def _pair(self) -> tuple[dict[str, Pair], list[str]]:
+    def _pairs_and_copies(self) -> tuple[dict[str, Pair], list[str]]:
         sides: dict[str, dict[str, str]] = {}
         adapters, copies = {}, []
         for key in self.tensors.entries:
@@ -178,7 +178,7 @@ class Adapter:
                 )
         pairs: dict[str, Pair] = {}
         for module, keys in sides.items():
-            for name, pair in self._changes(module, keys).items():
+            for name, pair in self._pairs_of_module(module, keys).items():
                 if name in pairs:
                     raise AdapterError(
                         f"{pair.a} and {pairs[name].a} both change {name}",
@@ -188,10 +188,10 @@ class Adapter:
                 pairs[name] = pair
         return pairs, copies
 
-    def _changes(self, module: str, keys: dict[str, str]) -> dict[str, Pair]:
+    def _pairs_of_module(self, module: str, keys: dict[str, str]) -> dict[str, Pair]:
         """The changes by one module of the adapter, by hub name. `keys` are its tensors by their kind."""
         self._check_kinds(module, keys)
-        stack = self._stack(module) if module.removesuffix(".base_layer") in self._holders else None
+        stack = self._stack_of(module) if module.removesuffix(".base_layer") in self._holders else None
         hub = f"{self.family.hub(module)}.weight"
         names = (
             [linear.weight for linear in self._stacks[stack]]
@@ -218,7 +218,7 @@ class Adapter:
                 "what PEFT takes: DoRA on linears only",
                 lora_config.PLAIN,
             )
-        rank, scale = self.settings.of(stack or module)
+        rank, scale = self.settings.rank_and_scale(stack or module)
         out, inside = self._base.entries[names[0]].shape
         count = len(names) if stack else 1
         shapes = {"A": (rank * count, inside), "B": (out, rank * count), "magnitude_vector": (out,)}
@@ -257,7 +257,7 @@ class Adapter:
                 "Copy them again.",
             )
 
-    def _stack(self, module: str) -> str:
+    def _stack_of(self, module: str) -> str:
         """The native name of the stack of experts that a wrapper of PEFT changes."""
         experts = module.removesuffix(".base_layer")
         # PEFT wraps them in their order
@@ -304,11 +304,11 @@ class Adapter:
 
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor of the adapter in float32. The last few are kept: the experts of a layer share them."""
-        if key not in self._read:
-            while len(self._read) >= KEPT:
-                del self._read[next(iter(self._read))]
-            self._read[key] = self.tensors.tensor(key).float()
-        return self._read[key]
+        if key not in self._cache:
+            while len(self._cache) >= KEPT:
+                del self._cache[next(iter(self._cache))]
+            self._cache[key] = self.tensors.tensor(key).float()
+        return self._cache[key]
 
     def change(self, name: str) -> Change:
         """The change of one hub tensor. Raises CheckpointError if it is not finite."""

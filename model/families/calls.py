@@ -17,7 +17,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def outside(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[str]:
+def mismatches(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[str]:
     """A short reason for everything in the calls of `messages` that `tools` do not allow; empty if all fit.
 
     Checked are: that the tool is declared, and of its schema's top level `properties` (unless
@@ -34,12 +34,12 @@ def outside(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) 
             else:
                 reasons += [
                     f"message {position}: {reason}"
-                    for reason in _against(declared[name]["parameters"], name, arguments)
+                    for reason in _schema_mismatches(declared[name]["parameters"], name, arguments)
                 ]
     return reasons
 
 
-def _against(schema: dict[str, Any] | None, name: str, arguments: dict[str, Any]) -> list[str]:
+def _schema_mismatches(schema: dict[str, Any] | None, name: str, arguments: dict[str, Any]) -> list[str]:
     schema = schema or {}
     properties = schema.get("properties")
     listed = properties if isinstance(properties, dict) else {}
@@ -59,15 +59,17 @@ def _against(schema: dict[str, Any] | None, name: str, arguments: dict[str, Any]
         property_schema = listed.get(key)
         if not isinstance(property_schema, dict):
             continue
-        if (expected := property_schema.get("type")) is not None and not _is(value, expected):
+        if (expected := property_schema.get("type")) is not None and not _has_type(value, expected):
             types = expected if isinstance(expected, list) else [expected]
-            reasons.append(f"argument {key} of {name} is {_type(value)}, not {' or '.join(map(str, types))}")
+            reasons.append(
+                f"argument {key} of {name} is {_type_name(value)}, not {' or '.join(map(str, types))}"
+            )
         elif isinstance(property_schema.get("enum"), list) and value not in property_schema["enum"]:
             reasons.append(f"argument {key} of {name} is none of its enum")
     return reasons
 
 
-def _is(value: Any, expected: Any) -> bool:
+def _has_type(value: Any, expected: Any) -> bool:
     """Whether `value` is of a JSON Schema type, or of one of a list; an unknown type allows everything.
 
     1.0 is no integer: the template writes it as 1.0, which vLLM's parser does not read back as an integer.
@@ -80,7 +82,7 @@ def _is(value: Any, expected: Any) -> bool:
     return any(isinstance(value, _TYPES[kind]) for kind in kinds)
 
 
-def _type(value: Any) -> str:
+def _type_name(value: Any) -> str:
     if isinstance(value, bool):
         return "boolean"
     return next(kind for kind, types in _TYPES.items() if isinstance(value, types))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.families.unknown import chosen
+from model.families.unknown import for_model_type
 from model.labels import IGNORED
 
 
@@ -44,7 +44,7 @@ def of(config: dict[str, Any]) -> Chat:
     """The chat format of a config.json's family. Raises UnknownFamily for any other `model_type`."""
     from model.families.nemotron_h.chat import NEMOTRON_H
 
-    return chosen({chat.model_type: chat for chat in (NEMOTRON_H,)}, config)
+    return for_model_type({chat.model_type: chat for chat in (NEMOTRON_H,)}, config)
 
 
 def of_folder(checkpoint: Path) -> Chat:

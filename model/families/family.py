@@ -105,7 +105,7 @@ class Family:
     never_cast: tuple[str, ...]  # endings of tensors whose values survive a change of dtype
     stored_exactly: Callable[[str], bool]  # native tensor -> whether a loaded model holds it in float32
     linears: Callable[[Config], tuple[Linear, ...]]  # in checkpoint order
-    listed: Callable[[Config], tuple[str, ...]]  # modules that an exclude list has to name, if kept
+    excludable: Callable[[Config], tuple[str, ...]]  # modules that an exclude list has to name, if kept
     kinds: Callable[[Config], list[str]]  # of each layer
     one_layer: Callable[[Config, str], Config]  # the same model with a single layer, of one kind
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from model.families.family import Family
 from model.families.nemotron_h.family import NEMOTRON_H
-from model.families.unknown import chosen
+from model.families.unknown import for_model_type
 
 FAMILIES = {family.model_type: family for family in (NEMOTRON_H,)}
 
 
 def of(config: dict[str, Any]) -> Family:
     """The family of a config.json. Raises UnknownFamily for any other `model_type`."""
-    return chosen(FAMILIES, config)
+    return for_model_type(FAMILIES, config)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.families.unknown import chosen
+from model.families.unknown import for_model_type
 
 KV_CACHES = ("auto", "bfloat16", "fp8")
 CPUINFO = Path("/proc/cpuinfo")
@@ -122,7 +122,7 @@ def of(config: dict[str, Any]) -> Serving:
     """How a config.json's family is served. Raises UnknownFamily for any other `model_type`."""
     from model.families.nemotron_h.serving import NEMOTRON_H
 
-    return chosen({serving.model_type: serving for serving in (NEMOTRON_H,)}, config)
+    return for_model_type({serving.model_type: serving for serving in (NEMOTRON_H,)}, config)
 
 
 def of_folder(checkpoint: Path) -> Serving:

@@ -16,7 +16,7 @@ class UnknownFamily(ValueError):
         self.found, self.expected, self.remedy = found, expected, remedy
 
 
-def chosen(known: Mapping[str, Value], config: dict[str, Any]) -> Value:
+def for_model_type(known: Mapping[str, Value], config: dict[str, Any]) -> Value:
     """What `known` has for the config's `model_type`. Raises UnknownFamily if that is none of it."""
     name = config.get("model_type")
     if isinstance(name, str) and name in known:

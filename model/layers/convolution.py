@@ -108,7 +108,7 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
     # apart.
     @triton.jit(do_not_specialize=["tokens"])
     @no_type_check  # Triton's own language
-    def ahead(
+    def conv_forward(
         x,
         weight,
         bias,
@@ -142,7 +142,7 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
 
     @triton.jit(do_not_specialize=["tokens"])
     @no_type_check  # Triton's own language
-    def back(
+    def conv_backward(
         g,
         x,
         weight,
@@ -191,4 +191,4 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
             mask=(t < tokens)[:, None] & columns,
         )
 
-    return ahead, back
+    return conv_forward, conv_backward

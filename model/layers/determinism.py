@@ -18,7 +18,7 @@ def before_torch() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
-def on() -> None:
+def enable() -> None:
     """From now on in this process."""
     import torch
 
@@ -28,8 +28,8 @@ def on() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at runtime
 
 
-def wanted() -> bool:
-    """Whether `on` was called."""
+def enabled() -> bool:
+    """Whether `enable` was called."""
     import torch
 
     return torch.are_deterministic_algorithms_enabled()

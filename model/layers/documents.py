@@ -41,13 +41,13 @@ class Documents:
 
     def offsets(self, device: torch.device | str) -> torch.Tensor:
         """Where each document begins, and the end of the last: int32 (documents + 1,)."""
-        return self._keep(
+        return self._cached(
             "offsets", device, lambda: torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
         )
 
     def index(self, device: torch.device | str) -> torch.Tensor:
         """The number of each token's document: int32 (tokens,)."""
-        return self._keep(
+        return self._cached(
             "index",
             device,
             lambda: torch.repeat_interleave(
@@ -57,7 +57,7 @@ class Documents:
 
     def position(self, device: torch.device | str) -> torch.Tensor:
         """How many tokens of its document stand before each token: int32 (tokens,)."""
-        return self._keep(
+        return self._cached(
             "position",
             device,
             lambda: (
@@ -66,7 +66,9 @@ class Documents:
             ),
         )
 
-    def _keep(self, name: str, device: torch.device | str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _cached(
+        self, name: str, device: torch.device | str, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         # Fifty layers ask for the same tensors: one copy to the device, not fifty; through pinned memory, so
         # that nothing waits for it.
         key = (name, str(device))

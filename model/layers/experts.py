@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from model.layers import rows
-from model.layers.grouped import ALIGNMENT, Routing, back, fast, outer, product
+from model.layers.grouped import ALIGNMENT, Routing, in_one_launch, input_gradient, outer, product
 from model.layers.projection import Projection
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def run(
     """The output (tokens, hidden), and what the up projection gave (tokens * choices, intermediate), in
     sorted rows.
     """
-    u = _multiply(up, rows.gather(x, routing.token, _room(up, x)), routing)
-    d = _multiply(down, rows.squared(u, _room(down, x)), routing)
+    u = _multiply(up, rows.gather(x, routing.token, _low_rank_columns(up, x)), routing)
+    d = _multiply(down, rows.relu_squared(u, _low_rank_columns(down, x)), routing)
     return rows.combine(d, routing.inverse, share, share.shape[1]), u
 
 
@@ -101,32 +101,38 @@ def gradients(
     """
     hidden, width = up.in_features, up.out_features
     p = share.flatten()[routing.order].float()
-    source = rows.gather(x, routing.token, _room(up, x))
+    source = rows.gather(x, routing.token, _low_rank_columns(up, x))
     if u is None:
         u = _multiply(up, source, routing)
     else:
-        _low(up, source, routing)
-    dy = rows.gather(g, routing.token, _room(down, x))
-    dh = _back(down, dy, routing)
+        _fill_low_rank(up, source, routing)
+    dy = rows.gather(g, routing.token, _low_rank_columns(down, x))
+    dh = _input_gradient(down, dy, routing)
     da_down = db_down = da_up = db_up = None
     if down.rank:
-        h = rows.squared(u, _room(down, x))
-        _low(down, h, routing)
+        h = rows.relu_squared(u, _low_rank_columns(down, x))
+        _fill_low_rank(down, h, routing)
         # A share multiplies whole rows: it is put on the narrow side of each product.
-        da_down = _cut(outer((dy[:, hidden:] * p[:, None]).to(x.dtype), h[:, :width], routing), down.rank, 1)
-        db_down = _cut(
+        da_down = _without_rank_padding(
+            outer((dy[:, hidden:] * p[:, None]).to(x.dtype), h[:, :width], routing), down.rank, 1
+        )
+        db_down = _without_rank_padding(
             outer(dy[:, :hidden], (h[:, width:] * (down.scale * p[:, None])).to(x.dtype), routing),
             down.rank,
             2,
         )
         del h
     del dy
-    du, dp = rows.through(dh, u, p, _room(up, x))
+    du, dp = rows.relu_squared_backward(dh, u, p, _low_rank_columns(up, x))
     del dh, u
-    dx = rows.combine(_back(up, du, routing), routing.inverse, None, share.shape[1])
+    dx = rows.combine(_input_gradient(up, du, routing), routing.inverse, None, share.shape[1])
     if up.rank:
-        da_up = _cut(outer(du[:, width:].contiguous(), source[:, :hidden], routing), up.rank, 1)
-        db_up = _cut(outer(du[:, :width], source[:, hidden:] * up.scale, routing), up.rank, 2)
+        da_up = _without_rank_padding(
+            outer(du[:, width:].contiguous(), source[:, :hidden], routing), up.rank, 1
+        )
+        db_up = _without_rank_padding(
+            outer(du[:, :width], source[:, hidden:] * up.scale, routing), up.rank, 2
+        )
     return dx, dp[routing.inverse].view_as(share).to(share.dtype), da_up, db_up, da_down, db_down
 
 
@@ -158,44 +164,46 @@ class _Experts(torch.autograd.Function):
         return dx, None, dshare, *dfactors, None, None
 
 
-def _multiple(x: torch.Tensor) -> int:
-    return ALIGNMENT if fast(x) else 1
+def _rank_multiple(x: torch.Tensor) -> int:
+    return ALIGNMENT if in_one_launch(x) else 1
 
 
-def _room(projection: Projection, x: torch.Tensor) -> int:
+def _low_rank_columns(projection: Projection, x: torch.Tensor) -> int:
     """Columns for the low-rank part: the rank, filled up to what grouped products ask for."""
-    return projection.rank + -projection.rank % _multiple(x)
+    return projection.rank + -projection.rank % _rank_multiple(x)
 
 
-def _low(projection: Projection, source: torch.Tensor, routing: Routing) -> None:
+def _fill_low_rank(projection: Projection, source: torch.Tensor, routing: Routing) -> None:
     """Puts A x into the last columns of rows (S, in + room) whose first hold x."""
     if projection.rank:
         inside = projection.in_features
         source[:, inside:] = product(
-            source[:, :inside], projection.factors(source.dtype, _multiple(source))[0], routing
+            source[:, :inside], projection.factors(source.dtype, _rank_multiple(source))[0], routing
         )
 
 
 def _multiply(projection: Projection, source: torch.Tensor, routing: Routing) -> torch.Tensor:
     """(S, in + room) -> (S, out): base and change in one product. Fills the last columns of `source`."""
-    _low(projection, source, routing)
+    _fill_low_rank(projection, source, routing)
     if projection.rank and not projection.rounded:
-        return product(source, projection.with_b_columns(_multiple(source)), routing)
+        return product(source, projection.with_b_columns(_rank_multiple(source)), routing)
     return product(source[:, : projection.in_features], projection.forward_weights(), routing)
 
 
-def _back(projection: Projection, dy: torch.Tensor, routing: Routing) -> torch.Tensor:
+def _input_gradient(projection: Projection, dy: torch.Tensor, routing: Routing) -> torch.Tensor:
     """(S, out + room) -> (S, in): the gradient of a projection's input. Fills the last columns of `given`
     with what B gives back.
     """
     out = projection.out_features
     if projection.rank:
-        dy[:, out:] = back(dy[:, :out], projection.factors(dy.dtype, _multiple(dy))[1], routing)
+        dy[:, out:] = input_gradient(
+            dy[:, :out], projection.factors(dy.dtype, _rank_multiple(dy))[1], routing
+        )
         if not projection.rounded:
-            return back(dy, projection.with_a_rows(_multiple(dy)), routing)
-    return back(dy[:, :out], projection.forward_weights(), routing)
+            return input_gradient(dy, projection.with_a_rows(_rank_multiple(dy)), routing)
+    return input_gradient(dy[:, :out], projection.forward_weights(), routing)
 
 
-def _cut(gradient: torch.Tensor, rank: int, dimension: int) -> torch.Tensor:
+def _without_rank_padding(gradient: torch.Tensor, rank: int, dimension: int) -> torch.Tensor:
     """The gradient of a factor in float32, without the rows or columns that filled its rank up."""
     return gradient.narrow(dimension, 0, rank).float()

@@ -41,7 +41,7 @@ class Key:
     rounded: bool
 
 
-def padded(tokens: int) -> int:
+def padded_size(tokens: int) -> int:
     """The size that a pack of `tokens` is padded to: the next multiple of an eighth of its power of two,
     of 128 at least.
     """
@@ -140,7 +140,7 @@ class Graphs:
         self.link = torch.zeros((), device=self.gradients[0].device, requires_grad=True)
 
     def key(self, documents: Documents) -> Key:
-        tokens = padded(documents.tokens)
+        tokens = padded_size(documents.tokens)
         count = len(documents.lengths) + (tokens > documents.tokens)
         return Key(
             tokens,
@@ -167,7 +167,7 @@ class Graphs:
             table = self.model.get_input_embeddings().weight
             self.rows = torch.zeros(2, key.tokens, table.shape[1], dtype=table.dtype, device=table.device)
         # In the middle of a step they hold what its packs gave so far, and capturing adds to them once.
-        sums = [gradient.clone() for gradient in self.gradients] if self.filled else None
+        sums = [gradient.clone() for gradient in self.gradients] if self.holds_gradients else None
         captured = Captured(
             key, self.run, self.parameters, self.gradients, self.pool, *self.rows[:, : key.tokens]
         )
@@ -176,7 +176,7 @@ class Graphs:
         return captured
 
     @property
-    def filled(self) -> bool:
+    def holds_gradients(self) -> bool:
         """Whether the parameters' gradients are the ones here: a pack of the same step has been here
         before.
         """
@@ -211,7 +211,7 @@ class _Replay(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[None, None, None]:
         graphs, captured = ctx.graphs, ctx.captured
-        if not graphs.filled:
+        if not graphs.holds_gradients:
             torch._foreach_zero_(graphs.gradients)  # what a step before left here
         captured.hidden_gradient.copy_(g)
         captured.backward.replay()

@@ -61,21 +61,21 @@ class Routing:
         return [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if b > a]
 
 
-def fast(x: torch.Tensor) -> bool:
+def in_one_launch(x: torch.Tensor) -> bool:
     """Whether products with `x` go in one launch."""
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def _theirs(x: torch.Tensor) -> bool:
+def _torch_has_kernel(x: torch.Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device)[0] in TORCH_KERNELS
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Tensor:
     """`x[rows of e] @ weight[e].T` for every expert e: (S, in), (experts, out, in) -> (S, out)."""
-    if fast(x):
+    if in_one_launch(x):
         return (
             F.grouped_mm(x, weight.transpose(-2, -1), offs=routing.ends)
-            if _theirs(x)
+            if _torch_has_kernel(x)
             else tiles.product(x, weight, routing.ends)
         )
     out = x.new_empty(len(x), weight.shape[-2])  # every row has an expert
@@ -84,11 +84,13 @@ def product(x: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Te
     return out
 
 
-def back(g: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Tensor:
+def input_gradient(g: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Tensor:
     """`g[rows of e] @ weight[e]` for every expert e: (S, out), (experts, out, in) -> (S, in)."""
-    if fast(g):
+    if in_one_launch(g):
         return (
-            F.grouped_mm(g, weight, offs=routing.ends) if _theirs(g) else tiles.back(g, weight, routing.ends)
+            F.grouped_mm(g, weight, offs=routing.ends)
+            if _torch_has_kernel(g)
+            else tiles.input_gradient(g, weight, routing.ends)
         )
     out = g.new_empty(len(g), weight.shape[-1])
     for e, a, b in routing.spans:
@@ -100,8 +102,12 @@ def outer(g: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """`g[rows of e].T @ x[rows of e]` for every expert e: (S, out), (S, in) -> (experts, out, in); zeros
     for idle experts.
     """
-    if fast(g):
-        return F.grouped_mm(g.t(), x, offs=routing.ends) if _theirs(g) else tiles.outer(g, x, routing.ends)
+    if in_one_launch(g):
+        return (
+            F.grouped_mm(g.t(), x, offs=routing.ends)
+            if _torch_has_kernel(g)
+            else tiles.outer(g, x, routing.ends)
+        )
     out = g.new_zeros(len(routing.ends), g.shape[-1], x.shape[-1])
     for e, a, b in routing.spans:
         torch.mm(g[a:b].t(), x[a:b], out=out[e])

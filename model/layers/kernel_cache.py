@@ -34,7 +34,7 @@ _GROUP = "__grp__"  # how the names of Triton's files begin that list a kernel's
 _prepared: Path | None = None
 
 
-class Unknown(Exception):
+class UnknownGPU(Exception):
     """The GPU and its driver cannot be named."""
 
 
@@ -51,12 +51,12 @@ def prepare(warn: Callable[[str, str], None]) -> Path | None:
         return None
     try:
         subfolder = Path(root) / identity()
-        sow(subfolder, Path(os.environ.get(SEED) or BAKED))
+        copy_seed(subfolder, Path(os.environ.get(SEED) or BAKED))
         for name in CACHES.values():
             (subfolder / name).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=subfolder):  # a folder can be there and not be ours to write to
             pass
-    except (OSError, Unknown) as fault:
+    except (OSError, UnknownGPU) as fault:
         warn(
             f"kernels that are compiled in this run are not kept: {fault}",
             f"Give this user a folder in {FOLDER} ({root}) that can be written, and a driver that nvidia-smi"
@@ -76,17 +76,17 @@ def folder() -> Path | None:
 
 def identity() -> str:
     """A folder name for all that decides whether a compiled kernel can be used again: GPU, driver, torch
-    and Triton. Raises Unknown.
+    and Triton. Raises UnknownGPU.
     """
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as fault:
-        raise Unknown(f"nvidia-smi does not name the GPU ({fault})") from fault
+        raise UnknownGPU(f"nvidia-smi does not name the GPU ({fault})") from fault
     # several of one kind share their kernels
     gpus = sorted({line.strip() for line in answer.splitlines() if line.strip()})
     if not gpus:
-        raise Unknown("nvidia-smi lists no GPU")
+        raise UnknownGPU("nvidia-smi lists no GPU")
     return re.sub(
         r"[^A-Za-z0-9.+]+",
         "-",
@@ -106,7 +106,7 @@ def version(*distributions: str) -> str:
     return "none"
 
 
-def sow(target: Path, seeds: Path) -> None:
+def copy_seed(target: Path, seeds: Path) -> None:
     """Makes `target` a copy of the folder of its name in `seeds`, if there is one and `target` is empty or
     not there. Raises OSError.
     """
@@ -122,7 +122,7 @@ def sow(target: Path, seeds: Path) -> None:
             if path.is_dir():
                 place.mkdir(parents=True, exist_ok=True)
             elif path.name.startswith(_GROUP):
-                place.write_text(moved(path.read_text(), target / path.parent.relative_to(seed)))
+                place.write_text(relocated(path.read_text(), target / path.parent.relative_to(seed)))
             else:
                 shutil.copyfile(path, place)  # without its mode: a seed may be read-only
         try:
@@ -135,7 +135,7 @@ def sow(target: Path, seeds: Path) -> None:
         shutil.rmtree(copy, ignore_errors=True)
 
 
-def moved(group: str, place: Path) -> str:
+def relocated(group: str, place: Path) -> str:
     """Triton's list of a kernel's files, when these lie in the folder `place`: it takes a kernel as
     compiled where the listed paths exist.
     """

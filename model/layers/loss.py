@@ -18,7 +18,7 @@ from model.labels import IGNORED
 CHUNK = 1024  # tokens whose logits are held: 0.5 GB in float32 at the real vocabulary
 
 
-def trained(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def trained_targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions whose next token is trained, and those tokens: int64, both (n,). `labels`: (tokens,), one
     sequence.
 
@@ -126,14 +126,16 @@ class _Distillation(torch.autograd.Function):
             rows = slice(start, start + chunk)
             student = (hidden[rows] @ head.t()).float().log_softmax(-1)
             entropy += F.nll_loss(student, targets[rows], reduction="sum")
-            others = _others(student, index[rows])
-            rest = others.logsumexp(-1, keepdim=True)
+            other_logs = _others(student, index[rows])
+            other_total = other_logs.logsumexp(-1, keepdim=True)
             p = logs[rows].exp()
-            divergence += (p * (logs[rows] - torch.cat([student.gather(1, index[rows]), rest], -1))).sum()
+            divergence += (
+                p * (logs[rows] - torch.cat([student.gather(1, index[rows]), other_total], -1))
+            ).sum()
             if gradient is not None:
                 slope = (
                     student.exp_()
-                    .sub_(others.sub_(rest).exp_().mul_(p[:, -1:]))
+                    .sub_(other_logs.sub_(other_total).exp_().mul_(p[:, -1:]))
                     .scatter_add_(1, index[rows], -p[:, :-1])
                 )
                 gradient[rows] = slope.to(head.dtype) @ head

@@ -34,7 +34,7 @@ class MissingKernels(ImportError):
 
 
 @functools.cache
-def _kernels() -> str:
+def _import_error() -> str:
     """Why the Triton kernels do not import; empty if they do, and then prepared (model/layers/tuning.py)."""
     try:
         import mamba_ssm.ops.triton.layernorm_gated
@@ -51,15 +51,15 @@ def implementation(device: torch.device | str) -> str:
     without having asked for it."""
     if torch.device(device).type != "cuda":
         return "torch"
-    if _kernels():
+    if _import_error():
         raise MissingKernels(
             f"Mamba layers on CUDA need mamba-ssm (2.3.2.post1, installed without its compiled extension), "
-            f'which does not import: {_kernels()}. Install it, or ask for implementation="torch"'
+            f'which does not import: {_import_error()}. Install it, or ask for implementation="torch"'
         )
     return "triton"
 
 
-def _chosen(requested: str | None, device: torch.device) -> str:
+def _checked_implementation(requested: str | None, device: torch.device) -> str:
     if requested is None:
         return implementation(device)
     if requested not in IMPLEMENTATIONS:
@@ -69,7 +69,7 @@ def _chosen(requested: str | None, device: torch.device) -> str:
     return requested
 
 
-def _check(documents: Documents | None, x: torch.Tensor) -> None:
+def _check_documents(documents: Documents | None, x: torch.Tensor) -> None:
     if documents is not None and (x.shape[0] != 1 or sum(documents.lengths) != x.shape[1]):
         raise ValueError(
             f"documents of {sum(documents.lengths)} tokens in all describe a batch of 1, found {x.shape[0]} x"
@@ -90,8 +90,8 @@ def conv(
     (channels,) or None. Returns x's shape and dtype; sums are in float32. Raises ValueError if the
     documents do not fit x.
     """
-    _check(documents, x)
-    if _chosen(implementation, x.device) == "triton":
+    _check_documents(documents, x)
+    if _checked_implementation(implementation, x.device) == "triton":
         rows = documents or Documents((x.shape[1],) * x.shape[0])
         return convolution.conv(x.flatten(0, 1), weight, bias, rows.position(x.device)).view(x.shape)
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -129,8 +129,8 @@ def scan(
     most; it changes no result. With documents the batch is 1. Returns x's shape and dtype; states and
     decays are float32. Raises ValueError if the documents do not fit x.
     """
-    _check(documents, x)
-    if _chosen(implementation, x.device) == "triton":
+    _check_documents(documents, x)
+    if _checked_implementation(implementation, x.device) == "triton":
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
         index = None if documents is None else documents.index(x.device)[None]
@@ -196,14 +196,14 @@ def _scan(
     if count > 1:
         end, start = (value.unflatten(3, (groups, -1)).unsqueeze(-1) for value in (end, start))
         added = torch.einsum("bnlgk,bnlgrp->bngkrp", B, weighted * end)
-        entering = _Entering.apply(added, chunk_decay.unflatten(2, (groups, 1, -1)).unsqueeze(-1))
+        entering = _EnteringStates.apply(added, chunk_decay.unflatten(2, (groups, 1, -1)).unsqueeze(-1))
         y = torch.addcmul(y, torch.einsum("bnlgk,bngkrp->bnlgrp", C, entering), start)
     if D is not None:
         y = torch.addcmul(y, x_, D.to(exact).view(groups, -1, 1))
     return y.reshape(x.shape[0], count * length, heads, -1)[:, :tokens].to(x.dtype)
 
 
-class _Entering(torch.autograd.Function):
+class _EnteringStates(torch.autograd.Function):
     """The state that enters each chunk: zero, then entering[n + 1] = kept[n] * entering[n] + added[n].
 
     added (batch, chunks, ...), kept broadcasts to it. By hand, since autograd would keep a tensor and two
@@ -246,7 +246,7 @@ def gated_norm(
     y, z (..., channels); weight (channels,). Returns y's shape and dtype. Source: the checkpoint's own
     `MambaRMSNormGated`.
     """
-    if _chosen(implementation, y.device) == "triton":
+    if _checked_implementation(implementation, y.device) == "triton":
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
         normalised: torch.Tensor = rmsnorm_fn(

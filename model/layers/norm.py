@@ -81,7 +81,7 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
 
     @triton.jit
     @no_type_check  # Triton's own language
-    def ahead(x, weight, y, inverse, width, x_row, eps, BLOCK: tl.constexpr):
+    def norm_forward(x, weight, y, inverse, width, x_row, eps, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         value = tl.load(x + row * x_row + column, mask=column < width, other=0.0).to(tl.float32)
@@ -92,7 +92,7 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
 
     @triton.jit
     @no_type_check  # Triton's own language
-    def back(g, x, weight, inverse, dx, width, g_row, x_row, BLOCK: tl.constexpr):
+    def norm_backward(g, x, weight, inverse, dx, width, g_row, x_row, BLOCK: tl.constexpr):
         # d/dx of w x r with r = (mean x^2 + eps)^(-1/2):  r (w g) - x r^3 <w g, x> / width
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
@@ -107,4 +107,4 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
             mask=column < width,
         )
 
-    return ahead, back
+    return norm_forward, norm_backward

@@ -62,7 +62,7 @@ class Projection(nn.Module):
         self.shards = shards
         self.rank, self.scale, self.rounded = 0, 0.0, False
         self.decoded: torch.Tensor | None = None
-        rows = shards.height(experts * out)
+        rows = shards.rows_per_process(experts * out)
         forms: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
             "bf16": {"weight": ((rows, inside), dtype)},
             "nf4": {
@@ -105,15 +105,15 @@ class Projection(nn.Module):
     def stored_weights(self) -> torch.Tensor | nf4.Packed | nvfp4.Packed:
         """The frozen weights in their form, whole: tensors (experts, out, ...)."""
         rows, sizes = self.experts * self.out_features, (self.experts, self.out_features)
-        whole: dict[str, torch.Tensor] = {
-            name: self.shards.whole(getattr(self, name), rows).unflatten(0, sizes) for name in self._by_rows
+        tensors: dict[str, torch.Tensor] = {
+            name: self.shards.gather(getattr(self, name), rows).unflatten(0, sizes) for name in self._by_rows
         }
         if self.form == "bf16":
-            return whole["weight"]
+            return tensors["weight"]
         return (
-            nf4.Packed(**whole)
+            nf4.Packed(**tensors)
             if self.form == "nf4"
-            else nvfp4.Packed(**whole, weight_scale_2=self.weight_scale_2)
+            else nvfp4.Packed(**tensors, weight_scale_2=self.weight_scale_2)
         )
 
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -123,12 +123,12 @@ class Projection(nn.Module):
         if self.decoded is not None:
             weights = self.decoded[:, : self.out_features, : self.in_features]
             return weights if out is None else out.copy_(weights)
-        held = self.stored_weights()
-        if isinstance(held, torch.Tensor):
-            return held if out is None else out.copy_(held)
+        stored = self.stored_weights()
+        if isinstance(stored, torch.Tensor):
+            return stored if out is None else out.copy_(stored)
         if self.weight.is_cuda:
             return decode.stack(
-                held,
+                stored,
                 (
                     torch.empty(
                         self.experts,
@@ -141,7 +141,7 @@ class Projection(nn.Module):
                     else out
                 ),
             )
-        weights = PACKINGS[self.form].unpack(held).to(self.dtype)
+        weights = PACKINGS[self.form].unpack(stored).to(self.dtype)
         return weights if out is None else out.copy_(weights)
 
     @torch.no_grad()

@@ -41,15 +41,15 @@ def attach(model: Model, capacity: int = 0) -> None:
     for block in model.model.layers:
         if block.block_type == "moe":
             block.forward = types.MethodType(forward, block)
-    keep(model, 0)
+    keep_last(model, 0)
     if capacity:
 
         def choose(inner: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             ids = named["input_ids"]
             if inner.training and ids.is_cuda:
-                keep(
+                keep_last(
                     model,
-                    fitting(
+                    blocks_that_fit(
                         model.config,
                         [block.block_type for block in model.model.layers],
                         ids.numel(),
@@ -60,7 +60,7 @@ def attach(model: Model, capacity: int = 0) -> None:
         model.model.register_forward_pre_hook(choose, with_kwargs=True)
 
 
-def keep(model: Model, count: int) -> None:
+def keep_last(model: Model, count: int) -> None:
     """The last `count` blocks keep everything from now on, the others their input."""
     blocks = model.model.layers
     for number, block in enumerate(blocks):
@@ -69,22 +69,22 @@ def keep(model: Model, count: int) -> None:
         block.gradient_checkpointing = again and block.block_type != "moe"
 
 
-def fitting(config: NemotronHConfig, kinds: list[str], tokens: int, capacity: int) -> int:
+def blocks_that_fit(config: NemotronHConfig, kinds: list[str], tokens: int, capacity: int) -> int:
     """How many of the last blocks (`kinds`: their types in order) can keep everything in a pack of
     `tokens`, so that it takes no more memory than one of `capacity` tokens does with every block
     recomputed."""
     logits = CHUNK * config.vocab_size * 12  # in float32, their softmax, and BF16 beside them
 
-    def peak_bytes(length: int, kept: float) -> float:
+    def peak_bytes(length: int, kept_bytes: float) -> float:
         inputs = len(kinds) * length * config.hidden_size * 2
         # while a block of experts goes back
         rows = 6 * length * config.num_experts_per_tok * config.moe_intermediate_size * 2
-        return inputs + kept + max(rows, logits)
+        return inputs + kept_bytes + max(rows, logits)
 
-    kept, count, room = 0.0, 0, peak_bytes(capacity, 0.0)
+    kept_bytes, count, room = 0.0, 0, peak_bytes(capacity, 0.0)
     for kind in reversed(kinds):
-        kept += tokens * bytes_kept(config, kind)
-        if peak_bytes(tokens, kept) > room:
+        kept_bytes += tokens * bytes_kept(config, kind)
+        if peak_bytes(tokens, kept_bytes) > room:
             break
         count += 1
     return count
@@ -120,15 +120,17 @@ def forward(self: Block, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         self,
         *up.trainable_factors,
         *down.trainable_factors,
-        *_trained(mixer.shared_experts),
+        *_trainable(mixer.shared_experts),
     )
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _parts(block: Block, hidden: torch.Tensor) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
+def _router_and_shared(
+    block: Block, hidden: torch.Tensor
+) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
     """Normed rows (tokens, hidden), the router's choice as it sorts them and its shares, and what the
     shared expert gives.
     """
@@ -150,7 +152,7 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, block: Block, *parameters: torch.Tensor | None
     ) -> torch.Tensor:
-        rows, routing, share, shared = _parts(block, hidden)
+        rows, routing, share, shared = _router_and_shared(block, hidden)
         routed, _ = experts.run(rows, routing, share, *experts.stacks(block.mixer.experts))
         ctx.block = block
         ctx.save_for_backward(hidden)
@@ -161,12 +163,12 @@ class _Block(torch.autograd.Function):
         (hidden,), block = ctx.saved_tensors, ctx.block
         with torch.enable_grad():
             start = hidden.detach().requires_grad_()
-            rows, routing, share, shared = _parts(block, start)
+            rows, routing, share, shared = _router_and_shared(block, start)
         up, down = experts.stacks(block.mixer.experts)
         dx, dshare, *expert_gradients = experts.gradients(
             g.flatten(0, -2), rows.detach(), routing, share.detach(), None, up, down
         )
         around, *shared_gradients = torch.autograd.grad(
-            [rows, share, shared], [start, *_trained(block.mixer.shared_experts)], [dx, dshare, g]
+            [rows, share, shared], [start, *_trainable(block.mixer.shared_experts)], [dx, dshare, g]
         )
         return g + around, None, *expert_gradients, *shared_gradients

@@ -31,18 +31,18 @@ def gather(x: torch.Tensor, token: torch.Tensor, room: int) -> torch.Tensor:
     return out
 
 
-def squared(u: torch.Tensor, room: int) -> torch.Tensor:
+def relu_squared(u: torch.Tensor, room: int) -> torch.Tensor:
     """`relu(u)^2` in the first columns of (S, width + room); u (S, width)."""
     width = u.shape[1]
     out = u.new_empty(len(u), width + room)
     if u.is_cuda:
-        _kernels()["squared"][(len(u),)](u, out, width, u.stride(0), out.stride(0), BLOCK=_block(width))
+        _kernels()["relu_squared"][(len(u),)](u, out, width, u.stride(0), out.stride(0), BLOCK=_block(width))
     else:
         out[:, :width] = u.relu().square_()
     return out
 
 
-def through(
+def relu_squared_backward(
     dh: torch.Tensor, u: torch.Tensor, p: torch.Tensor, room: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Back through `p * down(relu(u)^2)`, given `dh` = what the down projection gives back before it is
@@ -55,7 +55,7 @@ def through(
     out = u.new_empty(len(u), width + room)
     if u.is_cuda:
         dp = torch.empty_like(p)
-        _kernels()["through"][(len(u),)](
+        _kernels()["relu_squared_backward"][(len(u),)](
             dh, u, p, out, dp, width, dh.stride(0), u.stride(0), out.stride(0), BLOCK=_block(width)
         )
         return out, dp
@@ -112,7 +112,7 @@ def _kernels() -> dict[str, JITFunction]:
 
     @triton.jit
     @no_type_check  # Triton's own language
-    def squared(u, out, width, u_row, out_row, BLOCK: tl.constexpr):
+    def relu_squared(u, out, width, u_row, out_row, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -125,20 +125,20 @@ def _kernels() -> dict[str, JITFunction]:
 
     @triton.jit
     @no_type_check  # Triton's own language
-    def through(dh, u, p, out, dp, width, dh_row, u_row, out_row, BLOCK: tl.constexpr):
+    def relu_squared_backward(dh, u, p, out, dp, width, dh_row, u_row, out_row, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         share = tl.load(p + row)
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            given = tl.load(dh + row * dh_row + column, mask=column < width, other=0.0).to(tl.float32)
+            gradient = tl.load(dh + row * dh_row + column, mask=column < width, other=0.0).to(tl.float32)
             relu = tl.maximum(
                 tl.load(u + row * u_row + column, mask=column < width, other=0.0).to(tl.float32), 0.0
             )
-            total += given * relu * relu
+            total += gradient * relu * relu
             tl.store(
                 out + row * out_row + column,
-                (given * share * 2.0 * relu).to(out.dtype.element_ty),
+                (gradient * share * 2.0 * relu).to(out.dtype.element_ty),
                 mask=column < width,
             )
         tl.store(dp + row, tl.sum(total))
@@ -160,4 +160,9 @@ def _kernels() -> dict[str, JITFunction]:
                 total += value
             tl.store(out + row * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
-    return {"gather": gather, "squared": squared, "through": through, "combine": combine}
+    return {
+        "gather": gather,
+        "relu_squared": relu_squared,
+        "relu_squared_backward": relu_squared_backward,
+        "combine": combine,
+    }

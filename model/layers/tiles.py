@@ -49,7 +49,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.
     return _multiply(x, weight, ends, weight.shape[1], weight.stride(1), weight.stride(2))
 
 
-def back(g: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def input_gradient(g: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """`g[rows of e] @ weight[e]`: (S, out), (experts, out, in) -> (S, in). Any strides."""
     return _multiply(g, weight, ends, weight.shape[2], weight.stride(2), weight.stride(1))
 

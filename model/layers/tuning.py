@@ -35,7 +35,7 @@ LENGTHS = ("seqlen", "nchunks", "stride_seq_idx_batch", "M", "rows_per_program")
 MODULES = ("ssd_bmm", "ssd_chunk_scan", "ssd_chunk_state", "ssd_combined", "ssd_state_passing")
 
 
-def table(gpu: str) -> dict[str, dict[str, Any]]:
+def configurations(gpu: str) -> dict[str, dict[str, Any]]:
     """Kernel -> configuration for a GPU by its name as torch gives it; empty for one that is not in
     tuning.json.
     """
@@ -77,8 +77,8 @@ def prepare() -> None:
             while isinstance(value.fn, Heuristics):
                 value = value.fn
             value.fn = _unspecialised(value.fn)
-    known = table(torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
-    earlier = remembered()
+    known = configurations(torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
+    earlier = read_searches()
     for name, tuner in tuners():
         tuner.fn = _unspecialised(tuner.fn)
         if name in known:
@@ -88,10 +88,10 @@ def prepare() -> None:
                 (candidate.pre_hook for candidate in tuner.configs if candidate.pre_hook), None
             )
             tuner.configs = [config]
-        elif determinism.wanted():
+        elif determinism.enabled():
             tuner.configs = [smallest(tuner.configs)]
         else:
-            recall(tuner, earlier.get(name, []))
+            add_searches(tuner, earlier.get(name, []))
             watch(name, tuner)
 
 
@@ -112,11 +112,11 @@ def _unspecialised(kernel: JITFunction) -> JITFunction:
 # --- what searches found, in tuning.json of the folder that stays -------------------------------------------
 
 
-def remembered() -> dict[str, list[dict[str, Any]]]:
+def read_searches() -> dict[str, list[dict[str, Any]]]:
     """Kernel -> what searches of earlier processes found: `key` (Triton's: sizes and dtypes) and the
     configuration. Empty where nothing is kept.
     """
-    path = _memory()
+    path = _searches_file()
     if path is None or not path.exists():
         return {}
     try:
@@ -127,13 +127,13 @@ def remembered() -> dict[str, list[dict[str, Any]]]:
         return {}
 
 
-def recall(tuner: Autotuner, entries: list[dict[str, Any]]) -> None:
+def add_searches(tuner: Autotuner, entries: list[dict[str, Any]]) -> None:
     """Lets a tuner know what was found before. What it has no such configuration for any more is left out,
     and searched for again.
     """
     for entry in entries:
         for config in tuner.configs:
-            if described(config) == {name: entry.get(name) for name in described(config)}:
+            if as_json(config) == {name: entry.get(name) for name in as_json(config)}:
                 tuner.cache[tuple(entry["key"])] = config
 
 
@@ -151,21 +151,21 @@ def watch(name: str, tuner: Autotuner) -> None:
         known = len(tuner.cache)
         result = run(*arguments, **named)
         if len(tuner.cache) > known:
-            remember(name, tuner)
+            write_searches(name, tuner)
         return result
 
     tuner.prune_configs, tuner.run = prune_configs, run_and_remember
 
 
-def remember(name: str, tuner: Autotuner) -> None:
+def write_searches(name: str, tuner: Autotuner) -> None:
     """Writes down what this tuner knows, beside what other processes found. Does nothing where nothing is
     kept; raises OSError.
     """
-    path = _memory()
+    path = _searches_file()
     if path is None:
         return
-    kernels = remembered()
-    own_entries = [{"key": list(key), **described(config)} for key, config in tuner.cache.items()]
+    kernels = read_searches()
+    own_entries = [{"key": list(key), **as_json(config)} for key, config in tuner.cache.items()]
     kernels[name] = own_entries + [
         entry
         for entry in kernels.get(name, [])
@@ -179,12 +179,12 @@ def remember(name: str, tuner: Autotuner) -> None:
     os.replace(opened.name, path)
 
 
-def _memory() -> Path | None:
+def _searches_file() -> Path | None:
     folder = kernel_cache.folder()
     return folder / "tuning.json" if folder else None
 
 
-def described(config: Config) -> dict[str, Any]:
+def as_json(config: Config) -> dict[str, Any]:
     """A triton.Config as tuning.json has it."""
     return {"arguments": dict(config.kwargs), "num_warps": config.num_warps, "num_stages": config.num_stages}
 
@@ -192,14 +192,14 @@ def described(config: Config) -> dict[str, Any]:
 # --- what ran -----------------------------------------------------------------------------------------------
 
 
-def used() -> dict[str, Any]:
+def for_manifest() -> dict[str, Any]:
     """For a manifest: the table's digest, and the configurations of this process. Empty where `prepare`
     has not run: no kernel of the scan ran.
     """
-    return {"table": digest(), "chosen": chosen()} if prepare.cache_info().currsize else {}
+    return {"table": digest(), "chosen": used_configurations()} if prepare.cache_info().currsize else {}
 
 
-def chosen() -> dict[str, dict[str, Any]]:
+def used_configurations() -> dict[str, dict[str, Any]]:
     """Kernel -> the configuration that this process has run it with, as tuning.json has it. Of several,
     the last.
     """
@@ -207,5 +207,5 @@ def chosen() -> dict[str, dict[str, Any]]:
     for name, tuner in tuners():
         config = tuner.configs[0] if len(tuner.configs) == 1 else getattr(tuner, "best_config", None)
         if config is not None:
-            configurations[name] = described(config)
+            configurations[name] = as_json(config)
     return configurations

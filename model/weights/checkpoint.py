@@ -136,9 +136,9 @@ class Tensors:
 
     def raw(self, name: str) -> memoryview:
         """The bytes of one tensor as they lie on disk."""
-        return data(self.tensor(name))
+        return tensor_bytes(self.tensor(name))
 
-    def same(self, name: str, other: Tensors) -> bool:
+    def same_bits(self, name: str, other: Tensors) -> bool:
         """Whether `other`, in which the tensor has the same shape and dtype, holds it with the same bits."""
         return all(
             torch.equal(*(piece().reshape(-1).view(torch.uint8) for piece in pieces))
@@ -179,7 +179,7 @@ class Tensors:
         file = self.entries[name].file
         with file.open("rb", buffering=0) as opened:
             opened.seek(start)
-            remaining = data(target)
+            remaining = tensor_bytes(target)
             while remaining and (count := opened.readinto(remaining)):
                 remaining = remaining[count:]
         if remaining:
@@ -212,7 +212,7 @@ class Checkpoint(Tensors):
         """config.json, as it was when it was first asked for; not to be changed by who asks."""
         return read_json(self.folder / "config.json")
 
-    def in_file(self, file: str) -> Iterator[str]:
+    def names_in_file(self, file: str) -> Iterator[str]:
         """Names of the tensors of one file, in the order of their bytes."""
         path = self.folder / file
         return iter(
@@ -222,7 +222,7 @@ class Checkpoint(Tensors):
         )
 
 
-def data(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, not copied if it lies on the CPU in one piece."""
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
@@ -277,7 +277,7 @@ def write(
     written = dict.fromkeys(table, 0)
     with file.open("wb", buffering=0) as opened:
         opened.write(struct.pack("<Q", len(head)) + head)
-        for slot, piece in ahead(work()):
+        for slot, piece in results_in_order(work()):
             if (NAMES[piece.dtype], tuple(piece.shape[1:]), piece.ndim) != (
                 slot.dtype,
                 slot.shape[1:],
@@ -287,7 +287,7 @@ def write(
                     f"{slot.name} came out as {piece.dtype} {tuple(piece.shape)}, announced were {slot.dtype}"
                     f" {slot.shape}"
                 )
-            remaining = data(piece)
+            remaining = tensor_bytes(piece)
             written[slot.name] += remaining.nbytes
             while remaining:
                 remaining = remaining[opened.write(remaining) :]
@@ -299,7 +299,7 @@ def write(
             )
 
 
-def ahead(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, torch.Tensor]]:
+def results_in_order(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, torch.Tensor]]:
     """The results of work in its order, computed by a few threads; at most twice as many are there or
     under way at once.
     """

@@ -129,7 +129,7 @@ class LoraSettings:
         """The scale of a module that no pattern names."""
         return self._scale(self.rank, self.alpha)
 
-    def of(self, module: str) -> tuple[int, float]:
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
         """Rank and scale of one module or parameter, by the name that PEFT knows it by."""
         rank = self.ranks.get(_pattern(self.ranks, module), self.rank)
         return rank, self._scale(rank, self.alphas.get(_pattern(self.alphas, module), self.alpha))
@@ -149,7 +149,7 @@ def _pattern(patterns: dict[str, Any], module: str) -> str:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), "")
 
 
-def located(folder: Path) -> Path:
+def adapter_folder(folder: Path) -> Path:
     """The folder that holds the adapter: `folder`, or its one subfolder with an adapter_config.json (PEFT
     saves a named adapter so).
     """
@@ -193,7 +193,7 @@ def read(folder: Path) -> LoraSettings:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"peft_type in {CONFIG} is {kind!r}", "LORA", PLAIN)
-    _check_beginning(config.get("init_lora_weights", True))
+    _check_initialisation(config.get("init_lora_weights", True))
     for name, value in config.items():
         if name in DEFAULTS:
             refused = value != DEFAULTS[name]
@@ -264,7 +264,7 @@ def _settings(config: dict[str, Any]) -> LoraSettings:
     )
 
 
-def _check_beginning(value: Any) -> None:
+def _check_initialisation(value: Any) -> None:
     """Raises AdapterError where training began by changing the base, or where nobody knows whether it did."""
     word = value.lower() if isinstance(value, str) else value
     if any(word is known or (isinstance(word, str) and word == known) for known in HARMLESS) or value is None:

@@ -25,7 +25,7 @@ SMALLEST = 2.0**-9  # of E4M3, subnormal: a scale of zero would lose its group
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SEARCHES = ("nearest", "mse")
 CHUNK = 2**18  # weights that a CPU handles at once: few enough that temporaries stay in its cache
-_BYTES = (0x01, 0x7E)  # of SMALLEST and FP8_MAX: positive E4M3 numbers are in the order of their bytes
+_SCALE_BYTES = (0x01, 0x7E)  # of SMALLEST and FP8_MAX: positive E4M3 numbers are in the order of their bytes
 # an error is smaller if it is so by more than the rounding of its float32 sum (about 2^-20)
 _BETTER = 1 - 2.0**-16
 
@@ -54,12 +54,12 @@ def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
     """Quantises matrices (..., out, in), each with its own weight_scale_2.
 
     `search` says how the scale of a group is found: "nearest" maps the group's amax to 6, as ModelOpt
-    does; "mse" tries six scales and takes the one with the least squared error (`least_error`). Both have
-    the same weight_scale_2, so "mse" makes no group worse than "nearest", and weights that are on the grid
-    stay as they are. The price is that a group with an amax above 2/3 of its matrix's cannot have it
-    mapped to 4: that scale would be beyond 448, and is clamped. Four Over Six makes room with amax / (6 *
-    256); on normal weights at real widths, where 0.8 % of groups are so large, that gives the same error
-    to 0.1 %.
+    does; "mse" tries six scales and takes the one with the least squared error (`least_error_scale`).
+    Both use the same weight_scale_2, so "mse" makes no group worse than "nearest", and weights that are
+    on the grid stay as they are. The price: if the amax of a group is above 2/3 of its matrix's, it cannot
+    be mapped to 4, because that scale would be beyond 448 and is clamped. Four Over Six makes room with
+    amax / (6 * 256). On normal weights at real widths 0.8 % of groups are so large, and the error is the
+    same to 0.1 %.
 
     Raises ValueError if `in` is no multiple of 16, or for a search that does not exist.
     """
@@ -80,11 +80,13 @@ def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
     group_second = second[..., None, None].expand(*front, width // GROUP).reshape(-1)
     scale = block_scale(amax, group_second, FP4_MAX)
     if search == "mse":
-        scale = _by_chunks(least_error, groups, amax, group_second)
+        scale = _by_chunks(least_error_scale, groups, amax, group_second)
     divisor = scale.float() * group_second
     divisor.masked_fill_(divisor == 0, torch.inf)  # smaller than any float32: such weights become 0
     codes = _by_chunks(
-        lambda chunk, chunk_divisor: _bytes(encode(chunk.float() / chunk_divisor[:, None])), groups, divisor
+        lambda chunk, chunk_divisor: _two_to_a_byte(encode(chunk.float() / chunk_divisor[:, None])),
+        groups,
+        divisor,
     )
     return Packed(codes.view(*front, width // 2), scale.view(*front, width // GROUP), second)
 
@@ -102,7 +104,7 @@ def block_scale(amax: torch.Tensor, second: torch.Tensor, target: float) -> torc
     )
 
 
-def least_error(groups: torch.Tensor, amax: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def least_error_scale(groups: torch.Tensor, amax: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The float8_e4m3fn scale (groups) with which each of groups (groups, 16) comes out of `unpack` with
     the least squared error.
 
@@ -113,20 +115,20 @@ def least_error(groups: torch.Tensor, amax: torch.Tensor, second: torch.Tensor) 
     """
     size = groups.float().abs()
     six, four = (block_scale(amax, second, target).view(torch.uint8) for target in (FP4_MAX, 4.0))
-    best, least_squares = six, _error(size, six, second)
+    best, least_squares = six, _squared_error(size, six, second)
     for byte in (six - 1, six + 1, four, four - 1, four + 1):
-        byte.clamp_(*_BYTES)
-        error = _error(size, byte, second)
+        byte.clamp_(*_SCALE_BYTES)
+        error = _squared_error(size, byte, second)
         # never where `least` is NaN: zeros in a matrix whose scales are too small for float32
         better = error < least_squares * _BETTER
         best, least_squares = torch.where(better, byte, best), torch.where(better, error, least_squares)
     return best.view(torch.float8_e4m3fn)
 
 
-def _error(size: torch.Tensor, byte: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def _squared_error(size: torch.Tensor, byte: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Squared error, float32 (groups), of absolute values (groups, 16) under scales given as E4M3 bytes."""
     divisor = (byte.view(torch.float8_e4m3fn).float() * second)[:, None]
-    halves, ones, twos = _counts(size / divisor)
+    halves, ones, twos = _step_counts(size / divisor)
     value = ones.add_(halves, alpha=0.5).add_(twos, alpha=2).sub_(6)
     return value.mul_(divisor).sub_(size).square_().sum(-1)
 
@@ -136,14 +138,14 @@ def encode(values: torch.Tensor) -> torch.Tensor:
     taken for 6.
     """
     room = values.abs()
-    halves, ones, twos = _counts(room)
+    halves, ones, twos = _step_counts(room)
     code = halves.add_(ones).add_(twos).sub_(4).nan_to_num_(7)
     code.add_(torch.lt(values, 0, out=room), alpha=8)
     # torch has vector instructions for the way to int8, and none for uint8
     return code.to(torch.int8).view(torch.uint8)
 
 
-def _counts(size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _step_counts(size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Absolute values on the E2M1 scale, counted in the steps of its three pieces; overwrites `size`.
 
     The grid goes by 0.5 up to 2, by 1 up to 4 and by 2 up to 6. Counted from zero but held within its
@@ -157,7 +159,7 @@ def _counts(size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return halves, ones, twos
 
 
-def _bytes(codes: torch.Tensor) -> torch.Tensor:
+def _two_to_a_byte(codes: torch.Tensor) -> torch.Tensor:
     """Codes (..., in), two to a byte (..., in / 2). Read as one 16-bit number, two codes have the even
     column in the low byte.
     """

@@ -17,16 +17,16 @@ from typing import Any
 from model.weights.checkpoint import CheckpointError, read_json
 from model.weights.nvfp4 import GROUP
 
-FILE, CONFIG, INSIDE = "hf_quant_config.json", "config.json", "quantization_config"
+FILE, CONFIG, CONFIG_KEY = "hf_quant_config.json", "config.json", "quantization_config"
 # quant_algo -> whether the activations are quantised too, which takes an input_scale for each linear.
 ALGORITHMS = {"NVFP4": True, "W4A16_NVFP4": False}
 # Where hf_quant_config.json alone says one of these, vLLM stops at "Unknown ModelOpt quant algo" (0.21, which
 # first knew it, to 0.32).
-ONLY_INSIDE = ("W4A16_NVFP4",)
+ONLY_IN_CONFIG = ("W4A16_NVFP4",)
 _FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
-_CACHES: dict[tuple[object, object], str] = {("float", 8): "FP8", ("float", 4): "NVFP4"}
+_CACHE_NAMES: dict[tuple[object, object], str] = {("float", 8): "FP8", ("float", 4): "NVFP4"}
 # vLLM refuses the file without any of them
-_NEEDED = ("quant_algo", "group_size", "kv_cache_quant_algo", "exclude_modules")
+_REQUIRED = ("quant_algo", "group_size", "kv_cache_quant_algo", "exclude_modules")
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ def write(folder: Path, settings: dict[str, Any]) -> None:
     that have no form in it.
     """
     (folder / FILE).write_text(json.dumps(settings, indent=4) + "\n")
-    if settings["quantization"]["quant_algo"] in ONLY_INSIDE:
-        config = read_json(folder / CONFIG) | {INSIDE: inside(settings)}
+    if settings["quantization"]["quant_algo"] in ONLY_IN_CONFIG:
+        config = read_json(folder / CONFIG) | {CONFIG_KEY: for_config_json(settings)}
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def inside(settings: dict[str, Any]) -> dict[str, Any]:
+def for_config_json(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` of hf_quant_config.json in the form of `quantization_config` in config.json: the names
     differ, and the KV cache's is a table.
     """
@@ -77,14 +77,14 @@ def read(folder: Path, config: dict[str, Any]) -> list[QuantConfig]:
     none of the known forms.
     """
     configs = []
-    if quantization := config.get(INSIDE):
-        configs.append(_of(CONFIG, quantization, "ignore"))
+    if quantization := config.get(CONFIG_KEY):
+        configs.append(_parsed(CONFIG, quantization, "ignore"))
     if (folder / FILE).exists():
-        configs.append(_of(FILE, read_json(folder / FILE).get("quantization"), "exclude_modules"))
+        configs.append(_parsed(FILE, read_json(folder / FILE).get("quantization"), "exclude_modules"))
     return configs
 
 
-def _of(file: str, raw: object, listed: str) -> QuantConfig:
+def _parsed(file: str, raw: object, listed: str) -> QuantConfig:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} has no table of quantisation settings")
     excludes = raw.get(listed, [])
@@ -98,7 +98,7 @@ def _of(file: str, raw: object, listed: str) -> QuantConfig:
     kv_cache = raw.get("kv_cache_quant_algo")
     if scheme := _table(raw, "kv_cache_scheme", file):  # as compressed-tensors says it
         kind = (scheme.get("type"), scheme.get("num_bits"))
-        kv_cache = next((name for known, name in _CACHES.items() if known == kind), json.dumps(scheme))
+        kv_cache = next((name for known, name in _CACHE_NAMES.items() if known == kind), json.dumps(scheme))
     if not isinstance(kv_cache, str | None):
         raise CheckpointError(f"kv_cache_quant_algo of {file} is {kv_cache!r}, expected a name or null")
     return QuantConfig(
@@ -107,7 +107,7 @@ def _of(file: str, raw: object, listed: str) -> QuantConfig:
         size,
         kv_cache,
         tuple(excludes),
-        tuple(key for key in _NEEDED if key not in raw) if file == FILE else (),
+        tuple(key for key in _REQUIRED if key not in raw) if file == FILE else (),
     )
 
 

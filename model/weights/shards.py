@@ -21,28 +21,28 @@ class Shards:
     rank: int = 0
     count: int = 1
 
-    def height(self, rows: int) -> int:
+    def rows_per_process(self, rows: int) -> int:
         """Rows that each process holds of `rows`; the last ones of the last process are nobody's where
         they do not divide.
         """
         return -(-rows // self.count)
 
-    def put(self, own: torch.Tensor, first: int, value: torch.Tensor) -> None:
+    def put(self, local_rows: torch.Tensor, first: int, value: torch.Tensor) -> None:
         """Keeps what falls to this process, `own` (height, width), of `value` (n, width), the rows from
         `first` on.
         """
-        start = self.rank * len(own)
-        a, b = max(first, start), min(first + len(value), start + len(own))
+        start = self.rank * len(local_rows)
+        a, b = max(first, start), min(first + len(value), start + len(local_rows))
         if a < b:
-            own[a - start : b - start] = value[a - first : b - first]
+            local_rows[a - start : b - start] = value[a - first : b - first]
 
-    def whole(self, own: torch.Tensor, rows: int) -> torch.Tensor:
+    def gather(self, local_rows: torch.Tensor, rows: int) -> torch.Tensor:
         """All `rows` of what every process holds a share of: (height, width) -> (rows, width). Waits for
         all processes.
         """
         if self.count == 1:
-            return own
-        gathered = own.new_empty(self.count * len(own), *own.shape[1:])
+            return local_rows
+        gathered = local_rows.new_empty(self.count * len(local_rows), *local_rows.shape[1:])
         # As bytes: not every backend knows every dtype.
-        distributed.all_gather_into_tensor(gathered.view(torch.uint8), own.view(torch.uint8))
+        distributed.all_gather_into_tensor(gathered.view(torch.uint8), local_rows.view(torch.uint8))
         return gathered[:rows]

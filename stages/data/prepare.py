@@ -163,7 +163,7 @@ def outside(chosen: list[Row], policy: str) -> dict[str, int]:
     places: list[str] = []
     reasons: Counter[str] = Counter()
     for row in chosen:
-        if found := calls.outside(row.messages, row.tools):
+        if found := calls.mismatches(row.messages, row.tools):
             places.append(row.place)
             reasons.update({re.sub(r"^message \d+:? ", "", reason) for reason in found})
     if places:

@@ -120,7 +120,8 @@ def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
 
     for file in base.files:
         slots = [
-            Slot(name, base.entries[name].dtype, base.entries[name].shape) for name in base.in_file(file)
+            Slot(name, base.entries[name].dtype, base.entries[name].shape)
+            for name in base.names_in_file(file)
         ]
         write(output / file, slots, produce, base.metadata[file])
     for path in files_beside(base.folder):

@@ -65,7 +65,7 @@ def files(
                 f"{entry.dtype} {entry.shape} as in the source",
                 REPORT,
             )
-        if (control or name not in adapter.pairs) and not base.same(name, merged):
+        if (control or name not in adapter.pairs) and not base.same_bits(name, merged):
             raise StageError(
                 f"{name} differs from the source though the adapter "
                 f"{'is zero' if control else 'does not name it'}",

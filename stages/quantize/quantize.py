@@ -179,7 +179,7 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
 
     for file in source.files:
         slots = []
-        for name in source.in_file(file):
+        for name in source.names_in_file(file):
             module = name.removesuffix(".weight")
             parts = layouts.PARTS if module in packed and name.endswith(".weight") else ()
             slots += [

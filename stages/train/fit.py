@@ -42,7 +42,7 @@ def run(task: job.Job) -> None:
         # Small matrices gain from a second core and lose from a third; and sums come out the same everywhere.
         torch.set_num_threads(max(1, 2 // group.world))
     if params.deterministic:
-        determinism.on()
+        determinism.enable()
     rows = read(task.inputs["data"] / "train.jsonl")
     held_out = read(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
     if not held_out and group.first:
@@ -272,7 +272,7 @@ def finish(
         "peak_bytes": watch.memory(),
         "seconds": round(seconds, 1),
     }
-    if kernels := tuning.used():  # which kernels ran decides in which order numbers were summed
+    if kernels := tuning.for_manifest():  # which kernels ran decides in which order numbers were summed
         report["kernels"] = kernels
     (task.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     if drop is None:

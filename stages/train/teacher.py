@@ -70,7 +70,7 @@ class Teacher:
         work = registry.of(model.hub_config).operations(model.hub_config, params.gradient_checkpointing)
         packs = share(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, work)
         for number, pack in enumerate(packs, 1):
-            index, logs = assemble.largest(
+            index, logs = assemble.likeliest_tokens(
                 model,
                 pack.ids.to(device),
                 pack.labels.to(device),

@@ -54,14 +54,14 @@ def run(task: job.Job) -> None:
     from stages.train import fit
 
     if task.parameters(Parameters).deterministic:
-        determinism.on()
+        determinism.enable()
     kernel_watch.start(fit.compiling)
     train(task)
     counts = kernel_watch.counts
     for name, count in vars(counts).items():
         job.metric(f"kernels {name}", count)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    report = {**vars(counts), "folder": folder.name, "bytes": size, "kernels": tuning.used()}
+    report = {**vars(counts), "folder": folder.name, "bytes": size, "kernels": tuning.for_manifest()}
     (task.output / "warm.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import lengths, operations, train_step
-from bench.operations import Recipe
+from bench.operations import Workload
 from bench.ours import Packed
 from bench.row import padded
 from model.layers.graphs import Key
@@ -61,9 +61,9 @@ def test_every_row_takes_its_steps_on_every_distribution(row, small):
         )
         if row == "ours":
             (step,) = lengths.plan(its["lengths"], 2, 2)[1:]
-            recipe = train_step.builder(row)(CONFIG, CPU).recipe
+            workload = train_step.builder(row)(CONFIG, CPU).workload
             alone = [
-                operations.total(operations.count(CONFIG, recipe, length, max(1, length // 4), length))
+                operations.total(operations.count(CONFIG, workload, length, max(1, length // 4), length))
                 for length in step
             ]
             assert its["operations"] == pytest.approx(sum(alone)), "those of each conversation"
@@ -193,10 +193,10 @@ def test_ours_packs_a_step_into_as_few_sequences_as_stage_train_does():
 
 
 def test_uneven_documents_have_the_attention_of_each():
-    config, recipe = operations.sizes(52), Recipe(targets=frozenset({"attention"}))
+    config, workload = operations.sizes(52), Workload(targets=frozenset({"attention"}))
     square = lambda tokens, length: (
         next(
-            p for p in operations.count(config, recipe, tokens, 1, length) if p.name == "attention scores"
+            p for p in operations.count(config, workload, tokens, 1, length) if p.name == "attention scores"
         ).forward
     )
     assert square(400, (100**2 + 300**2) / 400) == pytest.approx(square(100, 100) + square(300, 300))
@@ -231,10 +231,10 @@ def test_experts_are_counted_by_hand():
     once = 2 * 16384 * 6 * 2 * 2688 * 1856 * 23
     config = operations.sizes(52)
     for down, again in ((True, 1.0), (False, 0.5)):
-        recipe = Recipe(down_recomputed=down, targets=frozenset({"attention"}), logits="trained")
+        workload = Workload(down_recomputed=down, targets=frozenset({"attention"}), logits="trained")
         part = next(
             part
-            for part in operations.count(config, recipe, 16384, 4096, 2048, 8)
+            for part in operations.count(config, workload, 16384, 4096, 2048, 8)
             if part.name == "experts weights"
         )
         assert (part.forward, part.recomputed, part.backward) == (once, again * once, once)

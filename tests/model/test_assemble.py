@@ -137,7 +137,7 @@ def test_the_loss_is_cross_entropy_of_full_logits_whatever_the_chunk(base, devic
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     for chunk in (1, 17, 1024):
         model.zero_grad()
-        positions, targets = loss.trained(labels)
+        positions, targets = loss.trained_targets(labels)
         found = loss.cross_entropy(
             assemble.hidden_states(model, ids, Documents(LENGTHS))[positions],
             model.lm_head.weight,
@@ -219,7 +219,7 @@ def test_blocks_that_keep_everything_change_no_gradient_and_run_once(base, monke
         monkeypatch.setattr(block.norm, "forward", lambda x, ahead=ahead: (runs.append(1), ahead(x))[1])
     blocks = len(model.model.layers)
     for count in (0, 3, blocks):
-        recompute.keep(model, count)
+        recompute.keep_last(model, count)
         model.zero_grad()
         runs.clear()
         assemble.loss(model, tokens(), tokens(), Documents(LENGTHS)).backward()
@@ -236,7 +236,8 @@ def test_shorter_packs_keep_more_blocks_and_the_longest_none(base):
     config = assemble.load(Checkpoint(base)).config
     kinds = ["linear_attention", "moe"] * 20
     counts = [
-        recompute.fitting(config, kinds, tokens, 16_384) for tokens in (16_384, 8_192, 4_096, 1_024, 128)
+        recompute.blocks_that_fit(config, kinds, tokens, 16_384)
+        for tokens in (16_384, 8_192, 4_096, 1_024, 128)
     ]
     assert counts[0] == 0 and counts == sorted(counts) and counts[-1] == len(kinds) and counts[1] < counts[3]
 

@@ -404,7 +404,7 @@ def test_wrong_settings_are_named(nvidia, tmp_path, fault):
     ],
 )
 def test_a_setting_of_another_type_is_a_finding_and_no_traceback(nvidia, tmp_path, given, said):
-    inside = quant_config.inside(json.loads((nvidia / QUANT).read_text()))
+    inside = quant_config.for_config_json(json.loads((nvidia / QUANT).read_text()))
     made = edited(
         nvidia,
         tmp_path / "made",
@@ -416,7 +416,7 @@ def test_a_setting_of_another_type_is_a_finding_and_no_traceback(nvidia, tmp_pat
 
 
 def test_two_settings_that_differ_and_none_at_all(nvidia, base, tmp_path):
-    inside = quant_config.inside(json.loads((nvidia / QUANT).read_text()))
+    inside = quant_config.for_config_json(json.loads((nvidia / QUANT).read_text()))
     both = edited(
         nvidia, tmp_path / "both", lambda config: config.update(quantization_config=inside), "config.json"
     )

@@ -32,7 +32,7 @@ def outside(name, arguments, *tools):
         "content": "",
         "tool_calls": [{"function": {"name": name, "arguments": arguments}}],
     }
-    return calls.outside([{"role": "user", "content": "Go."}, turn], list(tools))
+    return calls.mismatches([{"role": "user", "content": "Go."}, turn], list(tools))
 
 
 def test_case_08_a_call_of_a_tool_that_the_row_does_not_declare():
@@ -40,7 +40,7 @@ def test_case_08_a_call_of_a_tool_that_the_row_does_not_declare():
     assert outside("set_timer", {"minutes": 5}) == [reason.format("set_timer")]
     assert outside("start_timr", {"minutes": 5}, TIMER) == [reason.format("start_timr")]
     assert (
-        calls.outside([{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Yes."}], None)
+        calls.mismatches([{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Yes."}], None)
         == []
     )
 

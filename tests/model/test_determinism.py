@@ -18,18 +18,18 @@ from model.weights.checkpoint import Checkpoint
 def deterministic(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     determinism.before_torch()
-    determinism.on()
+    determinism.enable()
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def test_it_holds_for_the_whole_process(deterministic):
-    assert determinism.wanted() and torch.are_deterministic_algorithms_enabled()
+    assert determinism.enabled() and torch.are_deterministic_algorithms_enabled()
 
 
 def test_it_is_off_unless_asked_for():
-    assert not determinism.wanted()
+    assert not determinism.enabled()
 
 
 @pytest.mark.trap("runs-differ-on-a-gpu")

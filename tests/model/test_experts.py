@@ -264,7 +264,7 @@ def test_weights_that_are_held_decoded_give_the_same_bits_step_after_step(form, 
             found += [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
         return found
 
-    wanted, multiple = steps(), grouped.ALIGNMENT if grouped.fast(x) else 1
+    wanted, multiple = steps(), grouped.ALIGNMENT if grouped.in_one_launch(x) else 1
     for projection in its:
         before, room = projection.dense().clone(), projection.decoded_bytes(multiple)
         projection.keep_decoded(multiple)

@@ -14,7 +14,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here
 
 
 def test_a_pack_is_padded_by_at_most_an_eighth_to_few_sizes():
-    sizes = {tokens: graphs.padded(tokens) for tokens in range(1, 20_000)}
+    sizes = {tokens: graphs.padded_size(tokens) for tokens in range(1, 20_000)}
     assert all(size >= tokens and size % 128 == 0 for tokens, size in sizes.items())
     assert all(size - tokens < max(128, tokens / 8 + 1) for tokens, size in sizes.items())
     assert len(set(sizes.values())) < 50

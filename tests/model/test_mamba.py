@@ -23,7 +23,9 @@ PACKED = (130, 1, 65, 128, 7)
 EXACT = {"torch": 1e-5, "triton": 5e-3}  # the Triton kernels multiply float32 as TF32
 PLACES = [("cpu", "torch")]
 if torch.cuda.is_available():
-    missing = pytest.mark.skipif(bool(mamba._kernels()), reason=f"needs mamba-ssm: {mamba._kernels()}")
+    missing = pytest.mark.skipif(
+        bool(mamba._import_error()), reason=f"needs mamba-ssm: {mamba._import_error()}"
+    )
     PLACES += [("cuda", "torch"), pytest.param(("cuda", "triton"), marks=missing)]
 everywhere = pytest.mark.parametrize("place", PLACES, ids=lambda place: "-".join(place))
 
@@ -447,15 +449,17 @@ def test_what_would_leak_or_not_fit_is_refused(model):
 @pytest.mark.trap("slow-path-instead-of-kernels")
 def test_missing_kernels_on_cuda_are_an_error_and_never_a_silent_fallback(monkeypatch):
     assert mamba.implementation("cpu") == "torch"
-    monkeypatch.setattr(mamba, "_kernels", lambda: "No module named 'mamba_ssm'")
+    monkeypatch.setattr(mamba, "_import_error", lambda: "No module named 'mamba_ssm'")
     with pytest.raises(ImportError, match="mamba-ssm.*No module named"):
         mamba.implementation("cuda")
-    assert mamba._chosen("torch", torch.device("cuda")) == "torch", "asked for, plain torch is given"
+    assert mamba._checked_implementation("torch", torch.device("cuda")) == "torch", (
+        "asked for, plain torch is given"
+    )
     with pytest.raises(ImportError):
-        mamba._chosen("triton", torch.device("cuda"))
+        mamba._checked_implementation("triton", torch.device("cuda"))
     with pytest.raises(ValueError, match="there are triton, torch"):
         mamba.scan(*inputs(1, 4, -3.0), CHUNK, implementation="cuda")
     with pytest.raises(ValueError, match="on cpu"):
         mamba.scan(*inputs(1, 4, -3.0), CHUNK, implementation="triton")
-    monkeypatch.setattr(mamba, "_kernels", lambda: "")
+    monkeypatch.setattr(mamba, "_import_error", lambda: "")
     assert mamba.implementation("cuda") == "triton"

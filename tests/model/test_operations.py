@@ -10,8 +10,8 @@ from model.families.nemotron_h import operations
 @pytest.mark.parametrize(("documents", "length", "trained"), [(1, 200, 50), (8, 2048, 512), (2, 16384, 4000)])
 def test_the_formula_counts_what_the_benchmark_counts(recomputed, documents, length, trained):
     config = bench.sizes(52)
-    recipe = bench.Recipe(recompute=recomputed, down_recomputed=False, logits="trained", scores="group")
-    parts = bench.count(config, recipe, documents * length, documents * trained, length)
+    workload = bench.Workload(recompute=recomputed, down_recomputed=False, logits="trained", scores="group")
+    parts = bench.count(config, workload, documents * length, documents * trained, length)
     without_lora = sum(part.total for part in parts if part.name != "LoRA")
     assert documents * operations.count(config, recomputed).of(length, trained) == without_lora
     assert bench.total(parts) < 1.02 * without_lora, "LoRA is too much to leave out"

@@ -15,8 +15,8 @@ GPUS = json.loads(tuning.TABLE.read_text())["gpus"]
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_kernel_of_the_table_has_a_configuration_that_triton_takes(gpu):
-    assert len(tuning.table(gpu)) == 14
-    for config in tuning.table(gpu).values():
+    assert len(tuning.configurations(gpu)) == 14
+    for config in tuning.configurations(gpu).values():
         assert set(config) == {"arguments", "num_warps", "num_stages"}
         assert config["num_warps"] in (1, 2, 4, 8) and config["num_stages"] in range(1, 8)
         assert all(
@@ -26,16 +26,16 @@ def test_every_kernel_of_the_table_has_a_configuration_that_triton_takes(gpu):
 
 
 def test_a_gpu_that_the_table_does_not_have_is_tuned_by_triton():
-    assert tuning.table("a GPU of next year") == {}
+    assert tuning.configurations("a GPU of next year") == {}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_on_a_known_gpu_every_kernel_of_the_table_has_one_configuration():
     tuning.prepare()
-    known = tuning.table(torch.cuda.get_device_name())
+    known = tuning.configurations(torch.cuda.get_device_name())
     found = {name: tuner.configs for name, tuner in tuning.tuners() if name in known}
     assert set(found) == set(known) and all(len(configs) == 1 for configs in found.values())
-    assert {name: tuning.chosen()[name] for name in known} == known
+    assert {name: tuning.used_configurations()[name] for name in known} == known
 
 
 # --- what searches found ------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def make(request, tmp_path, monkeypatch):
 
     def fresh(name="scan", seconds=None):
         tuner = request.param(dict(seconds or {16: 3.0, 32: 1.0, 64: 2.0}))
-        tuning.recall(tuner, tuning.remembered().get(name, []))
+        tuning.add_searches(tuner, tuning.read_searches().get(name, []))
         tuning.watch(name, tuner)
         return tuner
 
@@ -134,7 +134,7 @@ def test_kernels_that_another_process_found_meanwhile_stay(make):
     first, second = make("scan"), make("state")
     first.run(128, "bf16")
     second.run(128, "bf16")
-    assert set(tuning.remembered()) == {"scan", "state"}
+    assert set(tuning.read_searches()) == {"scan", "state"}
 
 
 def test_a_configuration_that_the_library_has_no_more_is_searched_for(make):
@@ -158,7 +158,7 @@ def test_a_torn_memory_is_told_and_written_anew(make, tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_watch, "_tell", notes.append)
     (tmp_path / "tuning.json").write_text('{"kernels": {"scan"')
     make().run(128, "bf16")
-    assert "tuned anew" in notes[0] and list(tuning.remembered()) == ["scan"]
+    assert "tuned anew" in notes[0] and list(tuning.read_searches()) == ["scan"]
 
 
 def test_where_nothing_is_kept_every_process_searches(make, monkeypatch):
@@ -166,12 +166,12 @@ def test_where_nothing_is_kept_every_process_searches(make, monkeypatch):
     make().run(128, "bf16")
     after = make()
     after.run(128, "bf16")
-    assert after.searches == 1 and tuning.remembered() == {}
+    assert after.searches == 1 and tuning.read_searches() == {}
 
 
 def test_a_run_without_the_scan_has_no_configurations_in_its_manifest():
     if not tuning.prepare.cache_info().currsize:
-        assert tuning.used() == {}
+        assert tuning.for_manifest() == {}
 
 
 def test_compilations_are_counted_and_told(monkeypatch):

@@ -133,10 +133,10 @@ def test_a_fault_in_the_merged_files_is_refused_by_name(made, tmp_path, monkeypa
 
 
 def test_a_scale_read_wrongly_is_refused_by_name(made, tmp_path, monkeypatch):
-    right = LoraSettings.of
+    right = LoraSettings.rank_and_scale
     monkeypatch.setattr(
         LoraSettings,
-        "of",
+        "rank_and_scale",
         lambda self, module: (
             right(self, module)[0],
             right(self, module)[1] / (2 if "o_proj" in module else 1),
@@ -188,7 +188,7 @@ def test_a_small_change_that_bf16_halves_is_accepted(made, tmp_path, precision):
     found = facts(output)
     assert found["merge_error"] == found["rounding_error"] > 0.25 * found["adapter_effect"]
     before, after = Checkpoint(made["base"]), Checkpoint(output)
-    assert any(not before.same(name, after) for name in before.entries)
+    assert any(not before.same_bits(name, after) for name in before.entries)
 
 
 def without(folder, chosen):
@@ -212,7 +212,7 @@ def test_idle_experts_are_listed_and_no_fault(made, tmp_path, monkeypatch):
     assert (
         len(messages) == 1 and "leaves 2 of 14 tensors as they are" in messages[0] and idle[0] in messages[0]
     )
-    assert all(Checkpoint(output).same(name, Checkpoint(made["base"])) for name in idle)
+    assert all(Checkpoint(output).same_bits(name, Checkpoint(made["base"])) for name in idle)
 
 
 def scaled(folder, share, part):

@@ -132,7 +132,7 @@ def test_weights_alone_need_no_forward_and_have_no_input_scale(source, tmp_path,
 
 
 def test_weights_alone_are_not_handed_on_where_no_vllm_reads_that_they_are(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(quant_config, "ONLY_INSIDE", ())
+    monkeypatch.setattr(quant_config, "ONLY_IN_CONFIG", ())
     its = small.job(
         "quantize", tmp_path, {**PARAMS, "format": "w4a16"}, merge=source, data=small.data(tmp_path / "data")
     )
@@ -142,7 +142,7 @@ def test_weights_alone_are_not_handed_on_where_no_vllm_reads_that_they_are(sourc
 
 def test_a_kv_cache_that_config_json_has_no_form_for_is_refused(source):
     with pytest.raises(ValueError, match="NVFP4.*expected FP8 or null"):
-        quant_config.inside(
+        quant_config.for_config_json(
             layouts.hf_quant_config(Checkpoint(source).config, "nvidia", "NVFP4", "0", weight_only=True)
         )
 

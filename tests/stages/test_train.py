@@ -263,7 +263,7 @@ def test_a_distilling_run_that_is_resumed_asks_no_teacher_that_has_moved_on(
     )
     (tmp_path / "output").mkdir()
     again = replace(distilled, scratch=scratch, output=tmp_path / "output")
-    monkeypatch.setattr(assemble, "largest", lambda *_: pytest.fail("the teacher was asked again"))
+    monkeypatch.setattr(assemble, "likeliest_tokens", lambda *_: pytest.fail("the teacher was asked again"))
     fit.run(again)
     assert short.losses(again.output) == pytest.approx(short.losses(distilled.output), abs=1e-5)
     shutil.rmtree(scratch / "checkpoint-40")

@@ -71,7 +71,7 @@ def test_vllm_reads_in_config_json_what_hf_quant_config_says(kv_cache):
     from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
     nested = layouts.hf_quant_config(NANO, "nvidia", kv_cache, "0", weight_only=True)
-    inside = quant_config.inside(nested)
+    inside = quant_config.for_config_json(nested)
     assert vars(ModelOptNvFp4Config.from_config(inside)) == vars(ModelOptNvFp4Config.from_config(nested))
     assert (
         get_kv_cache_quant_algo_string(inside)
@@ -90,6 +90,6 @@ def test_vllm_takes_weights_alone_from_config_json_only():
         )
 
     nested = layouts.hf_quant_config(NANO, "nvidia", "FP8", "0", weight_only=True)
-    assert taken(quant_config.inside(nested))["quant_method"] == "modelopt"
+    assert taken(quant_config.for_config_json(nested))["quant_method"] == "modelopt"
     with pytest.raises(ValueError, match="Unknown ModelOpt quant algo: W4A16_NVFP4"):
         taken(nested)  # once this passes, W4A16 can do without config.json: see model/weights/quant_config.py

@@ -21,7 +21,7 @@ def linears(config: Config) -> tuple[Linear, ...]:
     )
 
 
-def listed(config: Config) -> tuple[str, ...]:
+def excludable(config: Config) -> tuple[str, ...]:
     """Modules that an exclude list has to name where they are not quantised, in checkpoint order: linears,
     convolutions and lm_head. The router is no linear layer for any loader.
     """

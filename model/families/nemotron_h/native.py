@@ -52,7 +52,9 @@ def skeleton(config: Config) -> Model:
     import transformers
 
     check_version(transformers.__version__)
-    return cast("Model", transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**plain(config))))
+    return cast(
+        "Model", transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**class_config(config)))
+    )
 
 
 def build(config: Config) -> nn.Module:
@@ -155,7 +157,7 @@ def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
     return router
 
 
-def plain(config: Config) -> Config:
+def class_config(config: Config) -> Config:
     """A hub config without the keys that name remote code or repeat what the class knows."""
     return {
         key: value
