@@ -1,10 +1,11 @@
-"""How far BF16 attention over packed documents is from float64, in one call and a call a document.
+"""Measures the error of BF16 attention over packed documents against float64, in one call and with one call
+per document.
 
     python -m bench.attention [--lengths 1,2,127,128,129,1000] [--device cuda]
 
-Relative errors (Frobenius norms) of the output and of the gradients of query, key and value, with the heads
-of Nemotron 3 Nano. A CPU has no kernel for one call: there the second row alone is printed. Exits 1 if an
-error of one call is more than 1.5 times that of a call a document.
+Prints relative errors (Frobenius norms) of the output and of the gradients of query, key and value, with the
+heads of Nemotron 3 Nano. A CPU has no kernel for one call, so only the second row is printed there. Exits 1
+if an error of one call is more than 1.5 times that of a call per document.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
 def definition(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents
 ) -> torch.Tensor:
-    """softmax(q k / sqrt(size)) v, a document and a head at a time; shapes as in its module."""
+    """softmax(q k / sqrt(size)) v, one document and head at a time; shapes as in its module."""
     parts = []
     for a, b in documents.spans:
         later = torch.ones(b - a, b - a, dtype=torch.bool, device=query.device).triu(1)
@@ -47,7 +48,9 @@ def definition(
 def results(
     attend: Callable[..., torch.Tensor], parts: list[torch.Tensor], output_gradient: torch.Tensor
 ) -> list[torch.Tensor]:
-    """The output and the gradients of query, key and value, given that of the output; float64 on the CPU."""
+    """The output and the gradients of query, key and value, for a given output gradient, as float64 on the
+    CPU.
+    """
     leaves = [part.detach().clone().requires_grad_() for part in parts]
     output = attend(*leaves)
     return [

@@ -1,8 +1,8 @@
-"""The two ways of fine-tuning that ours is measured against: the lab notebook's, and transformers with
-PEFT as they come.
+"""The two ways of fine-tuning that ours is compared with: the lab notebook's, and transformers with PEFT at
+their defaults.
 
-Weights are random (std 0.02) and are made on the device one matrix at a time, packed at once where the way
-packs them, so that neither host memory nor more than one matrix (one expert stack for PEFT) in BF16 is
+Weights are random (std 0.02) and made on the device one matrix at a time, and packed at once if the way of
+training packs them. So neither host memory nor more than one matrix (one expert stack for PEFT) in BF16 is
 needed. Hidden states are (1, T, D).
 """
 
@@ -26,8 +26,8 @@ PARTS = {"M": "mamba", "*": "attention", "E": "experts"}
 
 
 class Lora(nn.Module):
-    """A packed matrix with a float32 adapter beside it, dropout before A, B zero at the start; what PEFT
-    makes of a Linear4bit.
+    """A packed matrix with a float32 adapter, dropout before A, B zero at the start: what PEFT makes of a
+    Linear4bit.
     """
 
     def __init__(self, into: int, out: int, device: torch.device) -> None:
@@ -57,8 +57,8 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.Module):
-    """128 experts one after the other, each on the tokens routed to it. Under autocast the router's logits
-    fall to BF16, as they did.
+    """128 experts one after the other, each on its routed tokens. Under autocast the router's logits are
+    BF16, as in the notebook.
     """
 
     bias: torch.Tensor
@@ -179,11 +179,11 @@ def naive_scan(
     D: torch.Tensor,
     chunk: int,
 ) -> torch.Tensor:
-    """y (b, t, h, p) of Mamba-2 by products that are formed whole and then summed, as the hub's code does
+    """y (b, t, h, p) of Mamba-2 from products that are formed in full and then summed, as the hub's code does
     without mamba-ssm.
 
-    x (b, t, h, p), dt (b, t, h), A and D (h,), B and C (b, t, g, n). The first product is (b, c, l, s, h,
-    n) in float32: 4 MiB a token at the real widths. Letters: c chunk, l and s places in it, h head, p its
+    x (b, t, h, p), dt (b, t, h), A and D (h,), B and C (b, t, g, n). The first product is (b, c, l, s, h, n)
+    in float32: 4 MiB per token at the real widths. Letters: c chunk, l and s positions in it, h head, p head
     size, n state.
     """
     batch, tokens, heads, size = x.shape
@@ -222,7 +222,7 @@ def decay_between(a: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)); the norm's float32 weight makes the hidden states float32 throughout, as kbit
+    """x + mixer(norm(x)). The norm's float32 weight makes all hidden states float32, as PEFT's kbit
     preparation does.
     """
 
@@ -285,13 +285,13 @@ def notebook(config: dict[str, Any], device: torch.device) -> Row:
 
 
 def peft_today(config: dict[str, Any], device: torch.device, scan: str = "found") -> Row:
-    """The native class, 4 bits on its Linears, PEFT's LoRA on attention, shared experts and expert stacks,
-    all at their defaults.
+    """The native class with 4-bit Linears and PEFT's LoRA on attention, shared experts and expert stacks, all
+    at their defaults.
 
-    The stacks are parameters and not Linears, so they stay BF16. `scan`: "found" takes the Mamba kernels
-    that transformers finds, "torch" its own fallback, which is what a machine without mamba-ssm runs.
-    Conversations of a micro-batch are padded to the longest of them, as TRL's batches are. Raises
-    DoesNotFit before anything is made.
+    The stacks are parameters and not Linears, so they stay BF16. `scan`: "found" uses the Mamba kernels that
+    transformers finds, "torch" its own fallback, as on a machine without mamba-ssm. Conversations of a
+    micro-batch are padded to the longest of them, like TRL's batches. Raises DoesNotFit before it allocates
+    anything.
     """
     import peft
     import transformers
@@ -367,11 +367,11 @@ def check_room(config: dict[str, Any], device: torch.device) -> None:
 
 
 def mamba_path(code: Any, scan: str) -> str:
-    """Sets which scan the native class calls and says in words which it is.
+    """Chooses the scan that the native class calls, and returns its name in words.
 
-    The fused training kernel needs compiled causal-conv1d and reads out_proj.weight past its module,
-    packed or not; where mamba-ssm is there without causal-conv1d transformers calls it all the same and
-    fails, so it is put out of the way.
+    The fused training kernel needs compiled causal-conv1d and reads out_proj.weight directly, packed or not.
+    If mamba-ssm is installed without causal-conv1d, transformers calls the kernel nevertheless and fails, so
+    it is disabled.
     """
     code.mamba2_split_conv1d_scan_combined = lambda *_, **__: None
     scan_of_transformers = code.__dict__.setdefault("scan_as_found", code.mamba2_chunk_scan)
@@ -385,8 +385,8 @@ def mamba_path(code: Any, scan: str) -> str:
 
 
 def materialise(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
-    """Random weights on `device` for a model on meta, module by module: BF16 as loading with
-    dtype=bfloat16 leaves it, 4 bits packed at once.
+    """Gives a model on meta random weights on `device`, module by module: BF16 as loading with dtype=bfloat16
+    would, or packed to 4 bits at once.
     """
     ones = ("norm.weight", "norm_f.weight", ".D")
     for path, module in model.named_modules():

@@ -1,11 +1,11 @@
-"""Teaching the tiny base beside other work: how OpenMP's threads wait decides how much a busy machine
-slows it.
+"""Teaches the tiny base next to other work, to see how the waiting policy of OpenMP's threads affects speed
+on a busy machine.
 
     python -m bench.busy BASE DATA [SECONDS]
 
-BASE and DATA are what `build.py path base` and `build.py path data` print. Prints the steps that each way
-of waiting does in SECONDS (default 15), alone and beside busy loops, one process after the other, so
-compare rows of one run only.
+BASE and DATA are the outputs of `build.py path base` and `build.py path data`. Prints the steps that each
+policy completes in SECONDS (default 15), alone and next to busy loops. The processes run one after the other,
+so compare only rows of the same run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Enough(Exception):
 
 
 def steps(base: Path, data: Path, seconds: float) -> int:
-    """How many steps of stage base's second phase this process does in `seconds`."""
+    """Number of steps of stage base's second phase that this process completes in `seconds`."""
     import torch
 
     from model.families.nemotron_h import native

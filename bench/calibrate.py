@@ -1,8 +1,8 @@
-"""Calibrating and packing a model of random weights, made as they are read: `python -m bench.calibrate
-[--layers 52] [--conversations 256]`.
+"""Measures calibrating and packing a model of random weights, which are generated while they are read:
+`python -m bench.calibrate [--layers 52] [--conversations 256]`.
 
-Weights are on the device before a layer's clock starts, so what is measured is computing: the forward with
-its maxima, and the packing of every quantised matrix. Reading them is the disk's own matter.
+Weights are on the device before a layer's clock starts, so only computing is measured: the forward with its
+maxima, and the packing of every quantised matrix. Reading them depends on the disk.
 """
 
 from __future__ import annotations

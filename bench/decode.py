@@ -1,5 +1,5 @@
-"""Milliseconds and bytes per second of decoding one expert stack at the real widths, against unpacking in
-torch: `python -m bench.decode`.
+"""Milliseconds and bytes per second of decoding one expert stack at the real widths, compared with unpacking
+in torch: `python -m bench.decode`.
 """
 
 from functools import partial

@@ -1,12 +1,12 @@
-"""Whether runs of stage train with `deterministic: true` end in the same bits, killed and resumed ones
-too, and what that costs.
+"""Checks whether runs of stage train with `deterministic: true` give the same bits, also when killed and
+resumed, and measures the cost.
 
     python -m bench.determinism --folder /tmp/check [--tiny] [--ranks 2]
 
-Each row is a run of the stage of its own: seven layers at the real widths (as bench.merge_check makes
-them), conversations of 64 to 512 tokens, lora on all targets of rank 16, the last third of the steps
-through the export's rounding, taught by the unrounded model. The killed run is ended by SIGKILL once its
-first checkpoint is whole, and started again. Exits 1 if deterministic runs differ.
+Each row is a separate run of the stage: seven layers at the real widths (from bench.merge_check),
+conversations of 64 to 512 tokens, lora of rank 16 on all targets, the last third of the steps through the
+export's rounding with the unrounded model as teacher. The killed run gets SIGKILL once its first checkpoint
+is complete, and is started again. Exits 1 if deterministic runs differ.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def data(folder: Path, vocabulary: int, low: int, high: int) -> None:
 
 
 def run(folder: Path, number: int, params: dict[str, Any], device: str, kill: bool) -> dict[str, Any]:
-    """One run of stage train: the adapter's SHA-256, the last loss, tokens a second. Raises RuntimeError
-    with its last words if it fails.
+    """Runs stage train once: the adapter's SHA-256, the last loss, tokens per second. Raises RuntimeError
+    with the end of its log if it fails.
     """
     output, scratch = folder / f"output-{number}", folder / f"scratch-{number}"
     shutil.rmtree(scratch, ignore_errors=True)

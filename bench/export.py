@@ -1,11 +1,11 @@
-"""Merge and quantise at the real widths, against a plain copy, PEFT and ModelOpt: seconds, GB/s of BF16,
-peak memory.
+"""Measures merge and quantise at the real widths, against a plain copy, PEFT and ModelOpt: seconds, GB/s of
+BF16, peak memory.
 
     python -m bench.export FOLDER [--pattern ME*] [--rows copy,merge,weights]
 
-Writes a random checkpoint of those layers (E, experts, is 2.6 GB; embeddings and head are 1.4) and an
-adapter of rank 16 on all targets into FOLDER, once, and what each row makes beside them. Every row is a
-process of its own, and its time ends when its files are on the disk.
+Writes a random checkpoint with those layers (E, experts, is 2.6 GB; embeddings and head are 1.4) and an
+adapter of rank 16 on all targets into FOLDER, once. Each row writes its output beside them. Every row is a
+process of its own, and its time includes syncing its files to disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKENS = 131072  # of the vocabulary
 
 
 def checkpoint(folder: Path, pattern: str) -> Path:
-    """A checkpoint of the layers of `pattern`, written once."""
+    """Writes a checkpoint with the layers of `pattern`, unless it exists."""
     from bench.weights import Random
     from model.families.nemotron_h import nano
     from model.weights.checkpoint import Slot, write, write_index
@@ -58,7 +58,7 @@ def checkpoint(folder: Path, pattern: str) -> Path:
 
 
 def adapter(folder: Path, base: Path) -> Path:
-    """An adapter on all targets, as PEFT writes it, with random factors."""
+    """Writes an adapter on all targets in PEFT's format with random factors, unless it exists."""
     import torch
     from safetensors.torch import save_file
 
@@ -114,7 +114,7 @@ def merge(base: Path, adapter_folder: Path, output: Path) -> None:
 
 
 def proven(base: Path, adapter_folder: Path, output: Path) -> None:
-    """Stage merge, and its proof of the files: both checkpoints read once more."""
+    """Stage merge with its proof of the files, which reads both checkpoints again."""
     from model.lora import Adapter
     from model.weights.checkpoint import Checkpoint
     from stages.merge import proof
@@ -127,7 +127,7 @@ def proven(base: Path, adapter_folder: Path, output: Path) -> None:
 
 
 def weights(base: Path, adapter_folder: Path, output: Path) -> None:
-    """Stage quantize on weights alone (W4A16), in NVIDIA's layout."""
+    """Stage quantize with weights only (W4A16), in NVIDIA's layout."""
     quantised(base, output, "w4a16", "own")
 
 
@@ -179,7 +179,7 @@ ROWS = {row.__name__: row for row in (copy, merge, proven, peft, weights, nvfp4,
 
 
 def process(row: str, base: Path, adapter_folder: Path, output: Path) -> None:
-    """One row in this process; prints its seconds and peak memory as JSON on the last line."""
+    """Runs one row in this process. Prints its seconds and peak memory as JSON on the last line."""
     import torch
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What every way of training is measured by: time to the first step, median and 95th percentile, tokens a
+"""Figures of every measured way of training: time to the first step, median and 95th percentile, tokens per
 second, padding, compilations, memory.
 """
 
@@ -14,7 +14,7 @@ WARM = 3  # steps after which compilations count; they are not timed either, unl
 
 
 def started() -> float:
-    """When this process was started, on the clock of time.time()."""
+    """Start time of this process, on the clock of time.time()."""
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     booted = next(
         int(line.split()[1])
@@ -25,15 +25,15 @@ def started() -> float:
 
 
 def counted(steps: int) -> slice:
-    """Which of a run's steps are timed: those after WARM, in a shorter run those after the first, and a
-    single one itself.
+    """The slice of a run's steps that is timed: those after WARM; in a shorter run those after the first; a
+    single step itself.
     """
     return slice(WARM if steps > WARM else min(1, steps - 1), None)
 
 
 def summary(times: list[float], tokens: list[int], computed: list[int]) -> dict[str, Any]:
-    """Of each step its seconds, its conversations' tokens, and the tokens that were computed for them,
-    padding included.
+    """Figures of a run. For each step: `times` in seconds, `tokens` of its conversations, `computed` tokens
+    with padding.
     """
     steps = counted(len(times))
     timed = sorted(times[steps])
@@ -48,9 +48,7 @@ def summary(times: list[float], tokens: list[int], computed: list[int]) -> dict[
 
 
 class Compilations:
-    """Counts what Triton compiles, or loads compiled, for this process, after the first WARM steps of a
-    run.
-    """
+    """Counts what Triton compiles, or loads compiled, in this process after the first WARM steps of a run."""
 
     def __init__(self) -> None:
         import triton
@@ -62,14 +60,14 @@ class Compilations:
         self.count += 1
 
     def step(self, number: int) -> None:
-        """To be called after step `number` (from 0) of a run."""
+        """Call it after step `number` (from 0) of a run."""
         self.steps = number + 1
         if self.steps == WARM:
             self.before = self.count
 
     @property
     def after(self) -> int | None:
-        """None in a run that has no further step."""
+        """Compilations after WARM steps; None in a run without further steps."""
         return self.count - self.before if self.steps > WARM else None
 
 
@@ -92,8 +90,8 @@ COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows, aligned, without the columns that none of them has; a row that could not run has its `why`
-    instead of figures.
+    """The rows, aligned, without columns that no row has. A row that could not run shows its `why` instead of
+    figures.
     """
     lines = [[_cell(show, row) for _, show in COLUMNS] for row in rows if "why" not in row]
     columns = [n for n in range(len(COLUMNS)) if n < 2 or any(line[n] not in ("-", "") for line in lines)]
@@ -128,8 +126,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(show: Callable[[dict[str, Any]], str], row: dict[str, Any]) -> str:
-    """A row has no figure that its machine has not (a CPU no compilations), or that it measured once for
-    several lengths (its first step).
+    """The cell of a row; "-" if the row lacks the figure: a CPU has no compilations, and the first step is
+    measured once for several lengths.
     """
     try:
         return show(row)

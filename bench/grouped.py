@@ -1,4 +1,4 @@
-"""Milliseconds of one MoE layer's grouped products at the real widths, torch's kernel against ours:
+"""Milliseconds of one MoE layer's grouped products at the real widths, torch's kernel compared with ours:
 `python -m bench.grouped [TOKENS]`.
 """
 

@@ -1,4 +1,4 @@
-"""Names for the parts of a model in a profile, forward, recomputed and backward kept apart."""
+"""Names the parts of a model in a profile: forward, recomputed and backward are separate."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Labels:
-    """While entered, every module of `parts` runs under a profiler range "<part> forward", "<part>
-    recomputed" or "<part> backward".
+    """While entered, every module of `parts` runs in a profiler range "<part> forward", "<part> recomputed"
+    or "<part> backward".
 
-    A checkpointed block runs again inside its own backward; the ranges that are open then are closed for
-    as long as that lasts, so that no time counts twice. A part inside another counts in both: name it
+    A checkpointed block runs again inside its own backward. The backward ranges that are open then are
+    suspended meanwhile, so that no time counts twice. A part inside another one counts in both: name it
     "<outer>/<inner>".
     """
 

@@ -36,7 +36,7 @@ SEED = 7
 
 @cache
 def sample() -> tuple[int, ...]:
-    """Tokens of every conversation of the sample data, in ascending order."""
+    """Tokens of every conversation of the sample data, in ascending order (sample_lengths.json)."""
     return tuple(json.loads(SAMPLE.read_text()))
 
 
@@ -61,7 +61,7 @@ class Conversation:
 
 
 def kinds(text: str) -> list[str]:
-    """The distributions of a comma-separated list. Raises ValueError for one that there is not."""
+    """The distributions of a comma-separated list. Raises ValueError for an unknown one."""
     names = text.split(",")
     if unknown := [name for name in names if name not in KINDS]:
         raise ValueError(f"--lengths {unknown[0]}: there are {', '.join(KINDS)}")
@@ -86,7 +86,7 @@ def _step(kind: str, chance: random.Random, documents: int) -> tuple[int, ...]:
 def conversations(
     lengths: tuple[int, ...], vocabulary: int, seed: int, device: torch.device | str = "cpu"
 ) -> list[Conversation]:
-    """Random tokens; the last quarter of every conversation is trained, but never its first token."""
+    """Random tokens. The last quarter of every conversation is trained, but never its first token."""
     generator, drawn = torch.Generator().manual_seed(seed), []
     for length in lengths:
         ids = torch.randint(0, vocabulary, (length,), generator=generator)
@@ -99,8 +99,8 @@ def conversations(
 
 
 def count_sample() -> list[int]:
-    """The same, counted: stage data on data/sample with the tokenizer that stage base trains for the tiny
-    recipe.
+    """The lengths for sample_lengths.json: runs stage data on data/sample with the tokenizer that stage base
+    trains for the tiny recipe.
     """
     from stages import dataset
     from stages.base import make

@@ -76,7 +76,7 @@ def config(small: bool) -> dict[str, Any]:
 
 
 def base(folder: Path, small: bool, device: str) -> dict[str, Any]:
-    """Random weights, a tensor at a time, made on the device."""
+    """Writes random weights, one tensor at a time, made on the device."""
     target, description = folder / "base", config(small)
     target.mkdir(parents=True)
     generator = torch.Generator(device).manual_seed(0)
@@ -92,7 +92,7 @@ def base(folder: Path, small: bool, device: str) -> dict[str, Any]:
 
 
 def value(slot: Slot, generator: torch.Generator, device: str) -> torch.Tensor:
-    """One tensor with values of the size that a model's have at its beginning."""
+    """One tensor, with values as large as a newly initialised model's."""
     last = slot.name.split(".")
     if last[-1] == "A_log":
         tensor = torch.arange(1, slot.shape[0] + 1).float().log()
@@ -110,8 +110,8 @@ def value(slot: Slot, generator: torch.Generator, device: str) -> torch.Tensor:
 
 
 def data(folder: Path, small: bool) -> dict[str, Any]:
-    """Sixty-four conversations of one length: a tenth of the vocabulary, so that there is something to
-    learn.
+    """Writes sixty-four conversations of one length. They use a tenth of the vocabulary, so that there is
+    something to learn.
     """
     vocabulary, length = config(small)["vocab_size"], 64 if small else 512
     torch.manual_seed(0)
@@ -123,8 +123,8 @@ def data(folder: Path, small: bool) -> dict[str, Any]:
 def stage(
     name: str, folder: Path, device: str, inputs: dict[str, Path], output: Path, **params: object
 ) -> dict[str, Any]:
-    """Runs `python -m stages.<name> job.json`; its seconds, the second at which each of its phases was first
-    heard of, the last error if it ended with one, and its warnings.
+    """Runs `python -m stages.<name> job.json`. Returns its seconds, the second of each phase's first event,
+    the last error if it failed, and its warnings.
     """
     command = stage_job.command(
         name, folder / f"{name}.json", device, inputs, output, folder / f"scratch-{name}", params
@@ -153,7 +153,7 @@ def stage(
 
 
 def phase(event: dict[str, Any]) -> str:
-    """What a stage is at, from one of its events: the note, or the unit of a note with figures."""
+    """The phase of a stage, from one of its events: the note, or the unit of a note with figures."""
     note: str = event.get("note") or event.get("name") or event["event"]
     unit: str = event.get("unit", "event")
     return unit if any(map(str.isdigit, note)) else note
@@ -198,8 +198,8 @@ def quantize(folder: Path, device: str) -> dict[str, Any]:
 
 
 def doctors() -> dict[str, Callable[[dict[str, torch.Tensor]], str]]:
-    """Name of a fault -> what sets it in a copy of the adapter's tensors and returns what the refusal's words
-    must hold.
+    """Name of a fault -> a function that makes it in a copy of the adapter's tensors, and returns what the
+    refusal must contain.
     """
     layer = PATTERN.index("E")  # the first, so that the proof ends early
 
@@ -238,15 +238,15 @@ def doctors() -> dict[str, Callable[[dict[str, torch.Tensor]], str]]:
 
 
 def busiest(state: dict[str, torch.Tensor], layer: int) -> list[int]:
-    """The two experts of a layer whose B is largest."""
+    """The two experts of a layer with the largest B."""
     b = state[f"base_model.model.model.layers.{layer}.mixer.experts.base_layer.lora_B.weight"]
     largest: list[int] = b.view(b.shape[0], RANK, -1).norm(dim=(0, 1)).topk(2).indices.tolist()
     return largest
 
 
 def doctored(folder: Path, device: str, limit: float) -> dict[str, Any]:
-    """Merges each doctored copy and proves the merge against the adapter itself: what is refused, and by
-    which name.
+    """Merges each doctored copy and proves the merge against the original adapter. Returns what was refused,
+    and by which name.
     """
     from model.lora import Adapter
     from stages import job
@@ -301,7 +301,7 @@ def parts(folder: Path, small: bool, device: str, limit: float) -> dict[str, Cal
 
 
 def table(facts: dict[str, dict[str, Any]]) -> str:
-    """One table of all that was checked."""
+    """One table of all checks."""
     rows = [("what", "seconds", "outcome")]
     if row := facts.get("train"):
         losses = f"loss {row.get('first_loss')} to {row.get('last_loss')}"

@@ -1,8 +1,8 @@
-"""How many matrix-product operations one optimizer step does, part by part, for each way of training.
+"""How many matrix-product operations one optimizer step takes, part by part, for each way of training.
 
-Counted are the products that each way of training does (two operations per multiply-add), recomputed
-forwards included. So its share of the matrix ceiling can be told apart from the extra work that it makes
-for itself. Elementwise work, norms, convolutions, top-k and 4-bit decoding are not products and not counted.
+Counted are the products that each way of training computes (two operations per multiply-add), including
+recomputed forwards. So its share of the matrix ceiling can be told apart from its extra work. Elementwise
+work, norms, convolutions, top-k and 4-bit decoding are not products and not counted.
 
 Letters in formulas: T tokens of a step, S tokens of a document, D hidden, V vocabulary, r LoRA rank.
 """
@@ -20,7 +20,7 @@ TARGETS = frozenset({"attention", "mamba", "experts", "shared"})
 
 @dataclass(frozen=True)
 class Workload:
-    """What decides how much a way of training multiplies."""
+    """The properties of a way of training that decide which products it computes."""
 
     recompute: bool = True  # every block's forward runs again in the backward
     down_recomputed: bool = True  # and in it the experts' down projection, whose output no gradient needs
@@ -77,12 +77,12 @@ def linears(config: dict[str, Any]) -> dict[str, list[tuple[int, int]]]:
 def count(
     config: dict[str, Any], workload: Workload, tokens: int, trained: int, length: float, passes: int = 1
 ) -> list[Part]:
-    """The parts of one step on `tokens` tokens in documents of `length`, `trained` of them with a label,
-    in `passes` micro-batches.
+    """The parts of one step on `tokens` tokens in documents of `length`, `trained` of them with a label, in
+    `passes` micro-batches.
 
-    Where documents differ, `length` is the mean over tokens of their document's length, which makes the
-    attention scores exact. Weight gradients of frozen matrices are left out, as autograd leaves them out;
-    `passes` matters only where W + BA is formed once per micro-batch.
+    If documents differ, `length` is the mean over tokens of their document's length; this makes the attention
+    scores exact. Weight gradients of frozen matrices are not counted, because autograd does not compute them.
+    `passes` matters only if W + BA is formed once per micro-batch.
     """
     letters = config["hybrid_override_pattern"]
     layers = {
@@ -144,5 +144,5 @@ def scan(config: dict[str, Any], workload: Workload) -> float:
 
 
 def total(parts: list[Part], operations_of: Callable[[Part], float] = lambda part: part.total) -> float:
-    """Operations of all parts together; `operations_of` picks which."""
+    """Operations of all parts together; `operations_of` selects which."""
     return sum(operations_of(part) for part in parts)

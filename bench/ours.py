@@ -1,4 +1,4 @@
-"""The rows `ours`: this project's training path behind the interface that `bench.train_step` measures."""
+"""The rows `ours`: this project's training, behind the interface that `bench.train_step` measures."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ NAMES = {"linear_attention": "mamba", "full_attention": "attention", "moe": "exp
 
 
 class Packed(Row):
-    """The step's conversations end to end in as few sequences as hold them, adapters float32, everything
-    else as stage train does it.
+    """Packs the step's conversations end to end into as few sequences as possible. Adapters are float32,
+    everything else is as in stage train.
 
-    `graphs` replays CUDA graphs, which are captured in `prepare`.
+    `graphs` replays CUDA graphs, which `prepare` captures.
     """
 
     graphs: Graphs | None = None
@@ -92,8 +92,8 @@ def ours(
 ) -> Row:
     """A model of `config` with random weights in `form` and LoRA on `targets`, ready for `Row.step`.
 
-    `form` "rounded" is BF16 with adapted weights going through the export's rounding in every step.
-    `graphs`: CUDA graphs, on a GPU. `decoded`: bytes in which weights are held decoded.
+    `form` "rounded" is BF16 with adapted weights going through the export's rounding in every step. `graphs`:
+    use CUDA graphs on a GPU. `decoded`: bytes for weights that are kept decoded.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = assemble.random(config, "bf16" if form == "rounded" else form, dtype, str(device))

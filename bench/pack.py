@@ -1,9 +1,9 @@
-"""MB/s of packing and unpacking NVFP4 on a CPU, an expert stack at the real widths, and the error of both
-searches: `python -m bench.pack [MATRICES [OUT IN]]`.
+"""Measures packing and unpacking NVFP4 on a CPU in MB/s, for an expert stack at the real widths, and the
+error of both searches: `python -m bench.pack [MATRICES [OUT IN]]`.
 
-A MB is 10^6 bytes of the weights in BF16: what `pack` reads, and what `unpack` makes as float32. The rows
-take turns, so that what else the machine does falls on all. `plain` is the format's definition in
-whole-tensor operations, as model/weights/nvfp4.py had it before it went by chunks; its bits are compared too.
+A MB is 10^6 bytes of the weights in BF16. `pack` reads these, and `unpack` makes the same weights as float32.
+The rows take turns, so that other work on the machine affects all equally. `plain` is the format's definition
+in whole-tensor operations; its bits are compared too.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def plain_unpack(packed: Packed) -> torch.Tensor:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bits, the sign of a zero included."""
+    """Whether the bits are equal, including the sign of zeros."""
     return a.shape == b.shape and torch.equal(
         a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)
     )

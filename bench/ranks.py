@@ -1,13 +1,13 @@
-"""Steps of stage train on one GPU and shared by several: how much faster, and how long a rank waits for
-the slowest.
+"""Measures steps of stage train on one and several GPUs: how much faster, and how long a rank waits for the
+slowest.
 
     python -m bench.ranks [--gpus 1,2] [--lengths mixed,voice,equal] [--documents 8] [--steps 30] [--layers
     52] [--sharded] [--deterministic]
 
-Each number of GPUs is a run of its own, with `--documents` conversations a GPU and step (bench/lengths.py
+Each number of GPUs is a run of its own, with `--documents` conversations per GPU and step (bench/lengths.py
 has the lengths), random weights in NF4, LoRA of rank 16 on all targets. The steps are the stage's own
-(stages/train/loop.py). A rank waits from when its gradients are there until the slowest rank's are: the
-share of all steps, the worst rank's. Times are of all steps but the first three.
+(stages/train/loop.py). A rank waits from the end of its backward until the slowest rank's. Printed is the
+waiting share of all steps on the worst rank. Times are of all steps but the first three.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from stages.train.loop import Loop  # noqa: E402
 
 @dataclass(frozen=True)
 class Timed(ranks.Ranks):
-    """Ranks that note how long this one waits, in seconds, before each sum."""
+    """Ranks that record how many seconds this one waits before each sum."""
 
     waited: list[float] = field(default_factory=list)
 
@@ -60,7 +60,7 @@ class Timed(ranks.Ranks):
 
 
 def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict[str, Any]]:
-    """Conversations of stage data's form with these lengths, in the plan's order."""
+    """Conversations with these lengths in the plan's order, in the form of stage data."""
     conversations: list[dict[str, Any]] = []
     for number, step in enumerate(plan):
         for conversation in lengths.conversations(step, vocabulary, number):
@@ -77,8 +77,8 @@ def rows(plan: list[tuple[int, ...]], vocabulary: int) -> list[dict[str, Any]]:
 def measure(
     kind: str, model: Model, config: dict[str, Any], timed_ranks: Timed, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One kind of lengths on a model that is there: median milliseconds, tokens a second, and the worst
-    rank's wait.
+    """Measures one kind of lengths on an existing model: median milliseconds, tokens per second, and the
+    worst rank's wait.
     """
     plan = lengths.plan(kind, options.steps * timed_ranks.world, options.documents)
     params = stage_job.defaults("train") | {
@@ -124,8 +124,8 @@ def measure(
 
 
 def work(options: argparse.Namespace) -> None:
-    """All kinds of lengths in this process, which torchrun started; the first prints a line of JSON for
-    each.
+    """Measures all kinds of lengths in this process, which torchrun started. The first rank prints a line of
+    JSON for each.
     """
     if options.deterministic:
         determinism.before_torch()

@@ -1,5 +1,5 @@
-"""What every measured way of training has in common: a step, the parts a profile names, and random weights
-made packed.
+"""What all measured ways of training share: a step, the parts that a profile names, and random weights that
+are packed at once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from model.labels import IGNORED
 
 
 class DoesNotFit(RuntimeError):
-    """The device cannot hold the weights of this way of training; the message says what it needs."""
+    """The device cannot hold the weights of this way of training; the message says how much they need."""
 
 
 class Row:
-    """One way of training. `step` does a whole optimizer step, `parts` names the modules a profile is told
-    by.
+    """One way of training. `step` runs a whole optimizer step. `parts` names the modules of a profile.
 
     A micro-batch has `micro` conversations, padded to the longest of them. `loss_of(ids, labels, mask)` is
-    the mean loss of one: ids and labels int64 (rows, T), the mask too and 0 where nothing but padding is;
-    it is None where nothing is padded.
+    the mean loss of one. ids, labels and mask are int64 (rows, T). The mask is 0 on padding, and None if
+    nothing is padded.
     """
 
     micro = 1
@@ -55,13 +54,13 @@ class Row:
         return f"micro-batches of {self.micro}" + (f"; {self.note}" if self.note else "")
 
     def prepare(self, plan: list[tuple[int, ...]]) -> None:
-        """Called once before the steps of a run, with the lengths of each; what a way of training makes
-        beforehand is made here.
+        """Called once before the steps of a run, with the lengths of each step. Subclasses do their
+        preparation here.
         """
 
     def computed(self, lengths: Sequence[int]) -> list[int]:
-        """The lengths of the sequences that a step computes, padding included; `lengths` are its
-        conversations'.
+        """Lengths of the sequences that a step computes, including padding. `lengths`: those of its
+        conversations.
         """
         return [max(micro_batch) for micro_batch in self._micro_batches(lengths) for _ in micro_batch]
 
@@ -70,7 +69,7 @@ class Row:
         return len(self._micro_batches(lengths))
 
     def step(self, conversations: Sequence[Conversation]) -> float:
-        """The mean loss over the step's trained tokens, and one optimizer step on it."""
+        """Runs one optimizer step on the mean loss over the trained tokens, and returns that loss."""
         count, total = (
             sum(conversation.trained for conversation in conversations),
             torch.zeros((), device=self.device),
@@ -86,7 +85,7 @@ class Row:
         return float(total)
 
     def update(self) -> None:
-        """Clips the gradients, takes the optimizer's step and drops them."""
+        """Clips the gradients, runs the optimizer and drops the gradients."""
         nn.utils.clip_grad_norm_(self.adapters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -103,7 +102,7 @@ class Row:
 
 
 def padded(micro_batch: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """ids, labels and mask of a micro-batch, as `Row` has them."""
+    """ids, labels and mask of a micro-batch, as in `Row`."""
     ids = nn.utils.rnn.pad_sequence([conversation.ids for conversation in micro_batch], batch_first=True)
     labels = nn.utils.rnn.pad_sequence(
         [conversation.labels for conversation in micro_batch], batch_first=True, padding_value=IGNORED
@@ -115,7 +114,7 @@ def padded(micro_batch: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Ten
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done all that it was given."""
+    """Waits until a GPU has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -127,7 +126,7 @@ def random(
 
 
 def packed(into: int, out: int, device: torch.device) -> nn.Module:
-    """A random (out, into) matrix as bitsandbytes packs it: NF4, scales packed again, products in BF16."""
+    """A random (out, into) matrix packed by bitsandbytes: NF4, double quantisation, products in BF16."""
     import bitsandbytes as bnb
 
     with torch.device("meta"):

@@ -1,12 +1,12 @@
-"""This project's own export through a real vLLM, at the real widths and with random weights.
+"""Runs this project's own export in a real vLLM, at the real widths and with random weights.
 
-    python -m bench.serve make FOLDER [--pattern MEM*EME]  calibrated, packed, written as by stage quantize
-    python -m bench.serve ask FOLDER [--eager]             what vLLM makes of it, and how fast
+    python -m bench.serve make FOLDER [--pattern MEM*EME]  calibrates, packs and writes as stage quantize does
+    python -m bench.serve ask FOLDER [--eager]             compares vLLM's outputs, and measures its speed
 
-The weights are made as they are read, so that the BF16 model needs no disk. `ask` compares the
-log-probabilities that vLLM gives 100 tokens of prompt with those of the weights that the codes stand for,
-computed layer by layer (model/walk.py) in BF16 and in float32: routers of random weights are near ties,
-so that rounding alone sends tokens to other experts. Then it counts tokens a second.
+Weights are generated while they are read, so the BF16 model needs no disk. `ask` compares vLLM's
+log-probabilities for a prompt of 100 tokens with those of the dequantised weights, computed layer by layer
+(model/walk.py) in BF16 and in float32. Both are needed because routers of random weights are nearly tied, so
+rounding alone changes which experts a token gets. Then it measures tokens per second.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PROMPT, GREEDY, DECODED = 100, 24, 256
 def make(
     folder: Path, config: dict[str, Any], device: str, form: str, chosen: str, kv_cache: str | None
 ) -> None:
-    """Writes FOLDER/nvfp4 and prints what its parts took."""
+    """Writes FOLDER/nvfp4 and prints the time of each part."""
     source, output = Random(config, folder / "source"), folder / "nvfp4"
     output.mkdir()
     write_index(
@@ -91,7 +91,7 @@ def make(
 
 @torch.no_grad()
 def expected(checkpoint: Checkpoint, ids: list[int], device: str, dtype: torch.dtype) -> torch.Tensor:
-    """Log-probabilities (tokens, vocabulary), float32 on the CPU, of what follows each token."""
+    """Log-probabilities (tokens, vocabulary) of the next token at each position, float32 on the CPU."""
     read_dequantised = dequantised(checkpoint)
     layers = walk.Layers(checkpoint.config, dtype, device)
     forward_pass = walk.Walk(

@@ -1,4 +1,4 @@
-"""Stages of this repository as a bench starts them: by hand, with the defaults of their contracts."""
+"""Runs stages of this repository for a bench: as separate processes, with the defaults of their contracts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def defaults(stage: str) -> dict[str, Any]:
-    """The parameters of a stage and their defaults, None for one that a recipe has to give."""
+    """The parameters of a stage and their defaults; None for one that a recipe must set."""
     contract = tomllib.loads((REPO / "stages" / stage / "stage.toml").read_text())["parameters"]
     return {name: parameter.get("default") for name, parameter in contract.items()}
 
@@ -28,8 +28,8 @@ def command(
     scratch: Path,
     params: dict[str, Any],
 ) -> list[str]:
-    """Writes the job to `file` and returns the command that runs it, to be started in REPO. `output` is
-    emptied, `scratch` kept: a stage goes on from what lies there.
+    """Writes the job to `file` and returns the command that runs it in REPO. Empties `output` and keeps
+    `scratch`, from which a stage resumes.
     """
     shutil.rmtree(output, ignore_errors=True)
     for path in (output, scratch):
@@ -48,8 +48,8 @@ def command(
 
 
 def write_rows(folder: Path, conversations: Iterable[list[int]]) -> None:
-    """What stage train reads of stage data: train.jsonl with the second half of each conversation trained,
-    and eval.jsonl with the first four.
+    """Writes the files of stage data that stage train reads: train.jsonl with the second half of each
+    conversation trained, and eval.jsonl with the first four conversations.
     """
     folder.mkdir(parents=True)
     rows = [

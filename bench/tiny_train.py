@@ -1,12 +1,13 @@
-"""The tiny recipe's training on a CPU, two ways: TRL and PEFT as they come, and stage train's own loop.
+"""The tiny recipe's training on a CPU in two ways: TRL and PEFT at their defaults, and stage train's own
+loop.
 
     python -m bench.tiny_train [--lengths sample] [--steps 60] [--block 10]
 
-Both train rank 32 on attention, eight conversations a step, from one base of the recipe's sizes with
-random weights, on the same conversations, whose lengths are drawn as bench/lengths.py says. Each is a
-process of its own; the two do a block of steps in turn, so that what else the machine does falls on both,
-and one waits while the other computes. Columns are those of bench.train_step: first s is from the start of
-the process to the end of its first step, peak is the process's memory. A CPU compiles nothing.
+Both train rank 32 on attention, eight conversations per step, from one base of the recipe's sizes with random
+weights, on the same conversations (bench/lengths.py draws their lengths). Each is a process of its own. They
+take turns, a block of steps each, so that other work on the machine affects both equally. Columns are those
+of bench.train_step: first s is the time from the process's start to the end of its first step, peak is the
+process's memory. A CPU compiles nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SEED = 7
 
 
 def base(folder: Path) -> None:
-    """A base of the tiny recipe's sizes with random weights, and a tokenizer, which TRL asks for."""
+    """Writes a base of the tiny recipe's sizes with random weights, and a tokenizer, which TRL needs."""
     import torch
 
     from model.families.nemotron_h import native
@@ -50,7 +51,7 @@ def base(folder: Path) -> None:
 
 
 def rows(kind: str, steps: int) -> list[dict[str, Any]]:
-    """The conversations of `steps` steps, as stage data writes them."""
+    """The conversations of `steps` steps, in the form of stage data."""
     vocabulary, conversations = defaults("base")["vocabulary"], []
     for number, step in enumerate(lengths.plan(kind, steps)):
         conversations += [
@@ -61,12 +62,12 @@ def rows(kind: str, steps: int) -> list[dict[str, Any]]:
 
 
 class Turns:
-    """One process's side of taking turns: after every `block` steps it says what it measured and waits for
-    a line.
+    """One process's side of taking turns. After every `block` steps it writes its figures and waits for a
+    line.
     """
 
     def __init__(self, block: int, descriptor: int) -> None:
-        """`to`: the file descriptor on which it says so."""
+        """`descriptor`: the file descriptor that figures are written to."""
         self.block, self.descriptor = block, descriptor
         self.times: list[float] = []
         self.tokens: list[int] = []  # of every step, or further
@@ -75,7 +76,7 @@ class Turns:
         self.last = time.perf_counter()
 
     def step(self) -> None:
-        """To be called after every step."""
+        """Call it after every step."""
         self.times.append(time.perf_counter() - self.last)
         self.first = self.first or time.time() - figures.started()
         count = len(self.times)
@@ -92,7 +93,7 @@ class Turns:
 
 
 def trl(folder: Path, conversations: list[dict[str, Any]], steps: int, turns: Turns) -> None:
-    """SFTTrainer on the class with its own Mamba forward, batches padded to their longest conversation."""
+    """SFTTrainer on the class with its own Mamba forward; batches are padded to the longest conversation."""
     import datasets
     import peft
     import transformers
@@ -161,7 +162,7 @@ def trl(folder: Path, conversations: list[dict[str, Any]], steps: int, turns: Tu
 
 
 def stage(folder: Path, conversations: list[dict[str, Any]], steps: int, turns: Turns) -> None:
-    """Stage train's loop, without what it does between steps."""
+    """Stage train's loop, without its work between steps."""
     from stages.job import Job
     from stages.train import fit
     from stages.train.loop import Loop
@@ -191,7 +192,7 @@ ROWS = {"TRL and PEFT": trl, "stage train": stage}
 
 
 def child(row: str, folder: Path, kind: str, steps: int, block: int) -> None:
-    """One row; stdout has the figures alone, and what libraries and the stage print there is dropped."""
+    """Runs one row. stdout has the figures only; what libraries and the stage print is dropped."""
     descriptor, dropped = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(dropped, 1)
     import torch

@@ -1,18 +1,18 @@
-"""Training steps on one GPU as users have them: conversations of changing lengths, and the other ways of
+"""Measures training steps on one GPU as users run them: conversations of changing lengths, and other ways of
 training beside ours.
 
     python -m bench.train_step --rows ours --lengths equal,mixed,voice,voice-packed --steps 60
     python -m bench.train_step --rows ours,peft,peft-torch,notebook --lengths mixed --steps 4
 
-Rows: `ours` (NF4, all targets, as stage train does it), or `ours-FORM-TARGETS` as in ours-nvfp4-attention;
-`peft` (transformers and PEFT with the Mamba kernels they find), `peft-torch` (the same without),
-`notebook` (the lab notebook's recipe). Lengths are those of bench/lengths.py, the same for every row.
-Weights are random. Every row is a process of its own, and so has its own time from the start of the
-process to the end of the first step (first s), CUDA graphs and tuning included. Timed are the steps after
-the third; of at most three, those after the first. Compiled is what Triton compiled after the third step.
-Peak is memory allocated, held is what torch reserved for it, graphs included. With ANNIE_KERNELS=FOLDER
-what is compiled stays there, as it does for the stages, and the next process starts warm. A row that
-cannot run says why in its line, and the bench goes on.
+Rows: `ours` (NF4, all targets, as in stage train), or `ours-FORM-TARGETS` such as ours-nvfp4-attention;
+`peft` (transformers and PEFT with the Mamba kernels they find), `peft-torch` (the same without), `notebook`
+(the lab notebook's recipe). Lengths are those of bench/lengths.py, the same for every row. Weights are
+random. Every row is a process of its own. Its first s is the time from the process's start to the end of the
+first step, including CUDA graphs and tuning. Steps after the third are timed; of at most three, those after
+the first. Compiled is the number of Triton compilations after the third step. Peak is memory allocated, held
+is memory that torch reserved, including graphs. With ANNIE_KERNELS=FOLDER compiled kernels stay there, as in
+the stages, and the next process starts warm. A row that cannot run shows the reason in its line, and the
+bench continues.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mamba-ss
 def builder(
     name: str, graphs: bool = True, decoded: float = 0.0
 ) -> Callable[[dict[str, Any], torch.device], Row]:
-    """(config, device) -> Row for a row's name. Imported only here, so that a missing library costs one
-    row.
+    """(config, device) -> Row for a row's name. Libraries are imported here, so that a missing one affects
+    one row only.
     """
     if name.startswith("ours"):
         from bench.ours import ours
@@ -67,8 +67,8 @@ def builder(
 
 
 def ceiling(device: torch.device) -> float:
-    """Operations per second of a large BF16 product of random matrices (8192 cubed; 512 on a CPU, where it
-    only fills the column).
+    """Operations per second of a large BF16 product of random matrices: 8192 cubed; 512 on a CPU, where the
+    number has no use.
     """
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -85,11 +85,10 @@ def ceiling(device: torch.device) -> float:
 def measure(
     name: str, config: dict[str, Any], device: torch.device, top: float, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Builds one row, runs it on each distribution of lengths, gives the figures of each as they come, and
-    frees the row.
+    """Builds one row, runs it on each distribution of lengths, yields the figures of each, and frees the row.
 
-    `top` is the matrix ceiling in operations a second. Times in s or ms as their names say, memory in GB
-    (10^9 bytes).
+    `top` is the matrix ceiling in operations per second. Times are in s or ms as their names say, memory in
+    GB (10^9 bytes).
     """
     cuda = device.type == "cuda"
     compilations = figures.Compilations() if cuda else None
@@ -139,7 +138,7 @@ def run(
     top: float,
     compilations: figures.Compilations | None,
 ) -> dict[str, Any]:
-    """The figures of a row's steps on conversations of the lengths of `plan`."""
+    """The figures of a row's steps on conversations with the lengths of `plan`."""
     cuda, times, step_operations, first, began = device.type == "cuda", [], [], None, time.perf_counter()
     row.prepare(plan)
     synchronize(device)
@@ -192,7 +191,9 @@ def run(
 
 
 def profiled(row: Row, plan: tuple[int, ...], config: dict[str, Any], name: str, note: str) -> dict[str, Any]:
-    """`profile`, or its fault in the note: the figures are measured by then and stay."""
+    """The result of `profile`, or its error in the note, because the figures are already measured and stay
+    valid.
+    """
     try:
         return {"profile": profile(row, plan, config, name)}
     except Exception as error:
@@ -200,10 +201,9 @@ def profiled(row: Row, plan: tuple[int, ...], config: dict[str, Any], name: str,
 
 
 def profile(row: Row, plan: tuple[int, ...], config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Prints where a step's time goes, by part and by kernel, and returns the first: label -> {"gpu_ms",
-    "cpu_ms"}.
+    """Prints a step's time by part and by kernel, and returns the parts: label -> {"gpu_ms", "cpu_ms"}.
 
-    A step that replays CUDA graphs runs no module, so it has kernels alone.
+    A step that replays CUDA graphs runs no module, so it has kernels only.
     """
     step = lengths.conversations(plan, config["vocab_size"], 0, row.device)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -261,7 +261,9 @@ def explain(error: Exception) -> str:
 
 
 def failed(error: Exception) -> dict[str, Any]:
-    """What stands in place of a row's figures; `broken` where that is a fault and no limit of the machine."""
+    """The fields that replace a row's figures. `broken` is True for an error that is not a limit of the
+    machine.
+    """
     limit = isinstance(error, torch.OutOfMemoryError | ImportError | NotImplementedError | DoesNotFit)
     if not limit:
         traceback.print_exception(error)
@@ -269,7 +271,7 @@ def failed(error: Exception) -> dict[str, Any]:
 
 
 def surroundings(device: torch.device, commit: str | None) -> dict[str, Any]:
-    """GPU, versions and commit that the figures belong to."""
+    """GPU, versions and commit of the measurement."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -289,7 +291,7 @@ def surroundings(device: torch.device, commit: str | None) -> dict[str, Any]:
 
 
 def alone(name: str, arguments: list[str]) -> dict[str, Any]:
-    """The report of one way of training, measured in a process of its own."""
+    """The report of one way of training, measured in a separate process."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "report.json")
         ended = subprocess.run(
@@ -312,7 +314,7 @@ def alone(name: str, arguments: list[str]) -> dict[str, Any]:
 def here(
     name: str, config: dict[str, Any], device: torch.device, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """The same, measured in this process: the report after every distribution of lengths."""
+    """The same report, measured in this process; yields it after every distribution of lengths."""
     report = surroundings(device, options.commit) | {
         "layers": len(config["hybrid_override_pattern"]),
         "documents": options.documents,

@@ -1,4 +1,6 @@
-"""A checkpoint of random weights at any size, made as it is read: what is measured with it needs no disk."""
+"""A checkpoint of random weights at any size. They are generated when they are read, so measurements need no
+disk.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ BLOCK = 2**26  # random numbers, of which every tensor is a cut
 
 
 class Random(Checkpoint):
-    """Reads like a Checkpoint of `config`, which is written to `folder`/config.json; the same numbers
+    """Reads like a Checkpoint of `config`, which is written to `folder`/config.json. It has the same numbers
     every time.
     """
 

@@ -1,8 +1,8 @@
-"""LoRA on the Projections of a model, kept on disk in PEFT's own form.
+"""LoRA on a model's Projections, stored on disk in PEFT's format.
 
-PEFT, vLLM and stage merge read the same folder (model/lora.py says how its tensors lie). A stack of
-experts is one wrapper in PEFT: A (E * rank, in) is expert-major, B (out, rank * E) rank-major. The wrapper of
-a module's first stack lies inside that of its second.
+PEFT, vLLM and stage merge read the same folder (model/lora.py describes its tensors). PEFT wraps a stack of
+experts once: A (E * rank, in) is expert-major, B (out, rank * E) rank-major. The wrapper of a module's first
+stack lies inside the wrapper of its second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PREFIX = "base_model.model."
 
 
 def attach(model: Model, preset: str, rank: int, alpha: float, seed: int) -> None:
-    """Gives LoRA factors to what `preset` names, in the model's order.
+    """Gives LoRA factors to the linears that `preset` names, in the model's order.
 
     Raises FamilyError if part of the preset matches nothing.
     """
@@ -40,7 +40,7 @@ def attach(model: Model, preset: str, rank: int, alpha: float, seed: int) -> Non
 
 
 def adapted(model: nn.Module) -> dict[str, Projection]:
-    """Name -> Projection of all that has a change."""
+    """Name -> Projection, of every Projection that has LoRA factors."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -49,7 +49,7 @@ def adapted(model: nn.Module) -> dict[str, Projection]:
 
 
 def state(model: Model) -> dict[str, torch.Tensor]:
-    """The factors as PEFT names and lays them out, float32 on the CPU."""
+    """The factors with PEFT's names and layout, float32 on the CPU."""
     tensors, peft_name = {}, peft_names(model)
     for name, module in adapted(model).items():
         a, b = module.lora_a.detach().float().cpu(), module.lora_b.detach().float().cpu()
@@ -60,7 +60,7 @@ def state(model: Model) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def restore(model: Model, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts what `state` gave back. Raises ValueError where the two are not of the same adapter."""
+    """Loads tensors that `state` returned. Raises ValueError if they belong to another adapter."""
     peft_name = peft_names(model)
     expected = {f"{peft_name[name]}.lora_{side}.weight" for name in adapted(model) for side in "AB"}
     if expected != tensors.keys():
@@ -76,8 +76,8 @@ def restore(model: Model, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def save(model: Model, folder: Path, preset: str, rank: int, alpha: float) -> None:
-    """Writes the folder that PEFT reads; byte for byte the same for the same factors, and without a path
-    of this machine.
+    """Writes the folder that PEFT reads. The same factors give the same bytes, and no path of this machine is
+    in it.
     """
     import peft
 
@@ -98,7 +98,7 @@ def save(model: Model, folder: Path, preset: str, rank: int, alpha: float) -> No
 
 
 def load(model: Model, folder: Path) -> None:
-    """Puts the factors of a folder back, as `restore` does."""
+    """Loads the factors of a folder, as `restore` does."""
     restore(model, load_file(folder / WEIGHTS))
 
 
@@ -114,8 +114,8 @@ def _by_expert(
 
 
 def peft_names(model: Model) -> dict[str, str]:
-    """Native name of each linear and stack -> what PEFT calls its wrapper, before `.lora_A.weight` and
-    `.lora_B.weight`, where all stacks of a module are adapted.
+    """Native name of each linear and stack -> the name of its PEFT wrapper, without `.lora_A.weight` and
+    `.lora_B.weight`. Assumes that all stacks of a module are adapted.
     """
     wrappers: dict[str, str] = {}
     stacks: dict[str, list[str]] = {}  # module -> the stacks that are its parameters, in their order

@@ -1,10 +1,9 @@
 """The native class with our own parts: Projections for every linear and expert stack, our Mamba mixer,
 attention by document.
 
-It is built on no device at all and filled from the shards a tensor at a time, packed on the device it is
-for: what is held in BF16 while loading is one matrix. `forms` is what a base can be held in; what NVIDIA's
-export leaves in BF16 stays in BF16 here too, so that an adapter on those layers is trained on exactly what
-will be served.
+The model is built on the meta device. It is then filled from the shards tensor by tensor, and each tensor is
+packed on its target device, so loading holds one matrix in BF16. Linears that NVIDIA's export leaves in BF16
+stay in BF16 here too, so an adapter on them is trained on exactly the weights that are served.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from model.weights.shards import Shards
 if TYPE_CHECKING:
     from model.layers.structure import Model
 
-# random experts: thousands of small matrices would wait for the processor, and more at once need memory to
-# pack
+# random experts made at once: single ones are bound by kernel launches, more need memory to pack
 TOGETHER = 8
 
 
@@ -43,11 +41,11 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     shards: Shards = Shards(),
 ) -> Model:
-    """The model of a checkpoint in hub layout, frozen, in training form. `progress` is told bytes read and
-    bytes in all.
+    """Loads a checkpoint in hub layout as a frozen model for training. `progress` gets bytes read and bytes
+    in all.
 
-    With `shards` this process keeps its share of the Projections' weights, and every forward and backward
-    is one of all processes.
+    With `shards` this process holds a share of the Projections' weights, and all processes take part in every
+    forward and backward.
 
     Raises ValueError if a tensor is missing, left over, or of another shape than config.json says.
     """
@@ -75,8 +73,8 @@ def random(
     std: float = 0.02,
     shards: Shards = Shards(),
 ) -> Model:
-    """The same with random weights, made on the device, `TOGETHER` experts at a time: for measuring speed
-    and memory at any size.
+    """The same model with random weights, made on the device, `TOGETHER` experts at a time. For measuring
+    speed and memory at any size.
     """
     model = empty(config, form, dtype, device, shards)
     generator = torch.Generator(device).manual_seed(0)
@@ -96,7 +94,7 @@ def random(
 
 
 def empty(config: Config, form: str, dtype: torch.dtype, device: str, shards: Shards = Shards()) -> Model:
-    """The model without its weights: Projections allocated in their form, everything else still on no
+    """The model without weights: Projections are allocated in their form, everything else is on the meta
     device. `model.linears` maps the hub name of each linear's tensor to its record.
     """
     family = registry.of(config)
@@ -121,7 +119,7 @@ def empty(config: Config, form: str, dtype: torch.dtype, device: str, shards: Sh
 
 @torch.no_grad()
 def fill(model: Model, name: str, value: torch.Tensor) -> None:
-    """Puts one tensor of the checkpoint, by its hub name, where it belongs."""
+    """Stores one tensor of the checkpoint, by hub name, in the model."""
     dtype, device = model.placed
     if linear := model.linears.get(name):
         projection(model, linear).put(linear.index or 0, value)
@@ -143,7 +141,7 @@ def fill(model: Model, name: str, value: torch.Tensor) -> None:
 
 
 def finish(model: Model) -> Model:
-    """The filled model, prepared; raises ValueError if anything was not filled."""
+    """Prepares the filled model. Raises ValueError if a tensor was not filled."""
     unfilled = [
         name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta
     ]
@@ -153,7 +151,7 @@ def finish(model: Model) -> Model:
 
 
 def prepare(model: Model) -> Model:
-    """Repairs the model and gives it our mixers, norms, experts and attention; its weights may be filled
+    """Repairs the model and installs our mixers, norms, experts and attention. Its weights may be filled
     before or after.
     """
     registry.of(model.hub_config).attach(model)
@@ -161,7 +159,7 @@ def prepare(model: Model) -> Model:
 
 
 def exported(model: Model) -> list[Projection]:
-    """The Projections with a change whose weights the export will quantise: those in its layout."""
+    """The Projections that have a change and that the export will quantise."""
     packed = packed_modules(model.hub_config)
     return [
         module
@@ -171,7 +169,7 @@ def exported(model: Model) -> list[Projection]:
 
 
 def packed_modules(config: Config) -> set[str]:
-    """Native names of the modules and stacks that the export quantises, and that training may pack."""
+    """Native names of the modules and stacks that the export quantises; training may hold these in 4 bits."""
     return {linear.module for linear in layouts.linears(config, registry.of(config).layout)}
 
 
@@ -181,11 +179,11 @@ def projection(model: Model, linear: Linear) -> Projection:
 
 
 def keep_decoded(model: Model, room: float) -> tuple[int, int]:
-    """Holds 4-bit weights decoded in at most `room` bytes, as many Projections as fit. Returns how many,
+    """Keeps 4-bit weights decoded in at most `room` bytes, as many Projections as fit. Returns their number
     and their bytes.
 
-    The first blocks come first: they are decoded once more in the backward, where the last ones may keep
-    their activations.
+    The first blocks come first: the backward decodes them again, while the last blocks may keep their
+    activations.
     """
     dtype, device = model.placed
     multiple = ALIGNMENT if torch.device(device).type == "cuda" and dtype == torch.bfloat16 else 1
@@ -202,11 +200,11 @@ def keep_decoded(model: Model, room: float) -> tuple[int, int]:
 
 
 def bytes_by_group(model: Model) -> dict[str, dict[str, int]]:
-    """Group -> {"bytes": held, "four_bit": of these in 4 bits, "trainable": parameters with a gradient}.
+    """Group -> {"bytes": in memory, "four_bit": of these in 4 bits, "trainable": parameters with a gradient}.
 
-    Groups are the family's: embeddings, attention, mamba, experts (the routed stacks), shared, router,
-    adapter, norms. This is what shows whether the experts are packed: bitsandbytes leaves them as they are
-    without a word, since they are no Linears.
+    The family defines the groups: embeddings, attention, mamba, experts (the routed stacks), shared, router,
+    adapter, norms. This shows whether the experts are packed. bitsandbytes silently leaves them in BF16,
+    because they are not Linears.
     """
     group, groups = registry.of(model.hub_config).group, dict[str, dict[str, int]]()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -220,7 +218,7 @@ def bytes_by_group(model: Model) -> dict[str, dict[str, int]]:
 
 
 def parameters(model: Model) -> int:
-    """Weights of the base, however they are packed, and of the adapter."""
+    """Number of weights of the base, packed or not, and of the adapter."""
     packed = sum(
         m.experts * m.out_features * m.in_features for m in model.modules() if isinstance(m, Projection)
     )
@@ -228,7 +226,7 @@ def parameters(model: Model) -> int:
 
 
 def hidden_states(model: Model, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """What lm_head is given, (tokens, hidden size), of one packed sequence `ids` int64 (tokens,)."""
+    """The input of lm_head, (tokens, hidden size), for one packed sequence `ids` int64 (tokens,)."""
     if len(ids) != documents.tokens:
         raise ValueError(f"{len(ids)} tokens in documents of {documents.tokens}")
     graphs: Graphs | None = getattr(model, "graphs", None)
@@ -238,7 +236,7 @@ def hidden_states(model: Model, ids: torch.Tensor, documents: Documents) -> torc
 
 
 def capture(model: Model) -> Graphs:
-    """From now on training steps of a model on a GPU replay CUDA graphs (model/layers/graphs.py)."""
+    """Makes training steps of a model on a GPU replay CUDA graphs (model/layers/graphs.py)."""
     model.graphs = Graphs(
         model,
         lambda ids, documents: _forward(model, ids, documents),
@@ -248,7 +246,7 @@ def capture(model: Model) -> Graphs:
 
 
 def _forward(model: Model, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
-    # A mapping of masks is taken as it is; attention and Mamba keep documents apart by themselves.
+    # transformers uses a mapping of masks unchanged; attention and Mamba separate documents themselves.
     hidden: torch.Tensor = model.model(
         input_ids=ids[None], attention_mask={}, use_cache=False, documents=documents
     ).last_hidden_state[0]
@@ -271,7 +269,7 @@ def distillation(
     logs: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over the trained tokens of one packed sequence: the divergence from a teacher
-    (model/layers/loss.py), and -log p, without a gradient.
+    (model/layers/loss.py), and -log p, which has no gradient.
     """
     hidden = hidden_states(model, ids, documents)
     positions, targets = trained_targets(labels)
@@ -287,8 +285,8 @@ def likeliest_tokens(
     count: int,
     chunk: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` likeliest next tokens at every trained position of one packed sequence, as
-    model/layers/loss.py has them.
+    """The `count` likeliest next tokens at every trained position of one packed sequence, in the form of
+    `likeliest` (model/layers/loss.py).
     """
     hidden = hidden_states(model, ids, documents)[trained_targets(labels)[0]]
     index, logs = zip(

@@ -1,9 +1,8 @@
-"""Every tensor of a checkpoint that a stage takes or makes, against what its config says it has to be.
+"""Audits a checkpoint that a stage reads or writes: every tensor against what the config asks for.
 
-Loaders do not look: vLLM checks for missing tensors in unquantised checkpoints only, and a scale that is
-missing is uninitialised memory there. The audit reads headers and scales, and what has to be equal to a
-source where one is given. Checkpoints of any origin are audited by model/checkpoint_audit.py, with the
-same checks.
+Loaders do not check this. vLLM looks for missing tensors in unquantised checkpoints only; a missing scale is
+uninitialised memory there. The audit reads headers and scales, and compares unquantised tensors with the
+source if there is one. model/checkpoint_audit.py audits checkpoints of any origin with the same checks.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ def bf16(folder: Path, values: bool = True) -> list[Finding]:
 
 
 def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bool = False) -> list[Finding]:
-    """Findings about a checkpoint quantised in `layout`; with `source` also what has to be equal to it bit
-    for bit.
+    """Findings about a checkpoint quantised in `layout`. With `source`, unquantised tensors must equal the
+    source's bit for bit.
     """
     try:
         checkpoint = Checkpoint(folder)
@@ -78,7 +77,7 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bo
 
 
 def packed_modules(checkpoint: Checkpoint) -> set[str]:
-    """Modules that are quantised in the files: packed weights, or any scale."""
+    """Modules that are quantised in the files: their weight is packed, or they have a scale."""
     packed = {
         n.removesuffix(".weight")
         for n, e in checkpoint.entries.items()

@@ -1,10 +1,10 @@
-"""The audit of any checkpoint of a family: what it is, what is wrong with it, and what a vLLM needs to serve
+"""Audits any checkpoint of a known family: what it is, what is wrong with it, and what a vLLM needs to serve
 it.
 
     python -m model.checkpoint_audit FOLDER [--base FOLDER] [--vllm VERSION]
 
-prints it as JSON (docs/formats.md) and exits with 1 if there are findings. No stage imports this module:
-what vLLM needs is not to decide whether a training has to run again.
+prints the audit as JSON (docs/formats.md) and exits with 1 if there are findings. No stage imports this
+module, so a change of what vLLM needs does not make a training run again.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from model.weights.quant_config import QuantConfig
 
 @dataclass(frozen=True)
 class Audit:
-    """`facts` describe the checkpoint (none if it cannot be read); `serve` is what the vLLM that was asked
-    about needs, if it can serve it.
+    """`facts` describe the checkpoint; they are empty if it cannot be read. `serve` is what the requested
+    vLLM needs; None if none was requested or it cannot serve the checkpoint.
     """
 
     findings: list[Finding]
@@ -43,18 +43,18 @@ class Audit:
 
 
 def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Audit:
-    """The audit of any checkpoint of a family: BF16 or NVFP4, in a layout that is recognised.
+    """Audits a checkpoint of any known family: BF16 or NVFP4, in any recognised layout.
 
-    `base` is what it was made from. An NVFP4 checkpoint has to equal it in all that is not quantised; a
-    BF16 one in all that no adapter changes, which is everything but its linears. `vllm` is a version,
-    `0.32.0+cpu` for one without a GPU.
+    `base` is the checkpoint that this one was made from. In an NVFP4 checkpoint all unquantised tensors must
+    equal the base's. In a BF16 one all tensors but the linears must, because an adapter changes linears only.
+    `vllm` is a version; `0.32.0+cpu` means one without a GPU.
     """
     findings: list[Finding] = []
     try:
         findings += faults.files(folder)
         checkpoint = Checkpoint(folder)
     except UNREADABLE as error:
-        # what stops Checkpoint has been found file by file
+        # faults.files has already reported what stops Checkpoint
         return Audit(findings or [unreadable(folder.name, error)])
     try:
         config, family = checkpoint.config, registry.of(checkpoint.config)
@@ -112,7 +112,7 @@ def has_input_scales(checkpoint: Checkpoint) -> bool:
 def settings(
     checkpoint: Checkpoint, family: Family, packed: set[str], configs: list[QuantConfig]
 ) -> list[Finding]:
-    """What is said about the quantisation against what is in the files."""
+    """Compares the quantisation settings with what is in the files."""
     if not configs:
         return [
             Finding(
@@ -152,8 +152,8 @@ def settings(
 def serving_needs(
     vllm: str, config: dict[str, Any], facts: dict[str, Any], packed: set[str]
 ) -> tuple[Serve | None, list[Finding]]:
-    """What this version needs to serve the checkpoint; None, and why, if it cannot. `packed`: the modules
-    that are quantised.
+    """What this vLLM version needs to serve the checkpoint; None and the reasons if it cannot. `packed`: the
+    quantised modules.
     """
     serving = serve.of(config)
     checkpoint = serve.Served(

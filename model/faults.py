@@ -1,5 +1,5 @@
-"""Single checks of a checkpoint, each a generator of findings. model/audit.py and
-model/checkpoint_audit.py say which belong together.
+"""Single checks of a checkpoint, each a generator of findings. model/audit.py and model/checkpoint_audit.py
+choose which of them to run.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def unreadable(subject: str, error: Exception) -> Finding:
 
 
 def printable(name: str) -> str:
-    """A tensor's name as it can be printed."""
+    """A tensor's name in a form that can be printed."""
     return name if name.isprintable() else repr(name)
 
 
 def files(folder: Path) -> Iterator[Finding]:
-    """Shards that are missing, torn or foreign, and the index against what lies in them. Raises
-    CheckpointError on a broken index.
+    """Finds shards that are missing, truncated or not named by the index, and tensors that lie in another
+    file than the index says. Raises CheckpointError on a broken index.
     """
     index = weight_map(folder) if (folder / INDEX).exists() else {}
     named = list(dict.fromkeys(index.values())) or [SINGLE]
@@ -105,7 +105,7 @@ def files(folder: Path) -> Iterator[Finding]:
 
 
 def structure(checkpoint: Checkpoint, expected: dict[str, Spec]) -> Iterator[Finding]:
-    """Every tensor's name, dtype and shape. A linear without any of its scales is one finding."""
+    """Checks every tensor's name, dtype and shape. A linear that lacks all of its scales is one finding."""
     entries = checkpoint.entries
     for name, spec in expected.items():
         module, _, part = name.rpartition(".")
@@ -167,7 +167,7 @@ def _summary(config: QuantConfig) -> str:
 
 
 def settings(configs: list[QuantConfig]) -> Iterator[Finding]:
-    """What is said about the quantisation, against what vLLM reads."""
+    """Checks the quantisation settings against what vLLM reads, and against each other."""
     first = configs[0]
     for other in configs[1:]:
         if _settings_key(first) != _settings_key(other):
@@ -212,8 +212,8 @@ def settings(configs: list[QuantConfig]) -> Iterator[Finding]:
 def excludes(
     checkpoint: Checkpoint, listed: Iterable[str], packed: set[str], config: QuantConfig
 ) -> Iterator[Finding]:
-    """The exclude list against the files, in both directions. `listed` are the modules that it has to name
-    where they are not among the `packed` ones.
+    """Checks the exclude list against the files, in both directions. Every module of `listed` that is not in
+    `packed` must be excluded.
     """
     modules = [name.removesuffix(".weight") for name in checkpoint.entries if name.endswith(".weight")]
     for name in config.excludes:
@@ -261,7 +261,7 @@ def scales(checkpoint: Checkpoint) -> Iterator[Finding]:
     for name, entry in checkpoint.entries.items():
         if not name.endswith(PARTS) or entry.dtype not in DTYPES or not entry.bytes:
             continue
-        # 1.9 GB in the real model: judged by its bytes, of which 1 to 126 are finite and positive
+        # 1.9 GB in the real model, so its bytes are checked: 1 to 126 are finite and positive
         if entry.dtype == "F8_E4M3":
             low, high = checkpoint.tensor(name).reshape(-1).view(torch.uint8).aminmax()
             if low > 0 and high < 127:
@@ -286,13 +286,13 @@ def scales(checkpoint: Checkpoint) -> Iterator[Finding]:
 def unchanged(
     checkpoint: Checkpoint, source: Checkpoint, names: Iterable[str], never_cast: tuple[str, ...]
 ) -> Iterator[Finding]:
-    """The tensors `wanted` that both have in one dtype, and those that end in `never_cast` whatever theirs:
-    equal bits.
+    """Checks that tensors have the same bits in `source`: those of `names` that both hold in one dtype, and
+    those whose name ends in `never_cast` in any dtype.
     """
     for name in names:
         entry, source_entry = checkpoint.entries.get(name), source.entries.get(name)
         if entry is None:
-            continue  # said by `structure`
+            continue  # reported by `structure`
         if source_entry is None or source_entry.shape != entry.shape:
             yield Finding(
                 name,

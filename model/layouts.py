@@ -1,4 +1,4 @@
-"""What a quantised checkpoint holds, in any of its family's layouts, and which layout a checkpoint is in."""
+"""What a quantised checkpoint contains in each layout of its family, and which layout a checkpoint has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def linears(config: Config, layout: str) -> tuple[Linear, ...]:
     return _linears(json.dumps(config), layout)
 
 
-@cache  # a run of stage quantize asks five times, of thousands
+@cache  # stage quantize calls it five times, for thousands of linears
 def _linears(config: str, layout: str) -> tuple[Linear, ...]:
     parsed: Config = json.loads(config)
     return tuple(registry.of(parsed).quantised(parsed, layout))
@@ -32,11 +32,11 @@ def quantised(config: Config, layout: str) -> list[str]:
 
 
 def recognise(config: Config, packed: set[str]) -> tuple[str, list[str]]:
-    """The layout of a checkpoint in which the linears `packed` are packed (`other` if none of ours), and
-    what is quantised in it.
+    """The layout of a checkpoint whose packed linears are `packed` (`other` if it is none of ours), and the
+    linears that count as quantised.
 
-    What loaders fuse, such as the experts of a layer or its q, k and v, counts as quantised if most of it
-    is: a single odd one is a fault and no layout.
+    Loaders fuse some linears: the experts of a layer, or its q, k and v. Such a group counts as quantised if
+    most of it is, because a single odd linear is a fault and not a layout.
     """
     family = registry.of(config)
     groups: dict[str, list[Linear]] = defaultdict(list)
@@ -55,7 +55,7 @@ def recognise(config: Config, packed: set[str]) -> tuple[str, list[str]]:
 
 
 def excluded(config: Config, layout: str) -> list[str]:
-    """`exclude_modules` of hf_quant_config.json: every linear and convolution that stays as it is, the head
+    """`exclude_modules` of hf_quant_config.json: every linear and convolution that is not quantised, the head
     first.
     """
     family, chosen = registry.of(config), set(quantised(config, layout))
@@ -68,7 +68,7 @@ def tensors(
 ) -> dict[str, Spec]:
     """Hub name -> shape and dtype of every tensor of the quantised checkpoint.
 
-    What is not quantised keeps the shape and dtype of `source` (default: the BF16 checkpoint's).
+    Unquantised tensors keep the shape and dtype of `source` (default: the BF16 checkpoint).
     """
     plain = source or registry.of(config).tensors(config)
     return packed_tensors(plain, quantised(config, layout), not weight_only)
@@ -77,8 +77,8 @@ def tensors(
 def packed_tensors(
     source: dict[str, Spec], modules: Iterable[str], input_scales: bool = True
 ) -> dict[str, Spec]:
-    """`source` with its linears `modules` packed: (out, in) becomes U8 (out, in / 2), F8_E4M3 (out, in /
-    16) and one or two F32 scalars of shape ().
+    """`source` with the linears `modules` packed: (out, in) becomes U8 (out, in / 2), F8_E4M3 (out, in / 16)
+    and one or two F32 scalars of shape ().
     """
     chosen = set(modules)
     specs: dict[str, Spec] = {}
@@ -99,8 +99,8 @@ def packed_tensors(
 def hf_quant_config(
     config: Config, layout: str, kv_cache: str | None, producer: str, weight_only: bool = False
 ) -> dict[str, Any]:
-    """hf_quant_config.json in the form that every vLLM version reads; model/weights/quant_config.py writes
-    it, for weights alone into config.json too.
+    """hf_quant_config.json in the form that every vLLM version reads. model/weights/quant_config.py writes
+    it, and for weight-only formats also into config.json.
     """
     return {
         "producer": {"name": "modelopt", "version": producer},

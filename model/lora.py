@@ -1,12 +1,12 @@
-"""LoRA adapters as PEFT writes them, read as changes to the tensors of a checkpoint in hub layout.
+"""LoRA adapters in PEFT's format, read as changes to the tensors of a checkpoint in hub layout.
 
 A linear's change is `scale * B @ A`, with A of shape (rank, in), B (out, rank) and scale = alpha / rank
-(alpha / sqrt(rank) with rsLoRA); DoRA then gives every row the length that its magnitude says. PEFT's wrapper
-of a stack of E experts keeps A as (E * rank, in), expert-major, and B as (out, rank * E), rank-major: the
-change of expert e is `scale * B.reshape(out, rank, E)[:, :, e] @ A[e * rank : (e + 1) * rank]`. PEFT wraps
-the parameters of a module in their order, one wrapper around the other: with both stacks targeted,
-`experts.base_layer.lora_*` belongs to the first and `experts.lora_*` to the second; with one of them,
-`experts.lora_*` belongs to that one. `target_parameters` says which.
+(alpha / sqrt(rank) with rsLoRA). DoRA then scales every row to the length in its magnitude vector. PEFT's
+wrapper of a stack of E experts stores A as (E * rank, in), expert-major, and B as (out, rank * E),
+rank-major. The change of expert e is `scale * B.reshape(out, rank, E)[:, :, e] @ A[e * rank : (e + 1) *
+rank]`. PEFT wraps the parameters of a module in order, one wrapper around the other. If both stacks are
+targeted, `experts.base_layer.lora_*` belongs to the first and `experts.lora_*` to the second. If one is
+targeted, `experts.lora_*` belongs to it. `target_parameters` says which.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COPY = re.compile(
     r"(?:\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+(?=\.))?)*"
     r"\.(?P<parameter>[^.]+)$"
 )
-KEPT = 6  # tensors: what the experts of a layer share
+KEPT = 6  # cached tensors: those that the experts of a layer share
 ANOTHER = "is it an adapter of another model?"
 SAME_BASE = "Give stage merge the base that the adapter was trained on."
 SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained."
@@ -62,8 +62,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one matrix, float32: A (rank, in), B (out, rank), and with DoRA the length of every row,
-    (out,).
+    """The change of one matrix, float32: A (rank, in), B (out, rank), and with DoRA the magnitude of every
+    row, (out,).
     """
 
     a: torch.Tensor
@@ -73,7 +73,7 @@ class Change:
 
     @property
     def zero(self) -> bool:
-        """Whether it changes nothing, whatever the weight."""
+        """Whether the change leaves every weight as it is."""
         return self.magnitude is None and not (self.a.any() and self.b.any())
 
     @property
@@ -82,17 +82,17 @@ class Change:
         return all(bool(torch.isfinite(tensor).all()) for tensor in parts)
 
     def rows(self, first: int, count: int) -> Change:
-        """The change of some rows."""
+        """The change of rows `first` to `first + count`."""
         chosen = slice(first, first + count)
         return Change(
             self.a, self.b[chosen], self.scale, None if self.magnitude is None else self.magnitude[chosen]
         )
 
     def applied(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight (out, in) with the change, float32, as PEFT computes it: `W + (B @ A) * scale`.
+        """The weight (out, in) plus the change, float32, as PEFT computes it: `W + (B @ A) * scale`.
 
-        With DoRA that is multiplied by `magnitude / |W + (B @ A) * scale|`, the norm along each row (arXiv
-        2402.09353).
+        With DoRA the result is multiplied by `magnitude / |W + (B @ A) * scale|`, the norm along each row
+        (arXiv 2402.09353).
         """
         changed = weight.float() + (self.b @ self.a) * self.scale
         if self.magnitude is not None:
@@ -100,7 +100,7 @@ class Change:
         return changed
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """`applied`, rounded once to the weight's dtype; a change of zeros gives every bit back."""
+        """`applied`, rounded once to the weight's dtype. A zero change returns the weight bit for bit."""
         return weight if self.zero else self.applied(weight).to(weight.dtype)  # -0.0 + 0.0 would be 0.0
 
 
@@ -121,10 +121,10 @@ class _Loaded(Tensors):
 
 
 class Adapter:
-    """An adapter folder. `pairs` maps hub names to the tensors of their change; `copies` are tensors of the
-    base beside them.
+    """An adapter folder. `pairs` maps hub names to the tensors of their change. `copies` are tensors of the
+    base that the adapter also stores.
 
-    Raises AdapterError where a merge would not be what PEFT's merge is, and CheckpointError on a broken file.
+    Raises AdapterError if a merge would differ from PEFT's merge, and CheckpointError on a broken file.
     """
 
     def __init__(self, folder: str | Path, base: Checkpoint):
@@ -133,7 +133,7 @@ class Adapter:
         self.rank, self.scale = self.settings.rank, self.settings.scale
         self.tensors = _tensors(self.folder)
         self._base, self.family = base, registry.of(base.config)
-        # those that the base has, by the hub names of their tensors
+        # linears of the base, by hub name of their tensor
         self.linears = {x.weight: x for x in self.family.linears(base.config) if x.weight in base.entries}
         self._stacks: dict[str, list[Linear]] = {}  # by native name
         self._holders: dict[str, list[str]] = {}  # native name of a module -> its stacks, in their order
@@ -189,7 +189,7 @@ class Adapter:
         return pairs, copies
 
     def _pairs_of_module(self, module: str, keys: dict[str, str]) -> dict[str, Pair]:
-        """The changes by one module of the adapter, by hub name. `keys` are its tensors by their kind."""
+        """The changes by one module of the adapter, by hub name. `keys`: its tensors by kind."""
         self._check_kinds(module, keys)
         stack = self._stack_of(module) if module.removesuffix(".base_layer") in self._holders else None
         hub = f"{self.family.hub(module)}.weight"
@@ -260,7 +260,7 @@ class Adapter:
     def _stack_of(self, module: str) -> str:
         """The native name of the stack of experts that a wrapper of PEFT changes."""
         experts = module.removesuffix(".base_layer")
-        # PEFT wraps them in their order
+        # PEFT wraps stacks in this order
         targeted = [name for name in self._holders[experts] if self.settings.targeted(name)]
         if not targeted or (module != experts and len(targeted) == 1):
             raise AdapterError(
@@ -272,9 +272,7 @@ class Adapter:
         return targeted[0] if module != experts else targeted[-1]
 
     def _check_copy(self, key: str) -> None:
-        """Raises AdapterError unless a tensor of the base that is stored in the adapter has the base's
-        values.
-        """
+        """Raises AdapterError unless a stored base tensor equals the base's own."""
         match = cast(re.Match[str], _COPY.match(key))  # as every key of `copies` does
         path = f"{match['module']}.{match['parameter']}"
         hub = self.family.hub(path)
@@ -303,7 +301,9 @@ class Adapter:
                 )
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One tensor of the adapter in float32. The last few are kept: the experts of a layer share them."""
+        """One tensor of the adapter in float32. The last few are cached, because the experts of a layer share
+        them.
+        """
         if key not in self._cache:
             while len(self._cache) >= KEPT:
                 del self._cache[next(iter(self._cache))]
@@ -323,14 +323,14 @@ class Adapter:
         return change
 
     def delta(self, name: str) -> torch.Tensor:
-        """What a LoRA without DoRA adds to one hub tensor, float32, in its shape (out, in)."""
+        """What a LoRA without DoRA adds to one hub tensor: float32 (out, in)."""
         change = self.change(name)
         return (change.b @ change.a) * change.scale
 
 
 def _tensors(folder: Path) -> Tensors:
-    """The tensors of an adapter folder: a safetensors file, shards with an index, or PyTorch's own format,
-    read without running its code.
+    """The tensors of an adapter folder: a safetensors file, shards with an index, or PyTorch's format, which
+    is read without running its code.
     """
     if (folder / WEIGHTS).exists():
         return Tensors(header(folder / WEIGHTS)[0])
@@ -357,7 +357,7 @@ def _tensors(folder: Path) -> Tensors:
         values = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
     except (
         Exception
-    ) as error:  # torch.load names no error of its own: a broken zip, an end of file, a pickle that runs code
+    ) as error:  # torch.load raises many types: a broken zip, an end of file, a pickle that runs code
         raise AdapterError(
             f"{PICKLED} cannot be read safely ({type(error).__name__})",
             "tensors and nothing else",

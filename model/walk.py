@@ -1,10 +1,9 @@
-"""A model's forward with one layer in memory: packed sequences go through layer after layer, each filled
-when it is their turn.
+"""Runs a model's forward with one layer in memory at a time: packed sequences pass through layer after layer,
+and each layer is filled just before.
 
-What a 63 GB model needs for a forward is then its largest layer (2.6 GB) and the hidden states of the
-sequences (5.4 KB a token in BF16). Every layer is filled once, whatever the number of sequences, so a pass
-over hundreds of conversations reads the checkpoint once. Several models that differ in some of their
-weights can go side by side.
+A 63 GB model then needs memory for its largest layer (2.6 GB) and the hidden states (5.4 KB a token in BF16).
+Every layer is filled once, so a pass over hundreds of conversations reads the checkpoint once. Several models
+that differ in some weights can run side by side.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ if TYPE_CHECKING:
     from model.layers.structure import Model
 
 CAPACITY = 16384  # tokens of a packed sequence
-Sequence = tuple[torch.Tensor, Documents]  # ids int64 (tokens,), and the documents that they are
+Sequence = tuple[torch.Tensor, Documents]  # ids int64 (tokens,), and their documents
 Read = Callable[[str], torch.Tensor]  # the hub name of a tensor -> the tensor
 
 
 class Layers:
-    """The blocks of a model of `config`, of which one is filled at a time: three blocks in all, one for
-    each kind of layer.
+    """The blocks of a model of `config`. One block of each kind exists, and one layer at a time is filled
+    into it.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype, device: str):
@@ -56,8 +55,8 @@ class Layers:
         return self._names[number]
 
     def fill(self, number: int, read: Read, only: Iterable[str] | None = None) -> nn.Module:
-        """The block of layer `number` with its tensors, or with `only` those of them, as `read` gives
-        them.
+        """Fills the block of layer `number` and returns it. `read` gives each tensor; `only` restricts it to
+        these names.
         """
         model = self._models[self.kinds[number]]
         for name in self.names(number) if only is None else only:
@@ -66,8 +65,8 @@ class Layers:
 
 
 class Walk:
-    """Sequences on their way through the layers: `hidden` holds (tokens, hidden size) of each, at first
-    its embeddings.
+    """Sequences passing through the layers. `hidden` holds (tokens, hidden size) of each, at first its
+    embeddings.
     """
 
     def __init__(self, sequences: list[Sequence], embeddings: torch.Tensor, dtype: torch.dtype, device: str):
@@ -78,13 +77,13 @@ class Walk:
 
     @torch.no_grad()
     def through(self, block: nn.Module) -> None:
-        """Every sequence through one filled block."""
+        """Runs every sequence through one filled block."""
         for n, (hidden, documents) in enumerate(zip(self.hidden, self.documents, strict=True)):
             self.hidden[n] = block(hidden[None], attention_mask=None, documents=documents)[0]
 
     def distance(self, other: Walk | None = None) -> float:
-        """Root of the summed squares of all that the hidden states differ by from another's; of themselves
-        without one.
+        """Frobenius norm of the difference to another walk's hidden states, over all sequences; of the hidden
+        states themselves if `other` is None.
         """
         references: Iterable[torch.Tensor | float] = other.hidden if other else [0.0] * len(self.hidden)
         squares: float = sum(
@@ -97,8 +96,8 @@ class Walk:
     def logits(
         self, norm: torch.Tensor, head: torch.Tensor, eps: float, chunk: int = 1024
     ) -> Iterable[torch.Tensor]:
-        """Logits float32 (at most `chunk`, vocabulary) of all tokens in their order, a chunk at a time;
-        norm (hidden size,), head (vocabulary, hidden size).
+        """Logits float32 (at most `chunk`, vocabulary) of all tokens in order, a chunk at a time. norm
+        (hidden size,), head (vocabulary, hidden size).
         """
         for hidden in self.hidden:
             head, norm = head.to(hidden), norm.to(hidden)
@@ -107,7 +106,7 @@ class Walk:
 
 
 def packed(rows: list[torch.Tensor], capacity: int = CAPACITY) -> list[Sequence]:
-    """Documents, ids int64 (tokens,) each, end to end in their order, in sequences of at most `capacity`
+    """Packs documents, ids int64 (tokens,) each, end to end in order into sequences of at most `capacity`
     tokens (or one document).
     """
     groups: list[list[torch.Tensor]] = []

@@ -1,4 +1,4 @@
-"""Calls that do not fit the tools of their row. Stage data counts them, or refuses them if asked to."""
+"""Finds calls that do not fit the tools of their row. Stage data counts them, or refuses them if asked to."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def mismatches(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[str]:
     """A short reason for everything in the calls of `messages` that `tools` do not allow; empty if all fit.
 
-    Checked are: that the tool is declared, and of its schema's top level `properties` (unless
-    additionalProperties allows more), `required`, and each property's `type` and `enum`. What stands deeper,
-    and anyOf, $ref and the like, is not checked. Values never stand in a reason.
+    It checks that the tool is declared, and at its schema's top level `properties` (unless
+    additionalProperties allows more), `required`, and each property's `type` and `enum`. Deeper levels,
+    anyOf, $ref and the like are not checked. Reasons never contain values.
     """
     declared = {tool["function"]["name"]: tool["function"] for tool in served_tools(tools)}
     reasons = []
@@ -70,9 +70,9 @@ def _schema_mismatches(schema: dict[str, Any] | None, name: str, arguments: dict
 
 
 def _has_type(value: Any, expected: Any) -> bool:
-    """Whether `value` is of a JSON Schema type, or of one of a list; an unknown type allows everything.
+    """Whether `value` has a JSON Schema type, or one of a list. An unknown type allows everything.
 
-    1.0 is no integer: the template writes it as 1.0, which vLLM's parser does not read back as an integer.
+    1.0 is no integer: the template writes it as 1.0, and vLLM's parser does not read that back as an integer.
     """
     kinds = expected if isinstance(expected, list) else [expected]
     if not all(isinstance(kind, str) and kind in _TYPES for kind in kinds):

@@ -1,6 +1,6 @@
-"""How a family renders conversations: the registry of chat formats.
+"""Registry of chat formats: how each family renders conversations.
 
-Apart from model/families/registry.py, so that a change to a model's weights renders no data set again.
+Separate from model/families/registry.py, so that a change to a model's weights renders no data set again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from model.labels import IGNORED
 
 @dataclass(frozen=True)
 class Rendered:
-    """`input_ids` and `labels` have one entry per token; a label is IGNORED where nothing is trained."""
+    """`input_ids` and `labels` have one entry per token; untrained tokens have the label IGNORED."""
 
     text: str
     input_ids: list[int]
@@ -32,8 +32,9 @@ class Rendered:
 class Chat:
     """One family's chat format.
 
-    `render` makes text, tokens and labels of messages and tools, with a tokenizer and whether thoughts are
-    trained; it raises ChatError (model/families/messages.py) where they cannot be trained on.
+    `render` makes text, tokens and labels from messages and tools. Its other arguments are the tokenizer and
+    whether thoughts are trained. It raises ChatError (model/families/messages.py) for conversations that
+    cannot be trained on.
     """
 
     model_type: str

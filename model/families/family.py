@@ -1,6 +1,6 @@
-"""What a model family says of itself, as records. model/families/registry.py knows all families.
+"""What a model family defines, as records. model/families/registry.py lists all families.
 
-Nothing here imports a library: audits of a whole checkpoint start without torch.
+This module imports no library, so audits of a whole checkpoint start without torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Config = dict[str, Any]  # a config.json in hub form
 
 
 class FamilyError(RuntimeError):
-    """The installed libraries or the model cannot do what was asked; the message says what would."""
+    """The installed libraries or the model do not support a request; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Spec:
 class Linear:
     """One matrix (out, inside) of a model that can be adapted, packed and quantised.
 
-    `name` is that of the hub, without `.weight`. `module` is the native class's module or stacked parameter
-    that holds it, `part` the same within its layer's block. `index` is its place in a stack, None outside of
+    `name` is the hub name without `.weight`. `module` is the native class's module or stacked parameter that
+    holds it, `part` the same within its layer's block. `index` is its position in a stack, None outside of
     one. Loaders fuse the linears of one `group` and need them quantised alike.
     """
 
@@ -59,7 +59,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Targets:
-    """What LoRA is put on, in peft's words: module suffixes, and suffixes of the 3-D expert parameters."""
+    """LoRA targets in PEFT's terms: suffixes of modules, and suffixes of the 3-D expert parameters."""
 
     target_modules: tuple[str, ...]
     target_parameters: tuple[str, ...]
@@ -76,7 +76,9 @@ class Targets:
 
 @dataclass(frozen=True)
 class Operations:
-    """Of a document with T tokens, L of them trained: `token` * T + `square` * T^2 + `trained` * L."""
+    """Operations for a document with T tokens, L of them trained: `token` * T + `square` * T^2 + `trained` *
+    L.
+    """
 
     token: int
     square: int
@@ -89,30 +91,31 @@ class Operations:
 
 @dataclass(frozen=True)
 class Family:
-    """All that is one `model_type`'s own, but for chat and serving (model/families/registry.py says why).
+    """All that is specific to one `model_type`, except chat and serving (model/families/registry.py says
+    why).
 
-    Names are those of the hub unless they are called native. A Config that is not of this family raises
-    ValueError or KeyError.
+    Names are hub names unless they are called native. Callables raise ValueError or KeyError for a Config of
+    another family.
     """
 
     model_type: str
 
     # Tensors and linears
     tensors: Callable[[Config], dict[str, Spec]]  # of the BF16 repository, in checkpoint order
-    precisions: Sequence[str]  # which tensors repositories keep in F32, in words; the BF16 one's first
+    precisions: Sequence[str]  # descriptions of which tensors are F32; the BF16 repository's first
     in_precision: Callable[[Config, str], dict[str, Spec]]  # `tensors` in one of these
     precision: Callable[[Mapping[str, str]], str]  # of a checkpoint, by the dtype of each of its tensors
     never_cast: tuple[str, ...]  # endings of tensors whose values survive a change of dtype
     stored_exactly: Callable[[str], bool]  # native tensor -> whether a loaded model holds it in float32
     linears: Callable[[Config], tuple[Linear, ...]]  # in checkpoint order
-    excludable: Callable[[Config], tuple[str, ...]]  # modules that an exclude list has to name, if kept
+    excludable: Callable[[Config], tuple[str, ...]]  # modules that an exclude list must name if unquantised
     kinds: Callable[[Config], list[str]]  # of each layer
     one_layer: Callable[[Config, str], Config]  # the same model with a single layer, of one kind
 
     # Names
     native: Callable[[str], str]  # hub to native; an expert's matrix to the stack that holds it
     hub: Callable[[str], str]  # native to hub, but for stacks
-    layer: Callable[[str], int | None]  # the layer that a tensor is of
+    layer: Callable[[str], int | None]  # index of a tensor's layer
     in_layer: Callable[[str, int], str]  # the name that a layer's tensor has in another layer
     embeddings: str
     final_norm: str
@@ -129,10 +132,10 @@ class Family:
     load: Callable[[Path, torch.dtype], nn.Module]  # of a checkpoint, repaired, as transformers runs it
     attach: Callable[[nn.Module], None]  # repairs it and gives it our mixers, norms, experts and attention
     group: Callable[[str], str]  # the parameter group of a native tensor
-    initial: Callable[[str, tuple[int, ...]], torch.Tensor | None]  # of random models; None: normal
+    initial: Callable[[str, tuple[int, ...]], torch.Tensor | None]  # in random models; None: normal
     operations: Callable[[Config, bool], Operations]  # of a training step; whether blocks are recomputed
 
     # Adapters
     presets: Sequence[str]
     targets: Callable[[Config, str], Targets]  # of a preset; FamilyError if part of it matches nothing
-    targeted: Callable[[Config, str], list[Linear]]  # the linears that these are
+    targeted: Callable[[Config, str], list[Linear]]  # the linears of a preset

@@ -1,8 +1,7 @@
-"""Text that would be read as something else: control tokens, markup, calls written out as text.
+"""Finds text that would be read as something else: control tokens, markup, calls written as text.
 
-A template pastes texts into markup and escapes nothing, and a tokenizer reads its added tokens wherever they
-stand. A text that holds such a string is therefore never what it says, neither in training nor when it is
-served.
+A template pastes text into markup and escapes nothing, and a tokenizer reads its added tokens anywhere. A
+text with such a string is therefore misread, in training and when it is served.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ TEMPLATE_MARKUP = (
     r"<\s*/\s*parameter\s*>",
 )
 OWN_CALLS = ("<tool_call>", "<function=")
-# How other model families write a call: text to this model, which its parser would not read.
+# How other model families write a call. To this model it is text, which its parser does not read.
 FOREIGN_CALLS = ("<functioncall>", "<function_call>", "<|python_tag|>", "[TOOL_CALLS]", "<tool_use>")
 # {"name": "set_timer", "arguments": {...}}, wherever it stands in an answer; either order of the two keys.
 _JSON_CALL = re.compile(
@@ -47,7 +46,7 @@ _patterns: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]
 
 
 def pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """One expression for every string that no text may hold, compiled once for each tokenizer."""
+    """One expression for every string that no text may contain, compiled once for each tokenizer."""
     size, compiled = _patterns.get(tokenizer, (-1, None))
     if compiled is None or size != len(tokenizer):
         added = {token.content for token in tokenizer.added_tokens_decoder.values()}  # special ones too
@@ -59,7 +58,7 @@ def pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def written_call(text: str, tools: list[dict[str, Any]]) -> str | None:
-    """The part of an answer that is a call written out: another model's markup, JSON, or name(...) alone."""
+    """The part of an answer that is a call written as text: foreign markup, JSON, or name(...) alone."""
     for marker in (*OWN_CALLS, *FOREIGN_CALLS):
         if marker in text:
             return marker
@@ -87,7 +86,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def tags(function: dict[str, Any]) -> Iterator[str]:
-    """The tags that the template makes of a definition's own keys: a key `s` is written as <s>."""
+    """The tags that the template makes of a definition's extra keys: a key `s` is written as <s>."""
     parameters = function.get("parameters") or {}
     properties = parameters.get("properties")
     levels = [("tool", function), ("parameters", parameters)]

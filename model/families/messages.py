@@ -1,8 +1,8 @@
-"""Messages and tools in the one form that is rendered: what a server gives to the chat template.
+"""Messages and tools in the one form that is rendered: the form that a server passes to the chat template.
 
-A row, a question and a request all pass through `normalise` and `served_tools`, so that the same conversation
-has the same tokens wherever it is rendered. The template writes no call ids and escapes nothing; what it
-cannot tell apart is refused here.
+Rows, questions and requests all pass through `normalise` and `served_tools`, so the same conversation has the
+same tokens wherever it is rendered. The template writes no call ids and escapes nothing; what it cannot
+distinguish is refused here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from model.families import markup
 
 ROLES = ("system", "user", "assistant", "tool")
-# vLLM removes a line that begins so from the start of a system prompt.
+# vLLM removes a line with this beginning from the start of a system prompt.
 DROPPED_LINE = "x-anthropic-billing-header"
 
 # A name stands in <function=NAME>, <parameter=NAME> or <name>NAME</name>, and vLLM's parser reads it back up
@@ -74,7 +74,7 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _refuse_written_call(messages: list[dict[str, Any]]) -> None:
-    """Names the cause where a result has no call because the turn before it holds the call as text."""
+    """Names the cause if a result has no call because the turn before it contains the call as text."""
     last: dict[str, Any] = messages[-1] if messages else {}
     if last.get("role") == "assistant" and (written := markup.written_call(last["content"], [])):
         raise ChatError(f"message {len(messages)} holds {written}: {CALL_AS_TEXT}")
@@ -214,14 +214,16 @@ def _results(
 
 
 def served_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """`tools` as vLLM 0.32 gives them to the template (its ChatCompletionToolsParam, FunctionDefinition).
+    """`tools` in the form that vLLM 0.32 passes to the template (ChatCompletionToolsParam,
+    FunctionDefinition).
 
-    A bare function is wrapped. A function has `name`, `description` and `parameters`, null where absent, and
-    `strict` and `defer_loading` where they are set; other keys are dropped. A null description is rendered as
-    the word None: that is what a server writes for a tool without one. A second call changes nothing, and
-    neither does the server.
+    A bare function is wrapped. A function has `name`, `description` and `parameters`, null if absent, and
+    `strict` and `defer_loading` if they are set; other keys are dropped. A null description is rendered as
+    the word None, as a server does for a tool without one. A second call changes nothing, and neither does
+    the server.
 
-    Raises ChatError, by name or position (from 1), for what is no function or has values of other types.
+    Raises ChatError, with the name or position (from 1), for an entry that is no function or has values of
+    other types.
     """
     if tools is not None and not isinstance(tools, list):
         raise ChatError(f"tools are {type(tools).__name__}, not a list")

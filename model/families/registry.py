@@ -1,9 +1,9 @@
-"""The families that there are, by the `model_type` of a config.json.
+"""The model families, by the `model_type` of a config.json.
 
-What a family says comes in three values, since each of them enters the keys of the stages that import it:
-`Family` (tensors, names, layouts, the native class, adapters) that of whatever trains and converts weights;
-chat formats (model/families/chat.py) and serving flags (model/families/serve.py) only those of the stages
-that render or serve. So a new flag of vLLM trains nothing again.
+A family consists of three values, because each enters the keys of the stages that import it: `Family`
+(tensors, names, layouts, the native class, adapters) for stages that train and convert weights; chat formats
+(model/families/chat.py) for stages that render; serving flags (model/families/serve.py) for stages that
+serve. So a new flag of vLLM makes no training run again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""How a model is served by vLLM: what every family shares, and the registry of what each says itself.
+"""How vLLM serves a model: what all families share, and the registry of each family's own settings.
 
-Apart from model/families/registry.py, so that a flag of the server is in no key but those of the stages that
-serve.
+Separate from model/families/registry.py, so that server flags are only in the keys of the stages that serve.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 class ServingError(ValueError):
-    """A combination that vLLM cannot serve right: what was found, and what can be served."""
+    """A combination that vLLM cannot serve correctly: what was found, and what can be served."""
 
     def __init__(self, found: str, remedy: str):
         super().__init__(f"{found}; {remedy}")
@@ -38,8 +37,8 @@ class Serve:
 
 @dataclass(frozen=True)
 class Served:
-    """What decides the flags. `layout` is None for BF16, `nvidia` where a Mamba in_proj is quantised;
-    `lora_rank` is 0 without an adapter.
+    """Properties of a checkpoint that decide the flags. `layout` is None for BF16, and `nvidia` if a Mamba
+    in_proj is quantised. `lora_rank` is 0 without an adapter.
     """
 
     layout: str | None = None
@@ -50,7 +49,7 @@ class Served:
 
 
 def quantised(folder: Path) -> Served:
-    """What decides the flags of a checkpoint that stage quantize made."""
+    """The Served of a checkpoint from stage quantize."""
     settings = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
     return Served(
         layout=json.loads((folder / "audit.json").read_text())["layout"],
@@ -61,17 +60,17 @@ def quantised(folder: Path) -> Served:
 
 @dataclass(frozen=True)
 class Serving:
-    """What one family says of its servers.
+    """How one family is served.
 
-    `name` is what clients call the model, `base_name` what the base is called where an adapter is added at
-    run time and has that name. `request` are the chat_template_kwargs of every request.
+    `name` is the model's name for clients. If an adapter is added at run time, the adapter has that name and
+    the base is called `base_name`. `request`: the chat_template_kwargs of every request.
     """
 
     model_type: str
     name: str
     base_name: str
     request: dict[str, Any]
-    limits: Callable[[str, Served], list[ServingError]]  # what a version cannot serve right
+    limits: Callable[[str, Served], list[ServingError]]  # what a version cannot serve correctly
     flags: Callable[[str, str, Served, str], Serve]  # by version, device, checkpoint and KV cache
     attention: frozenset[str]  # LoRA targets that vLLM can add at run time everywhere
     layout_of: Callable[[set[str]], str]  # of packed modules, as far as flags depend on it
@@ -89,7 +88,7 @@ class Serving:
     ) -> Serve:
         """All flags for one vLLM version on `cpu` or `cuda`.
 
-        Name, sizes and (on cuda) the share of the GPU's memory are included; `kv_cache` is one of KV_CACHES.
+        They include name, sizes and (on cuda) the share of the GPU's memory. `kv_cache` is one of KV_CACHES.
         Raises ServingError for what that version cannot serve correctly.
         """
         if faults := self.limits(vllm, checkpoint):
@@ -108,9 +107,7 @@ class Serving:
         return Serve([*args, *family_flags.args], family_flags.env)
 
     def adapted(self, adapter: Path) -> Served:
-        """What decides the flags of a BF16 base that is served with this adapter (a folder with
-        adapter_config.json).
-        """
+        """The Served of a BF16 base with this adapter (a folder with adapter_config.json)."""
         config = json.loads((adapter / "adapter_config.json").read_text())
         targets = config["target_modules"]
         modules = {targets} if isinstance(targets, str) else set(targets)
@@ -119,7 +116,7 @@ class Serving:
 
 
 def of(config: dict[str, Any]) -> Serving:
-    """How a config.json's family is served. Raises UnknownFamily for any other `model_type`."""
+    """The Serving of a config.json's family. Raises UnknownFamily for any other `model_type`."""
     from model.families.nemotron_h.serving import NEMOTRON_H
 
     return for_model_type({serving.model_type: serving for serving in (NEMOTRON_H,)}, config)
@@ -132,7 +129,7 @@ def of_folder(checkpoint: Path) -> Serving:
 
 
 def installed() -> str:
-    """The version of the vLLM that is installed here. Raises ServingError if there is none."""
+    """The installed version of vLLM. Raises ServingError if there is none."""
     try:
         return importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError as error:
@@ -157,12 +154,12 @@ class KVCache:
 def kv_cache(
     vllm: str, device: str, checkpoint: Served, requested: str = "auto", cpuinfo: Path = CPUINFO
 ) -> KVCache:
-    """The KV cache of a server on `device`, whatever the checkpoint's files ask for.
+    """The KV cache of a server on `device`.
 
-    `asked` is one of KV_CACHES. `auto` takes FP8 where the checkpoint asks for it and a GPU serves it, and
-    the model's own dtype everywhere else: on a CPU an FP8 cache saves nothing that matters, and vLLM
-    refuses it without AVX-512 or AMX. Raises ServingError for `fp8` on such a CPU, and for `bfloat16`
-    where an older vLLM would follow the checkpoint instead.
+    `requested` is one of KV_CACHES. `auto` takes FP8 if the checkpoint asks for it and a GPU serves it, and
+    the model's own dtype otherwise: on a CPU an FP8 cache saves little, and vLLM refuses it without AVX-512
+    or AMX. Raises ServingError for `fp8` on such a CPU, and if an older vLLM would use the checkpoint's FP8
+    instead of the requested cache.
     """
     on_cpu, explicit = device == "cpu", version(vllm) >= (0, 15)
     if requested == "fp8" or (requested == "auto" and checkpoint.fp8_cache and not on_cpu):
@@ -180,7 +177,7 @@ def kv_cache(
             if checkpoint.fp8_cache
             else "the checkpoint asks for no other"
         )
-        # A model without a layout runs in float32 on a CPU, which `--kv-cache-dtype` has no word for.
+        # A model without a layout runs in float32 on a CPU, and `--kv-cache-dtype` has no value for float32.
         return (
             KVCache("bfloat16", why)
             if checkpoint.layout

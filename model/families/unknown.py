@@ -1,4 +1,4 @@
-"""The one error of a model that no family is written for."""
+"""The error for a model without a family."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Value = TypeVar("Value")
 
 
 class UnknownFamily(ValueError):
-    """A `model_type` that no family has: what was found, what was expected, what to do."""
+    """A `model_type` without a family: what was found, what was expected, what to do."""
 
     def __init__(self, found: str, expected: str, remedy: str):
         super().__init__(f"found {found}; expected {expected}. {remedy}")
@@ -17,7 +17,7 @@ class UnknownFamily(ValueError):
 
 
 def for_model_type(known: Mapping[str, Value], config: dict[str, Any]) -> Value:
-    """What `known` has for the config's `model_type`. Raises UnknownFamily if that is none of it."""
+    """The entry of `known` for the config's `model_type`. Raises UnknownFamily if there is none."""
     name = config.get("model_type")
     if isinstance(name, str) and name in known:
         return known[name]

@@ -1,11 +1,11 @@
 """Causal attention within each document of a packed sequence, at a cost that does not depend on how the
-lengths are spread.
+lengths are distributed.
 
-On a GPU in BF16 or FP16 one call has all documents: torch's variable-length attention (a flash kernel),
-which takes the offsets of the documents from the device, so that nothing is planned or compiled for a
-length. One call a document would have torch choose cuDNN's attention on Hopper, which plans anew, forward
-and backward, for every length that it has not seen. Elsewhere (a CPU, or float32, for which there is no
-flash kernel) a loop over the documents costs a few calls, and no mask of tokens squared is formed.
+On a GPU in BF16 or FP16 one call handles all documents: torch's variable-length attention (a flash kernel)
+reads the documents' offsets from the device, so nothing is planned or compiled for a length. With one call
+per document torch would choose cuDNN's attention on Hopper, which plans again, forward and backward, for
+every new length. Elsewhere (a CPU, or float32, which has no flash kernel) a loop over the documents costs a
+few calls, and no mask of tokens squared is formed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLASH = (torch.bfloat16, torch.float16)
 
 
 def register() -> None:
-    """Makes this the attention implementation `documents` of transformers; a second call changes nothing."""
+    """Registers this as transformers' attention implementation `documents`; a second call changes nothing."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, forward)
@@ -43,11 +43,11 @@ def forward(
     documents: Documents | None = None,
     **ignored: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' interface: query (batch, heads, tokens, size), key and value with fewer heads ->
-    (batch, tokens, heads, size).
+    """transformers' interface: query (batch, heads, tokens, size), key and value with fewer heads -> (batch,
+    tokens, heads, size).
 
-    Without documents every row of the batch is one. Raises ValueError for a mask, for dropout, and for
-    documents beside a batch of more than one.
+    Without documents every row of the batch is one document. Raises ValueError for a mask, for dropout, and
+    for documents with a batch of more than one.
     """
     if attention_mask is not None:
         raise ValueError(
@@ -86,8 +86,8 @@ def by_document(
 def in_one_call(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scale: float | None
 ) -> torch.Tensor:
-    """The same by torch's flash kernel. CUDA, BF16 or FP16. Raises RuntimeError where torch has none for
-    this GPU.
+    """The same by torch's flash kernel. CUDA, BF16 or FP16. Raises RuntimeError if torch has none for this
+    GPU.
     """
     attend, options = _varlen()
     offsets, longest = documents.offsets(query.device), max(documents.lengths)
@@ -96,8 +96,8 @@ def in_one_call(
 
 @cache
 def _varlen() -> tuple[Callable[..., torch.Tensor], dict[str, Any]]:
-    """torch's function, and how the installed version is asked for causal attention with fewer heads of
-    keys than of queries.
+    """torch's function, and the arguments with which the installed version computes causal attention with
+    fewer key heads than query heads.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

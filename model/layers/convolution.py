@@ -4,9 +4,9 @@ forward, one backward.
     u[t] = bias + sum_k weight[K - 1 - k] x[t - k],  over k up to the tokens before t in its document
     y[t] = u[t] sigmoid(u[t])
 
-The place of every token in its document comes from the device, and the number of tokens is an argument
-like any other: nothing is planned, tuned or compiled for a length. Weight and bias are frozen in every
-method, so the backward gives the gradient of x alone:
+The device holds the position of every token in its document, and the number of tokens is an ordinary
+argument, so nothing is planned, tuned or compiled for a length. Weight and bias are always frozen, so the
+backward computes the gradient of x only:
 
     dx[t] = sum_k weight[K - 1 - k] g[t + k] s (1 + u (1 - s)),  s = sigmoid(u), all of token t + k
 """
@@ -29,11 +29,11 @@ WARPS = 4
 def conv(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, position: torch.Tensor
 ) -> torch.Tensor:
-    """x (tokens, channels), its channels side by side; weight (channels, K); bias (channels,) or None;
+    """x (tokens, channels), contiguous along channels; weight (channels, K); bias (channels,) or None;
     position int32 (tokens,).
 
-    Returns (tokens, channels) in x's dtype; sums are float32. CUDA only. Raises ValueError for a weight or
-    bias that is trained, which would get no gradient.
+    Returns (tokens, channels) in x's dtype; sums are float32. CUDA only. Raises ValueError if the weight or
+    bias is trained, because it would get no gradient.
     """
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError(
@@ -104,8 +104,7 @@ def _kernels() -> tuple[JITFunction, JITFunction]:
     import triton
     import triton.language as tl
 
-    # The sizes of a pack are not specialised on (divisible by 16, equal to 1): each kind would be compiled
-    # apart.
+    # Without specialisation on a pack's size: Triton would compile sizes divisible by 16, and 1, separately.
     @triton.jit(do_not_specialize=["tokens"])
     @no_type_check  # Triton's own language
     def conv_forward(

@@ -1,9 +1,9 @@
-"""Training that ends in the same bits every time: on the same kind of GPU, in the same image.
+"""Training that gives the same bits every time, on the same kind of GPU and in the same image.
 
-Kernels that add in whatever order their blocks come (atomics) give way to ones that have an order:
-mamba-ssm and torch's flash attention follow torch's own switch, which raises RuntimeError for any other
-operation of torch that has none. Sums also depend on how a kernel is cut into blocks, so nothing is timed
-to choose one (model/layers/tuning.py).
+Kernels that add in arbitrary order (atomics) are replaced by ordered ones. mamba-ssm and torch's flash
+attention follow torch's own switch, which raises RuntimeError for any torch operation without an ordered
+kernel. Sums also depend on a kernel's block sizes, so no configuration is chosen by timing
+(model/layers/tuning.py).
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import os
 
 
 def before_torch() -> None:
-    """What has to be set before torch first calls cuBLAS: a workspace of its own for every stream
-    (NVIDIA's cuBLAS manual, "Results reproducibility").
+    """Sets what must be set before torch first calls cuBLAS: a separate workspace for every stream (NVIDIA's
+    cuBLAS manual, "Results reproducibility").
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
 def enable() -> None:
-    """From now on in this process."""
+    """Switches deterministic algorithms on in this process."""
     import torch
 
     torch.use_deterministic_algorithms(True)
-    # torch would also write into all memory that it hands out, lest something is read before it was written:
-    # a pass over each tensor.
+    # By default torch would also fill all new memory, in case it is read before it is written: one more pass
+    # over each tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at runtime
 
 

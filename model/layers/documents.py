@@ -1,8 +1,8 @@
 """Where the documents of one packed sequence begin and end.
 
-Several conversations are laid end to end in one sequence, so that no token of a step is padding. Nothing
-of a document may reach the next: not through attention, not through the convolution, not through the Mamba
-state. Every mixer is told by this.
+Several conversations lie end to end in one sequence, so that a step has no padding. Nothing of a document may
+reach the next one: not through attention, the convolution or the Mamba state. Every mixer gets these
+boundaries.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 
 @dataclass(frozen=True)
 class Documents:
-    """`lengths`: tokens of each document, in their order; the sequence (batch of 1) is exactly as long as
-    their sum.
+    """`lengths`: tokens of each document, in order. The sequence (batch of 1) has exactly their sum of
+    tokens.
     """
 
     lengths: tuple[int, ...]
@@ -40,13 +40,13 @@ class Documents:
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def offsets(self, device: torch.device | str) -> torch.Tensor:
-        """Where each document begins, and the end of the last: int32 (documents + 1,)."""
+        """First token of each document, and the end of the last: int32 (documents + 1,)."""
         return self._cached(
             "offsets", device, lambda: torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
         )
 
     def index(self, device: torch.device | str) -> torch.Tensor:
-        """The number of each token's document: int32 (tokens,)."""
+        """Index of each token's document: int32 (tokens,)."""
         return self._cached(
             "index",
             device,
@@ -56,7 +56,7 @@ class Documents:
         )
 
     def position(self, device: torch.device | str) -> torch.Tensor:
-        """How many tokens of its document stand before each token: int32 (tokens,)."""
+        """Position of each token within its document: int32 (tokens,)."""
         return self._cached(
             "position",
             device,
@@ -69,8 +69,8 @@ class Documents:
     def _cached(
         self, name: str, device: torch.device | str, make: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        # Fifty layers ask for the same tensors: one copy to the device, not fifty; through pinned memory, so
-        # that nothing waits for it.
+        # Fifty layers use the same tensors: they are copied to the device once, and through pinned memory so
+        # that nothing waits.
         key = (name, str(device))
         if key not in self._tensors:
             tensor = make()

@@ -1,14 +1,15 @@
-"""The routed experts: tokens sorted once, then one grouped product per projection, forward and backward.
+"""The routed experts: tokens are sorted once, then each projection is one grouped product, forward and
+backward.
 
 For token t with choices e and shares p (the router's, float32):
 
     y[t] = sum_e p[t, e] * down_e(relu(up_e(x[t]))^2)
 
 with up and down as in model/layers/projection.py: W x + scale * B (A x). Both terms are one product: the rows
-carry A x behind x, the decoded weights carry scale * B behind W. The backward is stated here and not left
-to autograd: it saves the input and packed weights (and what the up projection gave), gives the gradients
-of x, of the shares and of A and B, and never forms one of W. The gradient of a share needs no down
-projection again: with g what comes back, <g, W_down h> = <g W_down, h>.
+carry A x behind x, and the decoded weights carry scale * B behind W. The backward is written here and not
+left to autograd. It saves the input and packed weights (and the output of the up projection), computes the
+gradients of x, of the shares and of A and B, and never forms a gradient of W. The gradient of a share needs
+no second down projection: with g the output's gradient, <g, W_down h> = <g W_down, h>.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from model.layers.structure import Stacks
 
 NAME = "annie"  # among transformers' experts implementations
-STACKS = ("up_proj", "down_proj")  # what the native class calls the two
+STACKS = ("up_proj", "down_proj")  # their names in the native class
 
 
 def register() -> None:
-    """Makes this the experts implementation `annie` of transformers; a second call changes nothing."""
+    """Registers this as transformers' experts implementation `annie`; a second call changes nothing."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
@@ -69,7 +70,7 @@ def stacks(module: nn.Module) -> tuple[Projection, Projection]:
 
 
 def holds_stacks(module: nn.Module) -> bool:
-    """Whether a module is one of routed experts; a shared expert is a module of two plain Projections."""
+    """Whether a module holds routed experts. A shared expert is a module of two plain Projections."""
     up = getattr(module, STACKS[0], None)
     return isinstance(up, Projection) and up.experts > 1
 
@@ -77,7 +78,7 @@ def holds_stacks(module: nn.Module) -> bool:
 def run(
     x: torch.Tensor, routing: Routing, share: torch.Tensor, up: Projection, down: Projection
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output (tokens, hidden), and what the up projection gave (tokens * choices, intermediate), in
+    """The output (tokens, hidden), and the output of the up projection (tokens * choices, intermediate) in
     sorted rows.
     """
     u = _multiply(up, rows.gather(x, routing.token, _low_rank_columns(up, x)), routing)
@@ -94,10 +95,10 @@ def gradients(
     up: Projection,
     down: Projection,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of x, share, and A and B of both projections (None where there are none), given that
-    of the output.
+    """The gradients of x, share, and A and B of both projections (None without a change), given the output's
+    gradient `g`.
 
-    `u` is what `run` returned beside the output; None computes it again.
+    `u`: the second result of `run`; None computes it again.
     """
     hidden, width = up.in_features, up.out_features
     p = share.flatten()[routing.order].float()
@@ -112,7 +113,7 @@ def gradients(
     if down.rank:
         h = rows.relu_squared(u, _low_rank_columns(down, x))
         _fill_low_rank(down, h, routing)
-        # A share multiplies whole rows: it is put on the narrow side of each product.
+        # A share multiplies whole rows, so it is applied to the narrower factor of each product.
         da_down = _without_rank_padding(
             outer((dy[:, hidden:] * p[:, None]).to(x.dtype), h[:, :width], routing), down.rank, 1
         )
@@ -169,12 +170,12 @@ def _rank_multiple(x: torch.Tensor) -> int:
 
 
 def _low_rank_columns(projection: Projection, x: torch.Tensor) -> int:
-    """Columns for the low-rank part: the rank, filled up to what grouped products ask for."""
+    """Number of columns for the low-rank part: the rank, padded to what grouped products need."""
     return projection.rank + -projection.rank % _rank_multiple(x)
 
 
 def _fill_low_rank(projection: Projection, source: torch.Tensor, routing: Routing) -> None:
-    """Puts A x into the last columns of rows (S, in + room) whose first hold x."""
+    """Writes A x into the last columns of rows (S, in + room) whose first columns hold x."""
     if projection.rank:
         inside = projection.in_features
         source[:, inside:] = product(
@@ -191,8 +192,8 @@ def _multiply(projection: Projection, source: torch.Tensor, routing: Routing) ->
 
 
 def _input_gradient(projection: Projection, dy: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """(S, out + room) -> (S, in): the gradient of a projection's input. Fills the last columns of `given`
-    with what B gives back.
+    """(S, out + room) -> (S, in): the gradient of a projection's input. Fills the last columns of `dy` with
+    the gradient of A x.
     """
     out = projection.out_features
     if projection.rank:
@@ -205,5 +206,5 @@ def _input_gradient(projection: Projection, dy: torch.Tensor, routing: Routing) 
 
 
 def _without_rank_padding(gradient: torch.Tensor, rank: int, dimension: int) -> torch.Tensor:
-    """The gradient of a factor in float32, without the rows or columns that filled its rank up."""
+    """The gradient of a factor in float32, without the rows or columns that padded its rank."""
     return gradient.narrow(dimension, 0, rank).float()

@@ -1,12 +1,11 @@
-"""Forward and backward of a training step as CUDA graphs: short steps are not bound by launching ten
-thousand kernels.
+"""Replays the forward and backward of a training step as CUDA graphs, so that short steps do not wait for ten
+thousand kernel launches.
 
-A graph runs the same launches on the same memory, so a pack is padded to one of a few sizes (an eighth of
-its power of two apart, one idle document at its end), and what depends on its documents lies in tensors
-that are filled before each replay. The loss is outside: its size is the number of trained tokens. All
-graphs share one pool of memory, one set of gradients, and the two tensors through which the hidden states
-and their gradient come and go; nothing stays in the pool between them, so it is as large as the largest of
-them asks for.
+A graph runs the same launches on the same memory. So a pack is padded to one of a few sizes (steps of an
+eighth of its power of two) with one idle document at its end, and tensors that depend on the documents are
+filled before each replay. The loss is outside the graphs, because its size is the number of trained tokens.
+All graphs share one memory pool, one set of gradients, and the two tensors that carry the hidden states and
+their gradient. Nothing stays in the pool between graphs, so it is as large as the largest graph needs.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
     from model.layers.structure import Model
 
 Run = Callable[[torch.Tensor, Documents], torch.Tensor]  # ids int64 (tokens,) -> (tokens, hidden size)
-FEWEST = 8  # documents that a graph has room for, at least
+FEWEST = 8  # least number of documents in a graph
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a graph is captured for: tokens, documents, and whether weights go through the export's
-    rounding.
+    """What a graph is captured for: number of tokens, number of documents, and whether weights go through the
+    export's rounding.
     """
 
     tokens: int
@@ -42,16 +41,16 @@ class Key:
 
 
 def padded_size(tokens: int) -> int:
-    """The size that a pack of `tokens` is padded to: the next multiple of an eighth of its power of two,
-    of 128 at least.
+    """The size that a pack of `tokens` is padded to: the next multiple of an eighth of its power of two, at
+    least 128.
     """
     step = max(128, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
 
 
 class Captured:
-    """One pair of graphs and the tensors that they read and write. `run(ids, documents)` is the forward:
-    int64 (tokens,) -> (tokens, hidden).
+    """A forward and a backward graph, and the tensors that they read and write. `run(ids, documents)` is the
+    forward: int64 (tokens,) -> (tokens, hidden).
     """
 
     def __init__(
@@ -64,8 +63,8 @@ class Captured:
         hidden: torch.Tensor,
         hidden_gradient: torch.Tensor,
     ):
-        """Adds to `gradients`, writes `hidden` and reads `given`, its gradient: both (tokens, hidden
-        size).
+        """The graphs add to `gradients`, write `hidden` and read its gradient `hidden_gradient`; both are
+        (tokens, hidden size).
         """
         device = parameters[0].device
         self.key, self.hidden, self.hidden_gradient = key, hidden, hidden_gradient
@@ -88,22 +87,22 @@ class Captured:
         def backward(output: torch.Tensor) -> None:
             torch._foreach_add_(gradients, list(torch.autograd.grad(output, parameters, hidden_gradient)))
 
-        # Once without capturing: kernels are compiled and loaded, and libraries take their workspaces.
+        # One run without capture compiles and loads kernels, and lets libraries allocate workspaces.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             backward(forward())
         torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.empty_cache()  # what that stream was given is no other's, and would stay with it
+        torch.cuda.empty_cache()  # else that stream would keep its memory, which no other stream can use
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # thread_local: NCCL's own thread may ask for events meanwhile.
+        # thread_local: NCCL's thread may query events during the capture.
         with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
             output = forward()
         with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
             backward(output)
 
     def fill(self, ids: torch.Tensor, documents: Documents) -> None:
-        """Puts a pack, and an idle document behind it, where the graphs read them. `ids` int64 (tokens,)
+        """Copies a pack, and an idle document behind it, to where the graphs read them. `ids` int64 (tokens,)
         on any device.
         """
         idle = self.key.tokens - documents.tokens
@@ -112,7 +111,7 @@ class Captured:
             raise ValueError(f"{len(padded_documents.lengths)} documents for a graph of {self.key.documents}")
         self.ids[: documents.tokens].copy_(ids, non_blocking=True)
         self.ids[documents.tokens :].zero_()
-        # Documents that are not there begin and end where the last one ends.
+        # Unused documents are empty: they begin and end where the last one ends.
         offsets = padded_documents.offsets("cpu")
         offsets = torch.cat(
             [offsets, offsets[-1:].expand(self.key.documents - len(padded_documents.lengths))]
@@ -126,8 +125,8 @@ class Captured:
 
 
 class Graphs:
-    """The graphs of one model. `hidden(ids, documents)` is `run` with gradients for `parameters`; a size
-    that is new is captured first.
+    """The graphs of one model. `hidden(ids, documents)` is `run` with gradients for `parameters`; a new size
+    is captured first.
     """
 
     def __init__(self, model: Model, run: Run, parameters: Iterable[nn.Parameter]):
@@ -151,7 +150,9 @@ class Graphs:
     def prepare(
         self, packs: Iterable[Documents], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
-        """Captures every size among `packs`, the largest first, whose memory the smaller ones then take."""
+        """Captures every size among `packs`. The largest comes first, so that the smaller ones reuse its
+        memory.
+        """
         keys = sorted(
             {self.key(documents) for documents in packs} - set(self.captured),
             key=lambda key: (-key.tokens, -key.documents),
@@ -166,7 +167,7 @@ class Graphs:
         if self.rows.shape[1] < key.tokens:
             table = self.model.get_input_embeddings().weight
             self.rows = torch.zeros(2, key.tokens, table.shape[1], dtype=table.dtype, device=table.device)
-        # In the middle of a step they hold what its packs gave so far, and capturing adds to them once.
+        # In the middle of a step they hold the sums of its earlier packs, and capturing adds to them.
         sums = [gradient.clone() for gradient in self.gradients] if self.holds_gradients else None
         captured = Captured(
             key, self.run, self.parameters, self.gradients, self.pool, *self.rows[:, : key.tokens]
@@ -177,20 +178,20 @@ class Graphs:
 
     @property
     def holds_gradients(self) -> bool:
-        """Whether the parameters' gradients are the ones here: a pack of the same step has been here
-        before.
+        """Whether the parameters' gradients are the tensors of `gradients`: an earlier pack of this step was
+        replayed.
         """
         return self.parameters[0].grad is self.gradients[0]
 
     def hidden(self, ids: torch.Tensor, documents: Documents) -> torch.Tensor:
-        """As assemble.hidden_states: (tokens, hidden size). Its backward has to come before the next call."""
+        """As assemble.hidden_states: (tokens, hidden size). Run its backward before the next call."""
         key = self.key(documents)
         captured = self.captured.get(key) or self.capture(key)
         captured.fill(ids, documents)
         return _Replay.apply(self.link, self, captured)[: documents.tokens]
 
     def accumulate(self) -> None:
-        """After a backward: the parameters' gradients are what was summed here, beside what they had."""
+        """Called after a backward: adds the sums in `gradients` to the parameters' own gradients."""
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             if p.grad is None:
                 p.grad = gradient
@@ -212,7 +213,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[None, None, None]:
         graphs, captured = ctx.graphs, ctx.captured
         if not graphs.holds_gradients:
-            torch._foreach_zero_(graphs.gradients)  # what a step before left here
+            torch._foreach_zero_(graphs.gradients)  # sums of an earlier step
         captured.hidden_gradient.copy_(g)
         captured.backward.replay()
         graphs.accumulate()

@@ -1,10 +1,9 @@
-"""Matrix products of tokens that are sorted by expert: one product per expert, over the rows that were
-routed to it.
+"""Matrix products of tokens sorted by expert: one product per expert, over the rows routed to it.
 
-On a GPU in BF16 all experts go in one launch: of `torch.nn.functional.grouped_mm` where torch has a kernel
-for it, else of our own (model/layers/tiles.py). Elsewhere a loop over the experts that have rows. None is
-differentiable here: model/layers/experts.py states its own backward, so that no dense weight gradient can
-arise.
+On a GPU in BF16 all experts run in one launch: `torch.nn.functional.grouped_mm` if torch has a kernel for the
+GPU, else our own (model/layers/tiles.py). Elsewhere it is a loop over the experts that have rows. None of
+these is differentiable: model/layers/experts.py has its own backward, so no dense weight gradient can be
+formed.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from model.layers import tiles
 TORCH_KERNELS: tuple[int, ...] = (
     9,
     10,
-)  # major compute capabilities: on any other torch multiplies expert after expert
-ALIGNMENT = 8  # BF16 numbers in the 16 bytes that every row of a grouped product has to be a multiple of
+)  # major compute capabilities; on others torch loops over the experts
+ALIGNMENT = 8  # BF16 numbers: rows of a grouped product must be multiples of 16 bytes
 
 
 @dataclass(frozen=True)
 class Routing:
     """How the rows of (tokens, choices) are sorted by expert. With S = tokens * choices:
 
-    `order` int64 (S,): place in the flattened (tokens, choices) of each sorted row; `inverse` int64 (S,):
-    the other way; `token` int64 (S,): the token of each sorted row; `ends` int32 (experts,): the row after
-    each expert's last.
+    `order` int64 (S,): index in the flattened (tokens, choices) of each sorted row; `inverse` int64 (S,): the
+    inverse permutation; `token` int64 (S,): the token of each sorted row; `ends` int32 (experts,): the row
+    after each expert's last.
     """
 
     order: torch.Tensor
@@ -41,11 +40,11 @@ class Routing:
     @staticmethod
     def of(index: torch.Tensor, experts: int) -> Routing:
         """From the router's choice, int64 (tokens, choices)."""
-        # A byte a key is one pass of a radix sort; and nothing here asks the device for a size, as bincount
-        # would.
+        # One-byte keys need one pass of a radix sort. Nothing here waits for a size from the device, as
+        # bincount would.
         flat = index.flatten().to(torch.uint8 if experts <= 256 else torch.int32)
         keys, order = flat.sort(stable=True)
-        # A scatter and not a second sort: the inverse of a permutation.
+        # The inverse of a permutation needs a scatter, not a second sort.
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         ends = torch.searchsorted(
             keys, torch.arange(experts, device=keys.device).to(keys.dtype), right=True, out_int32=True
@@ -54,15 +53,13 @@ class Routing:
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
-        """Expert, its first row and the row after its last, of every expert that has rows. Waits for the
-        device.
-        """
+        """Expert, first row and end row of every expert that has rows. Waits for the device."""
         ends = self.ends.tolist()
         return [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if b > a]
 
 
 def in_one_launch(x: torch.Tensor) -> bool:
-    """Whether products with `x` go in one launch."""
+    """Whether products with `x` run in one launch."""
     return x.is_cuda and x.dtype == torch.bfloat16
 
 

@@ -1,10 +1,9 @@
-"""Where compiled kernels and tuned configurations stay when a process and its container end.
+"""Keeps compiled kernels and tuned configurations after a process and its container end.
 
-Whoever starts a stage on a GPU names a folder in ANNIE_KERNELS (docs/formats.md, Kernels). Each
-combination of GPU, driver, torch and Triton has a subfolder in it, and `prepare` points the caches of
-Triton, inductor, CUDA, vLLM and FlashInfer there. It has to run before these are loaded, so this module
-imports the standard library alone. An image may bring a filled folder along, a seed: an empty subfolder
-begins as a copy of it.
+Whoever starts a stage on a GPU names a folder in ANNIE_KERNELS (docs/formats.md, Kernels). Each combination
+of GPU, driver, torch and Triton has a subfolder there. `prepare` points the caches of Triton, inductor, CUDA,
+vLLM and FlashInfer to it. It must run before these are loaded, so this module imports the standard library
+only. An image may contain a filled folder, the seed; an empty subfolder starts as a copy of it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 
 FOLDER, SEED = "ANNIE_KERNELS", "ANNIE_KERNELS_SEED"
 BAKED = "/opt/annie/kernels"  # the seed, where SEED names no other
-# Variable of a cache -> its folder in ours. FlashInfer adds .cache/flashinfer to it.
+# Environment variable of a cache -> its subfolder. FlashInfer adds .cache/flashinfer to it.
 CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -29,21 +28,21 @@ CACHES = {
     "VLLM_CACHE_ROOT": "vllm",
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
 }
-_GROUP = "__grp__"  # how the names of Triton's files begin that list a kernel's other files, by absolute path
+_GROUP = "__grp__"  # prefix of Triton's files that list a kernel's other files by absolute path
 
 _prepared: Path | None = None
 
 
 class UnknownGPU(Exception):
-    """The GPU and its driver cannot be named."""
+    """The GPU and its driver cannot be identified."""
 
 
 def prepare(warn: Callable[[str, str], None]) -> Path | None:
-    """Points every cache that has no place yet to this machine's subfolder, and returns it; None where
+    """Points every cache without a location to this machine's subfolder, and returns it. Returns None if
     ANNIE_KERNELS is not set.
 
-    Where nothing can be kept, `warn(message, remedy)` is called, the caches stay where their libraries put
-    them, and None is returned.
+    If nothing can be kept, it calls `warn(message, remedy)`, leaves the caches at their libraries' defaults
+    and returns None.
     """
     global _prepared
     _prepared = None
@@ -54,7 +53,7 @@ def prepare(warn: Callable[[str, str], None]) -> Path | None:
         copy_seed(subfolder, Path(os.environ.get(SEED) or BAKED))
         for name in CACHES.values():
             (subfolder / name).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=subfolder):  # a folder can be there and not be ours to write to
+        with tempfile.TemporaryFile(dir=subfolder):  # the folder may exist but not be writable
             pass
     except (OSError, UnknownGPU) as fault:
         warn(
@@ -70,20 +69,20 @@ def prepare(warn: Callable[[str, str], None]) -> Path | None:
 
 
 def folder() -> Path | None:
-    """The subfolder that `prepare` has chosen in this process; None where nothing is kept."""
+    """The subfolder that `prepare` chose in this process; None if nothing is kept."""
     return _prepared
 
 
 def identity() -> str:
-    """A folder name for all that decides whether a compiled kernel can be used again: GPU, driver, torch
-    and Triton. Raises UnknownGPU.
+    """A folder name made of all that decides whether a compiled kernel can be reused: GPU, driver, torch and
+    Triton. Raises UnknownGPU.
     """
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as fault:
         raise UnknownGPU(f"nvidia-smi does not name the GPU ({fault})") from fault
-    # several of one kind share their kernels
+    # several GPUs of one kind share kernels
     gpus = sorted({line.strip() for line in answer.splitlines() if line.strip()})
     if not gpus:
         raise UnknownGPU("nvidia-smi lists no GPU")
@@ -95,7 +94,7 @@ def identity() -> str:
 
 
 def version(*distributions: str) -> str:
-    """The installed version of the first distribution that is installed; "none" if none is. Imports
+    """The installed version of the first of these distributions that is installed; "none" if none is. Imports
     nothing.
     """
     for name in distributions:
@@ -107,8 +106,8 @@ def version(*distributions: str) -> str:
 
 
 def copy_seed(target: Path, seeds: Path) -> None:
-    """Makes `target` a copy of the folder of its name in `seeds`, if there is one and `target` is empty or
-    not there. Raises OSError.
+    """Copies the folder of the same name in `seeds` to `target`, if it exists and `target` is empty or
+    missing. Raises OSError.
     """
     seed = seeds / target.name
     if not seed.is_dir() or (target.is_dir() and any(target.iterdir())):
@@ -136,8 +135,8 @@ def copy_seed(target: Path, seeds: Path) -> None:
 
 
 def relocated(group: str, place: Path) -> str:
-    """Triton's list of a kernel's files, when these lie in the folder `place`: it takes a kernel as
-    compiled where the listed paths exist.
+    """Triton's list of a kernel's files, with paths in the folder `place`. Triton uses a compiled kernel only
+    if the listed paths exist.
     """
     listed = json.loads(group)
     listed["child_paths"] = {name: str(place / name) for name in listed["child_paths"]}

@@ -1,6 +1,6 @@
-"""What Triton compiles, loads and tunes in this process: counted, and told as it happens.
+"""Counts and reports what Triton compiles, loads and tunes in this process.
 
-A start on a GPU may spend a minute in it, during which a stage would otherwise say nothing.
+A start on a GPU may spend a minute on this, and the stage would otherwise print nothing meanwhile.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 @dataclass
 class Counts:
-    """Kernels compiled, kernels that were compiled before and came from the cache on disk, and searches
-    for a configuration.
+    """Numbers of kernels compiled, of kernels loaded from the cache on disk, and of searches for a
+    configuration.
     """
 
     compiled: int = 0
@@ -26,8 +26,8 @@ _tell: Callable[[str], None] | None = None
 
 
 def start(tell: Callable[[str], None]) -> None:
-    """From now on kernels are counted, and `tell(note)` is called before each search and after each
-    compilation. Raises ImportError without Triton.
+    """Starts counting kernels, and calls `tell(note)` before each search and after each compilation. Raises
+    ImportError without Triton.
     """
     global _tell
     import triton
@@ -37,13 +37,13 @@ def start(tell: Callable[[str], None]) -> None:
 
 
 def searching(kernel: str, configurations: int) -> None:
-    """A search begins: model/layers/tuning.py."""
+    """Called when a search begins (model/layers/tuning.py)."""
     counts.tuned += 1
     say(f"tuning {kernel}: {configurations} configurations are compiled and timed")
 
 
 def say(note: str) -> None:
-    """Tells a note, where somebody listens."""
+    """Passes a note to `tell` of `start`, if it was called."""
     if _tell:
         _tell(note)
 

@@ -1,8 +1,8 @@
-"""The loss on trained tokens alone, and logits of no others.
+"""The loss on trained tokens only, and the logits of these tokens only.
 
-A vocabulary of 131,072 makes the logits of 16,384 tokens 8.6 GB in float32, and three quarters of them are
-of tokens that are not trained. Here logits are formed for trained tokens only, a chunk at a time; each
-chunk's gradient is taken while its logits are there, so that none are kept.
+With a vocabulary of 131,072 the logits of 16,384 tokens take 8.6 GB in float32, and three quarters of them
+belong to untrained tokens. Here logits are formed for trained tokens, a chunk at a time. Each chunk's
+gradient is computed while its logits exist, so no logits are kept.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ CHUNK = 1024  # tokens whose logits are held: 0.5 GB in float32 at the real voca
 
 
 def trained_targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions whose next token is trained, and those tokens: int64, both (n,). `labels`: (tokens,), one
-    sequence.
+    """Positions whose next token is trained, and these next tokens: int64, both (n,). `labels`: (tokens,),
+    one sequence.
 
-    A document's first label is ignored always (nothing stands before it), so no document predicts into the
-    next.
+    A document's first label is always ignored, because no token precedes it. So no document predicts the next
+    one.
     """
     targets = labels[1:]
     positions = (targets != IGNORED).nonzero()[:, 0]
@@ -33,11 +33,11 @@ def trained_targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int = CHUNK
 ) -> torch.Tensor:
-    """The sum, not the mean, over tokens of -log p(target): float32 scalar. It is the caller who knows how
-    many tokens a step has.
+    """The sum, not the mean, over tokens of -log p(target): float32 scalar. The caller divides by the step's
+    tokens.
 
-    `hidden` (n, hidden size), `head` (vocabulary, hidden size) frozen, `targets` int64 (n,). Log-softmax
-    in float32.
+    `hidden` (n, hidden size), `head` (vocabulary, hidden size) frozen, `targets` int64 (n,). Log-softmax in
+    float32.
     """
     return _CrossEntropy.apply(hidden, head, targets, chunk)
 
@@ -70,15 +70,16 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` likeliest tokens of each row of logits (n, vocabulary): index int64 (n, count), and
-    float32 (n, count + 1) their log-probabilities and, last, that of all others together."""
+    """The `count` likeliest tokens of each row of logits (n, vocabulary): index int64 (n, count), and float32
+    (n, count + 1) their log-probabilities and, last, that of all others together.
+    """
     logs = logits.float().log_softmax(-1)
     top = logs.topk(count)
     return top.indices, torch.cat([top.values, _others(logs, top.indices).logsumexp(-1, keepdim=True)], -1)
 
 
 def _others(logs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The log-probabilities (n, vocabulary) without those at index (n, k), which become -inf."""
+    """The log-probabilities (n, vocabulary) with those at index (n, k) set to -inf."""
     return logs.scatter(1, index, -torch.inf)
 
 
@@ -90,19 +91,18 @@ def distillation(
     logs: torch.Tensor,
     chunk: int = CHUNK // 2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over tokens of KL(teacher || student), and of -log p(target) beside it, which has no gradient:
-    float32 scalars.
+    """Sums over tokens of KL(teacher || student) and of -log p(target), which has no gradient: float32
+    scalars.
 
-    Of the teacher the k likeliest tokens are known (`likeliest`: index (n, k), logs (n, k + 1)); all
-    others count as one. With p the teacher's and q the student's probabilities, both with that rest as one
-    more entry:
+    Only the teacher's k likeliest tokens are known (`likeliest`: index (n, k), logs (n, k + 1)); all others
+    count as one entry, the rest. With p the teacher's and q the student's probabilities:
 
         sum_j p_j log(p_j / q_j)
         d/d logit_j = q_j - p_j among the k,  q_j - p_rest q_j / q_rest among the others
 
-    It is at most the full divergence, and zero where the two agree. The rest is summed and not taken from
-    one: of a model that is sure it is smaller than the rounding of one. Other shapes as in
-    `cross_entropy`.
+    The result is at most the full divergence, and zero if the two agree. The rest is summed and not computed
+    as one minus the others: for a confident model it is smaller than the rounding error of 1. Other shapes as
+    in `cross_entropy`.
     """
     return _Distillation.apply(hidden, head, targets, index, logs, chunk)
 

@@ -1,10 +1,10 @@
-"""The Mamba-2 mixer of NemotronH, with document boundaries, from kernels that need no compiler.
+"""The Mamba-2 mixer of NemotronH with document boundaries, from kernels that need no compiler.
 
-The class's own forward gives its fused training kernel `out_proj.weight`, so that nothing wrapped around
-that module (LoRA, 4 bits, fake quantisation) is computed; without kernels it knows no documents. `attach`
-puts `forward` in its place: in_proj, convolution, scan, norm and out_proj, each called apart. Each of the
-three in the middle exists twice: as Triton (ours and mamba-ssm's) for CUDA, and as plain torch for
-anything else. Formulas: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), sections 6 and 7.
+The class's own forward passes `out_proj.weight` to its fused training kernel, so a wrapper around that module
+(LoRA, 4 bits, fake quantisation) is not computed. Without kernels it supports no documents. `attach` replaces
+it by `forward`: in_proj, convolution, scan, norm and out_proj, called one by one. The middle three exist
+twice: in Triton (ours and mamba-ssm's) for CUDA, and in plain torch for other devices. Formulas: Dao and Gu,
+"Transformers are SSMs" (arXiv 2405.21060), sections 6 and 7.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ if TYPE_CHECKING:
     from model.layers.structure import Mamba
 
 IMPLEMENTATIONS = ("triton", "torch")
-PACKED = ("seq_idx", "cu_seq_lens_q")  # how transformers says that a batch is packed
+PACKED = ("seq_idx", "cu_seq_lens_q")  # transformers' arguments for a packed batch
 
 
 class MissingKernels(ImportError):
-    """The device is CUDA and the Triton kernels do not import; the message names the package."""
+    """The device is CUDA and the Triton kernels cannot be imported; the message names the package."""
 
 
 @functools.cache
 def _import_error() -> str:
-    """Why the Triton kernels do not import; empty if they do, and then prepared (model/layers/tuning.py)."""
+    """Why the Triton kernels cannot be imported; empty if they can. Then they are also prepared
+    (model/layers/tuning.py).
+    """
     try:
         import mamba_ssm.ops.triton.layernorm_gated
         import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
@@ -46,9 +48,9 @@ def _import_error() -> str:
 
 
 def implementation(device: torch.device | str) -> str:
-    """Which one a device takes: "triton" on CUDA, "torch" anywhere else. Raises MissingKernels on CUDA
-    without the package: plain torch takes several times the time and memory there, which nobody should get
-    without having asked for it."""
+    """The implementation for a device: "triton" on CUDA, "torch" elsewhere. Raises MissingKernels on CUDA
+    without the package: plain torch takes several times the time and memory there, so it must be requested.
+    """
     if torch.device(device).type != "cuda":
         return "torch"
     if _import_error():
@@ -84,11 +86,11 @@ def conv(
     documents: Documents | None = None,
     implementation: str | None = None,
 ) -> torch.Tensor:
-    """SiLU of a causal depthwise convolution that never reaches past the first token of a document.
+    """SiLU of a causal depthwise convolution that does not cross document boundaries.
 
-    x (batch, tokens, channels); weight (channels, kernel), its last column on the present token; bias
-    (channels,) or None. Returns x's shape and dtype; sums are in float32. Raises ValueError if the
-    documents do not fit x.
+    x (batch, tokens, channels); weight (channels, kernel), its last column for the present token; bias
+    (channels,) or None. Returns x's shape and dtype; sums are float32. Raises ValueError if the documents do
+    not fit x.
     """
     _check_documents(documents, x)
     if _checked_implementation(implementation, x.device) == "triton":
@@ -97,8 +99,8 @@ def conv(
     exact = torch.promote_types(x.dtype, torch.float32)
     kernel, taps = weight.shape[1], weight.to(exact).unbind(1)
     lengths = (x.shape[1],) if documents is None else documents.lengths
-    # Zeros before each document are all that a boundary needs; then a few shifted products, which on CPUs
-    # beat torch's depthwise convolution.
+    # Zeros before each document make the boundaries. Then a few shifted products, which on CPUs are faster
+    # than torch's depthwise convolution.
     gap = x.new_zeros(x.shape[0], kernel - 1, x.shape[2], dtype=exact)
     spaced = torch.cat([part for document in x.to(exact).split(lengths, 1) for part in (gap, document)], 1)
     out = spaced[:, kernel - 1 :] * taps[-1]
@@ -123,11 +125,11 @@ def scan(
 ) -> torch.Tensor:
     """h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t;  y_t = C_t h_t + D x_t;  h is zero before each document.
 
-    x (batch, tokens, heads, head_dim); dt (batch, tokens, heads) float32, already positive (softplus) and
-    not clamped; A (heads,) negative float32; B, C (batch, tokens, groups, state), each shared by heads /
-    groups heads; D (heads,) or None. `chunk`: tokens that are computed at once by matrix products, at
-    most; it changes no result. With documents the batch is 1. Returns x's shape and dtype; states and
-    decays are float32. Raises ValueError if the documents do not fit x.
+    x (batch, tokens, heads, head_dim); dt (batch, tokens, heads) float32, already positive (softplus) and not
+    clamped; A (heads,) negative float32; B, C (batch, tokens, groups, state), each shared by heads / groups
+    heads; D (heads,) or None. `chunk`: the most tokens that one matrix product covers; it changes no result.
+    With documents the batch is 1. Returns x's shape and dtype; states and decays are float32. Raises
+    ValueError if the documents do not fit x.
     """
     _check_documents(documents, x)
     if _checked_implementation(implementation, x.device) == "triton":
@@ -167,7 +169,7 @@ def _scan(
         return chunks
 
     x_, dt_, B, C = chunked(x).unflatten(3, (groups, -1)), chunked(dt), chunked(B), chunked(C)
-    # of the decay from before the chunk's first token to after token l: b n l h
+    # log of the decay from before the chunk's first token to after token l: b n l h
     log = (dt_ * A.to(exact)).cumsum(2)
     weighted = x_ * dt_.unflatten(3, (groups, -1)).unsqueeze(-1)
     blocked = ~torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
@@ -192,7 +194,7 @@ def _scan(
     )
     pairs = decay * torch.einsum("bnlgk,bnsgk->bngls", C, B).unsqueeze(3)
     y = torch.einsum("bngrls,bnsgrp->bnlgrp", pairs, weighted)
-    # Between chunks: what each adds to the state, the states that enter, and what the tokens read of them.
+    # Between chunks: what each adds to the state, the states that enter, and their part of the output.
     if count > 1:
         end, start = (value.unflatten(3, (groups, -1)).unsqueeze(-1) for value in (end, start))
         added = torch.einsum("bnlgk,bnlgrp->bngkrp", B, weighted * end)
@@ -204,10 +206,10 @@ def _scan(
 
 
 class _EnteringStates(torch.autograd.Function):
-    """The state that enters each chunk: zero, then entering[n + 1] = kept[n] * entering[n] + added[n].
+    """The state that enters each chunk: zero, then entering[n + 1] = decay[n] * entering[n] + added[n].
 
-    added (batch, chunks, ...), kept broadcasts to it. By hand, since autograd would keep a tensor and two
-    nodes per chunk.
+    added (batch, chunks, ...); decay broadcasts to it. Written by hand, because autograd would keep a tensor
+    and two nodes per chunk.
     """
 
     apply: ClassVar[Callable[..., torch.Tensor]]
@@ -240,8 +242,8 @@ def gated_norm(
     group: int,
     implementation: str | None = None,
 ) -> torch.Tensor:
-    """weight * rms(y * silu(z)), the mean square taken over each `group` neighbouring channels, in
-    float32: the gate comes before the norm.
+    """weight * rms(y * silu(z)) in float32, with the mean square over each `group` of neighbouring channels.
+    The gate comes before the norm.
 
     y, z (..., channels); weight (channels,). Returns y's shape and dtype. Source: the checkpoint's own
     `MambaRMSNormGated`.
@@ -267,12 +269,12 @@ def forward(
     documents: Documents | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """The mixer, for `attach`: (batch, tokens, hidden size) to the same shape and dtype.
+    """The mixer's forward, installed by `attach`: (batch, tokens, hidden size) to the same shape and dtype.
 
-    attention_mask (batch, tokens), zero on padding: padding is zeroed before in_proj and after the
-    convolution, so that it adds nothing to any state. With cache_params (generation) the class's own
-    forward runs. Raises ValueError for documents together with a cache, and for a batch that transformers
-    says is packed without documents, whose states would leak.
+    attention_mask (batch, tokens) is zero on padding. Padding is zeroed before in_proj and after the
+    convolution, so it adds nothing to any state. With cache_params (generation) the class's own forward runs.
+    Raises ValueError for documents together with a cache. Also raises ValueError if transformers says that
+    the batch is packed but there are no documents, because states would leak.
     """
     if cache_params is not None:
         if documents is not None:
@@ -320,10 +322,11 @@ def forward(
 
 
 def attach(mixer: Mamba, implementation: str | None = None) -> Mamba:
-    """Binds `forward` to one NemotronHMamba2Mixer and returns it; the class keeps its own for generation.
+    """Binds `forward` to one NemotronHMamba2Mixer and returns it. Generation still uses the class's own
+    forward.
 
-    `implementation`: None chooses by the device at each call; "torch" asks for plain torch on CUDA too.
-    Raises ValueError for a mixer whose activation is not SiLU.
+    `implementation`: None chooses by device at each call; "torch" uses plain torch on CUDA too. Raises
+    ValueError for a mixer whose activation is not SiLU.
     """
     if mixer.activation not in ("silu", "swish"):
         raise ValueError(

@@ -1,9 +1,9 @@
-"""RMS norm of whole rows on a GPU: one kernel forward and one backward, where torch's single operations
+"""RMS norm of whole rows on a GPU: one kernel forward and one backward, where single torch operations would
 read and write ten times.
 
     y = weight * x / sqrt(mean(x^2) + eps),  in float32, rounded once
 
-The weight is frozen in every method here, so the backward gives the gradient of x alone.
+The weight is always frozen here, so the backward computes the gradient of x only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def attach(norm: nn.Module) -> None:
 
 
 def forward(self: Norm, hidden_states: torch.Tensor) -> torch.Tensor:
-    """(..., width) to the same shape and dtype. On a CPU the class's own."""
+    """(..., width) to the same shape and dtype. On a CPU the class's own forward runs."""
     if not hidden_states.is_cuda:
         output: torch.Tensor = type(self).forward(self, hidden_states)
         return output

@@ -1,16 +1,15 @@
-"""Frozen matrices in one of three forms, with a trainable low-rank change of each.
+"""Frozen matrices in one of three forms, each with a trainable low-rank change.
 
-A `Projection` stands where the native class has a linear or a stack of expert matrices. Its weights are
+A `Projection` replaces a linear or a stack of expert matrices of the native class. Its weights are
 
     bf16     as they are (any float dtype)
     nf4      4-bit codes in blocks of 64          (model/weights/nf4.py)
     nvfp4    the exporter's own grid, groups of 16 (model/weights/nvfp4.py)
 
-and are decoded anew whenever they are multiplied with: forward and backward each hold one dense stack, for
-the moment of the product, and autograd saves packed weights only. Where there is memory to spare, `keep`
-holds a stack decoded. Several processes may hold them between them (model/weights/shards.py). The low-rank
-factors are float32 always and are cast to the input's dtype for their products, so that a resumed run is
-an uninterrupted one.
+and are decoded for every product. Forward and backward each hold one dense stack during the product, and
+autograd saves packed weights only. `keep_decoded` keeps a stack decoded where there is memory. Several
+processes may share the weights (model/weights/shards.py). The low-rank factors are always float32 and are
+cast to the input's dtype for products, so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,15 +26,14 @@ from model.weights.shards import Shards
 
 FORMS = {"bf16": 16.0, "nf4": 4.25, "nvfp4": 4.5}  # bits a weight
 PACKINGS = {"nf4": nf4, "nvfp4": nvfp4}
-ROUNDED_AT_ONCE = 8  # matrices whose float32 form is held while a stack is rounded
+ROUNDED_AT_ONCE = 8  # matrices in float32 at a time while a stack is rounded
 
 
 class Projection(nn.Module):
-    """`experts` matrices (out, in). `rank` is 0 until `adapt` gives it factors: `lora_a` (experts, rank,
-    in), `lora_b` (experts, out, rank).
+    """`experts` matrices (out, in). `rank` is 0 until `adapt` creates the factors `lora_a` (experts, rank,
+    in) and `lora_b` (experts, out, rank).
 
-    Its buffers have a row for every row of the matrices, one under the other, or this process's share of
-    them.
+    Each buffer has one row per row of the stacked matrices, or this process's share of these rows.
     """
 
     weight: torch.Tensor
@@ -72,7 +70,7 @@ class Projection(nn.Module):
             "nvfp4": {
                 "weight": ((rows, inside // 2), torch.uint8),
                 "weight_scale": ((rows, inside // nvfp4.GROUP), torch.float8_e4m3fn),
-                # one number a matrix: every process has them all
+                # one number per matrix, and every process holds all of them
                 "weight_scale_2": ((experts,), torch.float32),
             },
         }
@@ -83,8 +81,8 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def put(self, expert: int, matrices: torch.Tensor) -> None:
-        """Stores one matrix (out, in), or the n matrices from `expert` on (n, out, in), packing on the
-        device where the weights are.
+        """Stores one matrix (out, in), or n matrices (n, out, in) from `expert` on. Packs them on the device
+        of the weights.
 
         Raises ValueError on another shape, and on more matrices than there are.
         """
@@ -103,7 +101,7 @@ class Projection(nn.Module):
             self.shards.put(getattr(self, name), expert * self.out_features, packed[name].flatten(0, 1))
 
     def stored_weights(self) -> torch.Tensor | nf4.Packed | nvfp4.Packed:
-        """The frozen weights in their form, whole: tensors (experts, out, ...)."""
+        """All frozen weights in their form, gathered from all processes: tensors (experts, out, ...)."""
         rows, sizes = self.experts * self.out_features, (self.experts, self.out_features)
         tensors: dict[str, torch.Tensor] = {
             name: self.shards.gather(getattr(self, name), rows).unflatten(0, sizes) for name in self._by_rows
@@ -117,8 +115,8 @@ class Projection(nn.Module):
         )
 
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The frozen weights (experts, out, in) in `dtype`, without any change; written into `out`, a view
-        of that shape, if it is given.
+        """The frozen weights (experts, out, in) in `dtype`, without the change. Written into `out`, a view of
+        that shape, if it is given.
         """
         if self.decoded is not None:
             weights = self.decoded[:, : self.out_features, : self.in_features]
@@ -146,10 +144,10 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def keep_decoded(self, multiple: int = 1) -> None:
-        """Holds the weights decoded from now on, with room for the factors beside and below them; call it
+        """Decodes the weights once and keeps them, with room for the factors beside and below them. Call it
         after `adapt`.
 
-        `multiple` is the one that `beside` and `above` will be called with.
+        `multiple`: the value that `with_b_columns` and `with_a_rows` will be called with.
         """
         room = self.rank + -self.rank % multiple
         decoded = torch.zeros(
@@ -163,16 +161,16 @@ class Projection(nn.Module):
         self.decoded = decoded
 
     def decoded_bytes(self, multiple: int = 1) -> int:
-        """What `keep` takes."""
+        """Bytes that `keep_decoded` takes."""
         room = self.rank + -self.rank % multiple
         return self.experts * (self.out_features + room) * (self.in_features + room) * self.dtype.itemsize
 
     def adapt(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
-        """Gives every matrix a change `alpha / rank * B @ A`, at first zero: A as nn.Linear begins, B
-        zero.
+        """Gives every matrix a change `alpha / rank * B @ A`, which starts at zero: A as nn.Linear
+        initialises it, B zero.
         """
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5), as PEFT has it
-        # Drawn on the CPU, so that one seed is one adapter on every device.
+        # Drawn on the CPU, so that one seed gives the same adapter on every device.
         a = (torch.rand(self.experts, rank, self.in_features, generator=generator) * 2 - 1) * bound
         self.lora_a = nn.Parameter(a.to(self.weight.device))
         self.lora_b = nn.Parameter(
@@ -181,8 +179,8 @@ class Projection(nn.Module):
         self.rank, self.scale = rank, alpha / rank
 
     def set_change(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-        """Puts a change that is there already: A (experts, rank, in), B (experts, out, rank), both times
-        `scale`. Rank 0 takes it away.
+        """Sets an existing change, times `scale`: A (experts, rank, in), B (experts, out, rank). Rank 0
+        removes it.
         """
         self.lora_a, self.lora_b = (
             nn.Parameter(factor.to(self.weight.device, torch.float32), requires_grad=False)
@@ -194,9 +192,9 @@ class Projection(nn.Module):
     def forward_weights(self) -> torch.Tensor:
         """The weights that the forward multiplies with, (experts, out, in) in `dtype`.
 
-        Rounded, they are what the export will write: NVFP4 of the BF16 merge of base and change, and the
-        low-rank product is inside them. Not rounded, they are the frozen weights, and the low-rank product
-        comes beside them.
+        If rounded, they are what the export will write: NVFP4 of the BF16 merge of base and change, which
+        includes the low-rank product. If not, they are the frozen weights, and the low-rank product is added
+        separately.
         """
         if not self.rounded:
             return self.dense()
@@ -214,8 +212,8 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def with_b_columns(self, multiple: int = 1) -> torch.Tensor:
-        """The frozen weights with scale * B behind them, (experts, out, in + rank): for rows that carry A
-        x behind x.
+        """The frozen weights with scale * B as further columns, (experts, out, in + rank). For rows that
+        carry A x behind x.
         """
         _, b = self.factors(self.dtype, multiple)
         if self.decoded is not None:
@@ -230,8 +228,8 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def with_a_rows(self, multiple: int = 1) -> torch.Tensor:
-        """The frozen weights with A below them, (experts, out + rank, in): for gradients that carry what B
-        gives back behind them.
+        """The frozen weights with A as further rows, (experts, out + rank, in). For gradient rows that carry
+        the gradient of A x at their end.
         """
         a, _ = self.factors(self.dtype, multiple)
         if self.decoded is not None:
@@ -246,12 +244,12 @@ class Projection(nn.Module):
 
     @property
     def trainable_factors(self) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
-        """What is trained: A and B, or None and None."""
+        """A and B, or None and None without a change."""
         return (self.lora_a, self.lora_b) if self.rank else (None, None)
 
     def factors(self, dtype: torch.dtype, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (experts, rank, in) and scale * B (experts, out, rank) in `dtype`; the rank filled up with
-        zeros to `multiple`.
+        """A (experts, rank, in) and scale * B (experts, out, rank) in `dtype`, the rank padded with zeros to
+        a multiple of `multiple`.
         """
         a, b = self.lora_a.detach().to(dtype), (self.scale * self.lora_b.detach()).to(dtype)
         if missing := -self.rank % multiple:
@@ -259,7 +257,9 @@ class Projection(nn.Module):
         return a, b
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As a linear without bias: (..., in) -> (..., out). Raises ValueError for a stack of several."""
+        """As a linear without bias: (..., in) -> (..., out). Raises ValueError for a stack of several
+        matrices.
+        """
         if self.experts != 1:
             raise ValueError(f"a stack of {self.experts} matrices is multiplied by model.layers.experts")
         return _Linear.apply(x, *self.trainable_factors, self)
@@ -269,10 +269,10 @@ class Projection(nn.Module):
 
 
 class _Linear(torch.autograd.Function):
-    """`x @ W.T + scale * (x @ A.T) @ B.T`, with W decoded again in the backward and no gradient of it.
+    """`x @ W.T + scale * (x @ A.T) @ B.T`. The backward decodes W again and forms no gradient of it.
 
-    Rounded, the forward multiplies with W' = NVFP4(W + scale * B @ A) alone, and the gradients of A and B
-    are those of the unrounded sum (straight-through).
+    If rounded, the forward multiplies with W' = NVFP4(W + scale * B @ A) alone, and A and B get the gradients
+    of the unrounded sum (straight-through).
     """
 
     apply: ClassVar[Callable[..., torch.Tensor]]

@@ -1,13 +1,13 @@
-"""Blocks that keep their input alone for the backward, and compute the rest again; in shorter packs, only
-as many as memory asks for.
+"""Blocks that save only their input for the backward and recompute the rest; in shorter packs only as many
+blocks as memory requires.
 
-torch's own checkpointing runs a block's whole forward again. For a block of experts that is more than the
-backward asks for: the down projection's output is never looked at (model/layers/experts.py), and nor is the
-sum over choices. Here those are left out, a sixth of the block's matrix products.
+torch's checkpointing runs a block's whole forward again. For a block of experts the backward needs less: it
+uses neither the down projection's output (model/layers/experts.py) nor the sum over choices. Leaving these
+out saves a sixth of the block's matrix products.
 
-Memory has to hold the longest pack with every block recomputed. A shorter one leaves some of it free, and
-there the last blocks keep everything, as many as fit: a step of eight short conversations is then spared a
-third of its launches and of its decoding.
+Memory must hold the longest pack with every block recomputed. A shorter pack leaves some of it free, so as
+many of the last blocks as fit save everything. A step of eight short conversations then needs a third fewer
+launches and less decoding.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def attach(model: Model, capacity: int = 0) -> None:
-    """From now on blocks of the model keep their input alone (in training mode).
+    """Makes the blocks of a model save their input only (in training mode).
 
-    `capacity`: tokens of the longest pack. On a GPU the last blocks of a shorter one keep what fits into
-    the memory that the longest takes; 0, and a CPU, whose scan keeps more than is counted here: none does.
+    `capacity`: tokens of the longest pack. On a GPU the last blocks of a shorter pack save what fits into the
+    memory of the longest. With 0, and on a CPU, whose scan saves more than is counted here, no block does.
     """
     model.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
@@ -61,7 +61,7 @@ def attach(model: Model, capacity: int = 0) -> None:
 
 
 def keep_last(model: Model, count: int) -> None:
-    """The last `count` blocks keep everything from now on, the others their input."""
+    """Makes the last `count` blocks save everything, and the others their input."""
     blocks = model.model.layers
     for number, block in enumerate(blocks):
         again = number < len(blocks) - count
@@ -70,14 +70,14 @@ def keep_last(model: Model, count: int) -> None:
 
 
 def blocks_that_fit(config: NemotronHConfig, kinds: list[str], tokens: int, capacity: int) -> int:
-    """How many of the last blocks (`kinds`: their types in order) can keep everything in a pack of
-    `tokens`, so that it takes no more memory than one of `capacity` tokens does with every block
-    recomputed."""
-    logits = CHUNK * config.vocab_size * 12  # in float32, their softmax, and BF16 beside them
+    """How many of the last blocks can save everything in a pack of `tokens` without taking more memory than a
+    pack of `capacity` tokens with every block recomputed. `kinds`: the types of all blocks in order.
+    """
+    logits = CHUNK * config.vocab_size * 12  # bytes in float32, as softmax, and in BF16
 
     def peak_bytes(length: int, kept_bytes: float) -> float:
         inputs = len(kinds) * length * config.hidden_size * 2
-        # while a block of experts goes back
+        # during the backward of a block of experts
         rows = 6 * length * config.num_experts_per_tok * config.moe_intermediate_size * 2
         return inputs + kept_bytes + max(rows, logits)
 
@@ -91,7 +91,7 @@ def blocks_that_fit(config: NemotronHConfig, kinds: list[str], tokens: int, capa
 
 
 def bytes_kept(config: NemotronHConfig, kind: str) -> float:
-    """Bytes a token that a block of this type keeps beside its input, in BF16 on a GPU."""
+    """Bytes per token that a block of this type saves in addition to its input, in BF16 on a GPU."""
     hidden = config.hidden_size
     if kind == "moe":
         rows = config.num_experts_per_tok * config.moe_intermediate_size
@@ -131,8 +131,8 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 def _router_and_shared(
     block: Block, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
-    """Normed rows (tokens, hidden), the router's choice as it sorts them and its shares, and what the
-    shared expert gives.
+    """Normed rows (tokens, hidden), the router's choice as a Routing, its shares, and the output of the
+    shared expert.
     """
     mixer = block.mixer
     normed = block.norm(hidden)

@@ -1,9 +1,9 @@
-"""What is done to rows of tokens between the experts' products: plain torch anywhere, one Triton kernel
-each on a GPU.
+"""Operations on rows of tokens between the experts' products: plain torch, or one Triton kernel each on a
+GPU.
 
-Each of these is bound by memory: in torch's single operations the same numbers would be read and written
-three to eight times. `room` is a number of further columns that a result is given, not filled: a product's
-low-rank part is put there, so that base and change are one product (model/layers/experts.py).
+Each is bound by memory bandwidth; single torch operations would read and write the same numbers three to
+eight times. `room` is a number of extra columns in the result that are left unfilled. A product's low-rank
+part goes there, so that base and change are one product (model/layers/experts.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def gather(x: torch.Tensor, token: torch.Tensor, room: int) -> torch.Tensor:
     width = x.shape[1]
     out = x.new_empty(len(token), width + room)
     if x.is_cuda:
-        x = x.contiguous()  # the gradient of a sum is one number, expanded
+        x = x.contiguous()  # the gradient of a sum is a number expanded with stride 0
         _kernels()["gather"][(len(token),)](
             x, token, out, width, x.stride(0), out.stride(0), BLOCK=_block(width)
         )
@@ -45,11 +45,11 @@ def relu_squared(u: torch.Tensor, room: int) -> torch.Tensor:
 def relu_squared_backward(
     dh: torch.Tensor, u: torch.Tensor, p: torch.Tensor, room: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Back through `p * down(relu(u)^2)`, given `dh` = what the down projection gives back before it is
+    """Backward of `p * down(relu(u)^2)`. `dh`: the gradient behind the down projection, before it is
     multiplied by the share p.
 
-    Returns the gradient of u, `dh * p * 2 relu(u)`, in the first columns of (S, width + room), and that of
-    p, `<dh, relu(u)^2>`, float32 (S,). dh, u (S, width); p float32 (S,).
+    Returns the gradient of u, `dh * p * 2 relu(u)`, in the first columns of (S, width + room), and the
+    gradient of p, `<dh, relu(u)^2>`, float32 (S,). dh, u (S, width); p float32 (S,).
     """
     width = u.shape[1]
     out = u.new_empty(len(u), width + room)
@@ -66,10 +66,10 @@ def relu_squared_backward(
 
 
 def combine(d: torch.Tensor, inverse: torch.Tensor, share: torch.Tensor | None, choices: int) -> torch.Tensor:
-    """`sum_k share[t, k] * d[inverse[t * choices + k]]`, (tokens, width); without `share` the plain sum.
-    Sums are float32.
+    """`sum_k share[t, k] * d[inverse[t * choices + k]]`, (tokens, width); without `share` the plain sum. Sums
+    are float32.
 
-    Gathered and summed, not scattered and added: the order of the sum is the same every time.
+    It gathers and sums instead of scattering and adding, so the order of the sum is always the same.
     """
     tokens, width = len(inverse) // choices, d.shape[1]
     if d.is_cuda:
@@ -91,7 +91,7 @@ def combine(d: torch.Tensor, inverse: torch.Tensor, share: torch.Tensor | None, 
 
 
 def _block(width: int) -> int:
-    """Columns of a row that a program takes at once: all of them, up to 4,096."""
+    """Columns of a row that a program handles at once: all of them, up to 4,096."""
     return min(4096, 1 << (width - 1).bit_length())
 
 

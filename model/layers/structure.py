@@ -1,7 +1,7 @@
-"""The attributes of NemotronH's native class that are read here, with their types, as model/assemble.py
-leaves them.
+"""Types of the attributes of NemotronH's native class that are read here, after model/assemble.py has changed
+it.
 
-For mypy alone: torch gives every attribute of a module the type Tensor | Module. No object is made of these
+For mypy only, because torch types every attribute of a module as Tensor | Module. No object has these
 classes, and they are imported under TYPE_CHECKING only.
 """
 
@@ -28,7 +28,7 @@ class GatedNorm(Norm):
 
 
 class Mamba(nn.Module):
-    """NemotronHMamba2Mixer; `implementation` is what mamba.attach was asked for."""
+    """NemotronHMamba2Mixer; `implementation` is the argument of mamba.attach."""
 
     activation: str
     implementation: str | None
@@ -64,8 +64,8 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """NemotronHBlock; `mixer` is that of a block of experts, the only kind whose mixer is read here.
-    `recomputed` is model/layers/recompute.py's.
+    """NemotronHBlock. `mixer` is typed for a block of experts, the only kind whose mixer is read here.
+    `recomputed` belongs to model/layers/recompute.py.
     """
 
     block_type: str
@@ -80,8 +80,8 @@ class Backbone(nn.Module):
 
 
 class Model(nn.Module):
-    """NemotronHForCausalLM. `placed` and `hub_config` are what assemble.empty was given, `linears` the
-    model's by hub name (model/families/family.py, Linear), `graphs` what assemble.capture made.
+    """NemotronHForCausalLM. `placed` and `hub_config` are arguments of assemble.empty, `linears` the model's
+    linears by hub name (model/families/family.py, Linear), `graphs` the result of assemble.capture.
     """
 
     model: Backbone

@@ -1,10 +1,9 @@
-"""Grouped products in Triton, for GPUs on which torch's own are a loop: everything but Hopper and
-data-centre Blackwell.
+"""Grouped products in Triton, for GPUs on which torch loops over the experts: all but Hopper and data-centre
+Blackwell.
 
-torch.nn.functional.grouped_mm has one kernel for sm_90 and one for sm_100; on a GB10 (sm_121), an A100 or
-a workstation card it multiplies expert after expert and waits for the device to learn where each begins.
-Here a tile is a block of one expert's rows; which expert and which rows are found on the device, so
-nothing waits.
+torch.nn.functional.grouped_mm has one kernel for sm_90 and one for sm_100. On a GB10 (sm_121), an A100 or a
+workstation card it multiplies expert after expert and waits for the device to report where each begins. Here
+a tile is a block of one expert's rows. The device finds its expert and rows, so nothing waits.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import torch
 if TYPE_CHECKING:
     from triton import JITFunction
 
-ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of the result, and of what is multiplied at once
+ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of the result, and of one step of its product
 WARPS, STAGES = 4, 3  # threads in 32s of a tile, and tiles in flight
-NARROW = 16  # the least that a tensor core multiplies: tiles of low-rank products
+NARROW = 16  # least width of a tensor core's product; for low-rank products
 
 
 def tiles(ends: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Expert, first row and end of each tile's rows, int32 (total // ROWS + experts,); tiles beyond the
-    last have no rows.
+    """Expert, first row and end of each tile's rows, int32 (total // ROWS + experts,). Surplus tiles have no
+    rows.
 
-    `ends` int32 (experts,): the row after each expert's last of `total`. As many tiles as there can be, so
-    that no size is asked of the device.
+    `ends` int32 (experts,): the row after each expert's last; `total`: number of rows. The number of tiles is
+    an upper bound, so no size is read from the device.
     """
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     counts = (ends - starts + ROWS - 1) // ROWS
@@ -64,8 +63,8 @@ def _multiply(
 ) -> torch.Tensor:
     expert, first, end = tiles(ends, len(x))
     out = x.new_empty(len(x), columns)
-    # Columns run fastest: programs side by side in time share an expert's rows and its whole matrix, both of
-    # which stay in the L2 cache.
+    # Columns run fastest: programs that run at the same time share an expert's rows and matrix, and both stay
+    # in the L2 cache.
     wide = COLUMNS if columns > NARROW else NARROW
     _kernels()[0][(-(-columns // wide), len(expert))](
         x,

@@ -1,14 +1,14 @@
-"""How mamba-ssm's Triton kernels are compiled and tuned here: nothing anew for a length, and no search
-where the winner is known.
+"""How mamba-ssm's Triton kernels are compiled and tuned: no recompilation for a new length, and no search for
+a GPU whose best configuration is known.
 
-Each of its fifteen kernels of Mamba-2's scan is autotuned: seven to nine configurations are compiled and
-timed in every process. `prepare` gives each kernel the configuration of tuning.json for this GPU alone, so
-that it is compiled once and not timed. On a GPU that the table does not have, Triton searches as it would,
-and what it finds is remembered in the folder of model/layers/kernel_cache.py, for the next process; where
-runs have to be equal (model/layers/determinism.py), the smallest blocks are taken instead. Triton's own
-memory (TRITON_CACHE_AUTOTUNING) passes over kernels whose configurations have a hook, as most of these do.
-And a number of tokens or chunks is compiled as a number like any other: by default Triton compiles a kernel
-anew when such a number becomes a multiple of 16, or is no longer one.
+Each of the fifteen kernels of Mamba-2's scan is autotuned: every process would compile and time seven to nine
+configurations. `prepare` gives each kernel only the configuration that tuning.json has for this GPU, so it is
+compiled once and not timed. On a GPU that is not in the table Triton searches as usual, and the result is
+saved in the folder of model/layers/kernel_cache.py for the next process. If runs must be equal
+(model/layers/determinism.py), the smallest blocks are used instead. Triton's own cache
+(TRITON_CACHE_AUTOTUNING) skips kernels whose configurations have a hook, as most of these do. Numbers of
+tokens and chunks are not specialised: by default Triton recompiles a kernel if such a number becomes a
+multiple of 16 or stops being one.
 """
 
 from __future__ import annotations
@@ -30,21 +30,19 @@ if TYPE_CHECKING:
     from triton.runtime import Autotuner
 
 TABLE = Path(__file__).with_name("tuning.json")
-# arguments that follow from a pack's tokens
+# arguments that depend on a pack's number of tokens
 LENGTHS = ("seqlen", "nchunks", "stride_seq_idx_batch", "M", "rows_per_program")
 MODULES = ("ssd_bmm", "ssd_chunk_scan", "ssd_chunk_state", "ssd_combined", "ssd_state_passing")
 
 
 def configurations(gpu: str) -> dict[str, dict[str, Any]]:
-    """Kernel -> configuration for a GPU by its name as torch gives it; empty for one that is not in
-    tuning.json.
-    """
+    """Kernel -> configuration for a GPU, by its name in torch; empty if the GPU is not in tuning.json."""
     kernels: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())["gpus"].get(gpu, {})
     return kernels
 
 
 def digest() -> str:
-    """SHA-256 of the table: what decides which configurations run, and so the order of sums."""
+    """SHA-256 of the table. The table decides which configurations run, and so the order of sums."""
     return hashlib.sha256(TABLE.read_bytes()).hexdigest()
 
 
@@ -66,7 +64,7 @@ def tuners() -> Iterator[tuple[str, Autotuner]]:
 
 @cache
 def prepare() -> None:
-    """Prepares every kernel for this process's GPU; once, before the first of them runs."""
+    """Prepares every kernel for this process's GPU. Runs once, before the first kernel."""
     import torch
     import triton
     from mamba_ssm.ops.triton import layernorm_gated
@@ -96,25 +94,25 @@ def prepare() -> None:
 
 
 def smallest(configs: list[Config]) -> Config:
-    """The configuration (triton.Config) whose blocks take the least shared memory: it fits on any GPU. Of
-    several, the first.
+    """The configuration (triton.Config) whose blocks take the least shared memory, so that it fits on any
+    GPU; of several, the first.
     """
     return min(configs, key=lambda config: config.num_stages * math.prod(config.kwargs.values()))
 
 
 def _unspecialised(kernel: JITFunction) -> JITFunction:
-    """The kernel, compiled once for every length."""
+    """The kernel, compiled once for all lengths."""
     import triton
 
     return triton.jit(kernel.fn, do_not_specialize=[name for name in kernel.arg_names if name in LENGTHS])
 
 
-# --- what searches found, in tuning.json of the folder that stays -------------------------------------------
+# --- results of searches, in tuning.json of the kernel cache ------------------------------------------------
 
 
 def read_searches() -> dict[str, list[dict[str, Any]]]:
-    """Kernel -> what searches of earlier processes found: `key` (Triton's: sizes and dtypes) and the
-    configuration. Empty where nothing is kept.
+    """Kernel -> results of earlier processes' searches: `key` (Triton's: sizes and dtypes) and the
+    configuration. Empty if nothing is kept.
     """
     path = _searches_file()
     if path is None or not path.exists():
@@ -128,8 +126,8 @@ def read_searches() -> dict[str, list[dict[str, Any]]]:
 
 
 def add_searches(tuner: Autotuner, entries: list[dict[str, Any]]) -> None:
-    """Lets a tuner know what was found before. What it has no such configuration for any more is left out,
-    and searched for again.
+    """Puts earlier results into a tuner's cache. Results whose configuration the tuner no longer has are
+    skipped, and searched for again.
     """
     for entry in entries:
         for config in tuner.configs:
@@ -138,9 +136,7 @@ def add_searches(tuner: Autotuner, entries: list[dict[str, Any]]) -> None:
 
 
 def watch(name: str, tuner: Autotuner) -> None:
-    """From now on a search of this tuner is told before it begins, and what it finds is written down at
-    once.
-    """
+    """Makes this tuner report each search before it begins, and save the result at once."""
     prune, run = tuner.prune_configs, tuner.run
 
     def prune_configs(*arguments: Any, **named: Any) -> Any:  # Triton calls it once a search
@@ -158,8 +154,8 @@ def watch(name: str, tuner: Autotuner) -> None:
 
 
 def write_searches(name: str, tuner: Autotuner) -> None:
-    """Writes down what this tuner knows, beside what other processes found. Does nothing where nothing is
-    kept; raises OSError.
+    """Saves this tuner's results next to those of other processes. Does nothing if nothing is kept; raises
+    OSError.
     """
     path = _searches_file()
     if path is None:
@@ -171,11 +167,10 @@ def write_searches(name: str, tuner: Autotuner) -> None:
         for entry in kernels.get(name, [])
         if entry["key"] not in [own_entry["key"] for own_entry in own_entries]
     ]
-    # Renamed into place: a process that reads meanwhile, or one that is killed here, has the old file or the
-    # new one.
+    # Renamed into place: a reader, or a process killed here, has the old file or the new one.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="tuning-", delete=False) as opened:
         json.dump({"kernels": kernels}, opened, indent=1, sort_keys=True, default=str)
-        os.fchmod(opened.fileno(), 0o644)  # not for this user alone: the folder may be baked into an image
+        os.fchmod(opened.fileno(), 0o644)  # readable for others: the folder may become part of an image
     os.replace(opened.name, path)
 
 
@@ -185,7 +180,7 @@ def _searches_file() -> Path | None:
 
 
 def as_json(config: Config) -> dict[str, Any]:
-    """A triton.Config as tuning.json has it."""
+    """A triton.Config in the form of tuning.json."""
     return {"arguments": dict(config.kwargs), "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
@@ -193,15 +188,15 @@ def as_json(config: Config) -> dict[str, Any]:
 
 
 def for_manifest() -> dict[str, Any]:
-    """For a manifest: the table's digest, and the configurations of this process. Empty where `prepare`
-    has not run: no kernel of the scan ran.
+    """The manifest's entry: the table's digest, and this process's configurations. Empty if `prepare` has not
+    run, because then no kernel of the scan ran.
     """
     return {"table": digest(), "chosen": used_configurations()} if prepare.cache_info().currsize else {}
 
 
 def used_configurations() -> dict[str, dict[str, Any]]:
-    """Kernel -> the configuration that this process has run it with, as tuning.json has it. Of several,
-    the last.
+    """Kernel -> the configuration that this process ran it with, in the form of tuning.json; of several, the
+    last.
     """
     configurations = {}
     for name, tuner in tuners():

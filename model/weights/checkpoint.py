@@ -1,4 +1,4 @@
-"""Safetensors checkpoints read and written one tensor at a time, so that memory never depends on the
+"""Reads and writes safetensors checkpoints one tensor at a time, so that memory does not depend on the
 model's size.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 PIECE = 2**20  # bytes
-THREADS = 4  # that read and compute while another writes
+THREADS = 4  # that read and compute while the main thread writes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _OF_THE_FOLDER = ("manifest.json", "merge.json")
@@ -44,12 +44,12 @@ Work = Callable[[], torch.Tensor]  # makes a tensor, or a piece of one
 
 
 class CheckpointError(ValueError):
-    """A file that is not what a checkpoint needs; the message names it."""
+    """A file that is not valid for a checkpoint; the message names it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies. `start` and `end` are byte offsets in `file`."""
+    """Location of one tensor. `start` and `end` are byte offsets in `file`."""
 
     file: Path
     dtype: str
@@ -63,8 +63,8 @@ class Entry:
 
 
 def header(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Name -> Entry of one safetensors file, and its metadata. Raises CheckpointError on a truncated or
-    foreign file.
+    """Name -> Entry of one safetensors file, and its metadata. Raises CheckpointError on a truncated file or
+    another format.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -117,7 +117,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """The index of a folder: tensor -> file. Raises CheckpointError if it is none."""
+    """The index of a folder: tensor -> file. Raises CheckpointError if it is not a valid index."""
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise CheckpointError(f"{INDEX} has no weight_map of tensor names to file names")
@@ -135,11 +135,11 @@ class Tensors:
         return sum(entry.bytes for entry in self.entries.values())
 
     def raw(self, name: str) -> memoryview:
-        """The bytes of one tensor as they lie on disk."""
+        """The bytes of one tensor as stored on disk."""
         return tensor_bytes(self.tensor(name))
 
     def same_bits(self, name: str, other: Tensors) -> bool:
-        """Whether `other`, in which the tensor has the same shape and dtype, holds it with the same bits."""
+        """Whether `other` holds the tensor with the same bits. Shape and dtype must be the same in both."""
         return all(
             torch.equal(*(piece().reshape(-1).view(torch.uint8) for piece in pieces))
             for pieces in zip(self.pieces(name), other.pieces(name), strict=True)
@@ -151,7 +151,7 @@ class Tensors:
         return self._read(name, entry.start, torch.empty(entry.shape, dtype=DTYPES[entry.dtype]))
 
     def rows(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Some rows (of the first dimension) of one tensor, on the CPU."""
+        """Rows `first` to `first + count` (of the first dimension) of one tensor, on the CPU."""
         entry = self.entries[name]
         return self._read(
             name,
@@ -160,8 +160,8 @@ class Tensors:
         )
 
     def spans(self, name: str) -> list[tuple[int, int]]:
-        """First row and number of rows of pieces of about a megabyte, which stay in the cache between
-        being read and written; a scalar has none.
+        """First row and number of rows of pieces of about a megabyte, which stay in the CPU's cache between
+        reading and writing; none for a scalar.
         """
         shape = self.entries[name].shape
         if not shape:
@@ -170,7 +170,7 @@ class Tensors:
         return [(first, min(step, shape[0] - first)) for first in range(0, shape[0], step)]
 
     def pieces(self, name: str) -> Iterator[Work]:
-        """What reads one tensor piece by piece: for `write`."""
+        """Functions that read one tensor piece by piece, for `write`."""
         if not self.entries[name].shape:
             return iter([partial(self.tensor, name)])
         return (partial(self.rows, name, *span) for span in self.spans(name))
@@ -188,7 +188,7 @@ class Tensors:
 
 
 class Checkpoint(Tensors):
-    """A folder of safetensors. Files and tensors keep the order in which they stand on disk."""
+    """A folder of safetensors files. Files and tensors keep their order on disk."""
 
     def __init__(self, folder: str | Path):
         super().__init__({})
@@ -209,11 +209,11 @@ class Checkpoint(Tensors):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json, as it was when it was first asked for; not to be changed by who asks."""
+        """config.json as it was at the first access. Callers must not change it."""
         return read_json(self.folder / "config.json")
 
     def names_in_file(self, file: str) -> Iterator[str]:
-        """Names of the tensors of one file, in the order of their bytes."""
+        """Names of the tensors of one file, in byte order."""
         path = self.folder / file
         return iter(
             sorted(
@@ -223,7 +223,7 @@ class Checkpoint(Tensors):
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, not copied if it lies on the CPU in one piece."""
+    """The bytes of a tensor, without a copy if it is contiguous on the CPU."""
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -249,11 +249,11 @@ def write(
     produce: Callable[[Slot], torch.Tensor | Iterable[Work]],
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Writes one safetensors file, asking for one tensor at a time: the tensor, or work that makes it in
-    pieces along its first dimension.
+    """Writes one safetensors file. `produce` gives one tensor at a time: the tensor itself, or work that
+    makes it in pieces along its first dimension.
 
-    Work is done by a few threads ahead of the writing, so that reading, computing and writing go on at
-    once. Raises CheckpointError if what comes of it has another shape or dtype than the slot announces.
+    A few threads do the work ahead of the writing, so that reading, computing and writing overlap. Raises
+    CheckpointError if the result has another shape or dtype than its slot.
     """
     offset, table = 0, {}
     for slot in slots:
@@ -300,11 +300,11 @@ def write(
 
 
 def results_in_order(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, torch.Tensor]]:
-    """The results of work in its order, computed by a few threads; at most twice as many are there or
-    under way at once.
+    """The results of work in its order, computed by a few threads. At most twice as many results as threads
+    exist or are being computed at once.
     """
     threads, previous_threads = min(THREADS, os.cpu_count() or 1), torch.get_num_threads()
-    # each works on a piece of its own; teams of threads within would wait for one another
+    # each thread works on its own piece; nested thread pools would wait for each other
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -332,8 +332,8 @@ def shards(slots: list[Slot], limit: int) -> list[tuple[str, list[Slot]]]:
 
 
 def files_beside(folder: Path) -> list[Path]:
-    """What lies beside the weights and goes along with them, sorted: settings, tokenizer, the index. Not what
-    tells of this folder alone, a manifest or a merge's report.
+    """Files next to the weights that belong to them, sorted: settings, tokenizer, the index. Not those about
+    this folder alone: a manifest or a merge's report.
     """
     return [
         path
@@ -343,7 +343,7 @@ def files_beside(folder: Path) -> list[Path]:
 
 
 def write_index(folder: Path, layout: list[tuple[str, list[Slot]]]) -> None:
-    """The index beside the shards: total size in bytes, and the file of every tensor."""
+    """Writes the index of the shards: total size in bytes, and the file of every tensor."""
     total = sum(slot.bytes for _, group in layout for slot in group)
     table = {slot.name: name for name, group in layout for slot in group}
     (folder / INDEX).write_text(

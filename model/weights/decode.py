@@ -1,9 +1,9 @@
-"""Packed weights to dense ones on a GPU: one Triton kernel for both 4-bit forms, portable from sm_80 to
-sm_121.
+"""Decodes packed weights to dense ones on a GPU: one Triton kernel for both 4-bit forms, portable from sm_80
+to sm_121.
 
-It reads each code and scale once and writes the dense stack, so it runs at the speed of memory: a program
-has one row, and no element divides to find its place (done per element, two integer divisions cost eight
-times the memory's time). The scales of NVFP4 are read as bytes and looked up, since Triton converts E4M3
+It reads each code and scale once and writes the dense stack, so it runs at memory speed. A program has one
+row, so that no element needs a division to find its position: two integer divisions per element would take
+eight times the memory's time. NVFP4's scales are read as bytes and looked up, because Triton converts E4M3
 only from sm_89 on.
 """
 
@@ -19,12 +19,12 @@ from model.weights import nf4, nvfp4
 if TYPE_CHECKING:
     from triton import JITFunction
 
-TILE = 512  # bytes of codes, so 1,024 columns, that a program decodes at once
+TILE = 512  # bytes of codes (1,024 columns) that a program decodes at once
 
 
 def stack(packed: nf4.Packed | nvfp4.Packed, out: torch.Tensor) -> torch.Tensor:
-    """Writes packed matrices (experts, out, ...) into `out`, a view (experts, out, in) with contiguous
-    rows. CUDA only.
+    """Decodes packed matrices (experts, out, ...) into `out`, a view (experts, out, in) with contiguous rows.
+    CUDA only.
     """
     double = isinstance(packed, nvfp4.Packed)
     values, scales = _tables("nvfp4" if double else "nf4", str(out.device))
@@ -78,7 +78,7 @@ def _kernel() -> JITFunction:
         DOUBLE: tl.constexpr,
         TILE: tl.constexpr,
     ):
-        row = tl.program_id(0)  # of all matrices one under the other
+        row = tl.program_id(0)  # row of all matrices stacked
         matrix = row // height
         codes += row.to(tl.int64) * width
         scales += row.to(tl.int64) * (width // (GROUP // 2))
@@ -88,7 +88,7 @@ def _kernel() -> JITFunction:
         for start in range(0, width, TILE):
             position = start + tl.arange(0, TILE)
             code = tl.load(codes + position, mask=position < width, other=0).to(tl.int32)
-            # Two columns a byte, and an even number of columns a group: both have one scale.
+            # The two columns of a byte have the same scale, because groups have an even number of columns.
             scale = tl.load(scales + position // (GROUP // 2), mask=position < width, other=0)
             factor = tl.load(bytes_of_scale + scale.to(tl.int32)) * second if DOUBLE else scale.to(tl.float32)
             columns = tl.interleave(

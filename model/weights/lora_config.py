@@ -1,8 +1,8 @@
-"""adapter_config.json of PEFT, read as what it means for a merge.
+"""adapter_config.json of PEFT, and what it means for a merge.
 
-Every field of `peft.LoraConfig` 0.21.2 belongs to one of three kinds: it is understood here, it has no effect
-on a merge, or it must be at its default (`DEFAULTS`). Fields of the last kind, and fields that a newer PEFT
-may have added, are refused by name.
+Every field of `peft.LoraConfig` 0.21.2 is one of three kinds: this module reads it, it has no effect on a
+merge, or it must have its default (`DEFAULTS`). Fields of the third kind, and fields that a newer PEFT may
+add, are refused by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 CONFIG = "adapter_config.json"
 
-# Read below.
+# Fields that this module reads.
 UNDERSTOOD = frozenset(
     {
         "peft_type",
@@ -31,9 +31,8 @@ UNDERSTOOD = frozenset(
         "modules_to_save",
     }
 )
-# How it was trained, where it came from, and which modules it was put on: the names of its tensors say that,
-# and the reading by PEFT in stages/merge compares the two. `bias` adds tensors that are compared with the
-# base's.
+# How and where the adapter was trained, and on which modules. The names of its tensors say which modules, and
+# stages/merge compares them with PEFT's reading. `bias` adds tensors that are compared with the base's.
 NO_EFFECT = frozenset(
     {
         "task_type",
@@ -73,10 +72,10 @@ DEFAULTS: dict[str, Any] = {
     "velora_config": None,
     "ensure_weight_tying": False,
 }
-# Beginnings that leave the base as it is. MiCA starts with A zero, "orthogonal" with B A zero, the others
-# with B zero; `false` draws A and B at random and leaves the base alone too.
+# Initialisations that leave the base as it is. MiCA starts with A zero, "orthogonal" with B A zero, the
+# others with B zero; `false` draws A and B at random and leaves the base alone too.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# Beginnings that PEFT's save_pretrained can turn into a plain LoRA afterwards.
+# Initialisations that PEFT's save_pretrained can convert to a plain LoRA afterwards.
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")
 
 PLAIN = (
@@ -113,7 +112,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a merge needs of adapter_config.json."""
+    """The fields of adapter_config.json that a merge needs."""
 
     rank: int
     alpha: float
@@ -130,12 +129,12 @@ class LoraSettings:
         return self._scale(self.rank, self.alpha)
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """Rank and scale of one module or parameter, by the name that PEFT knows it by."""
+        """Rank and scale of one module or parameter, by its name in PEFT."""
         rank = self.ranks.get(_pattern(self.ranks, module), self.rank)
         return rank, self._scale(rank, self.alphas.get(_pattern(self.alphas, module), self.alpha))
 
     def targeted(self, parameter: str) -> bool:
-        """Whether target_parameters names this parameter: its whole name, or the end of it after a dot."""
+        """Whether target_parameters names this parameter: by its whole name, or by its end after a dot."""
         return any(parameter == name or parameter.endswith("." + name) for name in self.parameters)
 
     def _scale(self, rank: int, alpha: float) -> float:
@@ -143,15 +142,15 @@ class LoraSettings:
 
 
 def _pattern(patterns: dict[str, Any], module: str) -> str:
-    """The first pattern that matches the end of a module's name, as `peft.utils.other.get_pattern_key`
-    matches.
+    """The first pattern that matches the end of a module's name, with the rule of
+    `peft.utils.other.get_pattern_key`.
     """
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), "")
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The folder that holds the adapter: `folder`, or its one subfolder with an adapter_config.json (PEFT
-    saves a named adapter so).
+    """The folder that holds the adapter: `folder`, or its only subfolder with an adapter_config.json (PEFT
+    saves a named adapter there).
     """
     if (folder / CONFIG).is_file():
         return folder
@@ -174,7 +173,7 @@ def adapter_folder(folder: Path) -> Path:
 def read(folder: Path) -> LoraSettings:
     """The settings of an adapter folder.
 
-    Raises AdapterError where a merge would not be what PEFT's merge is.
+    Raises AdapterError if a merge would differ from PEFT's merge.
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
@@ -197,7 +196,7 @@ def read(folder: Path) -> LoraSettings:
     for name, value in config.items():
         if name in DEFAULTS:
             refused = value != DEFAULTS[name]
-        else:  # a newer PEFT added it; where it is on, the installed PEFT knows whether that is its default
+        else:  # of a newer PEFT; allowed if it is off or at the installed PEFT's default
             refused = (
                 name not in UNDERSTOOD | NO_EFFECT
                 and bool(value)
@@ -265,7 +264,7 @@ def _settings(config: dict[str, Any]) -> LoraSettings:
 
 
 def _check_initialisation(value: Any) -> None:
-    """Raises AdapterError where training began by changing the base, or where nobody knows whether it did."""
+    """Raises AdapterError if the initialisation changed the base, or may have."""
     word = value.lower() if isinstance(value, str) else value
     if any(word is known or (isinstance(word, str) and word == known) for known in HARMLESS) or value is None:
         return
@@ -286,7 +285,7 @@ def _check_initialisation(value: Any) -> None:
 
 
 def _installed_defaults() -> dict[str, Any]:
-    """Defaults of the fields of the LoraConfig that is installed; none where PEFT is not."""
+    """Field defaults of the installed LoraConfig; empty without PEFT."""
     try:
         import peft
     except ImportError:

@@ -44,9 +44,9 @@ def table() -> torch.Tensor:
 
 @cache
 def edges(device: torch.device) -> torch.Tensor:
-    """What lies halfway between one value and the next, on `device`, float32 (15,). Copied there once: a
-    copy for every matrix would have the processor wait each time until the GPU has done all that it was
-    given before."""
+    """The midpoints between neighbouring values, on `device`, float32 (15,). Cached: with a copy for every
+    matrix the processor would wait each time for all earlier work of the GPU.
+    """
     return ((table()[1:] + table()[:-1]) / 2).to(device)
 
 
@@ -66,7 +66,7 @@ def pack(weight: torch.Tensor) -> Packed:
 
 
 def unpack(packed: Packed) -> torch.Tensor:
-    """The matrices that `packed` stands for, float32 (..., out, in)."""
+    """The values of `packed`, float32 (..., out, in)."""
     codes = torch.stack([packed.weight & 15, packed.weight >> 4], -1).flatten(-2).long()
     values: torch.Tensor = table().to(packed.weight.device)[codes].unflatten(-1, (-1, BLOCK))
     return (values * packed.weight_scale.float()[..., None]).flatten(-2)

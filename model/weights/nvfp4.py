@@ -25,8 +25,8 @@ SMALLEST = 2.0**-9  # of E4M3, subnormal: a scale of zero would lose its group
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SEARCHES = ("nearest", "mse")
 CHUNK = 2**18  # weights that a CPU handles at once: few enough that temporaries stay in its cache
-_SCALE_BYTES = (0x01, 0x7E)  # of SMALLEST and FP8_MAX: positive E4M3 numbers are in the order of their bytes
-# an error is smaller if it is so by more than the rounding of its float32 sum (about 2^-20)
+_SCALE_BYTES = (0x01, 0x7E)  # of SMALLEST and FP8_MAX; positive E4M3 numbers have the order of their bytes
+# a smaller error must be smaller by more than the rounding error of its float32 sum (about 2^-20)
 _BETTER = 1 - 2.0**-16
 
 
@@ -43,9 +43,9 @@ class Packed:
 
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
     """weight_scale_2 or input_scale from the largest absolute value; float32."""
-    # By a tensor: a GPU multiplies by the reciprocal of a plain number, which can be a bit off what every
-    # other device finds. And by one that the device fills: copying a number to it is refused while a CUDA
-    # graph is captured.
+    # Divided by a tensor: for a plain number a GPU multiplies by the reciprocal, which can differ by a bit
+    # from other devices. The device fills the tensor, because copying a number to it is refused during the
+    # capture of a CUDA graph.
     return amax.float() / torch.full_like(amax, FP4_MAX * FP8_MAX, dtype=torch.float32)
 
 
@@ -71,8 +71,8 @@ def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
             f"NVFP4 scales are found by one of the searches {', '.join(SEARCHES)}; found {search!r}"
         )
     groups = weight.reshape(-1, GROUP)
-    # Floats without a sign are in the order of their bits, and torch takes the maximum of 16 integers in half
-    # the time.
+    # Non-negative floats have the order of their bits, and torch takes the maximum of 16 integers in half the
+    # time.
     amax = _by_chunks(lambda chunk: chunk.float().abs().view(torch.int32).amax(-1), groups).view(
         torch.float32
     )
@@ -92,8 +92,8 @@ def pack(weight: torch.Tensor, search: str = "nearest") -> Packed:
 
 
 def block_scale(amax: torch.Tensor, second: torch.Tensor, target: float) -> torch.Tensor:
-    """The float8_e4m3fn scale that maps the amax of a group to `target` on the E2M1 scale; amax and
-    weight_scale_2 of each group, float32 (groups).
+    """The float8_e4m3fn scale that maps a group's amax to `target` on the E2M1 scale. `amax` and `second`
+    (weight_scale_2): float32 (groups).
     """
     scale = amax / (target * second)
     # A group of zeros (0, or 0/0 in a matrix of zeros) gets scale 1: its codes are 0 whatever the scale.
@@ -105,13 +105,11 @@ def block_scale(amax: torch.Tensor, second: torch.Tensor, target: float) -> torc
 
 
 def least_error_scale(groups: torch.Tensor, amax: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The float8_e4m3fn scale (groups) with which each of groups (groups, 16) comes out of `unpack` with
-    the least squared error.
+    """The float8_e4m3fn scale (groups) with the least squared error of groups (groups, 16) after `unpack`.
 
-    Six are tried: the one that maps amax to 6, the one that maps it to 4 (Cook et al., "Four Over Six",
-    2025: the widest step of the grid, 4 to 6, is then not used), and the E4M3 numbers below and above
-    each. All the numbers between and two further gain 0.3 % more. The first stays unless another is
-    better.
+    Six scales are tried: the one that maps amax to 6, the one that maps it to 4 (Cook et al., "Four Over
+    Six", 2025: this avoids the grid's widest step, 4 to 6), and the E4M3 numbers below and above each. All
+    numbers between and two further ones would gain 0.3 % more. The first is kept unless another is better.
     """
     size = groups.float().abs()
     six, four = (block_scale(amax, second, target).view(torch.uint8) for target in (FP4_MAX, 4.0))
@@ -119,14 +117,14 @@ def least_error_scale(groups: torch.Tensor, amax: torch.Tensor, second: torch.Te
     for byte in (six - 1, six + 1, four, four - 1, four + 1):
         byte.clamp_(*_SCALE_BYTES)
         error = _squared_error(size, byte, second)
-        # never where `least` is NaN: zeros in a matrix whose scales are too small for float32
+        # never if `least_squares` is NaN: zeros in a matrix whose scales are too small for float32
         better = error < least_squares * _BETTER
         best, least_squares = torch.where(better, byte, best), torch.where(better, error, least_squares)
     return best.view(torch.float8_e4m3fn)
 
 
 def _squared_error(size: torch.Tensor, byte: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Squared error, float32 (groups), of absolute values (groups, 16) under scales given as E4M3 bytes."""
+    """Squared error, float32 (groups), of absolute values (groups, 16) with scales given as E4M3 bytes."""
     divisor = (byte.view(torch.float8_e4m3fn).float() * second)[:, None]
     halves, ones, twos = _step_counts(size / divisor)
     value = ones.add_(halves, alpha=0.5).add_(twos, alpha=2).sub_(6)
@@ -134,14 +132,14 @@ def _squared_error(size: torch.Tensor, byte: torch.Tensor, second: torch.Tensor)
 
 
 def encode(values: torch.Tensor) -> torch.Tensor:
-    """4-bit codes (uint8, one a value) of values on the E2M1 scale; beyond +-6 they saturate, and NaN is
-    taken for 6.
+    """4-bit codes (uint8, one per value) of values on the E2M1 scale. Values beyond +-6 saturate; NaN becomes
+    6.
     """
     room = values.abs()
     halves, ones, twos = _step_counts(room)
     code = halves.add_(ones).add_(twos).sub_(4).nan_to_num_(7)
     code.add_(torch.lt(values, 0, out=room), alpha=8)
-    # torch has vector instructions for the way to int8, and none for uint8
+    # torch has vector instructions for conversion to int8, and none for uint8
     return code.to(torch.int8).view(torch.uint8)
 
 
@@ -160,7 +158,7 @@ def _step_counts(size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def _two_to_a_byte(codes: torch.Tensor) -> torch.Tensor:
-    """Codes (..., in), two to a byte (..., in / 2). Read as one 16-bit number, two codes have the even
+    """Packs codes (..., in) two to a byte (..., in / 2). Read as one 16-bit number, two codes have the even
     column in the low byte.
     """
     pairs = codes.view(torch.int16)
@@ -168,9 +166,9 @@ def _two_to_a_byte(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: Packed) -> torch.Tensor:
-    """The matrices that `packed` stands for, float32 (..., out, in)."""
+    """The values of `packed`, float32 (..., out, in)."""
     grid = torch.tensor([*GRID, *(-value for value in GRID)])
-    # what each of the 256 bytes stands for
+    # the two values of each of the 256 bytes
     pairs = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], -1).to(packed.weight.device)
     codes = packed.weight.reshape(-1, GROUP // 2)
     scale = (packed.weight_scale.float() * packed.weight_scale_2[..., None, None]).reshape(-1, 1)
@@ -185,8 +183,8 @@ def unpack(packed: Packed) -> torch.Tensor:
 
 
 def _by_chunks(work: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """What `work` gives for tensors that have a row for each group: `CHUNK` weights at a time on a CPU,
-    all of them on a GPU.
+    """The result of `work` on tensors with one row per group. A CPU handles `CHUNK` weights at a time, a GPU
+    all of them.
     """
     if tensors[0].device.type != "cpu":
         return work(*tensors)
@@ -196,7 +194,7 @@ def _by_chunks(work: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> tor
         result = work(*chunks)
         if out is None:
             out = result.new_empty(len(tensors[0]), *result.shape[1:])
-        # and not joined at the end, which with two threads took longer than the rest
+        # copied here: torch.cat at the end took longer than the rest with two threads
         out[start : start + len(result)] = result
         start += len(result)
     return cast(torch.Tensor, out)  # `split` gives one part at least

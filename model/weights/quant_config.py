@@ -1,9 +1,9 @@
-"""What a checkpoint says of its own quantisation, for loaders: `quantization_config` in config.json, or
+"""The quantisation settings of a checkpoint, for loaders: `quantization_config` in config.json, or
 hf_quant_config.json beside it.
 
-vLLM takes the first where both are there. ModelOpt writes both; NVIDIA's NVFP4 repository has only the
-second, and so has W4A4 of this project: every vLLM reads it the same way, and config.json stays the
-source's. W4A16_NVFP4 has both here, because vLLM reads it in the first alone.
+If both exist, vLLM reads the first. ModelOpt writes both; NVIDIA's NVFP4 repository has the second only. So
+has W4A4 of this project: every vLLM reads it the same way, and config.json stays as in the source.
+W4A16_NVFP4 has both here, because vLLM recognises it in the first only.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from model.weights.checkpoint import CheckpointError, read_json
 from model.weights.nvfp4 import GROUP
 
 FILE, CONFIG, CONFIG_KEY = "hf_quant_config.json", "config.json", "quantization_config"
-# quant_algo -> whether the activations are quantised too, which takes an input_scale for each linear.
+# quant_algo -> whether activations are quantised too; each linear then needs an input_scale.
 ALGORITHMS = {"NVFP4": True, "W4A16_NVFP4": False}
-# Where hf_quant_config.json alone says one of these, vLLM stops at "Unknown ModelOpt quant algo" (0.21, which
-# first knew it, to 0.32).
+# If only hf_quant_config.json has one of these, vLLM stops at "Unknown ModelOpt quant algo" (0.21, the first
+# version with it, to 0.32).
 ONLY_IN_CONFIG = ("W4A16_NVFP4",)
 _FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _CACHE_NAMES: dict[tuple[object, object], str] = {("float", 8): "FP8", ("float", 4): "NVFP4"}
@@ -31,7 +31,7 @@ _REQUIRED = ("quant_algo", "group_size", "kv_cache_quant_algo", "exclude_modules
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """`file` is where it stands, `missing` the keys that vLLM asks for and that are not there."""
+    """`file` contains these settings; `missing` are the keys that vLLM requires and the file lacks."""
 
     file: str
     algorithm: str
@@ -42,11 +42,11 @@ class QuantConfig:
 
 
 def write(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes `settings`, as layout.hf_quant_config makes them, to where vLLM reads them:
-    hf_quant_config.json, and config.json where it has to be.
+    """Writes `settings`, as layouts.hf_quant_config returns them, to where vLLM reads them:
+    hf_quant_config.json, and config.json if the algorithm needs it.
 
-    config.json has to be there already. Raises CheckpointError if it is no object, ValueError for settings
-    that have no form in it.
+    config.json must exist. Raises CheckpointError if it is no object, ValueError for settings that it cannot
+    hold.
     """
     (folder / FILE).write_text(json.dumps(settings, indent=4) + "\n")
     if settings["quantization"]["quant_algo"] in ONLY_IN_CONFIG:
@@ -55,8 +55,8 @@ def write(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def for_config_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` of hf_quant_config.json in the form of `quantization_config` in config.json: the names
-    differ, and the KV cache's is a table.
+    """`settings` of hf_quant_config.json in the form of `quantization_config` in config.json: names differ,
+    and the KV cache's setting is a table.
     """
     quantization = settings["quantization"]
     kv_cache = quantization["kv_cache_quant_algo"]
@@ -73,8 +73,8 @@ def for_config_json(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: Path, config: dict[str, Any]) -> list[QuantConfig]:
-    """Everything that is said, what vLLM takes first. Raises CheckpointError on a file or value that is
-    none of the known forms.
+    """All settings of a checkpoint; the one that vLLM uses comes first. Raises CheckpointError on a file or
+    value of unknown form.
     """
     configs = []
     if quantization := config.get(CONFIG_KEY):
@@ -96,7 +96,7 @@ def _parsed(file: str, raw: object, listed: str) -> QuantConfig:
     if type(size) is not int:
         raise CheckpointError(f"group_size of {file} is {size!r}, expected a whole number")
     kv_cache = raw.get("kv_cache_quant_algo")
-    if scheme := _table(raw, "kv_cache_scheme", file):  # as compressed-tensors says it
+    if scheme := _table(raw, "kv_cache_scheme", file):  # the form of compressed-tensors
         kind = (scheme.get("type"), scheme.get("num_bits"))
         kv_cache = next((name for known, name in _CACHE_NAMES.items() if known == kind), json.dumps(scheme))
     if not isinstance(kv_cache, str | None):
@@ -112,7 +112,7 @@ def _parsed(file: str, raw: object, listed: str) -> QuantConfig:
 
 
 def _table(settings: dict[str, Any], key: str, file: str) -> dict[str, Any]:
-    """The table under `key`; empty where there is none. Raises CheckpointError for anything else."""
+    """The table under `key`; empty if there is none. Raises CheckpointError for anything else."""
     value = settings.get(key) or {}
     if not isinstance(value, dict):
         raise CheckpointError(f"{key} of {file} is {value!r}, expected a table")
@@ -120,10 +120,9 @@ def _table(settings: dict[str, Any], key: str, file: str) -> dict[str, Any]:
 
 
 def covers(exclude: str, module: str) -> bool:
-    """Whether vLLM leaves `module` unquantised because of `exclude`: a part of its name, or a pattern of
-    all of it.
+    """Whether vLLM leaves `module` unquantised because of `exclude`, which is a substring of its name or a
+    pattern for the whole name.
 
-    So `layers.1` also covers layers 10 to 19. A pattern `name*` stands for `name` and all below
-    it.
+    So `layers.1` also covers layers 10 to 19. A pattern `name*` covers `name` and everything below it.
     """
     return exclude.removesuffix("*") in module or fnmatchcase(module, exclude)

@@ -1,8 +1,8 @@
-"""What the exporter's NVFP4 makes of a matrix, without its packed form: the rounding that training can go
-through.
+"""The values of a matrix after the export's NVFP4 rounding, without its packed form; training can run through
+it.
 
-In torch alone (model/weights/nvfp4.py, pack and unpack) some thirty passes over memory; on a GPU one kernel,
-with the same bits.
+In torch (model/weights/nvfp4.py, pack and unpack) this takes some thirty passes over memory; on a GPU it is
+one kernel with the same bits.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ TILE = 1024  # columns a program rounds at once
 
 
 def rounded(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the NVFP4 codes and scales of matrices (..., out, in) stand for, in `dtype`. Raises ValueError
-    if `in` is no multiple of 16.
+    """The values of matrices (..., out, in) after NVFP4 quantisation, in `dtype`. Raises ValueError if `in`
+    is no multiple of 16.
     """
     if not matrices.is_cuda:
         return nvfp4.unpack(nvfp4.pack(matrices)).to(dtype)
@@ -80,8 +80,8 @@ def _kernel() -> JITFunction:
             scale = tl.div_rn(tl.max(size, 1), FP4_MAX * second)
             scale = tl.where((scale == 0.0) | (scale != scale), 1.0, scale)  # a group, or a matrix, of zeros
             scale = tl.minimum(tl.maximum(scale, SMALLEST), FP8_MAX)
-            # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, ties to even: float32 has
-            # no finer ones there. E4M3: three bits behind the leading one, and never finer than 2^-9.
+            # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, because float32
+            # has no fractions there. E4M3: three bits behind the leading one, and never finer than 2^-9.
             power = ((scale.to(tl.int32, bitcast=True) >> 23) << 23).to(tl.float32, bitcast=True)
             step = tl.maximum(power * 0.125, SMALLEST)
             scale = ((scale / step + 12582912.0) - 12582912.0) * step

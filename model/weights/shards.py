@@ -1,9 +1,8 @@
-"""Frozen weights that several processes hold between them, each an equal run of rows, brought together to
-be multiplied with.
+"""Frozen weights shared by several processes. Each holds an equal run of rows, and they are gathered for each
+product.
 
-What travels is the packed form, a quarter of what the dense weights would be; nothing is sent back, since
-a frozen weight has no gradient. Every process has to come to each product in the same order, as often as
-the others.
+Processes exchange the packed form, a quarter of the dense weights' size. Nothing is sent back, because a
+frozen weight has no gradient. Every process must run the same products in the same order.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ import torch.distributed as distributed
 
 @dataclass(frozen=True)
 class Shards:
-    """The share of process `rank` of `count`; one process has all rows."""
+    """The share of process `rank` of `count`. A single process has all rows."""
 
     rank: int = 0
     count: int = 1
 
     def rows_per_process(self, rows: int) -> int:
-        """Rows that each process holds of `rows`; the last ones of the last process are nobody's where
-        they do not divide.
+        """Rows per process: ceil(rows / count). If `rows` is not divisible, the last process's trailing rows
+        are padding.
         """
         return -(-rows // self.count)
 
     def put(self, local_rows: torch.Tensor, first: int, value: torch.Tensor) -> None:
-        """Keeps what falls to this process, `own` (height, width), of `value` (n, width), the rows from
-        `first` on.
+        """Stores this process's part of `value` (n, width), the rows from `first` on, in `local_rows`
+        (rows_per_process, width).
         """
         start = self.rank * len(local_rows)
         a, b = max(first, start), min(first + len(value), start + len(local_rows))
@@ -37,8 +36,8 @@ class Shards:
             local_rows[a - start : b - start] = value[a - first : b - first]
 
     def gather(self, local_rows: torch.Tensor, rows: int) -> torch.Tensor:
-        """All `rows` of what every process holds a share of: (height, width) -> (rows, width). Waits for
-        all processes.
+        """All `rows` of a tensor that is shared by all processes: (rows_per_process, width) -> (rows, width).
+        Waits for all processes.
         """
         if self.count == 1:
             return local_rows

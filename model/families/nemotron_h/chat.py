@@ -1,8 +1,8 @@
-"""Conversations as the model reads them: rendered with its own template, and the tokens that are trained.
+"""Renders conversations with the model's own template, and marks the tokens that are trained.
 
-A plain answer is rendered as `<|im_start|>assistant\\n<think></think>Hello.<|im_end|>\\n`. A server that runs
-with `enable_thinking=false` supplies everything up to and including `<think></think>`, so the trained span
-begins right after it and ends with `<|im_end|>`, which the model has to say to stop.
+A plain answer is rendered as `<|im_start|>assistant\\n<think></think>Hello.<|im_end|>\\n`. A server with
+`enable_thinking=false` supplies everything up to and including `<think></think>`. So the trained span begins
+right after it, and ends with `<|im_end|>`, which the model must produce to stop.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = [
 # <unk>. The tokenizer has no pad token, and its eos is <|im_end|>: padding with that would mask every
 # answer's end
 PAD = 0
-SUPPLIED = "<think></think>"  # what the generation prompt ends in when thinking is off
-THINKING = "<think>\n"  # and when it is on
+SUPPLIED = "<think></think>"  # end of the generation prompt when thinking is off
+THINKING = "<think>\n"  # end of the generation prompt when thinking is on
 
 _TURN = "<|im_start|>assistant\n"
 _END = "<|im_end|>"
@@ -47,11 +47,12 @@ def template_text(
     generation: bool = False,
     reasoning: bool = False,
 ) -> str:
-    """The conversation as text, by the tokenizer's own template; `generation` adds the next answer's prompt.
+    """The conversation as text, from the tokenizer's own template. `generation` adds the next answer's
+    prompt.
 
     Without `reasoning` thoughts are left out, and the prompt is that of a server with
     `enable_thinking=false`. With it the prompt is that of `enable_thinking=true`, and thoughts after the last
-    user message are kept, as the template wants it.
+    user message are kept, as the template requires.
     """
     return _text(tokenizer, normalise(messages), served_tools(tools), generation, reasoning)
 
@@ -99,16 +100,16 @@ def render(
     """Text, tokens and labels of one conversation.
 
     Every assistant turn is trained, except those with `train: False`, from after SUPPLIED up to `<|im_end|>`.
-    The newline after `<|im_end|>` is the template's, not the model's: a server stops before it, so it is not
-    trained.
+    The newline after `<|im_end|>` comes from the template and not from the model: a server stops before it,
+    so it is not trained.
 
     With `reasoning` a turn that has `reasoning_content` is trained from after THINKING: its thoughts,
     `</think>` and its text. The template removes the thoughts of turns before the last user message, so such
     an earlier turn is context only.
 
-    Needs a fast tokenizer (offsets). Raises ChatError where a text holds a control token, markup of the
-    template or a call written out, and where the trained tokens would not follow from the tokens of the
-    prompt that a server sends.
+    Needs a fast tokenizer (offsets). Raises ChatError if a text contains a control token, markup of the
+    template or a call written as text, and if the trained tokens would not continue the tokens of the prompt
+    that a server sends.
     """
     messages, tools = normalise(messages), served_tools(tools)
     _refuse_markup(tokenizer, messages, tools, reasoning)
@@ -153,7 +154,7 @@ def _refuse_markup(
     tools: list[dict[str, Any]],
     reasoning: bool,
 ) -> None:
-    """Raises ChatError with the string and where it stands."""
+    """Raises ChatError that names the string and its position."""
     search = markup.pattern(tokenizer).search
     for position, message in enumerate(messages, 1):
         if match := search(message["content"]):

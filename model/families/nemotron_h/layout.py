@@ -1,8 +1,7 @@
-"""Which linears are quantised.
+"""Which linears each layout quantises.
 
-`nvidia` is NVIDIA's published layout for Nemotron 3 Nano: attention stays BF16, and so do both
-projections of the Mamba layer directly before each attention layer, every convolution, the router and
-lm_head.
+`nvidia` is NVIDIA's published layout for Nemotron 3 Nano. In BF16 stay attention, both projections of the
+Mamba layer directly before each attention layer, every convolution, the router and lm_head.
 """
 
 from __future__ import annotations

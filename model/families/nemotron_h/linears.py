@@ -1,6 +1,6 @@
 """Every linear of a NemotronH model, as records (model/families/family.py, Linear).
 
-Its suffixes are read here and nowhere else.
+No other module reads the suffixes of linears' names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _FUSED = ("q_proj", "k_proj", "v_proj")  # vLLM loads these as one, and the expe
 
 
 def linears(config: Config) -> tuple[Linear, ...]:
-    """All that a config describes, in checkpoint order. lm_head is none of them: nothing packs it."""
+    """All linears of a config, in checkpoint order. lm_head is not among them, because nothing packs it."""
     return tuple(
         _linear(name.removesuffix(".weight"), *spec.shape)
         for name, spec in names.tensors(config).items()
@@ -22,8 +22,8 @@ def linears(config: Config) -> tuple[Linear, ...]:
 
 
 def excludable(config: Config) -> tuple[str, ...]:
-    """Modules that an exclude list has to name where they are not quantised, in checkpoint order: linears,
-    convolutions and lm_head. The router is no linear layer for any loader.
+    """Modules that an exclude list must name if they are not quantised, in checkpoint order: linears,
+    convolutions and lm_head. Loaders do not treat the router as a linear layer.
     """
     modules = (name.removesuffix(".weight") for name in names.tensors(config) if name.endswith(".weight"))
     return tuple(m for m in modules if m.endswith(("_proj", ".conv1d")) or m == _HEAD)

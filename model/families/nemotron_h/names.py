@@ -1,4 +1,4 @@
-"""Every tensor of a NemotronH checkpoint in hub layout, from its config.json alone.
+"""Every tensor of a NemotronH checkpoint in hub layout, derived from its config.json.
 
 Shapes follow the published checkpoint of Nemotron 3 Nano (6,243 tensors for the real config). `D` below is
 the hidden size.
@@ -11,14 +11,14 @@ from typing import Any
 
 from model.families.family import Spec
 
-# What the published BF16 checkpoint keeps in float32: rounding any of these to BF16 changes the model's
-# function.
+# Endings of tensors that are float32 in the published BF16 checkpoint: rounding any of these to BF16 changes
+# the model's function.
 FLOAT32 = ("A_log", "D", "e_score_correction_bias")
-# What NVIDIA's NVFP4 checkpoint keeps in float32 beside its scales; A_log and D are BF16 there.
+# Endings of float32 tensors in NVIDIA's NVFP4 checkpoint, besides scales; A_log and D are BF16 there.
 FLOAT32_NVFP4 = ("gate.weight", "e_score_correction_bias")
 LETTERS = {"M": "mamba", "*": "attention", "E": "experts"}
 
-_HUB, _NATIVE = "backbone", "model"  # what the names of everything but lm_head begin with
+_HUB, _NATIVE = "backbone", "model"  # prefix of every name but lm_head's
 EMBEDDINGS = f"{_HUB}.embeddings.weight"
 FINAL_NORM = f"{_HUB}.norm_f.weight"
 HEAD = "lm_head.weight"
@@ -33,8 +33,8 @@ _GROUPS = (
 
 
 def pattern(config: dict[str, Any]) -> str:
-    """The layers, a letter each: M Mamba-2, * attention, E experts. Raises ValueError on a config without
-    it.
+    """The layers, one letter each: M Mamba-2, * attention, E experts. Raises ValueError if the config has no
+    pattern.
     """
     letters: str | None = config.get("hybrid_override_pattern")
     if not letters:
@@ -45,8 +45,8 @@ def pattern(config: dict[str, Any]) -> str:
 
 
 def tensors(config: dict[str, Any], float32: tuple[str, ...] = FLOAT32) -> dict[str, Spec]:
-    """Hub name -> shape and dtype of every tensor of the unquantised checkpoint that `config` describes:
-    BF16, and F32 where a name ends in one of `float32`.
+    """Hub name -> shape and dtype of every tensor of the unquantised checkpoint of `config`. The dtype is F32
+    if the name ends in one of `float32`, else BF16.
     """
     d, vocabulary = config["hidden_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {EMBEDDINGS: (vocabulary, d)}
@@ -101,8 +101,8 @@ def _experts(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def native(name: str) -> str:
-    """Hub name -> name in the native transformers class; an expert's matrix maps to the stack that holds
-    it. A native name stays as it is.
+    """Hub name -> name in the native transformers class. An expert's matrix maps to its stack. A native name
+    stays as it is.
     """
     parts = name.split(".")
     if parts[0] == _HUB:
@@ -113,8 +113,8 @@ def native(name: str) -> str:
 
 
 def hub(name: str, expert: int | None = None) -> str:
-    """Native name -> hub name. In a stack `expert` says which matrix is meant: the hub has a name for each.
-    A hub name stays as it is.
+    """Native name -> hub name. For a stack `expert` selects the matrix, because the hub has one name per
+    matrix. A hub name stays as it is.
     """
     parts = name.split(".")
     if parts[0] == _NATIVE:
@@ -123,20 +123,20 @@ def hub(name: str, expert: int | None = None) -> str:
 
 
 def expert(name: str) -> int | None:
-    """Which expert a hub name is of; None for what is in no stack."""
+    """Index of the expert that a hub name belongs to; None for a tensor outside of the stacks."""
     parts = name.split(".")
     index = _stack_index(parts)
     return None if index is None else int(parts[index + 1])
 
 
 def layer(name: str) -> int | None:
-    """Which layer a name of either form is of; None for what is in none."""
+    """Index of the layer that a name of either form belongs to; None for a tensor outside of the layers."""
     parts = name.split(".")
     return int(parts[2]) if parts[1:2] == ["layers"] else None
 
 
 def in_layer(name: str, number: int) -> str:
-    """The name, in either form, that a layer's tensor would have in layer `number`."""
+    """The name, in either form, of the same tensor in layer `number`."""
     parts = name.split(".")
     return ".".join([*parts[:2], str(number), *parts[3:]])
 
@@ -154,6 +154,6 @@ def group(name: str) -> str:
 
 
 def _stack_index(parts: list[str]) -> int | None:
-    """Where in a split hub name the stack of experts stands."""
+    """Index of the part `experts` in a split hub name; None if no expert's number follows it."""
     index = parts.index("experts") if "experts" in parts else len(parts)
     return index if parts[index + 1 : index + 2] and parts[index + 1].isdigit() else None

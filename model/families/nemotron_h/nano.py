@@ -1,5 +1,6 @@
-"""The shape of Nemotron 3 Nano 30B-A3B: its layers and widths, in the words of the hub's config.json. What
-is measured or compiled before the 63 GB are downloaded has this shape."""
+"""The shape of Nemotron 3 Nano 30B-A3B: its layers and widths, with the keys of the hub's config.json.
+Whatever is measured or compiled before the 63 GB are downloaded has this shape.
+"""
 
 from typing import Any
 

@@ -1,13 +1,15 @@
-"""The native transformers class of NemotronH, loaded with every repair that makes it compute what the
-checkpoint means.
+"""The native transformers class of NemotronH, loaded with every repair that it needs to compute the
+checkpoint's function.
 
-Out of the box the class computes another function than the checkpoint's own code and vLLM, without a word:
+Unrepaired the class silently computes another function than the checkpoint's own code and vLLM:
+
 - its mixers clamp dt at `time_step_min` (0.001); the checkpoint's code and vLLM do not clamp at all;
 - loading in BF16 rounds A_log and D, which the checkpoint stores in float32;
-- under autocast the router's logits fall to BF16, whose spacing at the size of a real correction bias (56.7)
+- under autocast the router's logits become BF16, whose spacing at the size of a real correction bias (56.7)
   is 0.25, more than all of that bias's spread;
 - transformers before 5.15.1 sums the inter-chunk states over the wrong axis (exact up to token 127, wrong
   after).
+
 `load` repairs the first three and refuses the fourth.
 """
 
@@ -46,8 +48,8 @@ def check_version(version: str) -> None:
 
 
 def skeleton(config: Config) -> Model:
-    """The class's own model of a config.json in hub form, freshly initialised on torch's default device, as
-    transformers makes it. Raises FamilyError where this transformers loses the state between chunks.
+    """The class's own model of a config.json in hub form, initialised by transformers on torch's default
+    device. Raises FamilyError if this transformers loses the state between chunks.
     """
     import transformers
 
@@ -63,9 +65,7 @@ def build(config: Config) -> nn.Module:
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
-    """The model of a hub-layout checkpoint, in evaluation mode. For training it is loaded by
-    model/assemble.py.
-    """
+    """The model of a hub-layout checkpoint, in evaluation mode. model/assemble.py loads it for training."""
     import transformers
 
     check_version(transformers.__version__)
@@ -85,7 +85,7 @@ def repair(model: nn.Module) -> nn.Module:
             " knows"
         )
     for mixer in mixers:
-        # of the class's own forward, which generation still takes
+        # for the class's own forward, which generation still uses
         mixer.time_step_limit = (0.0, float("inf"))
         mamba.attach(mixer)
     for module in model.modules():
@@ -97,8 +97,8 @@ def repair(model: nn.Module) -> nn.Module:
 
 
 def attach(model: nn.Module) -> None:
-    """Repairs a model and gives it our mixers, norms, experts and attention; its weights may be filled
-    before or after.
+    """Repairs a model and installs our mixers, norms, experts and attention. Its weights may be filled before
+    or after.
     """
     repair(model)
     for module in model.modules():
@@ -118,7 +118,7 @@ def stored_exactly(name: str) -> bool:
 
 
 def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """What a model of random weights has in a tensor; None where normal numbers do."""
+    """A tensor's value in a model of random weights; None for normal random numbers."""
     module, _, last = name.rpartition(".")
     match last:
         case "A_log":
@@ -133,9 +133,7 @@ def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
 
 
 def restore_float32(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Puts the tensors that the checkpoint holds in float32 back as they are on disk, whatever dtype the
-    model was loaded in.
-    """
+    """Loads the checkpoint's float32 tensors again unrounded, whatever dtype the model was loaded in."""
     for name in checkpoint.entries:
         if name.rsplit(".", 1)[-1] in FLOAT32:
             path, attribute = native(name).rsplit(".", 1)
@@ -158,7 +156,7 @@ def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def class_config(config: Config) -> Config:
-    """A hub config without the keys that name remote code or repeat what the class knows."""
+    """A hub config without the keys that name remote code or repeat defaults of the class."""
     return {
         key: value
         for key, value in config.items()

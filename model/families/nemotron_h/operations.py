@@ -1,8 +1,8 @@
-"""How much one training step computes for a document, from config.json alone.
+"""How many operations one training step takes for a document, from config.json alone.
 
-Counted are the operations of matrix products, two per multiply-add, as bench/operations.py counts them part
-by part. LoRA's own products are left out: at rank 16 on all targets they are about 1 % of the step, and
-they grow with the tokens as the rest does.
+Operations of matrix products are counted, two per multiply-add, as bench/operations.py counts them part by
+part. LoRA's own products are left out: at rank 16 on all targets they are about 1 % of the step, and they
+grow with the tokens as the rest does.
 """
 
 from __future__ import annotations

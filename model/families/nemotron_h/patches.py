@@ -1,33 +1,31 @@
-"""Repairs to the hub's own modeling_nemotron_h.py, for runs with trust_remote_code=True.
+"""Repairs the hub's own modeling_nemotron_h.py, for runs with trust_remote_code=True.
 
     python -m model.families.nemotron_h.patches FILE_OR_FOLDER [--check]
 
-This project itself uses the class inside transformers (model/families/nemotron_h/native.py) and never runs
-the hub's file, which is NVIDIA's, is downloaded under its own licence and is not in this repository. The
-sites are found by regular expression, since copies of the file differ around them:
+This project itself uses the class in transformers (model/families/nemotron_h/native.py) and never runs the
+hub's file. That file is NVIDIA's, is downloaded under its own licence and is not in this repository. Copies
+of the file differ around the sites, so the sites are found by regular expression:
 
-- a norm: without mamba-ssm the import is an ImportError. In its place comes the gated norm in plain torch,
-  for any device: the gate before the norm, the mean square per group. mamba-ssm stays in use where it
-  imports.
-- b router: under autocast its logits fall to BF16, whose spacing at the size of a real correction bias is
-  more than that bias's spread.
-- b sum: index_add_ refuses an expert's output in another dtype than its buffer. Alone it would only hide a
-  router in BF16.
-- c idle input: the input made up for an expert that no token chose has the dtype of that expert's weight,
-  which in 4 bits is uint8: no gradient goes through integers, so that its parameters would not count as used
-  after all. It gets the dtype of a real input.
-- d idle call: that call adds exactly zero (relu2, no biases, an input of zeros). It is there so that every
-  parameter is used on every rank: DDP waits for a gradient of each, and FSDP gathers an expert's weights on
-  all ranks at once. Where torch.distributed is initialised it stays; elsewhere it is dropped, since it reads
-  the weights of all idle experts (122 of 128 a layer for one generated token) to add zero. Without it an idle
-  expert's gradient is None instead of zero, so that AdamW leaves the expert alone in that step instead of
-  decaying it.
-- e tied keys: transformers 5 asks `_tied_weights_keys` for `.keys()` when it saves, after the configs are
-  written; a list has none. A class that sets no such keys needs nothing.
-- f stream: the block asks for a CUDA stream also where its tensors are not on a CUDA device.
+- a norm: without mamba-ssm the file raises ImportError. The repair defines the gated norm in plain torch, for
+  any device: the gate before the norm, the mean square per group. mamba-ssm is still used if it imports.
+- b router: under autocast the router's logits become BF16, whose spacing at the size of a real correction
+  bias is more than the spread of that bias.
+- b sum: index_add_ refuses an expert's output of another dtype than its buffer. On its own this repair would
+  only hide a router in BF16.
+- c idle input: an expert that no token chose gets an input with the dtype of its weight, which in 4 bits is
+  uint8. No gradient passes through integers, so its parameters would still count as unused. The input gets
+  the dtype of a real one.
+- d idle call: that call adds exactly zero (relu2, no biases, an input of zeros). It makes every rank use
+  every parameter: DDP waits for a gradient of each, and FSDP gathers an expert's weights on all ranks at
+  once. It stays if torch.distributed is initialised. Otherwise it is dropped, because it reads the weights
+  of all idle experts (122 of 128 per layer for one generated token) to add zero. Without it an idle expert's
+  gradient is None instead of zero, so AdamW skips the expert in that step instead of decaying it.
+- e tied keys: transformers 5 calls `_tied_weights_keys.keys()` when it saves, after it has written the
+  configs; a list has no keys. A class without `_tied_weights_keys` needs no repair.
+- f stream: the block requests a CUDA stream even if its tensors are not on a CUDA device.
 
-A file is written whole or not at all: every site must be found exactly once, as it was or as it becomes,
-and the result must parse. Only the standard library is needed.
+A file is written completely or not at all: every site must be found exactly once, in its original or patched
+form, and the result must parse. Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -62,13 +60,13 @@ STREAM = "torch.cuda.stream(torch.cuda.default_stream(hidden_states.device))"
 
 
 class PatchError(ValueError):
-    """A file that is not patched; the message says what was found, what was expected and what to do."""
+    """A file that cannot be patched. The message says what was found, what was expected and what to do."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place in the file: how it looks `before`, how it looks when it is `there`, and the text that
-    replaces a match of `before`.
+    """One place in the file. `original` matches the hub's text, `patched` the repaired text, and
+    `replacement` makes the second from a match of the first.
     """
 
     name: str
@@ -80,8 +78,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a site. `line`: where it was found, several if it was found more than once, empty if
-    nowhere.
+    """The state of a site. `line`: where it was found; several lines if found more than once, empty if not
+    found.
     """
 
     site: str
@@ -175,14 +173,14 @@ SITES = (
 
 
 def survey(text: str) -> list[Row]:
-    """One row a site, in the order of SITES. Raises PatchError for a text that is not the hub's file."""
+    """One row per site, in the order of SITES. Raises PatchError if the text is not the hub's file."""
     _check_known(text)
     return [_row(site, text) for site in SITES]
 
 
 def patched(text: str) -> str:
-    """The text with every site as it should be. Raises PatchError unless each is found exactly once, and
-    for a text that is not the hub's file.
+    """The text with every site patched. Raises PatchError unless each site is found exactly once, and if the
+    text is not the hub's file.
     """
     rows = survey(text)
     if odd := [row for row in rows if row.state not in (TO_PATCH, THERE)]:
@@ -205,11 +203,12 @@ def patched(text: str) -> str:
 
 
 def patch(path: Path, check: bool = False) -> tuple[list[Row], str]:
-    """Patches one file, unless `check`. Returns its rows and why it was refused, empty if it was not.
+    """Patches one file, or with `check` only inspects it. Returns its rows, and why it was refused (empty if
+    it was not).
 
-    The new text is written beside the file and renamed over it, with its mode. A link, as in the hub's
-    cache, is replaced by a file, so that the blob it points to stays what its name says. Raises OSError,
-    and PatchError for a file that is not the hub's.
+    The new text is written beside the file and renamed over it, with the same mode. A link, as in the hub's
+    cache, is replaced by a file, so that the blob behind it keeps the content that its name promises. Raises
+    OSError, and PatchError for a file that is not the hub's.
     """
     try:
         text = path.read_bytes().decode()
@@ -238,8 +237,8 @@ def patch(path: Path, check: bool = False) -> tuple[list[Row], str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a table a file. Returns 0 if every site of every file is as it should be, else 1 (so
-    `--check` of an unpatched file is 1).
+    """Prints one table per file. Returns 0 if every site of every file is patched, else 1 (so `--check` of an
+    unpatched file gives 1).
     """
     parser = argparse.ArgumentParser(
         prog="python -m model.families.nemotron_h.patches",

@@ -24,7 +24,7 @@ import json
 from model.families.serve import Serve, Served, Serving, ServingError, kv_cache, version
 
 SERVED_NAME = "nemotron-nano"
-BASE_NAME = "nemotron-nano-base"  # where the adapter is added at run time and has the name that clients know
+BASE_NAME = "nemotron-nano-base"  # if an adapter with SERVED_NAME is added at run time
 THINKING_OFF = {"enable_thinking": False}
 OLDEST = (0, 12)
 RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -32,8 +32,8 @@ ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
 def limits(vllm: str, checkpoint: Served) -> list[ServingError]:
-    """Everything that one vLLM version cannot serve right of `checkpoint`. Raises ServingError if `vllm`
-    is no version.
+    """Every reason why this vLLM version cannot serve `checkpoint` correctly. Raises ServingError if `vllm`
+    is not a version.
     """
     release = version(vllm)
     errors = []
@@ -80,8 +80,8 @@ def limits(vllm: str, checkpoint: Served) -> list[ServingError]:
 
 
 def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Serve:
-    """The flags that version, device, checkpoint and KV cache decide, within the version's limits; name
-    and sizes are the caller's.
+    """The flags that depend on version, device, checkpoint and KV cache, within the version's limits. The
+    caller adds name and sizes.
     """
     release, nvfp4 = version(vllm), checkpoint.layout is not None
     args = ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder"]
@@ -114,8 +114,8 @@ def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Se
         ]
     dtype = ["--kv-cache-dtype", kv_cache(vllm, device, checkpoint, cache).dtype]
     if device == "cpu":
-        # BF16 for NVFP4, which is what its emulation computes in; float32 elsewhere, so that answers are the
-        # model's own.
+        # BF16 for NVFP4, because its emulation computes in BF16; float32 otherwise, so that answers are not
+        # affected by rounding.
         args += [
             "--dtype",
             "bfloat16" if nvfp4 else "float32",
@@ -123,8 +123,7 @@ def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Se
             "--enforce-eager",
             "--no-enable-prefix-caching",
         ]
-        # A bounded spin, since OpenMP's threads otherwise slow whatever else the machine does, and themselves
-        # (bench/busy.py).
+        # A bounded spin: OpenMP's threads otherwise slow down other processes and themselves (bench/busy.py).
         return Serve(
             args,
             {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "GOMP_SPINCOUNT": "30000"},
@@ -140,7 +139,9 @@ def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Se
 
 
 def layout_of(packed: set[str]) -> str:
-    """The layout of quantised modules, as far as flags depend on it: whether a Mamba in_proj is one."""
+    """The layout of the quantised modules `packed`, as far as flags depend on it: whether a Mamba in_proj is
+    quantised.
+    """
     return "nvidia" if any(module.endswith(".in_proj") for module in packed) else "conservative"
 
 

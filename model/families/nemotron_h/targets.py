@@ -1,4 +1,4 @@
-"""What LoRA is put on: presets of linears."""
+"""Presets of linears that LoRA is put on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from model.families.nemotron_h.linears import linears
 
 _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")},
-    # Not out_proj: peft refuses to load an adapter on it, since the class's own fused kernel reads its weight
-    # past the module.
+    # Not out_proj: PEFT refuses to load an adapter on it, because the class's fused kernel reads its weight
+    # directly, without calling the module.
     "mamba": {"target_modules": ("in_proj",)},
     "experts": {
         "target_modules": ("shared_experts.up_proj", "shared_experts.down_proj"),
@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def targets(config: Config, preset: str) -> Targets:
-    """What `preset` puts LoRA on in a model of `config`. Raises FamilyError if any of it matches nothing."""
+    """The LoRA targets of `preset` in a model of `config`. Raises FamilyError if one matches nothing."""
     if preset not in PRESETS:
         raise FamilyError(f"there is no target preset {preset!r}; there are {', '.join(PRESETS)}")
     suffixes, present = PRESETS[preset], {linear.module for linear in linears(config)}
@@ -44,7 +44,7 @@ def targets(config: Config, preset: str) -> Targets:
 
 
 def targeted(config: Config, preset: str) -> list[Linear]:
-    """The linears that `preset` puts LoRA on, in checkpoint order; none of what the model does not have.
+    """The linears that `preset` puts LoRA on, in checkpoint order; parts that match nothing are skipped.
     Raises FamilyError for an unknown preset.
     """
     if preset not in PRESETS:

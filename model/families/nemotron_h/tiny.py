@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# The real model's layer-1 correction bias lies in 56.722-56.789: BF16 would make all values equal. Ours is as
-# delicate.
+# The real model's layer-1 correction bias lies in 56.722-56.789: BF16 would make all values equal. The
+# tiny model's lies there too.
 BIAS_LOW, BIAS_HIGH = 56.722, 56.789
 
 
@@ -83,7 +83,9 @@ def config(pattern: str, hidden: int, experts: int, vocabulary: int) -> dict[str
 
 
 def delicate_biases(model: nn.Module, seed: int) -> None:
-    """Gives every router a correction bias as close together, and as far from zero, as the real model's."""
+    """Gives every router correction biases that are as close together, and as far from zero, as the real
+    model's.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
