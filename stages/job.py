@@ -1,4 +1,4 @@
-"""What every stage shares: reading its job, and the JSON lines it prints (docs/formats.md)."""
+"""What every stage shares: reading the job file, and printing events as JSON lines (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ T = TypeVar("T", bound="DataclassInstance")
 @dataclass(frozen=True)
 class Job:
     """One run of one stage. Folders under `inputs` and `sources` are read-only; `output` starts empty.
-    `previous` is the stage's newest artifact, made under another key, for a stage whose contract asks for it.
+
+    `previous` is the newest artifact that the stage made under another key. Only a stage whose contract asks
+    for it gets one.
     """
 
     stage: str
@@ -43,7 +45,7 @@ class Job:
 
 
 class StageError(Exception):
-    """A failure the user can mend: what was found, what was expected, what to do."""
+    """A failure that the user can mend: what was found, what was expected, what to do."""
 
     def __init__(self, found: str, expected: str, remedy: str):
         super().__init__(f"{found}; expected {expected}. {remedy}")
@@ -70,6 +72,7 @@ def typed(kind: type[T], params: dict[str, Any]) -> T:
 
 
 def read(path: str | Path) -> Job:
+    """The job in the job file `path`."""
     raw = json.loads(Path(path).read_text())
     return Job(
         stage=raw["stage"],
@@ -95,23 +98,26 @@ def _emit(event: str, **values: Any) -> None:
 
 
 def progress(done: float, total: float | None, unit: str, note: str = "") -> None:
+    """Prints how much of `total` is done, counted in `unit`; `total` is None where it is not known."""
     _emit("progress", done=done, total=total, unit=unit, note=note)
 
 
 def metric(name: str, value: float, step: int | None = None) -> None:
+    """Prints a measured value; `step` is the training step that it belongs to."""
     _emit("metric", name=name, value=value, step=step)
 
 
 def warning(message: str, remedy: str = "") -> None:
+    """Prints what the user should know, and what to do about it. The stage goes on."""
     _emit("warning", message=message, remedy=remedy)
 
 
 def main(run: Callable[[Job], None]) -> None:
-    """Runs a stage from `python -m stages.<name> job.json`: exit 0, or an `error` event and exit 1."""
+    """Runs a stage for `python -m stages.<name> job.json`. Exits with 1 after an `error` event."""
     global _events
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m stages.{Path(sys.argv[0]).parent.name} job.json")
-    # Libraries print to stdout as they like; the events keep the real one for themselves.
+    # Libraries may print to stdout. So events get a copy of the real stdout, and stdout goes to stderr.
     _events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
@@ -131,8 +137,8 @@ def main(run: Callable[[Job], None]) -> None:
 
 
 def _place(error: Exception) -> str:
-    """The last line of this repository that an exception came through, such as `
-    (stages/data/prepare.py:40)`.
+    """The innermost line of this repository in the traceback, such as ` (stages/data/prepare.py:40)`; ""
+    if there is none.
     """
     root = Path(__file__).resolve().parents[1]
     frames = [

@@ -3,9 +3,10 @@
 from stages import job
 from stages.base import folder, hub, make
 from stages.base.parameters import Parameters
+from stages.job import Job
 
 
-def run(task: job.Job) -> None:
+def run(task: Job) -> None:
     {"hub": hub.run, "folder": folder.run, "tiny": make.run}[task.parameters(Parameters).source](task)
 
 

@@ -13,15 +13,16 @@ from model.families import registry
 from model.families.unknown import UnknownFamily
 from model.weights.checkpoint import Checkpoint
 from stages import job
+from stages.job import Job, StageError
 
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def run(task: job.Job) -> None:
+def run(task: Job) -> None:
     """Checks the folder of the recipe and links (or copies) its files into the output."""
     paths = task.sources.get("folder", [])
     if len(paths) != 1 or not paths[0].is_dir():
-        raise job.StageError(
+        raise StageError(
             f"source folder is {[str(p) for p in paths] or 'missing'}",
             "one checkpoint folder",
             "Name it in the recipe: `sources: {folder: PATH}`",
@@ -38,7 +39,7 @@ def check(folder: Path) -> None:
     """
     for name in NEEDED:
         if not (folder / name).exists():
-            raise job.StageError(
+            raise StageError(
                 f"{folder.name} has no {name}",
                 "a checkpoint folder with " + ", ".join(NEEDED),
                 "Download the whole repository",
@@ -46,15 +47,15 @@ def check(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise job.StageError(
+        raise StageError(
             f"config.json is not JSON: {error}", "the published config.json", "Download it again"
         ) from error
     try:
         registry.of(config)
     except UnknownFamily as error:
-        raise job.StageError(error.found, error.expected, error.remedy) from error
+        raise StageError(error.found, error.expected, error.remedy) from error
     if config.get("quantization_config") or (folder / audit.QUANT).exists():
-        raise job.StageError(
+        raise StageError(
             "a checkpoint that is already quantised",
             "the BF16 checkpoint it was made from",
             "LoRA needs gradients through exact weights, and a merge into 4-bit weights rounds the adapter"
@@ -79,7 +80,7 @@ def finite(checkpoint: Checkpoint) -> None:
 
 def refuse(faults: list[audit.Finding]) -> NoReturn:
     first, more = faults[0], f", and {len(faults) - 1} more" if faults[1:] else ""
-    raise job.StageError(f"{first.subject}: {first.found}{more}", first.expected, first.remedy)
+    raise StageError(f"{first.subject}: {first.found}{more}", first.expected, first.remedy)
 
 
 def place(source: Path, output: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from stages import job
 from stages.base import folder
 from stages.base.parameters import Parameters
+from stages.job import Job, StageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,7 @@ WANTED = ("*.json", "*.jinja", "*.safetensors", "*.py", "*.model", "LICENSE*", "
 BLOCK = 16 * 1024 * 1024
 
 
-def run(task: job.Job) -> None:
+def run(task: Job) -> None:
     """Downloads into the scratch folder, which the next attempt finds again, then moves whole and checked
     files to the output.
     """
@@ -40,9 +41,9 @@ def run(task: job.Job) -> None:
     params = task.parameters(Parameters)
     repository, commit = params.repository, params.commit
     if not repository:
-        raise job.StageError("no `repository`", "one such as owner/name", "Name it in the recipe")
+        raise StageError("no `repository`", "one such as owner/name", "Name it in the recipe")
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
-        raise job.StageError(
+        raise StageError(
             f"commit {commit!r}",
             "40 hex digits",
             "Branches and tags move; take the commit from the repository's history",
@@ -66,7 +67,7 @@ def run(task: job.Job) -> None:
         status = getattr(getattr(error, "response", None), "status_code", None) or getattr(
             error, "strerror", None
         )
-        raise job.StageError(
+        raise StageError(
             f"{type(error).__name__}{f' {status}' if status else ''} while downloading {repository}",
             "the files of that commit",
             "Run again: what has arrived is kept. 401 or 403 want a token with access (secret hf_token), 404"
@@ -123,7 +124,7 @@ def fetch(
     found, expected = digest(path, file), announced(file) or "none"
     if found != expected:
         path.unlink()
-        raise job.StageError(
+        raise StageError(
             f"{file.rfilename} has digest {found[:12]}",
             f"{expected[:12]}, which the hub announces for this commit",
             "Run again to download it anew; if it comes back, something between here and the hub changes"

@@ -15,6 +15,7 @@ from stages import dataset, job
 from stages.base import teach, tiny
 from stages.base import tokenizer as words
 from stages.base.parameters import Parameters
+from stages.job import Job, StageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from model.layers.structure import Model
 
 
-def run(task: job.Job) -> None:
+def run(task: Job) -> None:
     """Writes a taught tiny checkpoint into the job's output."""
     params = task.parameters(Parameters)
     conversations = read(task.sources.get("lessons", []))
@@ -40,7 +41,7 @@ def run(task: job.Job) -> None:
     model.set_experts_implementation("eager")
     short = [row for row in lessons if len(row.input_ids) <= params.short_tokens]
     if not short:
-        raise job.StageError(
+        raise StageError(
             f"no lesson has {params.short_tokens} tokens or fewer",
             "short lessons to begin with",
             "Raise short_tokens, or add short lessons",
@@ -64,7 +65,7 @@ def run(task: job.Job) -> None:
         try:
             teach.teach(model, rows, steps, batch_tokens, learning_rate, task.seed, on_step)
         except FloatingPointError as error:
-            raise job.StageError(str(error), "a finite loss", "Lower learning_rate") from error
+            raise StageError(str(error), "a finite loss", "Lower learning_rate") from error
         done += steps
     tiny.save(model, description, task.output)
 
@@ -73,7 +74,7 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
     """The lessons of JSONL files, or of folders of them. Raises StageError by file and line."""
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
-        raise job.StageError(
+        raise StageError(
             "no lessons",
             "JSONL files in `sources: {lessons: [...]}`",
             "Name them in the recipe; the sample's are data/sample/lessons.jsonl",
@@ -84,7 +85,7 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
             try:
                 row["messages"][0]["role"]
             except (LookupError, TypeError) as error:
-                raise job.StageError(
+                raise StageError(
                     f"{file.name}:{number} is not a conversation ({error})",
                     'a line such as {"messages": [...]}',
                     "Mend or remove that line",
@@ -96,17 +97,17 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
 def check_sizes(params: Parameters) -> None:
     """Raises StageError for sizes that NVFP4 or 4-bit training could not hold, before anything is built."""
     if params.hidden % 128:
-        raise job.StageError(
+        raise StageError(
             f"hidden {params.hidden}",
             "a multiple of 128",
             "4-bit training and NVFP4 need widths in multiples of 64 after halving",
         )
     if unknown := set(params.pattern) - set("M*E"):
-        raise job.StageError(
+        raise StageError(
             f"pattern {params.pattern!r} with {sorted(unknown)}", "letters M, * and E", "Change `pattern`"
         )
     if "*" not in params.pattern:
-        raise job.StageError(
+        raise StageError(
             f"pattern {params.pattern!r}", "at least one attention layer (*)", "Change `pattern`"
         )
 
@@ -135,7 +136,7 @@ def rendered(conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizer
         try:
             rows.append(render(tokenizer, row["messages"], row.get("tools")))
         except ChatError as error:
-            raise job.StageError(
+            raise StageError(
                 f"lesson {number}: {error}", "a conversation the template can render", "Mend or remove it"
             ) from error
     random.Random(0).shuffle(rows)

@@ -1,4 +1,4 @@
+from stages import job
 from stages.data.prepare import run
-from stages.job import main
 
-main(run)
+job.main(run)

@@ -1,4 +1,4 @@
-from stages.job import main
+from stages import job
 from stages.merge.merge import run
 
-main(run)
+job.main(run)

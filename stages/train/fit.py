@@ -21,6 +21,7 @@ from model.layers import determinism, kernel_watch, recompute, tuning
 from model.weights.checkpoint import Checkpoint
 from model.weights.shards import Shards
 from stages import dataset, job
+from stages.job import Job, StageError
 from stages.train import checkpoints, guard, memory, picture, ranks, sizes
 from stages.train.board import Board
 from stages.train.loop import History, Loop
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from model.layers.structure import Model
 
 
-def run(task: job.Job) -> None:
+def run(task: Job) -> None:
     """Trains and writes `adapter/`, `training.json`, `loss.jsonl`, `loss.png` and `tensorboard/`."""
     began, params = time.monotonic(), task.parameters(Parameters)
     guard.enough(params.steps)
@@ -80,7 +81,7 @@ def read(path: Path, may_be_empty: bool = False) -> list[dict[str, Any]]:
         for n, (_, row) in enumerate(dataset.read(path))
     ]
     if not rows and not may_be_empty:
-        raise job.StageError(
+        raise StageError(
             f"{path.name} has no rows",
             "at least one conversation",
             "Look at stats.json and rejects.jsonl of stage data",
@@ -93,12 +94,12 @@ def lengths(rows: list[dict[str, Any]]) -> list[int]:
     return [len(row["input_ids"]) for row in rows]
 
 
-def adapted(task: job.Job, group: ranks.Ranks) -> Model:
+def adapted(task: Job, group: ranks.Ranks) -> Model:
     """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
     params = task.parameters(Parameters)
     form = memory.METHODS[params.method]
     if params.sharded and group.world == 1:
-        raise job.StageError(
+        raise StageError(
             "sharded with one process",
             "several that hold the base between them",
             "Set ranks to the number of GPUs, or leave sharded out",
@@ -107,7 +108,7 @@ def adapted(task: job.Job, group: ranks.Ranks) -> Model:
     try:
         checkpoint = Checkpoint(task.inputs["base"])
         if packed := [name for name in checkpoint.entries if name.endswith("weight_scale_2")]:
-            raise job.StageError(
+            raise StageError(
                 f"a base whose weights are in NVFP4 already ({packed[0]})",
                 "the BF16 checkpoint",
                 "Give stage base the BF16 checkpoint, and train with method nvfp4: it holds the weights on"
@@ -125,7 +126,7 @@ def adapted(task: job.Job, group: ranks.Ranks) -> Model:
         )
         adapt(model, params, task.seed)
     except (FamilyError, ValueError) as error:
-        raise job.StageError(str(error), "libraries and a model that fit", "See the message") from error
+        raise StageError(str(error), "libraries and a model that fit", "See the message") from error
     return model
 
 
@@ -138,7 +139,7 @@ def adapt(model: Model, params: Parameters, seed: int) -> None:
     if params.decoded_gb:
         count, size = assemble.keep_decoded(model, 1e9 * params.decoded_gb)
         if not count:
-            raise job.StageError(
+            raise StageError(
                 f"decoded_gb {params.decoded_gb:g}, in which no weights fit decoded",
                 "room for a stack of experts at least",
                 "Raise decoded_gb, or leave it out",
@@ -167,7 +168,7 @@ def loading(form: str) -> Callable[[int, int], None]:
 
 
 def rounding(
-    task: job.Job, model: Model, rows: list[dict[str, Any]], teacher: Teacher | None
+    task: Job, model: Model, rows: list[dict[str, Any]], teacher: Teacher | None
 ) -> Callable[[int], bool]:
     """What Loop calls before each step: from `qat_share` of the end on, adapted weights that the
     export will quantise go through its rounding.
@@ -179,14 +180,14 @@ def rounding(
     params = task.parameters(Parameters)
     first = params.steps - round(params.qat_share * params.steps)
     if params.qat_share and params.method != "lora":
-        raise job.StageError(
+        raise StageError(
             f"qat_share with method {params.method}",
             "method lora",
             "The export rounds BF16 weights: hold the base in BF16, or leave qat_share 0",
         )
     exported = assemble.exported(model)
     if teacher and not (params.qat_share and exported):
-        raise job.StageError(
+        raise StageError(
             "qat_loss teacher with nothing to learn from it",
             "a qat_share above 0, and targets that the export quantises",
             "Set qat_share (0.3, say) and targets experts or all, or leave qat_loss at labels",
@@ -216,7 +217,7 @@ def resume_from(scratch: Path) -> Path | None:
 
 
 def finish(
-    task: job.Job,
+    task: Job,
     model: Model,
     history: History,
     rows: list[dict[str, Any]],
@@ -282,7 +283,7 @@ def finish(
         found = f"the loss fell by {drop:.0%}, from {first:.3f} to {last:.3f}"
         wanted = f"at least {params.min_loss_drop:.0%}"
         if params.require_loss_drop:
-            raise job.StageError(
+            raise StageError(
                 found, wanted, "Train for more steps, raise rank or learning_rate, or choose targets: all"
             )
         job.warning(

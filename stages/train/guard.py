@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages import job
+from stages.job import StageError
 
 # steps: B begins at zero and blocks A's gradient on the first, and the warm-up may begin at a rate of zero
 LOOKED_AT = 3
@@ -21,7 +21,7 @@ def enough(steps: int) -> None:
     trains nothing, and says so.
     """
     if 0 < steps < LOOKED_AT:
-        raise job.StageError(
+        raise StageError(
             f"steps = {steps}",
             f"{LOOKED_AT} or more, after which every adapter tensor has to have moved",
             "Set steps to 3 or more, or to 0 for an adapter that is left as it begins",
@@ -51,7 +51,7 @@ class Guard:
         norm = nn.utils.get_total_norm(list(gradients.values()))
         if not torch.isfinite(norm):
             name = next(name for name, each in gradients.items() if not torch.isfinite(each.norm()))
-            raise job.StageError(
+            raise StageError(
                 f"the gradient of {name} is not finite at step {step + 1}",
                 "finite gradients",
                 "Lower learning_rate or max_grad_norm",
@@ -73,7 +73,7 @@ class Guard:
         )
         self.start.clear()
         if names := idle or still:
-            raise job.StageError(
+            raise StageError(
                 f"{len(names)} of {len(self.tensors)} adapter tensors"
                 f" {'have no gradient' if idle else 'have not changed'} after {LOOKED_AT} steps, first"
                 f" {names[0]}",

@@ -23,6 +23,7 @@ from torch import nn
 from model import adapter, assemble
 from model.families import registry
 from stages import job
+from stages.job import Job, StageError
 from stages.train import checkpoints
 from stages.train.guard import Guard, finite
 from stages.train.pack import Order, Pack, layouts, share, trained_tokens
@@ -80,7 +81,7 @@ class Loop:
 
     def __init__(
         self,
-        task: job.Job,
+        task: Job,
         model: Model,
         rows: list[dict[str, Any]],
         held_out: list[dict[str, Any]],
@@ -176,7 +177,7 @@ class Loop:
         self.ranks.sum([total, *gradients])
         value = total.item()
         if not math.isfinite(value):
-            raise job.StageError(
+            raise StageError(
                 f"loss is {value} at step {number + 1}, first in"
                 f" {finite(self.model, lambda: [self.loss(pack) for pack in made])}",
                 "a finite loss",
@@ -229,7 +230,7 @@ class Loop:
         self.model.train()
         value = total.item() / self.held_out_tokens
         if not math.isfinite(value):
-            raise job.StageError(
+            raise StageError(
                 f"held-out loss is {value} at step {done}",
                 "a finite loss",
                 "Lower learning_rate or max_grad_norm",

@@ -13,7 +13,7 @@ from model import layouts
 from model.families import registry
 from model.families.family import Linear
 from model.layers.projection import FORMS
-from stages import job
+from stages.job import StageError
 from stages.train.parameters import Parameters
 
 # method -> in which form the base is held; the most exact first
@@ -82,7 +82,7 @@ def check_rank(config: dict[str, Any], params: Parameters) -> None:
     linears = adapted(config, params.targets)
     narrow = min(linears, key=lambda linear: min(linear.out, linear.inside), default=None)
     if narrow and params.rank > min(narrow.out, narrow.inside):
-        raise job.StageError(
+        raise StageError(
             f"rank {params.rank}, and {narrow.weight} is {narrow.out} x {narrow.inside}",
             f"a rank of at most {min(narrow.out, narrow.inside)}",
             "Lower rank; 8 to 64 is usual, and memory and time grow with it",
@@ -99,7 +99,7 @@ def available(device: str) -> int:
         if line.startswith("MemAvailable:"):
             # torchrun's processes here share it
             return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    raise job.StageError("no MemAvailable in /proc/meminfo", "a Linux machine", "Run this stage on Linux")
+    raise StageError("no MemAvailable in /proc/meminfo", "a Linux machine", "Run this stage on Linux")
 
 
 def check(config: dict[str, Any], params: Parameters, device: str, count: int = 1) -> None:
@@ -107,7 +107,7 @@ def check(config: dict[str, Any], params: Parameters, device: str, count: int = 
     BF16 that are to be held decoded. `count` processes hold the base between them.
     """
     if params.decoded_gb and METHODS[params.method] == "bf16":
-        raise job.StageError(
+        raise StageError(
             f"decoded_gb with method {params.method}",
             "method qlora or nvfp4",
             "The method holds the weights in BF16 already: leave decoded_gb out",
@@ -131,7 +131,7 @@ def check(config: dict[str, Any], params: Parameters, device: str, count: int = 
     )
     method = next(fitting, None)
     said = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
-    raise job.StageError(
+    raise StageError(
         f"this run needs about {needed / 1e9:.0f} GB ({said}), and {room / 1e9:.0f} GB are free",
         "enough memory for the method",
         (

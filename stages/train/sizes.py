@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from stages import job
+from stages.job import StageError
 from stages.train.pack import Order
 
 # Tokens of a step on one GPU. Every step decodes all 4-bit weights, whatever its size: on an H100 a step of
@@ -23,7 +24,7 @@ def fitting(lengths: list[int], held_out: list[int], sequence_tokens: int, batch
         limits.append(("a step", "batch_tokens", batch_tokens, lengths))
     for whole, name, limit, tokens in limits:
         if long := [length for length in tokens if length > limit]:
-            raise job.StageError(
+            raise StageError(
                 f"{len(long)} conversations are longer than {whole}, the longest {max(long):,} tokens",
                 f"at most {limit:,} ({name})",
                 f"Set {name} to {max(long)} or more, or max_tokens of stage data to {limit} or less",

@@ -16,6 +16,7 @@ from model import assemble
 from model.families import registry
 from model.labels import IGNORED
 from stages import job
+from stages.job import Job, StageError
 from stages.train.pack import Pack, share
 from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
@@ -31,7 +32,7 @@ class Teacher:
     shares.
     """
 
-    def __init__(self, task: job.Job, ranks: Ranks):
+    def __init__(self, task: Job, ranks: Ranks):
         self.task, self.ranks = task, ranks
         self.kept: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -49,7 +50,7 @@ class Teacher:
         }
         if not files or whole != {file.name for file in files}:
             if not begins:
-                raise job.StageError(
+                raise StageError(
                     "no teacher in scratch",
                     "what was written when rounding set in",
                     "Delete this stage's scratch folder and train anew",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from model.families.nemotron_h import nano
 from model.layers import determinism, kernel_cache, kernel_watch
 from stages import job
+from stages.job import Job, StageError
 from stages.train import start
 from stages.train.parameters import Parameters
 
@@ -31,20 +32,20 @@ HELD_OUT = 2  # conversations: held-out losses are another path through the mode
 LENGTHS = range(150, 1400, 50)  # tokens of the conversations where stage data is not built
 
 
-def run(task: job.Job) -> None:
+def run(task: Job) -> None:
     """Writes `warm.json`: how many kernels were `compiled`, `loaded` and `tuned`, and the `folder` and
     `bytes` of what is kept.
 
     Raises StageError without a GPU, and where kernels cannot be kept.
     """
     if task.device != "cuda":
-        raise job.StageError(
+        raise StageError(
             f"device {task.device}",
             "cuda: only what a GPU runs is compiled",
             "Run this on the machine that will train, with a recipe that says gpu: cuda",
         )
     if (folder := kernel_cache.folder()) is None:
-        raise job.StageError(
+        raise StageError(
             "no folder in which kernels stay",
             f"one that can be written, named in {kernel_cache.FOLDER}",
             "build.py warm names one by itself; by hand:"
@@ -65,7 +66,7 @@ def run(task: job.Job) -> None:
     (task.output / "warm.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def train(task: job.Job) -> None:
+def train(task: Job) -> None:
     """Two steps and a held-out loss, by the loop of stage train."""
     from stages.train import fit
     from stages.train.loop import Loop
@@ -88,7 +89,7 @@ def train(task: job.Job) -> None:
     try:
         model = adapted(task, config)
     except ValueError as error:
-        raise job.StageError(str(error), "libraries and a shape that fit", "See the message") from error
+        raise StageError(str(error), "libraries and a shape that fit", "See the message") from error
     lengths = conversations(task)
     full, usual = fill(lengths, params.sequence_tokens), usual_step(task, lengths)
     rows = synthetic([*full, *usual, *sorted(lengths)[:HELD_OUT]], config["vocab_size"])
@@ -108,7 +109,7 @@ def two_steps(full: int, usual: int) -> Order:
     return Two([1] * (full + usual), 0, full)
 
 
-def shape(task: job.Job) -> dict[str, Any]:
+def shape(task: Job) -> dict[str, Any]:
     """The config of the recipe's base, cut to one layer of each kind; of Nemotron 3 Nano where the base is
     not built yet.
     """
@@ -131,7 +132,7 @@ def kinds(pattern: str) -> str:
     return "".join(chosen) + ("M*" if "M*" in pattern else "")
 
 
-def adapted(task: job.Job, config: dict[str, Any]) -> Model:
+def adapted(task: Job, config: dict[str, Any]) -> Model:
     """A model of random weights with its adapter, as stage train would make it."""
     import torch
 
@@ -147,7 +148,7 @@ def adapted(task: job.Job, config: dict[str, Any]) -> Model:
     return model
 
 
-def conversations(task: job.Job) -> list[int]:
+def conversations(task: Job) -> list[int]:
     """Tokens of the recipe's conversations; made-up ones where stage data is not built yet. None is longer
     than a packed sequence.
     """
@@ -172,7 +173,7 @@ def fill(lengths: list[int], capacity: int) -> list[int]:
     return chosen
 
 
-def usual_step(task: job.Job, lengths: list[int]) -> list[int]:
+def usual_step(task: Job, lengths: list[int]) -> list[int]:
     """The lengths of the recipe's first step."""
     from stages.train.pack import Order
 
