@@ -123,7 +123,7 @@ def proven(base: Path, adapter_folder: Path, output: Path) -> None:
     source = Checkpoint(base)
     changes = Adapter(adapter_folder, source)
     changed = stream(source, changes, output)
-    proof.files(source, Checkpoint(output), changes, changed)
+    proof.check_files(source, Checkpoint(output), changes, changed)
 
 
 def weights(base: Path, adapter_folder: Path, output: Path) -> None:

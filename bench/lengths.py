@@ -118,7 +118,7 @@ def count_sample() -> list[int]:
         folders = [Path(scratch, name) for name in ("base", "data", "scratch")]
         for folder in folders:
             folder.mkdir()
-        make.make_tokenizer(make.read([data / "lessons.jsonl"]), vocabulary, folders[0])
+        make.make_tokenizer(make.read_lessons([data / "lessons.jsonl"]), vocabulary, folders[0])
         (folders[0] / "config.json").write_text(
             '{"model_type": "nemotron_h"}'
         )  # stage data asks for its chat

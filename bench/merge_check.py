@@ -277,8 +277,8 @@ def doctored(folder: Path, device: str, limit: float) -> dict[str, Any]:
         merged, reading = Checkpoint(output), PeftReading(source, adapter.tensors, checkpoint.config, device)
         params = Parameters(proof_tokens=512, proof_precision="bfloat16", control=False)
         try:
-            proof.files(checkpoint, merged, adapter, changed)
-            proof.forward(
+            proof.check_files(checkpoint, merged, adapter, changed)
+            proof.check_forward(
                 checkpoint, adapter, merged, reading, folder / "data" / "train.jsonl", params, device
             )
             facts[fault] = {"by_name": False, "words": "accepted"}

@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--sharded", action="store_true", help="each GPU holds its share of the base")
     parser.add_argument("--deterministic", action="store_true")
     options = parser.parse_args()
-    if ranks.started():
+    if ranks.under_torchrun():
         work(options)
         return
     lengths.kinds(options.lengths)
@@ -173,7 +173,7 @@ def main() -> None:
     )
     alone: dict[str, float] = {}
     for count in map(int, options.gpus.split(",")):
-        command = ranks.command(count, "bench.ranks", *sys.argv[1:])
+        command = ranks.torchrun_command(count, "bench.ranks", *sys.argv[1:])
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
             for line in run.stdout or ():
                 if not line.startswith("row "):

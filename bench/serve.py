@@ -28,7 +28,7 @@ from model.weights import quant_config
 from model.weights.checkpoint import Checkpoint, Slot, write_index
 from stages.job import Job
 from stages.quantize import calibrate, quantize
-from stages.quantize.fidelity import dequantised
+from stages.quantize.fidelity import dequantising_reader
 
 CONFIG = {
     "architectures": ["NemotronHForCausalLM"],
@@ -92,7 +92,7 @@ def make(
 @torch.no_grad()
 def expected(checkpoint: Checkpoint, ids: list[int], device: str, dtype: torch.dtype) -> torch.Tensor:
     """Log-probabilities (tokens, vocabulary) of the next token at each position, float32 on the CPU."""
-    read_dequantised = dequantised(checkpoint)
+    read_dequantised = dequantising_reader(checkpoint)
     layers = walk.Layers(checkpoint.config, dtype, device)
     forward_pass = walk.Walk(
         walk.packed([torch.tensor(ids)]), checkpoint.tensor("backbone.embeddings.weight"), dtype, device

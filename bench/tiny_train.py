@@ -177,7 +177,7 @@ def stage(folder: Path, conversations: list[dict[str, Any]], steps: int, turns: 
             Path(scratch),
             SEED,
         )
-        loop = Loop(task, fit.adapted(task, Ranks()), conversations, [], Ranks())
+        loop = Loop(task, fit.load_model(task, Ranks()), conversations, [], Ranks())
         loop.model.train()
         turns.last = time.perf_counter()
         for number in range(steps):

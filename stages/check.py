@@ -35,7 +35,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Given:
+class PlannedStage:
     """A stage as the recipe has it, before anything is built: no artifact, only parameters and the user's
     files.
 
@@ -46,7 +46,7 @@ class Given:
     stage: str
     params: dict[str, Any]
     sources: dict[str, list[Path]] = field(default_factory=dict)
-    inputs: dict[str, Given] = field(default_factory=dict)
+    inputs: dict[str, PlannedStage] = field(default_factory=dict)
     device: str = "cpu"
 
     def parameters(self, kind: type[T]) -> T:
@@ -56,22 +56,22 @@ class Given:
         return typed(kind, self.params)
 
 
-def given(raw: dict[str, Any]) -> Given:
+def read_stage(raw: dict[str, Any]) -> PlannedStage:
     sources = {name: [Path(path) for path in paths] for name, paths in raw["sources"].items()}
-    return Given(
+    return PlannedStage(
         raw["stage"],
         raw["params"],
         sources,
-        {name: given(below) for name, below in raw.get("inputs", {}).items()},
+        {name: read_stage(below) for name, below in raw.get("inputs", {}).items()},
         raw["device"],
     )
 
 
-def main(look: Callable[[Given], Iterable[Finding]]) -> None:
+def main(look: Callable[[PlannedStage], Iterable[Finding]]) -> None:
     """Runs `look` on the stage described on stdin and prints a JSON object for each finding. A StageError
     is a finding too.
     """
-    stage = given(json.load(sys.stdin))
+    stage = read_stage(json.load(sys.stdin))
     findings: list[Finding] = []
     try:
         findings += look(stage)

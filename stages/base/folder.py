@@ -28,7 +28,7 @@ def run(task: Job) -> None:
             "Name it in the recipe: `sources: {folder: PATH}`",
         )
     check(paths[0])
-    place(paths[0], task.output)
+    link_files(paths[0], task.output)
 
 
 def check(folder: Path) -> None:
@@ -63,10 +63,10 @@ def check(folder: Path) -> None:
         )
     if faults := audit.bf16(folder, values=False):
         refuse(faults)
-    finite(Checkpoint(folder))
+    check_finite(Checkpoint(folder))
 
 
-def finite(checkpoint: Checkpoint) -> None:
+def check_finite(checkpoint: Checkpoint) -> None:
     """Reads every tensor, one at a time, and raises StageError by the name of the first that holds NaN or
     infinity.
     """
@@ -83,7 +83,7 @@ def refuse(faults: list[audit.Finding]) -> NoReturn:
     raise StageError(f"{first.subject}: {first.found}{more}", first.expected, first.remedy)
 
 
-def place(source: Path, output: Path) -> None:
+def link_files(source: Path, output: Path) -> None:
     """Every file of `source` in `output`, hard-linked where both lie on one file system."""
     files = [
         file

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub.hf_api import RepoSibling
 
-WANTED = ("*.json", "*.jinja", "*.safetensors", "*.py", "*.model", "LICENSE*", "README.md")
+PATTERNS = ("*.json", "*.jinja", "*.safetensors", "*.py", "*.model", "LICENSE*", "README.md")
 BLOCK = 16 * 1024 * 1024
 
 
@@ -54,11 +54,11 @@ def run(task: Job) -> None:
         part.unlink()
     try:
         info = HfApi().model_info(repository, revision=commit, files_metadata=True, token=token)
-        files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in WANTED)]
+        files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in PATTERNS)]
         total, done = sum(f.size or 0 for f in files), 0
         for file in files:
             job.progress(done, total, "bytes", file.rfilename)
-            if not taken(file, task.previous, task.scratch):
+            if not take_earlier(file, task.previous, task.scratch):
                 fetch(hf_hub_download, repository, commit, file, task.scratch, token)
             done += file.size or 0
     except (HTTPError, OSError) as error:
@@ -81,7 +81,7 @@ def run(task: Job) -> None:
     folder.check(task.output)
 
 
-def taken(file: RepoSibling, previous: Path | None, scratch: Path) -> bool:
+def take_earlier(file: RepoSibling, previous: Path | None, scratch: Path) -> bool:
     """Whether `previous`, the stage's earlier artifact, had a file with the digest that the hub announces; it
     is in `scratch` then.
     """
@@ -92,7 +92,7 @@ def taken(file: RepoSibling, previous: Path | None, scratch: Path) -> bool:
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     link(earlier, target)
-    if whole(target, file):
+    if is_whole(target, file):
         return True
     target.unlink()
     return False
@@ -118,10 +118,10 @@ def fetch(
     is left alone.
     """
     path = scratch / file.rfilename
-    if whole(path, file):
+    if is_whole(path, file):
         return
     download(repository, file.rfilename, revision=commit, local_dir=scratch, token=token)
-    found, expected = digest(path, file), announced(file) or "none"
+    found, expected = digest(path, file), announced_digest(file) or "none"
     if found != expected:
         path.unlink()
         raise StageError(
@@ -132,11 +132,13 @@ def fetch(
         )
 
 
-def whole(path: Path, file: RepoSibling) -> bool:
-    return path.is_file() and path.stat().st_size == file.size and digest(path, file) == announced(file)
+def is_whole(path: Path, file: RepoSibling) -> bool:
+    return (
+        path.is_file() and path.stat().st_size == file.size and digest(path, file) == announced_digest(file)
+    )
 
 
-def announced(file: RepoSibling) -> str | None:
+def announced_digest(file: RepoSibling) -> str | None:
     """SHA-256 of a large file (LFS), or the git blob id of a small one."""
     return file.lfs.sha256 if file.lfs else file.blob_id
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 def run(task: Job) -> None:
     """Writes a taught tiny checkpoint into the job's output."""
     params = task.parameters(Parameters)
-    conversations = read(task.sources.get("lessons", []))
+    conversations = read_lessons(task.sources.get("lessons", []))
     check_sizes(params)
     tokenizer = make_tokenizer(conversations, params.vocabulary, task.output)
-    lessons = rendered(conversations, tokenizer)
+    lessons = render_lessons(conversations, tokenizer)
     description = tiny.config(params.pattern, params.hidden, params.experts, -(-len(tokenizer) // 64) * 64)
 
     torch.manual_seed(task.seed)
@@ -70,7 +70,7 @@ def run(task: Job) -> None:
     tiny.save(model, description, task.output)
 
 
-def read(paths: list[Path]) -> list[dict[str, Any]]:
+def read_lessons(paths: list[Path]) -> list[dict[str, Any]]:
     """The lessons of JSONL files, or of folders of them. Raises StageError by file and line."""
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
@@ -130,7 +130,7 @@ def make_tokenizer(
     return tokenizer
 
 
-def rendered(conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
+def render_lessons(conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
     rows = []
     for number, row in enumerate(conversations, 1):
         try:

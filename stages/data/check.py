@@ -11,17 +11,17 @@ from collections.abc import Callable
 from functools import partial
 
 from stages import check
-from stages.check import Finding, Given
+from stages.check import Finding, PlannedStage
 from stages.data import files, production
 from stages.job import StageError
 
 
-def look(stage: Given) -> list[Finding]:
+def check_sources(stage: PlannedStage) -> list[Finding]:
     """A finding for each source that stage data would refuse as a whole, in the stage's own words."""
     readers: list[tuple[str, Callable[[], object]]] = [
         *(("prompt", partial(production.read_prompt, path)) for path in stage.sources.get("prompt", [])),
         *(("tools", partial(production.read_tools, path)) for path in stage.sources.get("tools", [])),
-        ("conversations", partial(files.listed, stage.sources.get("conversations", []))),
+        ("conversations", partial(files.list_files, stage.sources.get("conversations", []))),
     ]
     findings = []
     for source, read in readers:
@@ -35,4 +35,4 @@ def look(stage: Given) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    check.main(look)
+    check.main(check_sources)

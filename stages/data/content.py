@@ -99,7 +99,7 @@ def recognise(path: Path) -> Kind:
     """The kind of a file. Raises Foreign if it is none that is read, and StageError if it is torn or
     cannot be opened.
     """
-    with faults(path.name):
+    with as_stage_errors(path.name):
         with path.open("rb") as opened:
             head = opened.read(HEAD)
         packed = head.startswith(b"\x1f\x8b")
@@ -113,7 +113,7 @@ def recognise(path: Path) -> Kind:
             raise Foreign("Parquet inside gzip", "Unpack it (gzip -d): Parquet packs its columns itself.")
         return Kind(PARQUET)
     if head.startswith(b"PK\x03\x04"):
-        raise Foreign(*_zip(path))
+        raise Foreign(*_zip_kind(path))
     if head[257:262] == b"ustar":
         raise Foreign("a tar archive", "Unpack it, and name the folder.")
     for magic, kind, remedy in FOREIGN:
@@ -122,7 +122,7 @@ def recognise(path: Path) -> Kind:
     encoding = _encoding(head)
     text = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
     if other := text[:1] not in ("{", "["):
-        _not_json(text)
+        _refuse_foreign_text(text)
     return Kind(
         TEXT if other else JSON, packed, encoding, "\r" if "\r" in text and "\n" not in text else "\n"
     )
@@ -132,15 +132,15 @@ def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
     """Every record of a file of a known kind. Raises StageError where the rest cannot be read: torn, or
     another encoding.
     """
-    with faults(name):
+    with as_stage_errors(name):
         if kind.name == PARQUET:
-            yield from _parquet(path)
+            yield from _parquet_records(path)
         elif kind.name in (JSON, TEXT):
-            yield from _json(path, name, kind)
+            yield from _json_records(path, name, kind)
 
 
 @contextlib.contextmanager
-def faults(name: str) -> Iterator[None]:
+def as_stage_errors(name: str) -> Iterator[None]:
     """Errors of reading as StageErrors with the file's name."""
     try:
         from pyarrow import ArrowException as arrow_error
@@ -172,7 +172,7 @@ def faults(name: str) -> Iterator[None]:
         ) from error
 
 
-def text(path: Path, what: str) -> str:
+def read_text(path: Path, what: str) -> str:
     """The whole text of a file in UTF-8, UTF-16 or UTF-32, without a byte order mark and with LF for
     every end of line.
 
@@ -181,7 +181,7 @@ def text(path: Path, what: str) -> str:
     expected = f"{what}, as a text file in UTF-8"
     if path.is_dir():
         raise StageError(f"{path.name} is a folder", expected, "Name the file in the recipe.")
-    with faults(path.name):
+    with as_stage_errors(path.name):
         raw = path.read_bytes()
         encoding = _encoding(raw)
         binary = b"\0" in raw and encoding.startswith("utf-8")
@@ -192,10 +192,10 @@ def text(path: Path, what: str) -> str:
         )
     if not decoded.strip():
         raise StageError(f"{path.name} is empty", expected, "Name the right file in the recipe.")
-    return lf(decoded)
+    return with_lf(decoded)
 
 
-def lf(text: str) -> str:
+def with_lf(text: str) -> str:
     """`text` with LF for CRLF and for a lone CR."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -216,7 +216,7 @@ def _encoding(head: bytes) -> str:
     return encodings.get(nuls, "utf-8")
 
 
-def _zip(path: Path) -> tuple[str, str]:
+def _zip_kind(path: Path) -> tuple[str, str]:
     try:
         names = zipfile.ZipFile(path).namelist()
     except (zipfile.BadZipFile, OSError):
@@ -228,7 +228,7 @@ def _zip(path: Path) -> tuple[str, str]:
     return "a zip archive", "Unpack it, and name the folder."
 
 
-def _not_json(text: str) -> None:
+def _refuse_foreign_text(text: str) -> None:
     """Raises Foreign for text that begins as something well known; any other is read line by line, and
     its lines are rejects.
     """
@@ -247,21 +247,21 @@ def _not_json(text: str) -> None:
         raise Foreign("text (Markdown?)", SAVE)
 
 
-def _json(path: Path, name: str, kind: Kind) -> Iterator[Record]:
+def _json_records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
     """Records of JSON text: a line each, the elements of an array, or objects over several lines."""
-    lines = _lines(path, kind)
+    lines = _numbered_lines(path, kind)
     first = next(lines)[1]
     following = next(lines, None)
     try:
         value = dataset.parse(first)
     except ValueError:
-        several = first[:1] == b"[" or (following is not None and _over_lines(path, kind))
+        several = first[:1] == b"[" or (following is not None and _spans_lines(path, kind))
     else:
         several = isinstance(value, list) and following is None
     if several:
-        yield from _values(_whole(path, kind), name)
+        yield from _value_records(_full_text(path, kind), name)
     else:
-        yield from (_line(number, raw) for number, raw in _lines(path, kind))
+        yield from (_line_record(number, raw) for number, raw in _numbered_lines(path, kind))
 
 
 @contextlib.contextmanager
@@ -270,7 +270,7 @@ def _open(path: Path, kind: Kind) -> Iterator[BinaryIO]:
         yield opened  # type: ignore[misc]
 
 
-def _lines(path: Path, kind: Kind) -> Iterator[tuple[int, bytes]]:
+def _numbered_lines(path: Path, kind: Kind) -> Iterator[tuple[int, bytes]]:
     """Number and UTF-8 of every line. UTF-8 itself is not decoded here: one bad line is one reject, not
     the end of the file.
     """
@@ -282,23 +282,23 @@ def _lines(path: Path, kind: Kind) -> Iterator[tuple[int, bytes]]:
             yield from dataset.lines(line.encode() for line in text)
 
 
-def _whole(path: Path, kind: Kind) -> str:
+def _full_text(path: Path, kind: Kind) -> str:
     with _open(path, kind) as opened:
         return opened.read().decode(kind.encoding)
 
 
-def _over_lines(path: Path, kind: Kind) -> bool:
+def _spans_lines(path: Path, kind: Kind) -> bool:
     """Whether the first object of a text, whose first line is no JSON by itself, is whole over several
     lines.
     """
     try:
-        dataset.DECODER.raw_decode(_whole(path, kind).lstrip())
+        dataset.DECODER.raw_decode(_full_text(path, kind).lstrip())
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def _values(text: str, name: str) -> Iterator[Record]:
+def _value_records(text: str, name: str) -> Iterator[Record]:
     """The elements of an array, or objects one after another; numbered from 1. Raises StageError where
     one is no JSON.
     """
@@ -310,7 +310,7 @@ def _values(text: str, name: str) -> Iterator[Record]:
         if array and number:
             if text[at] != ",":
                 raise StageError(
-                    f"{name}: no comma after row {number} of the array, at line {_line_of(text, at)}",
+                    f"{name}: no comma after row {number} of the array, at line {_line_number(text, at)}",
                     "JSON throughout",
                     "Mend it there.",
                 )
@@ -329,8 +329,8 @@ def _values(text: str, name: str) -> Iterator[Record]:
                     "Copy or write the file again.",
                 ) from error
             raise StageError(
-                f"{name}: row {number} is no JSON ({dataset.reason(error)}), at line {_line_of(text, place)}"
-                " of the file",
+                f"{name}: row {number} is no JSON ({dataset.reason(error)}), at line"
+                f" {_line_number(text, place)} of the file",
                 "JSON throughout",
                 "Mend it there. In JSON Lines, one object a line, one bad row does not stop the others.",
             ) from error
@@ -344,7 +344,7 @@ def _values(text: str, name: str) -> Iterator[Record]:
         )
     if array and text[at + 1 :].strip():
         raise StageError(
-            f"{name}: more text follows the array, at line {_line_of(text, at)}",
+            f"{name}: more text follows the array, at line {_line_number(text, at)}",
             "one JSON array, or JSON Lines",
             "Put all rows into one array.",
         )
@@ -354,11 +354,11 @@ def _after_blanks(text: str, at: int) -> int:
     return _BLANK.match(text, at).end()  # type: ignore[union-attr]
 
 
-def _line_of(text: str, at: int) -> int:
+def _line_number(text: str, at: int) -> int:
     return text.count("\n", 0, at) + 1
 
 
-def _line(number: int, raw: bytes) -> Record:
+def _line_record(number: int, raw: bytes) -> Record:
     head = raw[:HEAD_OF_ROW]
     if b"\0" in raw:
         return Record(number, None, "NUL bytes: the file was cut off while it was written", head)
@@ -368,7 +368,7 @@ def _line(number: int, raw: bytes) -> Record:
         return Record(number, None, str(error), head)
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet_records(path: Path) -> Iterator[Record]:
     """Rows of a Parquet file. Arrow gives every object of a column the same keys, so null is an absent
     key here: it is left out.
     """
@@ -379,11 +379,11 @@ def _parquet(path: Path) -> Iterator[Record]:
         for batch in table.iter_batches(1024):
             for row in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
-                value = _present(row)
+                value = _without_nulls(row)
                 yield Record(number, value, "", str(value)[:HEAD_OF_ROW].encode("utf-8", "replace"))
 
 
-def _present(value: Any) -> Any:
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _present(item) for key, item in value.items() if item is not None}
-    return [_present(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

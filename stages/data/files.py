@@ -55,7 +55,7 @@ class File:
     @property
     def stem(self) -> str:
         """What its rows are filed under where they do not say."""
-        return SHARD.sub("", stem(_readable(Path(self.path.name))))
+        return SHARD.sub("", stem(_path_text(Path(self.path.name))))
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Listing:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def listed(sources: list[Path]) -> Listing:
+def list_files(sources: list[Path]) -> Listing:
     """Every file of the sources. A file that the recipe names is read whatever it is called; in a folder
     the name decides.
 
@@ -76,9 +76,9 @@ def listed(sources: list[Path]) -> Listing:
     listing = Listing()
     names: set[str] = set()
     for number, source in enumerate(sources, 1):
-        files = _folder(source, listing) if source.is_dir() else [(source, "")]
+        files = _folder_files(source, listing) if source.is_dir() else [(source, "")]
         for path, split in files:
-            name = _readable(path.relative_to(source.parent))
+            name = _path_text(path.relative_to(source.parent))
             name = f"{name} (source {number})" if name in names else name
             names.add(name)
             try:
@@ -95,14 +95,14 @@ def listed(sources: list[Path]) -> Listing:
                 listing.files.append(File(name, path, kind, split, source.is_dir()))
     if listing.files and all(file.split for file in listing.files):
         raise StageError(
-            f"nothing but held-out splits: {some(file.name for file in listing.files)}",
+            f"nothing but held-out splits: {first_names(file.name for file in listing.files)}",
             "files to train on",
             "To train on one of them, name the file itself in `sources.conversations`, not its folder.",
         )
     return listing
 
 
-def some(names: Iterable[str], most: int = 20) -> str:
+def first_names(names: Iterable[str], most: int = 20) -> str:
     """Names in one line, the first `most` of them."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -115,12 +115,12 @@ def stem(name: str) -> str:
     return name[: len(lower) - len(ending)] if ending else Path(name).stem
 
 
-def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
+def _folder_files(source: Path, listing: Listing) -> list[tuple[Path, str]]:
     """Files of a folder to read, in the order of their names, each with the split that it belongs to;
     names the others in `listing`.
     """
     chosen: list[Path] = []
-    for folder, folders, files in os.walk(source, onerror=_unreadable):
+    for folder, folders, files in os.walk(source, onerror=_refuse_unreadable):
         here = Path(folder)
         folders.sort()
         for name in list(folders):
@@ -137,16 +137,16 @@ def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
             )
             if reason:
                 folders.remove(name)
-                listing.left_out[f"{_readable((here / name).relative_to(source.parent))}/"] = reason
+                listing.left_out[f"{_path_text((here / name).relative_to(source.parent))}/"] = reason
         for name in sorted(files):
-            if reason := _left_out(here / name, files):
-                listing.left_out[_readable((here / name).relative_to(source.parent))] = reason
+            if reason := _reason_left_out(here / name, files):
+                listing.left_out[_path_text((here / name).relative_to(source.parent))] = reason
             else:
                 chosen.append(here / name)
     chosen.sort()
     if not chosen:
         others = (
-            f"; there are {some(f'{name} ({reason})' for name, reason in listing.left_out.items())}"
+            f"; there are {first_names(f'{name} ({reason})' for name, reason in listing.left_out.items())}"
             if listing.left_out
             else ""
         )
@@ -156,16 +156,18 @@ def _folder(source: Path, listing: Listing) -> list[tuple[Path, str]]:
             "Check `sources.conversations` in the recipe.",
         )
     relatives = [PurePosixPath(path.relative_to(source).as_posix()) for path in chosen]
-    places = {_place(relative) for relative in relatives}
-    return [(path, _split(relative, places)) for path, relative in zip(chosen, relatives, strict=False)]
+    places = {_name_key(relative) for relative in relatives}
+    return [
+        (path, _held_out_split(relative, places)) for path, relative in zip(chosen, relatives, strict=False)
+    ]
 
 
-def _readable(path: Path) -> str:
+def _path_text(path: Path) -> str:
     """A path as text: a name in another encoding than UTF-8 gets marks in place of its bytes."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def _unreadable(error: OSError) -> None:
+def _refuse_unreadable(error: OSError) -> None:
     raise StageError(
         f"the folder {Path(error.filename).name} cannot be read: {error.strerror}",
         "one that this user may read",
@@ -173,7 +175,7 @@ def _unreadable(error: OSError) -> None:
     )
 
 
-def _left_out(path: Path, beside: list[str]) -> str:
+def _reason_left_out(path: Path, beside: list[str]) -> str:
     """Why a file of a folder is not read; "" if it is."""
     name = path.name
     if name.startswith("."):
@@ -202,23 +204,23 @@ def _left_out(path: Path, beside: list[str]) -> str:
     return ""
 
 
-def _words(relative: PurePosixPath) -> list[str]:
+def _name_parts(relative: PurePosixPath) -> list[str]:
     """The folders and the stem of a file, in small letters, without a shard's number."""
     return [*(part.lower() for part in relative.parts[:-1]), SHARD.sub("", stem(relative.name)).lower()]
 
 
-def _place(relative: PurePosixPath) -> tuple[str, ...]:
-    return tuple(_words(relative))
+def _name_key(relative: PurePosixPath) -> tuple[str, ...]:
+    return tuple(_name_parts(relative))
 
 
-def _split(relative: PurePosixPath, places: set[tuple[str, ...]]) -> str:
+def _held_out_split(relative: PurePosixPath, places: set[tuple[str, ...]]) -> str:
     """The held-out split that a file of a folder belongs to, "" if it is to be trained on.
 
     A folder or stem that is the split's name alone says so; as a part of a longer name (`chats_test`) it
     says so only if there is a twin to train on (`chats_train`), since an `eye_test.jsonl` may be about
     eyes.
     """
-    words = _words(relative)
+    words = _name_parts(relative)
     for position, word in enumerate(words):
         if word in HELD_OUT:
             return word

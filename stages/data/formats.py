@@ -102,12 +102,12 @@ def canonical(row: Any) -> Conversation:
     if no format was recognised.
     """
     if not isinstance(row, dict):
-        raise ChatError(f"{NO_FORMAT}: the row is {_kind(row)}, not an object")
-    row = _present(row)
+        raise ChatError(f"{NO_FORMAT}: the row is {_kind_name(row)}, not an object")
+    row = _without_nulls(row)
     if key := next((key for key in HISTORY if key in row), ""):
-        turns = _decoded(row[key], key)
+        turns = _decode(row[key], key)
         if not isinstance(turns, list) or not turns:
-            raise ChatError(f"{key} is {_kind(turns) if turns else 'empty'}, not a list of messages")
+            raise ChatError(f"{key} is {_kind_name(turns) if turns else 'empty'}, not a list of messages")
         form = "ShareGPT" if isinstance(turns[0], dict) and "from" in turns[0] else "messages"
         used = {key, "system", "tools", "functions"}
     elif "instruction" in row and "output" in row:
@@ -115,8 +115,8 @@ def canonical(row: Any) -> Conversation:
         turns = _alpaca(row)
         used = {"instruction", "input", "output", "history", "system", "tools", "functions"}
     else:
-        raise ChatError(f"{NO_FORMAT}: {_shape(row)}")
-    unused = _rest(row, used, "")
+        raise ChatError(f"{NO_FORMAT}: {_shape_text(row)}")
+    unused = _unused_keys(row, used, "")
     messages = []
     for position, turn in enumerate(turns, 1):
         message, names = _message(turn, position)
@@ -131,8 +131,8 @@ def canonical(row: Any) -> Conversation:
 def _message(turn: Any, position: int) -> tuple[dict[str, Any], list[str]]:
     """A message in canonical form, and its keys that were not used."""
     if not isinstance(turn, dict):
-        raise ChatError(f"message {position} is {_kind(turn)}, not an object")
-    turn = _present(turn)
+        raise ChatError(f"message {position} is {_kind_name(turn)}, not an object")
+    turn = _without_nulls(turn)
     where = f"message {position}"
     names = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
     said = turn.get(names[0])
@@ -141,33 +141,35 @@ def _message(turn: Any, position: int) -> tuple[dict[str, Any], list[str]]:
         return {
             "role": "assistant",
             "content": None,
-            "tool_calls": _written(turn.get(names[1]), where),
-            **_flag(turn, "assistant", where),
-        }, _rest(turn, used, where)
+            "tool_calls": _sharegpt_calls(turn.get(names[1]), where),
+            **_train_flag(turn, "assistant", where),
+        }, _unused_keys(turn, used, where)
     if not isinstance(said, str) or said not in ROLE:
         raise ChatError(f"{where} has the unknown role {said!r}; known are {', '.join(ROLE)}")
-    message: dict[str, Any] = {"role": ROLE[said], "content": _text(turn.get(names[1]), where)}
+    message: dict[str, Any] = {"role": ROLE[said], "content": _content_text(turn.get(names[1]), where)}
     calls = _calls(turn, message["role"], where)
     if calls:
         message["tool_calls"] = calls
     used |= {"tool_calls", "function_call"}
     if message["role"] == "tool":
-        message |= {key: _string(turn[key], key, where) for key in ("tool_call_id", "name") if key in turn}
+        message |= {
+            key: _require_text(turn[key], key, where) for key in ("tool_call_id", "name") if key in turn
+        }
         used |= {"tool_call_id", "name"}
     if thought := _reasoning(turn, where):
         if message["role"] != "assistant":
             raise ChatError(f"{where} of role {said} has reasoning, which only an assistant's may have")
         message["reasoning_content"] = thought
     used |= set(REASONING)
-    return message | _flag(turn, message["role"], where), _rest(turn, used, where)
+    return message | _train_flag(turn, message["role"], where), _unused_keys(turn, used, where)
 
 
-def _text(value: Any, where: str) -> str | None:
+def _content_text(value: Any, where: str) -> str | None:
     """Content as one string; parts are joined as the server joins them, with a newline."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise ChatError(f"content of {where} is {_kind(value)}, not text")
+        raise ChatError(f"content of {where} is {_kind_name(value)}, not text")
     parts = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
@@ -184,15 +186,15 @@ def _text(value: Any, where: str) -> str | None:
 
 def _calls(turn: dict[str, Any], role: str, where: str) -> list[dict[str, Any]]:
     """The calls of a message, in both of OpenAI's forms."""
-    calls, older = _decoded(turn.get("tool_calls") or [], "tool_calls"), turn.get("function_call")
+    calls, older = _decode(turn.get("tool_calls") or [], "tool_calls"), turn.get("function_call")
     if not isinstance(calls, list):
-        raise ChatError(f"tool_calls of {where} is {_kind(calls)}, not a list")
+        raise ChatError(f"tool_calls of {where} is {_kind_name(calls)}, not a list")
     if (calls or older is not None) and role != "assistant":
         raise ChatError(f"{where} of role {role} calls a tool, which only an assistant's may")
     if calls and older is not None:
         raise ChatError(f"{where} has both tool_calls and function_call")
     if older is not None:
-        calls = [{"function": _decoded(older, "function_call")}]
+        calls = [{"function": _decode(older, "function_call")}]
     return [_call(call, where) for call in calls]
 
 
@@ -202,7 +204,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise ChatError(f"{where} has a tool call without a function name")
     if call.get("type") not in (None, "function"):
         raise ChatError(f"{where} calls a tool of type {call['type']!r}, not function")
-    id = {"id": _string(call["id"], "the id of a call", where)} if call.get("id") is not None else {}
+    id = {"id": _require_text(call["id"], "the id of a call", where)} if call.get("id") is not None else {}
     return {
         **id,
         "type": "function",
@@ -225,13 +227,13 @@ def _arguments(function: dict[str, Any]) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ChatError(f"arguments of {name} are {_kind(value)}, not an object")
+        raise ChatError(f"arguments of {name} are {_kind_name(value)}, not an object")
     return value
 
 
-def _written(value: Any, where: str) -> list[dict[str, Any]]:
+def _sharegpt_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """The calls of a ShareGPT turn, whose text is one in JSON or a list of them."""
-    calls = _decoded(value, f"the call of {where}")
+    calls = _decode(value, f"the call of {where}")
     calls = calls if isinstance(calls, list) else [calls]
     if not calls:
         raise ChatError(f"{where} is a call, and names none")
@@ -248,7 +250,7 @@ def _reasoning(turn: dict[str, Any], where: str) -> str:
     return next(iter(thoughts), "")
 
 
-def _flag(turn: dict[str, Any], role: str, where: str) -> dict[str, bool]:
+def _train_flag(turn: dict[str, Any], role: str, where: str) -> dict[str, bool]:
     """`{"train": False}` if the message is to be left out of the loss, else {}."""
     asked = set()
     if "weight" in turn:
@@ -270,7 +272,7 @@ def _flag(turn: dict[str, Any], role: str, where: str) -> dict[str, bool]:
     return {"train": False} if False in asked else {}
 
 
-def _rest(held: dict[str, Any], used: set[str], where: str) -> list[str]:
+def _unused_keys(held: dict[str, Any], used: set[str], where: str) -> list[str]:
     """The keys of a row or a message that no rule has used. Raises ChatError by name where one holds
     content, or a flag that is not known.
     """
@@ -319,8 +321,8 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
     parts = {key: row.get(key, "") for key in ("instruction", "input", "output")}
     for key, value in parts.items():
         if not isinstance(value, str):
-            raise ChatError(f"{key} is {_kind(value)}, not text")
-    history = _decoded(row.get("history") or [], "history")
+            raise ChatError(f"{key} is {_kind_name(value)}, not text")
+    history = _decode(row.get("history") or [], "history")
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
@@ -339,7 +341,7 @@ def _with_system(system: Any, messages: list[dict[str, Any]]) -> list[dict[str, 
     if system is None or system == "":
         return messages
     if not isinstance(system, str):
-        raise ChatError(f"system is {_kind(system)}, not text")
+        raise ChatError(f"system is {_kind_name(system)}, not text")
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     if messages[0]["content"] != system:
@@ -354,13 +356,13 @@ def _tools(row: dict[str, Any]) -> list[Any] | None:
     if row.get("tools") and row.get("functions"):
         raise ChatError("the row has both tools and functions")
     key = "tools" if row.get("tools") else "functions"
-    tools = _decoded(row.get(key) or [], key)
+    tools = _decode(row.get(key) or [], key)
     if not isinstance(tools, list):
-        raise ChatError(f"{key} is {_kind(tools)}, not a list of functions")
-    return [_decoded(tool, key) for tool in tools] or None
+        raise ChatError(f"{key} is {_kind_name(tools)}, not a list of functions")
+    return [_decode(tool, key) for tool in tools] or None
 
 
-def _decoded(value: Any, what: str) -> Any:
+def _decode(value: Any, what: str) -> Any:
     """`value`, or what the JSON in it says if it is text: tables hold nested values so."""
     if not isinstance(value, str):
         return value
@@ -370,24 +372,24 @@ def _decoded(value: Any, what: str) -> Any:
         raise ChatError(f"{what} is text that is {error}") from error
 
 
-def _present(held: dict[str, Any]) -> dict[str, Any]:
+def _without_nulls(held: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in held.items() if value is not None}
 
 
-def _string(value: Any, what: str, where: str) -> str:
+def _require_text(value: Any, what: str, where: str) -> str:
     if not isinstance(value, str):
-        raise ChatError(f"{what} of {where} is {_kind(value)}, not text")
+        raise ChatError(f"{what} of {where} is {_kind_name(value)}, not text")
     return value
 
 
-def _shape(row: dict[str, Any]) -> str:
+def _shape_text(row: dict[str, Any]) -> str:
     for keys, shape in FOREIGN_SHAPES:
         if keys <= set(row):
             return f"{shape} ({', '.join(sorted(keys))})"
     return f"the keys are {', '.join(map(repr, list(row)[:8])) or 'none at all'}"
 
 
-def _kind(value: Any) -> str:
+def _kind_name(value: Any) -> str:
     names = {
         dict: "an object",
         list: "a list",
@@ -401,7 +403,7 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, (bool, int, float, str)) else _kind(value)
+    return repr(value) if isinstance(value, (bool, int, float, str)) else _kind_name(value)
 
 
 assert set(ROLE.values()) == set(ROLES)

@@ -44,13 +44,13 @@ def run(task: Job) -> None:
     params = task.parameters(Parameters)
     prompt = production.read_prompt(task.sources["prompt"][0])
     tools = production.read_tools(task.sources["tools"][0]) if task.sources.get("tools") else []
-    listing = files.listed(task.sources["conversations"])
+    listing = files.list_files(task.sources["conversations"])
     gathered = rows.gather(listing)
-    unused = rows.unused(gathered.rows)
-    say(listing, unused)
+    unused = rows.unused_keys(gathered.rows)
+    warn_of_sources(listing, unused)
     if not gathered.total:
         raise StageError(
-            f"no rows in the sources{left_out(listing)}",
+            f"no rows in the sources{left_out_text(listing)}",
             "files with one conversation a line",
             "Check `sources.conversations` in the recipe.",
         )
@@ -59,9 +59,9 @@ def run(task: Job) -> None:
         gathered.rows, prompt, params.missing_prompt, params.other_prompts
     )
     chosen, equipped = production.with_tools(chosen, tools, params.tools)
-    chosen, thinking = thoughts(chosen, params.reasoning)
-    chosen, duplicates, overlap = rows.once(chosen)
-    undeclared = outside(chosen, params.undeclared_calls)
+    chosen, thinking = apply_reasoning_policy(chosen, params.reasoning)
+    chosen, duplicates, overlap = rows.without_duplicates(chosen)
+    undeclared = undeclared_calls(chosen, params.undeclared_calls)
     tokenizer = AutoTokenizer.from_pretrained(task.inputs["base"])
     chat_format = chat.of_folder(task.inputs["base"])
     prepared, refused = render(chat_format, tokenizer, chosen, params.max_tokens, params.reasoning == "train")
@@ -73,7 +73,7 @@ def run(task: Job) -> None:
         )
     train, held_out = split(prepared, params.eval_share)
     if not train:
-        save(task, rejects)
+        save_rejects(task, rejects)
         raise StageError(
             f"no row left to train on: {len(rejects)} rejected, {len(held_out)} held out",
             "at least one",
@@ -105,38 +105,38 @@ def pairs(prepared: list[Prepared]) -> list[tuple[Row, chat.Rendered]]:
     return [(p.row, p.rendered) for p in prepared]
 
 
-def say(listing: files.Listing, unused: dict[str, int]) -> None:
+def warn_of_sources(listing: files.Listing, unused: dict[str, int]) -> None:
     """Warns of the files that are not read, of the data set's own split, and of the keys that no rule
     uses; each once.
     """
     if listing.left_out:
         job.warning(
-            f"{len(listing.left_out)} files are not read{left_out(listing)}",
+            f"{len(listing.left_out)} files are not read{left_out_text(listing)}",
             "name a file itself in `sources.conversations` to have it read",
         )
     if splits := [f"{file.name} ({file.split})" for file in listing.files if file.split]:
         job.warning(
-            f"held out, by their names: {files.some(splits)}",
+            f"held out, by their names: {files.first_names(splits)}",
             "eval_share then holds out nothing more; to train on a file, name it itself in"
             " `sources.conversations`, not its folder",
         )
     if unused:
         job.warning(
             "keys that are not used: "
-            + files.some((f"{k} ({count} rows)" for k, count in unused.items()), 8),
+            + files.first_names((f"{k} ({count} rows)" for k, count in unused.items()), 8),
             "docs/formats.md says which are",
         )
 
 
-def left_out(listing: files.Listing) -> str:
+def left_out_text(listing: files.Listing) -> str:
     return (
-        ": " + files.some(f"{name} {reason}" for name, reason in listing.left_out.items())
+        ": " + files.first_names(f"{name} {reason}" for name, reason in listing.left_out.items())
         if listing.left_out
         else ""
     )
 
 
-def thoughts(chosen: list[Row], policy: str) -> tuple[list[Row], int]:
+def apply_reasoning_policy(chosen: list[Row], policy: str) -> tuple[list[Row], int]:
     """The rows without their reasoning, unless it is to be trained, and how many have some."""
     thinking = sum(any("reasoning_content" in message for message in row.messages) for row in chosen)
     if not thinking or policy == "train":
@@ -156,7 +156,7 @@ def thoughts(chosen: list[Row], policy: str) -> tuple[list[Row], int]:
     ], thinking
 
 
-def outside(chosen: list[Row], policy: str) -> dict[str, int]:
+def undeclared_calls(chosen: list[Row], policy: str) -> dict[str, int]:
     """What is wrong with calls that the row's tools do not allow -> rows. Raises StageError if there are
     any and the policy is refuse.
     """
@@ -167,7 +167,7 @@ def outside(chosen: list[Row], policy: str) -> dict[str, int]:
             places.append(row.place)
             reasons.update({re.sub(r"^message \d+:? ", "", reason) for reason in found})
     if places:
-        kinds = files.some((f"{reason}: {count} rows" for reason, count in reasons.most_common()), 5)
+        kinds = files.first_names((f"{reason}: {count} rows" for reason, count in reasons.most_common()), 5)
         said = (
             f"{len(places)} of {len(chosen)} rows have calls that their tools do not allow, "
             f"first {places[0]} ({kinds})"
@@ -219,7 +219,7 @@ def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> N
     """
     if len(rejects) <= share * total:
         return
-    save(task, rejects)
+    save_rejects(task, rejects)
     for reject in rejects[:SHOWN_REFUSED]:
         job.warning(f"{reject.file}:{reject.line} rejected: {reject.reason}")
     reasons = Counter(r.reason for r in rejects).most_common(3)
@@ -239,7 +239,7 @@ def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> N
     )
 
 
-def save(task: Job, rejects: list[Reject]) -> None:
+def save_rejects(task: Job, rejects: list[Reject]) -> None:
     """Writes the rejects where they stay when the stage refuses; its output is then deleted."""
     dataset.write(task.scratch / REJECTS, map(asdict, rejects))
 
@@ -253,8 +253,8 @@ def write(
     tools: list[dict[str, Any]],
     told: dict[str, Any],
 ) -> None:
-    dataset.write(output / "train.jsonl", map(line, train))
-    dataset.write(output / "eval.jsonl", map(line, held_out))
+    dataset.write(output / "train.jsonl", map(json_row, train))
+    dataset.write(output / "eval.jsonl", map(json_row, held_out))
     dataset.write(output / REJECTS, map(asdict, rejects))
     (output / "prompt.txt").write_text(prompt + "\n", encoding="utf-8")
     (output / "tools.json").write_text(json.dumps(tools, indent=2) + "\n")
@@ -269,7 +269,7 @@ def write(
         job.metric(name, told[name])
 
 
-def line(item: Prepared) -> dict[str, Any]:
+def json_row(item: Prepared) -> dict[str, Any]:
     row, rendered = item.row, item.rendered
     return {
         "id": row.digest[:16],

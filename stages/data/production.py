@@ -30,7 +30,7 @@ def read_prompt(path: Path) -> str:
     """The production prompt: LF at the ends of lines, no byte order mark, no blanks around it. Raises
     StageError if there is none.
     """
-    return content.text(path, "the production system prompt").strip()
+    return content.read_text(path, "the production system prompt").strip()
 
 
 def read_tools(path: Path) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
     Raises StageError if the file holds anything else, a tool without a name, or two of one name.
     """
     try:
-        value = dataset.parse(content.text(path, "the production tools"))
+        value = dataset.parse(content.read_text(path, "the production tools"))
     except ValueError as error:
         raise StageError(
             f"the tools file {path.name} is {error}", SHAPE, "Name the right file in the recipe, or mend it."
@@ -49,7 +49,7 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
         value = value["tools"]
     if not isinstance(value, list):
         raise StageError(
-            f"the tools file {path.name} holds {_described(value)}", SHAPE, "Put the tools into a list."
+            f"the tools file {path.name} holds {_description(value)}", SHAPE, "Put the tools into a list."
         )
     try:
         tools = served_tools(value)
@@ -81,13 +81,13 @@ def with_prompt(rows: list[Row], prompt: str, missing: str, other: str) -> tuple
     """
     result, without, others = [], [], []
     for row in rows:
-        own = content.lf(row.prompt).strip()
+        own = content.with_lf(row.prompt).strip()
         if own == prompt or not own:
             after = row.messages[1:] if row.messages[0]["role"] == "system" else row.messages
             if not own:
                 without.append(row)
             row = dataclasses.replace(
-                row, messages=[{**_flags(row), "role": "system", "content": prompt}, *after]
+                row, messages=[{**_prompt_flags(row), "role": "system", "content": prompt}, *after]
             )
         else:
             others.append((own, row))
@@ -99,15 +99,15 @@ def with_prompt(rows: list[Row], prompt: str, missing: str, other: str) -> tuple
             "Set missing_prompt: insert to put it in front of them.",
         )
     if others:
-        _judge(others, len(rows), prompt, other)
+        _refuse_or_warn(others, len(rows), prompt, other)
     return result, {"prompts_inserted": len(without), "other_prompts": len(others)}
 
 
-def _flags(row: Row) -> dict[str, Any]:
+def _prompt_flags(row: Row) -> dict[str, Any]:
     return {key: value for key, value in row.messages[0].items() if row.messages[0]["role"] == "system"}
 
 
-def _judge(others: list[tuple[str, Row]], total: int, prompt: str, policy: str) -> None:
+def _refuse_or_warn(others: list[tuple[str, Row]], total: int, prompt: str, policy: str) -> None:
     kinds = Counter(own for own, _ in others)
     worst, count = kinds.most_common(1)[0]
     example = next(row for own, row in others if own == worst)
@@ -189,7 +189,7 @@ def with_tools(rows: list[Row], tools: list[dict[str, Any]], policy: str) -> tup
     }
 
 
-def _described(value: Any) -> str:
+def _description(value: Any) -> str:
     if isinstance(value, dict):
         return f"an object with the keys {', '.join(map(repr, list(value)[:5])) or 'none'}"
     return "a list" if isinstance(value, list) else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -39,7 +39,7 @@ class Row:
         """SHA-256 of what makes two rows the same: everything but where they stand and what they are
         filed under.
         """
-        return hashlib.sha256(_text([self.messages, self.tools]).encode()).hexdigest()
+        return hashlib.sha256(_json_text([self.messages, self.tools]).encode()).hexdigest()
 
     @property
     def place(self) -> str:
@@ -79,7 +79,7 @@ def gather(listing: Listing) -> Gathered:
     gathered = Gathered()
     for number, file in enumerate(listing.files, 1):
         results = list(read(file))
-        if _settings(file, results):
+        if _describes_data_set(file, results):
             listing.left_out[file.name] = "is one JSON object and no conversation"
             continue
         gathered.rows += [row for row in results if isinstance(row, Row)]
@@ -100,7 +100,7 @@ def read(file: File) -> Iterator[Row | Reject]:
             yield Reject(file.name, record.line, str(error), head)
 
 
-def once(rows: list[Row]) -> tuple[list[Row], int, int]:
+def without_duplicates(rows: list[Row]) -> tuple[list[Row], int, int]:
     """The rows without exact duplicates, how many those were, and how many rows to train on were left out
     as copies of held-out ones.
     """
@@ -116,7 +116,7 @@ def once(rows: list[Row]) -> tuple[list[Row], int, int]:
     return kept, len(rows) - len(kept) - overlap, overlap
 
 
-def unused(rows: list[Row]) -> dict[str, int]:
+def unused_keys(rows: list[Row]) -> dict[str, int]:
     """Key that no rule uses -> rows that have it, the most frequent first."""
     return dict(Counter(key for row in rows for key in row.unused).most_common())
 
@@ -137,7 +137,7 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
         conversation.unused,
     )
     try:
-        _text([row.messages, row.tools, row.category]).encode()
+        _json_text([row.messages, row.tools, row.category]).encode()
     except UnicodeEncodeError as error:
         raise ChatError("half a surrogate pair: a character was cut in two") from error
     except (TypeError, ValueError) as error:  # a table may hold dates and NaN
@@ -147,7 +147,7 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
     return row
 
 
-def _settings(file: File, results: list[Row | Reject]) -> bool:
+def _describes_data_set(file: File, results: list[Row | Reject]) -> bool:
     """Whether a file of a folder only describes the data set, such as dataset_info.json."""
     return (
         file.in_folder
@@ -159,5 +159,5 @@ def _settings(file: File, results: list[Row | Reject]) -> bool:
     )
 
 
-def _text(value: Any) -> str:
+def _json_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)

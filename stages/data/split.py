@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from stages import job
-from stages.data.files import some
+from stages.data.files import first_names
 from stages.data.rows import Row
 
 
@@ -69,12 +69,12 @@ def _warn(groups: dict[str, list[T]], counts: dict[str, int], share: float) -> N
     if nothing := sorted(category for category in groups if not counts[category]):
         job.warning(
             f"eval_share {share} holds out nothing of {len(nothing)} of {len(groups)} categories:"
-            f" {some(nothing)}",
+            f" {first_names(nothing)}",
             "the held-out loss says nothing of them; raise eval_share, or file their rows under fewer"
             " categories",
         )
     if whole := sorted(category for category in groups if counts[category] == len(groups[category])):
         job.warning(
-            f"the only row of a category is held out: {some(whole)}",
+            f"the only row of a category is held out: {first_names(whole)}",
             "it is not trained; lower eval_share, or add rows",
         )

@@ -55,7 +55,7 @@ class Failure:
     detail: str
 
 
-def distance(a: str, b: str) -> int:
+def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance between two words, in edits."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -65,7 +65,7 @@ def distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def score(question: dict[str, Any], answer: dict[str, Any]) -> list[Failure]:
+def failures(question: dict[str, Any], answer: dict[str, Any]) -> list[Failure]:
     """What is wrong with `answer` (an OpenAI message plus `finish_reason`) to `question` (docs/formats.md,
     Questions).
 
@@ -77,33 +77,33 @@ def score(question: dict[str, Any], answer: dict[str, Any]) -> list[Failure]:
     expect = question.get("expect", {})
     text = answer.get("content") or ""
     calls = answer.get("tool_calls") or []
-    found = [*_manners(text), *_leaks(question, text), *_tools(expect, calls)]
+    failures = [*_style_failures(text), *_leak_failures(question, text), *_call_failures(expect, calls)]
     if THINK.search(text) or (answer.get("reasoning") or answer.get("reasoning_content") or "").strip():
-        found.append(Failure("think_leak", "thoughts in the answer"))
+        failures.append(Failure("think_leak", "thoughts in the answer"))
     words = len(text.split())
     if answer.get("finish_reason") == "length":
-        found.append(Failure("verbosity", f"cut off after {words} words"))
+        failures.append(Failure("verbosity", f"cut off after {words} words"))
     elif words > expect.get("max_words", 40):
-        found.append(Failure("verbosity", f"{words} words, at most {expect.get('max_words', 40)}"))
+        failures.append(Failure("verbosity", f"{words} words, at most {expect.get('max_words', 40)}"))
     elif not words and not calls and "tool" not in expect:
-        found.append(Failure("verbosity", "says nothing"))
+        failures.append(Failure("verbosity", "says nothing"))
     if "tool" not in expect:
-        found += _content(expect, text)
-    return found
+        failures += _content_failures(expect, text)
+    return failures
 
 
-def _manners(text: str) -> list[Failure]:
-    found = []
+def _style_failures(text: str) -> list[Failure]:
+    failures = []
     if match := EMOJI.search(text):
-        found.append(Failure("emoji", match.group()))
+        failures.append(Failure("emoji", match.group()))
     if match := MARKDOWN.search(text):
-        found.append(Failure("markdown", match.group().strip() or "markdown"))
+        failures.append(Failure("markdown", match.group().strip() or "markdown"))
     if ASKS_LAST.search(text) or FOLLOW_UP.search(text):
-        found.append(Failure("follow_up", text.strip()[-60:]))
-    return found
+        failures.append(Failure("follow_up", text.strip()[-60:]))
+    return failures
 
 
-def _leaks(question: dict[str, Any], text: str) -> list[Failure]:
+def _leak_failures(question: dict[str, Any], text: str) -> list[Failure]:
     if match := LEAK.search(text) or JSON_OBJECT.search(text):
         return [Failure("tool_leak", match.group())]
     # A tool's name with an underscore is no spoken word; one such as `search` may be.
@@ -111,42 +111,43 @@ def _leaks(question: dict[str, Any], text: str) -> list[Failure]:
     return [Failure("tool_leak", name) for name in names if "_" in name and name in text][:1]
 
 
-def _tools(expect: dict[str, Any], calls: list[dict[str, Any]]) -> list[Failure]:
-    made = []
+def _call_failures(expect: dict[str, Any], calls: list[dict[str, Any]]) -> list[Failure]:
+    calls_made = []
     for call in calls:
         try:
-            made.append((call["function"]["name"], json.loads(call["function"]["arguments"])))
+            calls_made.append((call["function"]["name"], json.loads(call["function"]["arguments"])))
         except (TypeError, ValueError):
             return [Failure("wrong_tool", f"arguments of {call['function']['name']} are not JSON")]
-    if wanted := expect.get("tool"):
-        if made != [(wanted["name"], wanted["arguments"])]:
+    if expected := expect.get("tool"):
+        if calls_made != [(expected["name"], expected["arguments"])]:
             return [
                 Failure(
-                    "wrong_tool", f"called {made or 'nothing'}, wanted {wanted['name']} {wanted['arguments']}"
+                    "wrong_tool",
+                    f"called {calls_made or 'nothing'}, wanted {expected['name']} {expected['arguments']}",
                 )
             ]
-    elif made and expect.get("no_tool"):
-        return [Failure("wrong_tool", f"called {made}, wanted none")]
+    elif calls_made and expect.get("no_tool"):
+        return [Failure("wrong_tool", f"called {calls_made}, wanted none")]
     return []
 
 
-def _content(expect: dict[str, Any], text: str) -> list[Failure]:
-    found = []
-    low = text.lower()
+def _content_failures(expect: dict[str, Any], text: str) -> list[Failure]:
+    failures = []
+    lower_text = text.lower()
     if expect.get("unknown") and not NOT_KNOWN.search(text):
-        found.append(Failure("fabrication", "does not say that it is not known"))
-    for wanted in expect.get("must_say", []):
-        options = wanted if isinstance(wanted, list) else [wanted]
-        if not expect.get("unknown") and not any(option.lower() in low for option in options):
-            found.append(Failure("fabrication", f"does not say {' or '.join(options)}"))
+        failures.append(Failure("fabrication", "does not say that it is not known"))
+    for phrase in expect.get("must_say", []):
+        options = phrase if isinstance(phrase, list) else [phrase]
+        if not expect.get("unknown") and not any(option.lower() in lower_text for option in options):
+            failures.append(Failure("fabrication", f"does not say {' or '.join(options)}"))
     for banned in expect.get("must_not_say", []):
-        if banned.lower() in low:
-            found.append(Failure("fabrication", f"says {banned!r}"))
+        if banned.lower() in lower_text:
+            failures.append(Failure("fabrication", f"says {banned!r}"))
     words = re.findall(r"[^\W\d_]+", text)
     for name in expect.get("names", []):
         # Everyday words lie near short names (`am` and Ram): a misspelling begins as the name does.
         alike = [w for w in words if w not in expect["names"] and w[0].lower() == name[0].lower()]
-        near = [w for w in alike if distance(w, name) <= (1 if len(name) < 6 else 2)]
-        if near or name not in words:
-            found.append(Failure("name_error", f"{near[0]} for {name}" if near else f"no {name}"))
-    return found
+        misspelt = [w for w in alike if edit_distance(w, name) <= (1 if len(name) < 6 else 2)]
+        if misspelt or name not in words:
+            failures.append(Failure("name_error", f"{misspelt[0]} for {name}" if misspelt else f"no {name}"))
+    return failures

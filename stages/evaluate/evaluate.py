@@ -18,8 +18,7 @@ from model.families import serve
 from model.families.messages import normalise, served_tools
 from model.families.serve import Served, Serving, ServingError
 from stages import check, dataset, job
-from stages.evaluate import checks, gate, overlap, report
-from stages.evaluate import questions as written
+from stages.evaluate import checks, gate, overlap, questions, report
 from stages.evaluate.parameters import Parameters
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
@@ -28,7 +27,7 @@ SHOWN = 3  # findings about questions that an error names
 
 
 @dataclass(frozen=True)
-class Plan:
+class ServerPlan:
     """One server and the columns it answers for (column -> the name that the API knows it by)."""
 
     model: Path
@@ -39,15 +38,15 @@ class Plan:
 
 def run(task: Job) -> None:
     params = task.parameters(Parameters)
-    if wrong := gate.faults(params.gate):
+    if faults := gate.faults(params.gate):
         raise StageError(
-            "; ".join(wrong),
+            "; ".join(faults),
             f"a gate on the columns {', '.join(gate.COLUMNS)}",
             "Mend `gate` in the recipe; docs/formats.md, The gate, says what it holds.",
         )
-    asked = questions(task)
+    rows = load_questions(task)
     serving = serve.of_folder(task.inputs["base"])
-    plans = servers(task, serving)
+    plans = plan_servers(task, serving)
     try:  # all of them before the first server starts
         vllm = serve.installed()
         flags = [
@@ -70,14 +69,14 @@ def run(task: Job) -> None:
         ) from error
     answers: dict[str, list[dict[str, Any]]] = {}
     seconds: dict[str, float] = {}
-    for plan, its_flags in zip(plans, flags, strict=False):
-        with Server(plan.model, its_flags, " and ".join(plan.columns), plan.adapter) as server:
+    for plan, serve_flags in zip(plans, flags, strict=False):
+        with Server(plan.model, serve_flags, " and ".join(plan.columns), plan.adapter) as server:
             for column, name in plan.columns.items():
                 began = time.monotonic()
                 answers[column] = ask_all(
                     server,
                     name,
-                    asked,
+                    rows,
                     params,
                     serving.request,
                     f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})",
@@ -85,10 +84,10 @@ def run(task: Job) -> None:
                 seconds[column] = round(time.monotonic() - began, 1)
             if plan.adapter:
                 check_adapter(answers, params.control)
-    write(task, vllm, asked, answers, seconds)
+    write_report(task, vllm, rows, answers, seconds)
 
 
-def questions(task: Job) -> list[dict[str, Any]]:
+def load_questions(task: Job) -> list[dict[str, Any]]:
     """The questions of the source, or of the held-out conversations: their last answer says what is
     expected.
 
@@ -97,20 +96,20 @@ def questions(task: Job) -> list[dict[str, Any]]:
     production, or was trained on.
     """
     if task.sources.get("questions"):
-        asked, wrong = written.read(task.sources["questions"][0])
-        wrong = (
-            wrong
-            or unlike_production(asked, task.inputs["data"])
-            or overlap.findings(asked, training(task.inputs["data"]))
+        question_list, findings = questions.read(task.sources["questions"][0])
+        findings = (
+            findings
+            or production_findings(question_list, task.inputs["data"])
+            or overlap.findings(question_list, training_conversations(task.inputs["data"]))
         )
-        if wrong:
-            more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        if findings:
+            more = f"; and {len(findings) - SHOWN} more" if len(findings) > SHOWN else ""
             raise StageError(
-                "; ".join(f"{f.subject}: {f.found}" for f in wrong[:SHOWN]) + more,
-                wrong[0].expected,
-                wrong[0].remedy,
+                "; ".join(f"{f.subject}: {f.found}" for f in findings[:SHOWN]) + more,
+                findings[0].expected,
+                findings[0].remedy,
             )
-        prompt = written.plain((task.inputs["data"] / "prompt.txt").read_text())
+        prompt = questions.normal_prompt((task.inputs["data"] / "prompt.txt").read_text())
         return [
             {
                 **row,
@@ -118,9 +117,9 @@ def questions(task: Job) -> list[dict[str, Any]]:
                     {**m, "content": prompt} if m["role"] == "system" else m for m in row["messages"]
                 ],
             }
-            for row in (q.row for q in asked)
+            for row in (q.row for q in question_list)
         ]
-    made = []
+    held_out = []
     for _, row in dataset.read(task.inputs["data"] / "eval.jsonl"):
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
         expected = row["messages"][last]
@@ -131,7 +130,7 @@ def questions(task: Job) -> list[dict[str, Any]]:
             if function
             else {"no_tool": True, "max_words": max(20, 2 * len((expected.get("content") or "").split()))}
         )
-        made.append(
+        held_out.append(
             {
                 "id": row["id"],
                 "category": row["category"],
@@ -140,47 +139,51 @@ def questions(task: Job) -> list[dict[str, Any]]:
                 "expect": expect,
             }
         )
-    if not made:
+    if not held_out:
         raise StageError(
             "no questions: no source, and no held-out conversation",
             "at least one",
             "Name `sources: {questions: ...}`, or raise data's eval_share.",
         )
-    return made
+    return held_out
 
 
-def unlike_production(asked: list[written.Question], data: Path) -> list[check.Finding]:
+def production_findings(question_list: list[questions.Question], data: Path) -> list[check.Finding]:
     """What questions have that production, as stage data left it, has not: another system prompt, other
     tools, or none where all training rows have some.
     """
     prompt, tools = (data / "prompt.txt").read_text(), json.loads((data / "tools.json").read_text())
-    wrong = written.other_prompts(asked, prompt) + written.other_tools(asked, tools)
-    bare = [question for question in asked if not question.row.get("tools")]
-    if bare and all(row["tools"] for _, row in dataset.read(data / "train.jsonl")):
-        wrong.append(
+    findings = questions.prompt_findings(question_list, prompt) + questions.tool_findings(
+        question_list, tools
+    )
+    without_tools = [question for question in question_list if not question.row.get("tools")]
+    if without_tools and all(row["tools"] for _, row in dataset.read(data / "train.jsonl")):
+        findings.append(
             check.Finding(
-                bare[0].place,
-                f"{len(bare)} of {len(asked)} questions without tools, first {bare[0].row['id']}; every"
-                " training conversation has some",
+                without_tools[0].place,
+                f"{len(without_tools)} of {len(question_list)} questions without tools, first"
+                f" {without_tools[0].row['id']}; every training conversation has some",
                 "questions that are asked as the model was trained",
                 "Give them production's tools.",
             )
         )
-    return wrong
+    return findings
 
 
-def training(data: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def training_conversations(data: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Where every training conversation comes from, and its messages."""
     for _, row in dataset.read(data / "train.jsonl"):
         yield f"{row['file']}:{row['line']}", row["messages"]
 
 
-def servers(task: Job, serving: Serving) -> list[Plan]:
+def plan_servers(task: Job, serving: Serving) -> list[ServerPlan]:
     adapter = task.inputs["train"] / "adapter"
     tuned = serving.adapted(adapter)
     plans = []
     if tuned.lora_attention_only:
-        plans.append(Plan(task.inputs["base"], tuned, {"base": serving.name, "tuned": "tuned"}, adapter))
+        plans.append(
+            ServerPlan(task.inputs["base"], tuned, {"base": serving.name, "tuned": "tuned"}, adapter)
+        )
     else:
         job.warning(
             "the adapter is not on attention alone, which vLLM cannot add at run time everywhere: the column"
@@ -188,17 +191,17 @@ def servers(task: Job, serving: Serving) -> list[Plan]:
             "`merged` is the same model, with the adapter added to the weights; the merge stage compared"
             " the two",
         )
-        plans.append(Plan(task.inputs["base"], Served(), {"base": serving.name}))
-    plans.append(Plan(task.inputs["merge"], Served(), {"merged": serving.name}))
+        plans.append(ServerPlan(task.inputs["base"], Served(), {"base": serving.name}))
+    plans.append(ServerPlan(task.inputs["merge"], Served(), {"merged": serving.name}))
     nvfp4 = task.inputs["quantize"]
-    plans.append(Plan(nvfp4, serve.quantised(nvfp4), {"nvfp4": serving.name}))
+    plans.append(ServerPlan(nvfp4, serve.quantised(nvfp4), {"nvfp4": serving.name}))
     return plans
 
 
 def ask_all(
     server: Server,
     name: str,
-    asked: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
     params: Parameters,
     request: dict[str, Any],
     label: str,
@@ -208,7 +211,7 @@ def ask_all(
     """
     done = 0
 
-    def one(question: dict[str, Any]) -> dict[str, Any]:
+    def ask(question: dict[str, Any]) -> dict[str, Any]:
         nonlocal done
         body = {
             "model": name,
@@ -222,11 +225,11 @@ def ask_all(
             body["tools"] = served_tools(question["tools"])
         choice = server.ask(body)["choices"][0]
         done += 1
-        job.progress(done, len(asked), "question", label)
+        job.progress(done, len(rows), "question", label)
         return {**choice["message"], "finish_reason": choice["finish_reason"]}
 
     with ThreadPoolExecutor(params.concurrency) as pool:
-        return list(pool.map(one, asked))
+        return list(pool.map(ask, rows))
 
 
 def as_openai(message: dict[str, Any]) -> dict[str, Any]:
@@ -253,14 +256,16 @@ def check_adapter(answers: dict[str, list[dict[str, Any]]], control: bool = Fals
     A control is to change none. Warned of, not refused: which questions share a step with which is chance,
     and rounding follows it.
     """
-    other = sum(spoken(a) != spoken(b) for a, b in zip(answers["base"], answers["tuned"], strict=True))
-    if control and other:
+    changed = sum(
+        visible_answer(a) != visible_answer(b) for a, b in zip(answers["base"], answers["tuned"], strict=True)
+    )
+    if control and changed:
         job.warning(
-            f"the control changes {other} of {len(answers['base'])} answers",
+            f"the control changes {changed} of {len(answers['base'])} answers",
             "A few may be near ties that rounding decides; many mean that vLLM adds something that is not"
             " zero",
         )
-    elif not control and not other:
+    elif not control and not changed:
         raise StageError(
             "the adapter changes no answer",
             "other answers than the base's",
@@ -269,8 +274,8 @@ def check_adapter(answers: dict[str, list[dict[str, Any]]], control: bool = Fals
 
 
 def exchange(
-    asked: list[dict[str, Any]],
-    scored: dict[str, list[list[Any]]],
+    rows: list[dict[str, Any]],
+    failures: dict[str, list[list[Any]]],
     answers: dict[str, list[dict[str, Any]]],
     max_tokens: int,
 ) -> dict[str, Any]:
@@ -278,20 +283,24 @@ def exchange(
     answer otherwise than the base.
     """
 
-    def shows(number: int) -> tuple[bool, int]:
-        given = {column: spoken(said[number]) for column, said in answers.items()}
-        return not scored["nvfp4"][number], sum(answer != given["base"] for answer in given.values())
+    def shown_effect(number: int) -> tuple[bool, int]:
+        visible = {
+            column: visible_answer(column_answers[number]) for column, column_answers in answers.items()
+        }
+        return not failures["nvfp4"][number], sum(answer != visible["base"] for answer in visible.values())
 
-    best = max(range(len(asked)), key=shows)  # the first of the best
+    best = max(range(len(rows)), key=shown_effect)  # the first of the best
     return {
-        "messages": [as_openai(m) for m in asked[best]["messages"]],
-        "tools": asked[best].get("tools") or [],
+        "messages": [as_openai(m) for m in rows[best]["messages"]],
+        "tools": rows[best].get("tools") or [],
         "max_tokens": max_tokens,
-        "answers": {column: spoken(said[best]) for column, said in answers.items()},
+        "answers": {
+            column: visible_answer(column_answers[best]) for column, column_answers in answers.items()
+        },
     }
 
 
-def spoken(answer: dict[str, Any]) -> dict[str, Any]:
+def visible_answer(answer: dict[str, Any]) -> dict[str, Any]:
     """What a user gets of an answer: its text, and the calls it makes."""
     calls = [
         {"function": {key: call["function"][key] for key in ("name", "arguments")}}
@@ -300,19 +309,19 @@ def spoken(answer: dict[str, Any]) -> dict[str, Any]:
     return {"content": answer.get("content"), "tool_calls": calls}
 
 
-def write(
+def write_report(
     task: Job,
     vllm: str,
-    asked: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
     answers: dict[str, list[dict[str, Any]]],
     seconds: dict[str, float],
 ) -> None:
-    scored = {
-        column: [checks.score(q, a) for q, a in zip(asked, given, strict=False)]
-        for column, given in answers.items()
+    failures = {
+        column: [checks.failures(q, a) for q, a in zip(rows, column_answers, strict=False)]
+        for column, column_answers in answers.items()
     }
     params = task.parameters(Parameters)
-    summary = report.summarise(asked, scored, params.gate, params.control) | {
+    summary = report.summarise(rows, failures, params.gate, params.control) | {
         "seconds": seconds,
         "vllm": vllm,
     }
@@ -326,16 +335,16 @@ def write(
                 "id": question["id"],
                 "column": column,
                 "question": question["messages"][-1].get("content"),
-                "answer": given[number].get("content"),
-                "tool_calls": given[number].get("tool_calls") or [],
-                "failures": [asdict(f) for f in scored[column][number]],
+                "answer": column_answers[number].get("content"),
+                "tool_calls": column_answers[number].get("tool_calls") or [],
+                "failures": [asdict(f) for f in failures[column][number]],
             }
-            for number, question in enumerate(asked)
-            for column, given in answers.items()
+            for number, question in enumerate(rows)
+            for column, column_answers in answers.items()
         ),
     )
     (task.output / "exchange.json").write_text(
-        json.dumps(exchange(asked, scored, answers, params.max_tokens), indent=2, ensure_ascii=False) + "\n"
+        json.dumps(exchange(rows, failures, answers, params.max_tokens), indent=2, ensure_ascii=False) + "\n"
     )
     for column, share in summary["pass"].items():
         job.metric(f"pass_{column}", share)

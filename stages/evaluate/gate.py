@@ -17,30 +17,30 @@ def faults(gate: Any) -> list[str]:
         return []
     if not isinstance(gate, dict):
         return [f"the gate is {gate!r}, which is neither a map of columns nor {NONE}"]
-    found = []
+    reasons = []
     for column, rules in gate.items():
         if column not in COLUMNS:
-            found.append(f"the gate names {column}, which is no column")
+            reasons.append(f"the gate names {column}, which is no column")
             continue
         rules = rules if isinstance(rules, dict) else {"at_least": rules}
-        found += [f"{column}.{name} is no rule" for name in rules if name not in RULES]
+        reasons += [f"{column}.{name} is no rule" for name in rules if name not in RULES]
         if not rules:
-            found.append(f"{column} has no rule")
+            reasons.append(f"{column} has no rule")
         for name in ("at_least", "within"):
-            if name in rules and not _share(rules[name], above_zero=name == "at_least"):
-                found.append(
+            if name in rules and not _is_share(rules[name], above_zero=name == "at_least"):
+                reasons.append(
                     f"{column}.{name} is {rules[name]!r}, which is no share"
                     f" {'above 0' if name == 'at_least' else 'from 0'} to 1"
                 )
         for name in ("above", "of"):
             if name in rules and (rules[name] not in COLUMNS or rules[name] == column):
-                found.append(f"{column}.{name} is {rules[name]!r}, which is no other column")
+                reasons.append(f"{column}.{name} is {rules[name]!r}, which is no other column")
         if ("within" in rules) != ("of" in rules):
-            found.append(f"{column} has only one of `within` and `of`")
-    return found
+            reasons.append(f"{column} has only one of `within` and `of`")
+    return reasons
 
 
-def _share(value: Any, above_zero: bool) -> bool:
+def _is_share(value: Any, above_zero: bool) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and (value > 0 if above_zero else value >= 0) and value <= 1
 
@@ -55,7 +55,7 @@ def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = F
     """
     asks, why = [], []
     for column, rules in gate.items() if isinstance(gate, dict) else ():
-        for ask, fault in _rules(
+        for ask, fault in _rule_results(
             column, rules if isinstance(rules, dict) else {"at_least": rules}, passed, questions
         ):
             asks.append(ask)
@@ -69,28 +69,28 @@ def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = F
     return judged | {"says": _sentence(judged)}
 
 
-def _rules(
+def _rule_results(
     column: str, rules: dict[str, Any], passed: dict[str, float], questions: int
 ) -> list[tuple[str, str]]:
     """What each rule of one column asks, and how it is broken, "" if it is not."""
 
-    def stand_in(name: str) -> tuple[str, str]:
+    def measured_column(name: str) -> tuple[str, str]:
         if name == "tuned" and "tuned" not in passed and "merged" in passed:
             return "merged", "merged (for tuned, which was not asked)"
         return name, name
 
-    name, called = stand_in(column)
+    name, label = measured_column(column)
     if name not in passed:
         return [(f"{column} to be asked", f"{column} was not measured")]
-    share, found = passed[name], []
+    share, results = passed[name], []
     if "at_least" in rules:
         lowest = rules["at_least"]
         broken = share < lowest - EPSILON
-        found.append(
+        results.append(
             (
-                f"{called} at least {lowest:.0%}",
+                f"{label} at least {lowest:.0%}",
                 (
-                    f"{called} passed {share:.0%} of the questions; the gate asks for at least {lowest:.0%}"
+                    f"{label} passed {share:.0%} of the questions; the gate asks for at least {lowest:.0%}"
                     if broken
                     else ""
                 ),
@@ -99,17 +99,17 @@ def _rules(
     for rule in ("above", "of"):
         if rule not in rules:
             continue
-        other, other_called = stand_in(rules[rule])
-        if other not in passed:
-            found.append((f"{other} to be asked", f"{other} was not measured"))
+        reference, reference_label = measured_column(rules[rule])
+        if reference not in passed:
+            results.append((f"{reference} to be asked", f"{reference} was not measured"))
         elif rule == "above":
-            broken = share <= passed[other] + EPSILON
-            found.append(
+            broken = share <= passed[reference] + EPSILON
+            results.append(
                 (
-                    f"{called} above {other_called}",
+                    f"{label} above {reference_label}",
                     (
-                        f"{called} passed {share:.0%} of the questions, {other_called} {passed[other]:.0%};"
-                        " the gate asks for more than that"
+                        f"{label} passed {share:.0%} of the questions, {reference_label}"
+                        f" {passed[reference]:.0%}; the gate asks for more than that"
                         if broken
                         else ""
                     ),
@@ -117,20 +117,20 @@ def _rules(
             )
         else:
             allowed = max(rules["within"], 1 / questions)
-            words = f"within {_points(rules['within'])} of {other_called}, or one question"
-            broken = share < passed[other] - allowed - EPSILON
-            found.append(
+            margin = f"within {_points(rules['within'])} of {reference_label}, or one question"
+            broken = share < passed[reference] - allowed - EPSILON
+            results.append(
                 (
-                    f"{called} {words}",
+                    f"{label} {margin}",
                     (
-                        f"{called} passed {share:.0%} of the questions, {other_called} {passed[other]:.0%};"
-                        f" the gate asks for {called} {words}"
+                        f"{label} passed {share:.0%} of the questions, {reference_label}"
+                        f" {passed[reference]:.0%}; the gate asks for {label} {margin}"
                         if broken
                         else ""
                     ),
                 )
             )
-    return found
+    return results
 
 
 def _points(share: float) -> str:

@@ -26,16 +26,16 @@ def words(text: str) -> Words:
     return tuple(re.findall(r"\w+", text.lower()))
 
 
-def asks(messages: list[dict[str, Any]]) -> tuple[Words, Words]:
+def question_words(messages: list[dict[str, Any]]) -> tuple[Words, Words]:
     """What `messages` ask: the words from the last user message on (a tool's results with it), and the
     user's before that.
     """
     last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
 
-    def said(part: list[dict[str, Any]], roles: tuple[str, ...]) -> Words:
+    def words_of(part: list[dict[str, Any]], roles: tuple[str, ...]) -> Words:
         return words(" ".join(m.get("content") or "" for m in part if m["role"] in roles))
 
-    return said(messages[last:], ("user", "tool")), said(messages[:last], ("user",))
+    return words_of(messages[last:], ("user", "tool")), words_of(messages[:last], ("user",))
 
 
 def alike(a: Words, b: Words) -> bool:
@@ -47,30 +47,32 @@ def alike(a: Words, b: Words) -> bool:
     return matcher.quick_ratio() >= ALIKE and matcher.ratio() >= ALIKE
 
 
-def findings(asked: list[Question], training: Iterable[tuple[str, list[dict[str, Any]]]]) -> list[Finding]:
+def findings(
+    questions: list[Question], training: Iterable[tuple[str, list[dict[str, Any]]]]
+) -> list[Finding]:
     """A finding for every question that a training conversation, given as (place, messages), holds exactly
     or nearly.
     """
-    compared = [(question, *asks(question.row["messages"])) for question in asked]
-    index = _rare_words([last for _, last, _ in compared])
-    first: dict[int, tuple[str, bool]] = {}
+    compared = [(question, *question_words(question.row["messages"])) for question in questions]
+    index = _rare_word_index([last for _, last, _ in compared])
+    matches: dict[int, tuple[str, bool]] = {}
     for place, messages in training:
         for last, before in _turns(messages):
-            for number in {n for word in last or ("",) for n in index.get(word, ())} - first.keys():
-                _, asked_last, asked_before = compared[number]
-                if alike(asked_last, last) and (
-                    len(asked_last) >= STANDS_ALONE or alike(asked_before, before)
+            for number in {n for word in last or ("",) for n in index.get(word, ())} - matches.keys():
+                _, question_last, question_before = compared[number]
+                if alike(question_last, last) and (
+                    len(question_last) >= STANDS_ALONE or alike(question_before, before)
                 ):
-                    first[number] = (place, asked_last == last)
+                    matches[number] = (place, question_last == last)
     return [
         Finding(
             compared[number][0].place,
-            f"question {compared[number][0].row['id']}, which {'stands' if same else 'nearly stands'} in the"
-            f" training data at {place}",
+            f"question {compared[number][0].row['id']}, which {'stands' if identical else 'nearly stands'} in"
+            f" the training data at {place}",
             "questions that were never trained on",
             "Remove it from one of the two, or ask something else.",
         )
-        for number, (place, same) in sorted(first.items())
+        for number, (place, identical) in sorted(matches.items())
     ]
 
 
@@ -78,10 +80,10 @@ def _turns(messages: list[dict[str, Any]]) -> Iterator[tuple[Words, Words]]:
     """What is asked before each answer of a conversation."""
     for position, message in enumerate(messages):
         if message["role"] == "assistant" and any(m["role"] == "user" for m in messages[:position]):
-            yield asks(messages[:position])
+            yield question_words(messages[:position])
 
 
-def _rare_words(texts: list[Words]) -> dict[str, list[int]]:
+def _rare_word_index(texts: list[Words]) -> dict[str, list[int]]:
     """Word -> numbers of the texts to compare with a text that holds it.
 
     A text alike to one of n words lacks at most 2/11 of them: (n + m) * 0.9 / 2 words match, and m is at

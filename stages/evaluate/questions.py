@@ -39,7 +39,7 @@ class Question:
 
 def read(path: Path) -> tuple[list[Question], list[Finding]]:
     """The questions of a JSON Lines file whose fields are right, and what is wrong with the others."""
-    asked: list[Question] = []
+    questions: list[Question] = []
     findings: list[Finding] = []
     places: dict[str, str] = {}
     if not path.is_file():
@@ -59,11 +59,11 @@ def read(path: Path) -> tuple[list[Question], list[Finding]]:
             except ValueError as error:
                 findings.append(Finding(place, str(error), "a question as one JSON object", REMEDY))
                 continue
-            wrong = [
+            row_findings = [
                 Finding(place, found, expected, REMEDY) for found, expected in faults(row)
-            ] or unservable(place, row)
-            if not wrong and row["id"] in places:
-                wrong = [
+            ] or template_findings(place, row)
+            if not row_findings and row["id"] in places:
+                row_findings = [
                     Finding(
                         place,
                         f"the id {row['id']} a second time",
@@ -71,16 +71,16 @@ def read(path: Path) -> tuple[list[Question], list[Finding]]:
                         "Rename one of the two.",
                     )
                 ]
-            findings += wrong
-            if not wrong:
+            findings += row_findings
+            if not row_findings:
                 places[row["id"]] = place
-                asked.append(Question(place, row))
-    if not asked and not findings:
+                questions.append(Question(place, row))
+    if not questions and not findings:
         findings.append(Finding(path.name, "no question", "at least one", REMEDY))
-    return asked, findings
+    return questions, findings
 
 
-def unservable(place: str, row: dict[str, Any]) -> list[Finding]:
+def template_findings(place: str, row: dict[str, Any]) -> list[Finding]:
     """What the chat template could not be given: a question is asked in the form in which rows are
     trained.
     """
@@ -97,31 +97,31 @@ def faults(row: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(row, dict):
         yield f"a JSON {type(row).__name__}", "a question as one JSON object"
         return
-    yield from _keys(row, FIELDS, "a question")
+    yield from _unknown_keys(row, FIELDS, "a question")
     if missing := [name for name in FIELDS if name not in row and name != "tools"]:
         yield f"no {', '.join(missing)}", f"a question with {', '.join(FIELDS)}"
         return
     for name in ("id", "category"):
-        if not _text(row[name]):
+        if not _is_text(row[name]):
             yield f"{name} = {row[name]!r}", "a text that is not empty"
-    yield from _messages(row["messages"])
+    yield from _message_faults(row["messages"])
     names: list[str] = []
     tools = row.get("tools", [])
     if not isinstance(tools, list):
         yield f"tools as a JSON {type(tools).__name__}", "a list of tools"
     else:
         for number, tool in enumerate(tools, 1):
-            called = function(tool).get("name")
-            if not isinstance(called, str) or not _text(called):
+            tool_name = function(tool).get("name")
+            if not isinstance(tool_name, str) or not _is_text(tool_name):
                 yield f"tool {number} without a name", "a function with a name, in OpenAI's form"
-            elif called in names:
-                yield f"the tool {called} twice", "each tool once"
+            elif tool_name in names:
+                yield f"the tool {tool_name} twice", "each tool once"
             else:
-                names.append(called)
-    yield from _expect(row["expect"], names)
+                names.append(tool_name)
+    yield from _expect_faults(row["expect"], names)
 
 
-def _keys(values: dict[str, Any], known: tuple[str, ...], owner: str) -> Iterator[tuple[str, str]]:
+def _unknown_keys(values: dict[str, Any], known: tuple[str, ...], owner: str) -> Iterator[tuple[str, str]]:
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -135,7 +135,7 @@ def _keys(values: dict[str, Any], known: tuple[str, ...], owner: str) -> Iterato
             )
 
 
-def _messages(messages: Any) -> Iterator[tuple[str, str]]:
+def _message_faults(messages: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(messages, list) or not messages:
         yield "messages that are no list or an empty one", "the conversation up to the answer"
         return
@@ -155,7 +155,7 @@ def _messages(messages: Any) -> Iterator[tuple[str, str]]:
         ):
             yield f"message {position} without text", "content as a text"
             return
-        if calls and (role != "assistant" or not _calls(calls)):
+        if calls and (role != "assistant" or not _are_calls(calls)):
             yield f"tool_calls of message {position}", "an assistant's list of {function: {name, arguments}}"
     if messages[-1]["role"] not in ("user", "tool"):
         yield f"a last message of {messages[-1]['role']}", "one of user or tool, which the model is to answer"
@@ -163,27 +163,27 @@ def _messages(messages: Any) -> Iterator[tuple[str, str]]:
         yield "no message of user", "at least one"
 
 
-def _calls(calls: Any) -> bool:
+def _are_calls(calls: Any) -> bool:
     return isinstance(calls, list) and all(
         isinstance(call, dict)
         and isinstance(call.get("function"), dict)
-        and _text(call["function"].get("name"))
+        and _is_text(call["function"].get("name"))
         and isinstance(call["function"].get("arguments"), (dict, str))
         for call in calls
     )
 
 
-def _expect(expect: Any, tools: list[str]) -> Iterator[tuple[str, str]]:
+def _expect_faults(expect: Any, tools: list[str]) -> Iterator[tuple[str, str]]:
     if not isinstance(expect, dict):
         yield f"expect as a JSON {type(expect).__name__}", f"a map with some of {', '.join(EXPECT)}"
         return
-    yield from _keys(expect, EXPECT, "expect")
+    yield from _unknown_keys(expect, EXPECT, "expect")
     if "tool" in expect:
         tool = expect["tool"]
         if (
             not isinstance(tool, dict)
             or set(tool) != {"name", "arguments"}
-            or not _text(tool["name"])
+            or not _is_text(tool["name"])
             or not isinstance(tool["arguments"], dict)
         ):
             yield "expect.tool", '{"name": text, "arguments": map}'
@@ -201,22 +201,22 @@ def _expect(expect: Any, tools: list[str]) -> Iterator[tuple[str, str]]:
     if not isinstance(words, int) or isinstance(words, bool) or words < 1:
         yield f"expect.max_words = {words!r}", "a whole number, at least 1"
     for name in ("must_not_say", "names"):
-        if not _texts(expect.get(name, [""])) and name in expect:
+        if not _are_texts(expect.get(name, [""])) and name in expect:
             yield f"expect.{name}", "a list of texts that are not empty"
-    said = expect.get("must_say", [])
-    if not isinstance(said, list) or not all(_text(part) or _texts(part) for part in said):
+    must_say = expect.get("must_say", [])
+    if not isinstance(must_say, list) or not all(_is_text(part) or _are_texts(part) for part in must_say):
         yield (
             "expect.must_say",
             "a list of texts, or of lists of texts of which one has to be said; none of them empty",
         )
 
 
-def _text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_text, value))
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
 
 
 # --- production's prompt and tools --------------------------------------------------------------------------
@@ -238,23 +238,25 @@ def signature(tool: dict[str, Any]) -> str:
     )
 
 
-def plain(prompt: str) -> str:
+def normal_prompt(prompt: str) -> str:
     """A prompt as stage data trains it: LF at the ends of lines, no blanks around it."""
     return prompt.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def other_prompts(asked: list[Question], prompt: str) -> list[Finding]:
+def prompt_findings(questions: list[Question], prompt: str) -> list[Finding]:
     """A finding if questions have another system prompt than production's, with the difference to the
     first of them.
     """
-    others = [question for question in asked if plain(question.prompt) != plain(prompt)]
-    if not others:
+    differing = [
+        question for question in questions if normal_prompt(question.prompt) != normal_prompt(prompt)
+    ]
+    if not differing:
         return []
-    first = others[0]
+    first = differing[0]
     diff = "\n".join(
         difflib.unified_diff(
-            plain(prompt).split("\n"),
-            plain(first.prompt).split("\n"),
+            normal_prompt(prompt).split("\n"),
+            normal_prompt(first.prompt).split("\n"),
             "production",
             first.place,
             lineterm="",
@@ -267,34 +269,34 @@ def other_prompts(asked: list[Question], prompt: str) -> list[Finding]:
     return [
         Finding(
             first.place,
-            f"{len(others)} of {len(asked)} questions with another system prompt; {differs}",
+            f"{len(differing)} of {len(questions)} questions with another system prompt; {differs}",
             "the production prompt in every question",
             "Rewrite the questions' system prompt, or name the right prompt file in stage data.",
         )
     ]
 
 
-def other_tools(asked: list[Question], production: list[dict[str, Any]]) -> list[Finding]:
+def tool_findings(questions: list[Question], production: list[dict[str, Any]]) -> list[Finding]:
     """A finding for every question with a tool that production does not have, or has with another
     definition.
     """
-    known: dict[str, str] = {
+    definitions: dict[str, str] = {
         function(tool)["name"]: signature(tool) for tool in production if "name" in function(tool)
     }
     findings = []
-    for question in asked:
+    for question in questions:
         tools = {function(tool)["name"]: signature(tool) for tool in question.row.get("tools", [])}
-        strange = [name for name in tools if name not in known]
-        changed = [name for name, text in tools.items() if name in known and known[name] != text]
-        found = [f"tools that production does not have: {', '.join(strange)}"] * bool(strange) + [
+        unknown = [name for name in tools if name not in definitions]
+        changed = [name for name, text in tools.items() if name in definitions and definitions[name] != text]
+        differences = [f"tools that production does not have: {', '.join(unknown)}"] * bool(unknown) + [
             f"tools defined otherwise than in production: {', '.join(changed)}"
         ] * bool(changed)
-        if found:
+        if differences:
             findings.append(
                 Finding(
                     question.place,
-                    f"question {question.row['id']} with {'; '.join(found)}",
-                    f"tools of {', '.join(known) or 'a recipe that names none'}",
+                    f"question {question.row['id']} with {'; '.join(differences)}",
+                    f"tools of {', '.join(definitions) or 'a recipe that names none'}",
                     "Take the definition of stage data's tools file, or name the right one there.",
                 )
             )

@@ -10,38 +10,41 @@ from stages.evaluate.gate import judge
 
 
 def summarise(
-    asked: list[dict[str, Any]],
-    scored: dict[str, list[list[Failure]]],
+    questions: list[dict[str, Any]],
+    failures: dict[str, list[list[Failure]]],
     gate: dict[str, Any] | str,
     control: bool = False,
 ) -> dict[str, Any]:
     """Shares and counts by column, mode and category, and what the recipe's `gate` says of them
     (stages/evaluate/gate.py).
     """
-    categories = list(dict.fromkeys(q["category"] for q in asked))
-    passed = {column: sum(not found for found in all_) / len(asked) for column, all_ in scored.items()}
-    failures = {
-        column: {mode: sum(any(f.mode == mode for f in found) for found in all_) for mode in MODES}
-        for column, all_ in scored.items()
+    categories = list(dict.fromkeys(q["category"] for q in questions))
+    passed = {
+        column: sum(not faults for faults in by_answer) / len(questions)
+        for column, by_answer in failures.items()
+    }
+    mode_counts = {
+        column: {mode: sum(any(f.mode == mode for f in faults) for faults in by_answer) for mode in MODES}
+        for column, by_answer in failures.items()
     }
     by_category = {
         column: {
             c: (
-                sum(not found for q, found in zip(asked, all_, strict=False) if q["category"] == c)
-                / sum(q["category"] == c for q in asked)
+                sum(not faults for q, faults in zip(questions, by_answer, strict=False) if q["category"] == c)
+                / sum(q["category"] == c for q in questions)
             )
             for c in categories
         }
-        for column, all_ in scored.items()
+        for column, by_answer in failures.items()
     }
     return {
-        "columns": list(scored),
+        "columns": list(failures),
         "modes": list(MODES),
-        "questions": len(asked),
+        "questions": len(questions),
         "pass": passed,
-        "failures": failures,
+        "failures": mode_counts,
         "by_category": by_category,
-        "gate": judge(gate, passed, len(asked), control),
+        "gate": judge(gate, passed, len(questions), control),
         "control": control,
     }
 

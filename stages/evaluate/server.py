@@ -75,19 +75,19 @@ class Server:
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader = threading.Thread(target=self._copy_log, daemon=True)
         self.reader.start()
         try:
-            self._wait()
+            self._wait_until_ready()
         except BaseException:
-            self._stop()
+            self._stop_group()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self._stop_group()
 
     def ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """One chat completion. Raises StageError with the server's last words if it cannot answer."""
@@ -107,12 +107,12 @@ class Server:
                 "The log has the server's side.",
             ) from error
         except OSError as error:
-            raise self._dead(f"vLLM did not answer about {self.label}", error) from error
+            raise self._failure(f"vLLM did not answer about {self.label}", error) from error
 
-    def _wait(self) -> None:
+    def _wait_until_ready(self) -> None:
         while time.monotonic() - self.began < START_SECONDS:
             if self.process.poll() is not None:
-                raise self._dead(f"vLLM ended with {self.process.returncode} while it loaded {self.label}")
+                raise self._failure(f"vLLM ended with {self.process.returncode} while it loaded {self.label}")
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return
@@ -124,9 +124,9 @@ class Server:
                     f"{self.label}: vLLM is loading, {time.monotonic() - self.began:.0f} s",
                 )
                 time.sleep(1)
-        raise self._dead(f"vLLM was not ready after {START_SECONDS} s")
+        raise self._failure(f"vLLM was not ready after {START_SECONDS} s")
 
-    def _dead(self, found: str, error: OSError | None = None) -> StageError:
+    def _failure(self, found: str, error: OSError | None = None) -> StageError:
         """What is said of a server that failed: the cause from its log, else its last lines."""
         try:  # a process that has just hung up may need a moment to end, and to write why
             self.process.wait(2)
@@ -147,13 +147,13 @@ class Server:
             "See the whole log.",
         )
 
-    def _read(self) -> None:
+    def _copy_log(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
             self.last.append(line.rstrip())
             sys.stderr.write(line)
 
-    def _stop(self) -> None:
+    def _stop_group(self) -> None:
         """The whole process group: the API server's engine and workers are processes of their own."""
         for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 10)):
             try:

@@ -66,21 +66,22 @@ def cause(lines: Sequence[str], code: int | None, memory_gb: float | None = None
     caught. `memory_gb` is what was available when it ended.
     """
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        left = f" ({memory_gb:.1f} GB are available now)" if memory_gb is not None else ""
+        available = f" ({memory_gb:.1f} GB are available now)" if memory_gb is not None else ""
         return Cause(
             "it was killed (signal 9)",
-            f"Most often memory ran out{left}: stop what else runs on this machine, or lower memory_share.",
+            f"Most often memory ran out{available}: stop what else runs on this machine, or lower"
+            " memory_share.",
         )
-    plain = [_PREFIX.sub("", line, count=1) for line in lines]
-    found = ""
-    for number, line in enumerate(plain):
+    plain_lines = [_PREFIX.sub("", line, count=1) for line in lines]
+    message = ""
+    for number, line in enumerate(plain_lines):
         if usage := _USAGE.match(line):
-            found = usage[1]
+            message = usage[1]
         elif _EXCEPTION.match(line) and not any(words in line for words in _POINTS_BACK):
-            found = _message(plain[number:])
-    if not found:
+            message = _message(plain_lines[number:])
+    if not message:
         return None
-    return Cause(found, next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, found)), ""))
+    return Cause(message, next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, message)), ""))
 
 
 def _message(lines: Sequence[str]) -> str:

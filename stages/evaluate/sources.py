@@ -11,7 +11,7 @@ from typing import Any
 
 from model.families.serve import Served, ServingError, kv_cache
 from stages import check, dataset
-from stages.check import Finding, Given
+from stages.check import Finding, PlannedStage
 from stages.evaluate import gate, overlap, questions
 from stages.evaluate.parameters import Parameters
 
@@ -24,7 +24,7 @@ NEWEST = "0.33"  # a vLLM whose limits are those of the device alone: the image'
 DTYPES = {"fp8": "FP8", "bfloat16": "BF16", "auto": "the model's own dtype"}
 
 
-def cache(stage: Given) -> list[Finding]:
+def kv_cache_findings(stage: PlannedStage) -> list[Finding]:
     """Which KV cache the quantised model is served with, and why; an error if the recipe asks for one that
     this device has not.
     """
@@ -51,12 +51,12 @@ def cache(stage: Given) -> list[Finding]:
     ]
 
 
-def look(stage: Given) -> list[Finding]:
+def check_sources(stage: PlannedStage) -> list[Finding]:
     """The KV cache, the gate and the questions of stage evaluate."""
-    return [*cache(stage), *behaviour(stage)]
+    return [*kv_cache_findings(stage), *gate_and_question_findings(stage)]
 
 
-def behaviour(stage: Given) -> list[Finding]:
+def gate_and_question_findings(stage: PlannedStage) -> list[Finding]:
     """What is wrong with the gate and the questions."""
     findings = [
         Finding(
@@ -80,31 +80,35 @@ def behaviour(stage: Given) -> list[Finding]:
                 )
             )
         return findings
-    asked, wrong = questions.read(stage.sources["questions"][0])
+    question_list, question_findings = questions.read(stage.sources["questions"][0])
     data = stage.inputs["data"].sources if "data" in stage.inputs else {}
     # A prompt or tools file that cannot be read is for stage data to name.
-    if prompt := _text(data.get("prompt")):
-        wrong += questions.other_prompts(asked, prompt)
-    if "prompt" in data and (tools := _tools(data.get("tools"))) is not None:
-        wrong += questions.other_tools(asked, tools)
-    return [*findings, *wrong, *overlap.findings(asked, _conversations(data.get("conversations", [])))]
+    if prompt := _file_text(data.get("prompt")):
+        question_findings += questions.prompt_findings(question_list, prompt)
+    if "prompt" in data and (tools := _production_tools(data.get("tools"))) is not None:
+        question_findings += questions.tool_findings(question_list, tools)
+    return [
+        *findings,
+        *question_findings,
+        *overlap.findings(question_list, _conversations(data.get("conversations", []))),
+    ]
 
 
-def _text(paths: list[Path] | None) -> str:
+def _file_text(paths: list[Path] | None) -> str:
     try:
         return paths[0].read_text(encoding="utf-8-sig") if paths else ""
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def _tools(paths: list[Path] | None) -> list[dict[str, Any]] | None:
+def _production_tools(paths: list[Path] | None) -> list[dict[str, Any]] | None:
     """The production tools; an empty list if the recipe names none, None if the file is not a list of
     them.
     """
     if not paths:
         return []
     try:
-        tools = json.loads(_text(paths))
+        tools = json.loads(_file_text(paths))
     except ValueError:
         return None
     return tools if isinstance(tools, list) else None
@@ -129,11 +133,11 @@ def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict[str, An
                 except ValueError:
                     continue
                 messages = row.get("messages") if isinstance(row, dict) else None
-                if isinstance(messages, list) and all(_message(m) for m in messages):
+                if isinstance(messages, list) and all(_is_message(m) for m in messages):
                     yield f"{path.relative_to(source.parent)}:{number}", messages
 
 
-def _message(message: object) -> bool:
+def _is_message(message: object) -> bool:
     return (
         isinstance(message, dict)
         and isinstance(message.get("role"), str)
@@ -142,4 +146,4 @@ def _message(message: object) -> bool:
 
 
 if __name__ == "__main__":
-    check.main(look)
+    check.main(check_sources)

@@ -34,7 +34,7 @@ def run(task: Job) -> None:
         base = Checkpoint(base_folder)
         adapter = Adapter(task.inputs["train"] / "adapter", base)
         reading = PeftReading(adapter.folder, adapter.tensors, base.config, task.device)
-        check_places(adapter, reading)
+        check_names(adapter, reading)
         changed = stream(base, adapter, task.output)
     except AdapterError as error:
         raise StageError(error.found, error.expected, error.remedy) from error
@@ -48,26 +48,26 @@ def run(task: Job) -> None:
     facts = {
         "rank": adapter.rank,
         "scale": adapter.scale,
-        **proof.files(base, merged, adapter, changed, params.control),
+        **proof.check_files(base, merged, adapter, changed, params.control),
     }
     if not params.control:  # equal bytes have an equal forward
         if params.proof_tokens:
-            forward, agreement = proof.forward(
+            forward, agreement = proof.check_forward(
                 base, adapter, merged, reading, task.inputs["data"] / "train.jsonl", params, task.device
             )
         else:
-            forward, agreement = {}, proof.tensors(base, merged, adapter, reading)
+            forward, agreement = {}, proof.check_tensors(base, merged, adapter, reading)
         facts |= forward | {
             "compared_with_peft": {
                 "version": reading.version,
-                "layers": layers(adapter),
+                "layers": changed_layers(adapter),
                 **dataclasses.asdict(agreement),
             }
         }
     (task.output / "merge.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def check_places(adapter: Adapter, reading: PeftReading) -> None:
+def check_names(adapter: Adapter, reading: PeftReading) -> None:
     """Raises StageError unless PEFT and model/lora.py read changes of the same tensors; warns of what the
     adapter leaves out.
     """
@@ -86,7 +86,7 @@ def check_places(adapter: Adapter, reading: PeftReading) -> None:
         )
 
 
-def layers(adapter: Adapter) -> list[str]:
+def changed_layers(adapter: Adapter) -> list[str]:
     """The layers that the adapter changes, by number, and lm_head."""
     places = {name: adapter.family.layer(name) for name in adapter.pairs}
     return [

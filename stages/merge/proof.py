@@ -1,8 +1,8 @@
-"""What a merged checkpoint has to show before it is accepted.
+"""The checks that a merged checkpoint has to pass.
 
-`files`: names, shapes and dtypes are the base's, and what the adapter does not name has the base's bytes.
-`tensors`: what it names is W + scale * B A as PEFT reads the adapter, rounded once. `forward`: the merged
-model computes what base and adapter do, as nearly as that one rounding allows.
+`check_files`: names, shapes and dtypes are those of the base; tensors that the adapter does not name are
+equal byte for byte. `check_tensors`: every other tensor is W + scale * B A as PEFT reads the adapter, rounded
+once. `check_forward`: the merged model computes what base and adapter compute, within the error of rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NOISE = 0.01  # of the adapter's effect: what two orders of summing make of near
 REPORT = "Do not use this merge; report it."
 
 
-def files(
+def check_files(
     base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[str, int], control: bool = False
 ) -> dict[str, Any]:
     """Same names, shapes and dtypes as the source; tensors that the adapter does not name, or all of a
@@ -84,10 +84,10 @@ def files(
         "changed_elements": sum(changed.values()),
         "control": control,
     }
-    return facts if control else facts | unchanged(adapter, changed)
+    return facts if control else facts | unchanged_tensors(adapter, changed)
 
 
-def unchanged(adapter: Adapter, changed: dict[str, int]) -> dict[str, list[str]]:
+def unchanged_tensors(adapter: Adapter, changed: dict[str, int]) -> dict[str, list[str]]:
     """The tensors that the merge left as they were: `idle` ones, whose change is zero, and those whose change
     is too small for BF16.
 
@@ -114,24 +114,24 @@ def unchanged(adapter: Adapter, changed: dict[str, int]) -> dict[str, list[str]]
     if idle:
         job.warning(
             f"the adapter leaves {len(idle)} of {len(changed)} tensors as they are, since their B is zero: "
-            f"{_first(idle)}",
+            f"{_first_names(idle)}",
             "An expert that no training token reached is left so. If these should have been trained, see "
             "training.json.",
         )
     if small:
         job.warning(
             f"the adapter's change is too small for BF16 in {len(small)} of {len(changed)} tensors, which "
-            f"stay the base's: {_first(small)}",
+            f"stay the base's: {_first_names(small)}",
             "Train longer or with a higher learning rate if they should change.",
         )
     return {"idle": idle, "too_small": small}
 
 
-def _first(tensors: list[str]) -> str:
+def _first_names(tensors: list[str]) -> str:
     return ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
 
 
-def tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: PeftReading) -> Agreement:
+def check_tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: PeftReading) -> Agreement:
     """Compares every merged tensor, read back from disk, with what PEFT makes of the base's.
 
     Raises StageError with the tensor's name.
@@ -149,7 +149,7 @@ def tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: Pef
     return agreement
 
 
-def forward(
+def check_forward(
     base: Checkpoint,
     adapter: Adapter,
     merged: Checkpoint,
@@ -166,12 +166,12 @@ def forward(
     the adapter, rounded once; and the merged files. Rounding to BF16 is unavoidable, and routers that are
     near ties make more of it. So the merged model's error against the adapter's forward may be 1.2 times the
     reference's, after every layer and in the logits, and no constant bounds it. On the way every merged
-    tensor is compared with the reference's, as `tensors` does.
+    tensor is compared with the reference's, as `check_tensors` does.
 
     Raises StageError with the tensor's or the layer's name, and if the adapter has no effect at all.
     """
     dtype, config, family = getattr(torch, params.proof_precision), base.config, adapter.family
-    sequences = walk.packed(sample(rows, params.proof_tokens), params.proof_tokens)
+    sequences = walk.packed(sample_conversations(rows, params.proof_tokens), params.proof_tokens)
     layers, embeddings = walk.Layers(config, dtype, device), base.tensor(family.embeddings)
     plain, adapted, reference, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(4))
     agreement, same, worst = Agreement(), True, (0.0, "")
@@ -180,12 +180,14 @@ def forward(
         changed = [name for name in layers.names(number) if name in adapter.pairs]
         plain.through(block)
         with reading.loaded(changed) if changed else nullcontext():
-            weights = beside(block, [adapter.linears[name] for name in changed], reading, base)
+            weights = attach_factors(block, [adapter.linears[name] for name in changed], reading, base)
             adapted.through(block)
             for module in projections(block).values():
                 module.rank = 0
             differing: list[str] = []
-            layers.fill(number, rounded(base, merged, reading, weights, agreement, differing), changed)
+            layers.fill(
+                number, reference_reader(base, merged, reading, weights, agreement, differing), changed
+            )
         reference.through(block)
         same = same and not differing
         if same:
@@ -194,7 +196,7 @@ def forward(
             layers.fill(number, merged.tensor, differing)
             after.through(block)
         effect = adapted.distance(plain)
-        error = bounded(
+        error = check_error(
             f"the hidden states after layer {number}",
             after.distance(adapted),
             reference.distance(adapted),
@@ -214,11 +216,11 @@ def forward(
         (reference, exact.to(head.dtype)),
         (after, merged.tensor(family.head)),
     )
-    facts = judged(*(side.logits(norm, weight, family.epsilon(config)) for side, weight in sides))
+    facts = judge_logits(*(side.logits(norm, weight, family.epsilon(config)) for side, weight in sides))
     return facts | {"worst_layer": {"name": worst[1], "error": worst[0]}}, agreement
 
 
-def bounded(subject: str, error: float, least: float, effect: float) -> float:
+def check_error(subject: str, error: float, least: float, effect: float) -> float:
     """`error`, if one rounding of the weights explains it: `least` is what the reference is off by, `effect`
     what the adapter changes.
     """
@@ -237,7 +239,7 @@ def projections(block: torch.nn.Module) -> dict[str, Projection]:
     return {name: module for name, module in block.named_modules() if isinstance(module, Projection)}
 
 
-def beside(
+def attach_factors(
     block: torch.nn.Module, changed: list[Linear], reading: PeftReading, base: Checkpoint
 ) -> Callable[[str], torch.Tensor]:
     """Puts the adapter's factors beside the weights of a filled block, and returns what reads a weight of it
@@ -275,7 +277,7 @@ def beside(
     return weight_of
 
 
-def rounded(
+def reference_reader(
     base: Checkpoint,
     merged: Checkpoint,
     reading: PeftReading,
@@ -298,7 +300,7 @@ def rounded(
     return read
 
 
-def judged(
+def judge_logits(
     plain: Iterable[torch.Tensor],
     adapted: Iterable[torch.Tensor],
     reference: Iterable[torch.Tensor],
@@ -320,7 +322,7 @@ def judged(
             "one that was trained",
             "See training.json: train longer, or with other targets.",
         )
-    bounded("the logits", error, least, effect)
+    check_error("the logits", error, least, effect)
     return {
         "proof_tokens": tokens,
         "adapter_effect": effect,
@@ -330,7 +332,7 @@ def judged(
     }
 
 
-def sample(rows: Path, tokens: int) -> list[torch.Tensor]:
+def sample_conversations(rows: Path, tokens: int) -> list[torch.Tensor]:
     """The first training conversations, int64 (length,) each, until there are `tokens` tokens."""
     taken, count = [], 0
     for _, row in dataset.read(rows):

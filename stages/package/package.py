@@ -34,7 +34,7 @@ def run(task: Job) -> None:
     params = task.parameters(Parameters)
     serves = params.serves
     serving = serve.of_folder(task.inputs["base"])
-    checkpoint = served(task, serving, serves)
+    checkpoint = served_checkpoint(task, serving, serves)
     try:
         vllm = serve.installed()
         flags = serving.serve(
@@ -65,7 +65,7 @@ def run(task: Job) -> None:
     }
     (task.output / "serve.json").write_text(json.dumps(described, indent=1) + "\n")
     (task.output / "check.json").write_text(
-        json.dumps(check(task, serves), indent=1, ensure_ascii=False) + "\n"
+        json.dumps(check_question(task, serves), indent=1, ensure_ascii=False) + "\n"
     )
     for name in ("prompt.txt", "tools.json"):
         shutil.copyfile(task.inputs["data"] / name, task.output / name)
@@ -73,7 +73,7 @@ def run(task: Job) -> None:
     job.progress(1, 1, "serving")
 
 
-def served(task: Job, serving: Serving, serves: str) -> Served:
+def served_checkpoint(task: Job, serving: Serving, serves: str) -> Served:
     """What decides the flags of what is served."""
     match serves:
         case "nvfp4":
@@ -84,7 +84,7 @@ def served(task: Job, serving: Serving, serves: str) -> Served:
             return Served()
 
 
-def check(task: Job, serves: str) -> dict[str, Any]:
+def check_question(task: Job, serves: str) -> dict[str, Any]:
     """A question of the evaluation that the served model answers otherwise than the base, so that a
     running server can be told from one.
     """

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from stages import check
-from stages.check import Finding, Given
+from stages.check import Finding, PlannedStage
 
 
-def look(stage: Given) -> list[Finding]:
+def check_sources(stage: PlannedStage) -> list[Finding]:
     """An image is made of a report whose gate passed. Without a gate, and of a control, there will be
     none.
     """
@@ -34,4 +34,4 @@ def look(stage: Given) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    check.main(look)
+    check.main(check_sources)

@@ -24,7 +24,7 @@ from stages import dataset, job
 from stages.job import StageError
 
 
-def rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def held_out_rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The first held-out conversations, `tokens` tokens at most: ids, and the label of the next token,
     both int64 (length,).
 
@@ -47,7 +47,7 @@ def rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return taken
 
 
-def dequantised(made: Checkpoint) -> walk.Read:
+def dequantising_reader(made: Checkpoint) -> walk.Read:
     """Reads a quantised checkpoint as the weights that it stands for, float32."""
 
     def read(name: str) -> torch.Tensor:
@@ -75,7 +75,7 @@ def measure(
     layers = walk.Layers(source.config, dtype, device)
     family = registry.of(source.config)
     embeddings = source.tensor(family.embeddings)
-    read = dequantised(made)
+    read = dequantising_reader(made)
     before, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(2))
     errors = []
     for number in range(len(layers)):
@@ -90,12 +90,12 @@ def measure(
     norm, head = source.tensor(family.final_norm), source.tensor(family.head)
     eps = family.epsilon(source.config)
     following = torch.cat([labels for _, labels in held_out]).to(device)
-    return compared(before.logits(norm, head, eps), after.logits(norm, head, eps), following) | {
+    return logit_figures(before.logits(norm, head, eps), after.logits(norm, head, eps), following) | {
         "layers": [round(error, 5) for error in errors]
     }
 
 
-def compared(
+def logit_figures(
     before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], following: torch.Tensor
 ) -> dict[str, Any]:
     """The figures of two runs of logits (n, vocabulary) on the tokens that follow, where these are

@@ -38,7 +38,7 @@ def run(task: Job) -> None:
         rows = calibrate.conversations(
             task.inputs["data"] / "train.jsonl", params.calibration_rows, params.calibration_tokens
         )
-        maxima, idle = calibrated(source, chosen, rows, params.engine, task.device)
+        maxima, idle = activation_maxima(source, chosen, rows, params.engine, task.device)
         calibration = {
             "engine": params.engine,
             "conversations": len(rows),
@@ -73,7 +73,7 @@ def run(task: Job) -> None:
         "findings": [f.as_json() for f in findings],
     }
     if not findings and params.fidelity_tokens:
-        report |= compared(source, made, task)
+        report |= fidelity_report(source, made, task)
     (task.output / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
     if findings:
         listed = "; ".join(str(f) for f in findings[:5])
@@ -84,7 +84,7 @@ def run(task: Job) -> None:
         )
 
 
-def compared(source: Checkpoint, made: Checkpoint, task: Job) -> dict[str, Any]:
+def fidelity_report(source: Checkpoint, made: Checkpoint, task: Job) -> dict[str, Any]:
     """`{"fidelity": figures}` of the quantised model on held-out conversations; empty, with a warning,
     where stage data held none out.
     """
@@ -95,7 +95,7 @@ def compared(source: Checkpoint, made: Checkpoint, task: Job) -> dict[str, Any]:
             "Set eval_share above 0 in stage data, or fidelity_tokens: 0 to leave the comparison out",
         )
         return {}
-    rows = fidelity.rows(path, task.parameters(Parameters).fidelity_tokens)
+    rows = fidelity.held_out_rows(path, task.parameters(Parameters).fidelity_tokens)
     figures = fidelity.measure(source, made, rows, task.device)
     job.metric("held-out loss before", figures["loss"]["source"])
     job.metric("held-out loss in NVFP4", figures["loss"]["quantised"])
@@ -103,7 +103,7 @@ def compared(source: Checkpoint, made: Checkpoint, task: Job) -> dict[str, Any]:
     return {"fidelity": figures}
 
 
-def calibrated(
+def activation_maxima(
     source: Checkpoint, chosen: str, rows: list[torch.Tensor], engine: str, device: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Hub name -> largest absolute input, float32 scalar, of every quantised linear; and the names of idle

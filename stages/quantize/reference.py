@@ -17,7 +17,7 @@ from stages import job
 from stages.job import StageError
 
 
-def settings(config: dict[str, Any], chosen: str) -> dict[str, Any]:
+def preset(config: dict[str, Any], chosen: str) -> dict[str, Any]:
     """ModelOpt's preset for this architecture, with all that `chosen` leaves in BF16 switched off by name."""
     made: dict[str, Any] = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)
     family = registry.of(config)
@@ -46,7 +46,7 @@ def maxima(
             calibrated(input_ids=ids[None].to(device), use_cache=False)
             job.progress(number, len(rows), "conversations", "calibrating with ModelOpt")
 
-    quantization.quantize(model, settings(config, chosen), run)
+    quantization.quantize(model, preset(config, chosen), run)
     modules = dict(model.named_modules())
     found = {}
     for linear in layouts.linears(config, chosen):

@@ -9,7 +9,7 @@ from stages.train import ranks, start
 if __name__ == "__main__":
     # These two count before torch is loaded. fit.run reads them all, and names what is missing in an event.
     params = job.read(sys.argv[1]).params if len(sys.argv) == 2 else {}
-    if params.get("ranks", 1) > 1 and not ranks.started():
+    if params.get("ranks", 1) > 1 and not ranks.under_torchrun():
         ranks.launch(params["ranks"], sys.argv[1])
 
     # ranks share their folder

@@ -27,7 +27,7 @@ def seal(folder: Path) -> None:
     new.rename(folder / SEAL)
 
 
-def whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """True if the folder has its seal and every file is what the seal says."""
     try:
         table = json.loads((folder / SEAL).read_text())
@@ -39,15 +39,15 @@ def whole(folder: Path) -> bool:
         return False
 
 
-def number(folder: Path) -> int:
+def step_number(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
 
 
 def newest(scratch: Path) -> tuple[Path | None, list[Path]]:
     """The newest whole checkpoint of `scratch`, and the newer ones that are torn."""
     torn: list[Path] = []
-    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=number, reverse=True):
-        if whole(folder):
+    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=step_number, reverse=True):
+        if is_whole(folder):
             return folder, torn
         torn.append(folder)
     return None, torn
@@ -61,5 +61,5 @@ def clear(folder: Path) -> None:
 
 def prune(scratch: Path, kept: int) -> None:
     """Deletes all but the `kept` newest checkpoints."""
-    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=number)[:-kept]:
+    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=step_number)[:-kept]:
         shutil.rmtree(folder)

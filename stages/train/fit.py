@@ -25,7 +25,7 @@ from stages.job import Job, StageError
 from stages.train import checkpoints, guard, memory, picture, ranks, sizes
 from stages.train.board import Board
 from stages.train.loop import History, Loop
-from stages.train.pack import Order, trained_tokens, unfilled
+from stages.train.pack import Order, trained_tokens, unfilled_share
 from stages.train.parameters import Parameters
 from stages.train.teacher import Teacher
 from stages.train.watch import Watch
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 def run(task: Job) -> None:
     """Trains and writes `adapter/`, `training.json`, `loss.jsonl`, `loss.png` and `tensorboard/`."""
     began, params = time.monotonic(), task.parameters(Parameters)
-    guard.enough(params.steps)
+    guard.check_steps(params.steps)
     group = ranks.join(task.device)
     if task.device == "cpu":
         # Small matrices gain from a second core and lose from a third; and sums come out the same everywhere.
         torch.set_num_threads(max(1, 2 // group.world))
     if params.deterministic:
         determinism.enable()
-    rows = read(task.inputs["data"] / "train.jsonl")
-    held_out = read(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
+    rows = read_rows(task.inputs["data"] / "train.jsonl")
+    held_out = read_rows(task.inputs["data"] / "eval.jsonl", may_be_empty=True)
     if not held_out and group.first:
         job.warning(
             "no held-out conversation: there is no held-out loss, and the adapter of the last step is kept",
@@ -53,26 +53,26 @@ def run(task: Job) -> None:
             " kept" + (", and patience has an effect" if params.patience else ""),
         )
     if task.device == "cuda":
-        kernel_watch.start(compiling if group.first else lambda note: None)
-    sizes.fitting(lengths(rows), lengths(held_out), params.sequence_tokens, params.batch_tokens)
-    model = adapted(task, group)
+        kernel_watch.start(report_kernels if group.first else lambda note: None)
+    sizes.check_lengths(lengths(rows), lengths(held_out), params.sequence_tokens, params.batch_tokens)
+    model = load_model(task, group)
     teacher = Teacher(task, group) if params.qat_loss == "teacher" else None
-    loop = Loop(task, model, rows, held_out, group, rounding(task, model, rows, teacher), teacher)
-    if found := resume_from(task.scratch):
+    loop = Loop(task, model, rows, held_out, group, rounding_schedule(task, model, rows, teacher), teacher)
+    if found := newest_checkpoint(task.scratch):
         loop.resume(found)
     watch: Watch | None = None
     if group.first:
-        sizes.advise(loop.order, params.steps, group.world, task.device)
+        sizes.warn_of_sizes(loop.order, params.steps, group.world, task.device)
         loop.watch = watch = Watch(
             params.steps, task.device, Board(task.output / "tensorboard", loop.history)
         )
     history = loop.run()
     if watch:
         watch.board.close()
-        finish(task, model, history, rows, loop.order, watch, time.monotonic() - began)
+        write_artifact(task, model, history, rows, loop.order, watch, time.monotonic() - began)
 
 
-def read(path: Path, may_be_empty: bool = False) -> list[dict[str, Any]]:
+def read_rows(path: Path, may_be_empty: bool = False) -> list[dict[str, Any]]:
     """`input_ids` and `labels` of every row, lists of equal length, and its `number`. Raises StageError on
     an empty file, unless it `may_be_empty`.
     """
@@ -94,7 +94,7 @@ def lengths(rows: list[dict[str, Any]]) -> list[int]:
     return [len(row["input_ids"]) for row in rows]
 
 
-def adapted(task: Job, group: ranks.Ranks) -> Model:
+def load_model(task: Job, group: ranks.Ranks) -> Model:
     """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
     params = task.parameters(Parameters)
     form = memory.METHODS[params.method]
@@ -121,7 +121,7 @@ def adapted(task: Job, group: ranks.Ranks) -> Model:
             form,
             getattr(torch, params.precision),
             task.device,
-            loading(form) if group.first else None,
+            loading_progress(form) if group.first else None,
             shards,
         )
         adapt(model, params, task.seed)
@@ -149,12 +149,12 @@ def adapt(model: Model, params: Parameters, seed: int) -> None:
         recompute.attach(model, params.sequence_tokens)
 
 
-def compiling(note: str) -> None:
+def report_kernels(note: str) -> None:
     """Progress for model/layers/kernel_watch.py: what is being tuned, or has been compiled."""
     job.progress(kernel_watch.counts.compiled, None, "kernels", note)
 
 
-def loading(form: str) -> Callable[[int, int], None]:
+def loading_progress(form: str) -> Callable[[int, int], None]:
     """Progress for assemble.load: a line for every hundredth, not for each of thousands of tensors."""
     said = -1
 
@@ -167,7 +167,7 @@ def loading(form: str) -> Callable[[int, int], None]:
     return progress
 
 
-def rounding(
+def rounding_schedule(
     task: Job, model: Model, rows: list[dict[str, Any]], teacher: Teacher | None
 ) -> Callable[[int], bool]:
     """What Loop calls before each step: from `qat_share` of the end on, adapted weights that the
@@ -205,7 +205,7 @@ def rounding(
     return change
 
 
-def resume_from(scratch: Path) -> Path | None:
+def newest_checkpoint(scratch: Path) -> Path | None:
     """The checkpoint to go on from; torn ones are named and passed over."""
     found, torn = checkpoints.newest(scratch)
     for folder in torn:
@@ -216,7 +216,7 @@ def resume_from(scratch: Path) -> Path | None:
     return found
 
 
-def finish(
+def write_artifact(
     task: Job,
     model: Model,
     history: History,
@@ -243,7 +243,7 @@ def finish(
     drop: float | None = None
     first, last, best = None, None, None
     if steps:
-        first, last, best = ends(list(history.train.values()))
+        first, last, best = loss_summary(list(history.train.values()))
         drop = 1 - last / first
     picture.draw(history.train, history.held_out, drop, task.output / "loss.png")
     report = {
@@ -259,8 +259,8 @@ def finish(
         "groups": assemble.bytes_by_group(model),
         "conversations": len(rows),
         "trained_tokens": trained_tokens(rows),
-        **sizes.described(order, steps),
-        "unfilled": unfilled(order, params.sequence_tokens, steps),
+        **sizes.step_sizes(order, steps),
+        "unfilled": unfilled_share(order, params.sequence_tokens, steps),
         "loss": {
             "first": first,
             "last": last,
@@ -292,7 +292,7 @@ def finish(
         )
 
 
-def ends(losses: list[float]) -> tuple[float, float, float]:
+def loss_summary(losses: list[float]) -> tuple[float, float, float]:
     """First, last and best loss. First is the very first step's, before anything was learnt; the others
     are means of ten steps.
     """

@@ -16,7 +16,7 @@ from stages.job import StageError
 LOOKED_AT = 3
 
 
-def enough(steps: int) -> None:
+def check_steps(steps: int) -> None:
     """Raises StageError if a run of `steps` steps would end before the guard has looked; a run of none
     trains nothing, and says so.
     """
@@ -83,7 +83,7 @@ class Guard:
 
 
 @torch.no_grad()
-def finite(model: nn.Module, forward: Callable[[], object]) -> str:
+def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
     """The name of the first module, in the order of the forward, whose output is not finite; "the loss" if
     none is.
     """

@@ -25,8 +25,8 @@ from model.families import registry
 from stages import job
 from stages.job import Job, StageError
 from stages.train import checkpoints
-from stages.train.guard import Guard, finite
-from stages.train.pack import Order, Pack, layouts, share, trained_tokens
+from stages.train.guard import Guard, first_not_finite
+from stages.train.pack import Order, Pack, rank_layouts, rank_packs, trained_tokens
 from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
 from stages.train.teacher import Teacher
@@ -152,7 +152,9 @@ class Loop:
         params, packs = self.params, set()
         for number in range(start, params.steps):
             rows = [self.rows[row] for row in self.order.step(number)]
-            packs |= set(layouts(rows, self.ranks.rank, self.ranks.world, params.sequence_tokens, self.work))
+            packs |= set(
+                rank_layouts(rows, self.ranks.rank, self.ranks.world, params.sequence_tokens, self.work)
+            )
         graphs = getattr(self.model, "graphs", None) or assemble.capture(self.model)
         graphs.prepare(
             packs, lambda done, total: job.progress(done, total, "graphs", "capturing CUDA graphs")
@@ -179,7 +181,7 @@ class Loop:
         if not math.isfinite(value):
             raise StageError(
                 f"loss is {value} at step {number + 1}, first in"
-                f" {finite(self.model, lambda: [self.loss(pack) for pack in made])}",
+                f" {first_not_finite(self.model, lambda: [self.loss(pack) for pack in made])}",
                 "a finite loss",
                 "Lower learning_rate or max_grad_norm",
             )
@@ -202,7 +204,7 @@ class Loop:
     def packs(self, rows: list[dict[str, Any]]) -> list[Pack]:
         """This rank's share of rows, packed."""
         params, ranks = self.params, self.ranks
-        return share(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, self.work)
+        return rank_packs(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, self.work)
 
     def learnt(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step's gradient is of, and the loss of the labels; sums over the pack's trained tokens."""
@@ -274,4 +276,4 @@ class Loop:
         if self.history.best and self.ranks.first:
             self.best.write_bytes((folder / "best.safetensors").read_bytes())
         self.ranks.wait()
-        self.start = checkpoints.number(folder)
+        self.start = checkpoints.step_number(folder)

@@ -42,7 +42,9 @@ def bytes_needed(config: dict[str, Any], params: Parameters, count: int = 1) -> 
             FORMS[form] / 8 if name in packed and form != "bf16" else number
         )
         base += size / count if name in linears else size
-    factors = sum(params.rank * (linear.out + linear.inside) for linear in adapted(config, params.targets))
+    factors = sum(
+        params.rank * (linear.out + linear.inside) for linear in adapted_linears(config, params.targets)
+    )
     tokens, hidden, choices = params.sequence_tokens, config["hidden_size"], config["num_experts_per_tok"]
     width = max(config["moe_intermediate_size"], hidden)
     stack = (
@@ -70,7 +72,7 @@ def bytes_needed(config: dict[str, Any], params: Parameters, count: int = 1) -> 
     }
 
 
-def adapted(config: dict[str, Any], targets: str) -> list[Linear]:
+def adapted_linears(config: dict[str, Any], targets: str) -> list[Linear]:
     """Every matrix that the preset `targets` puts LoRA on, in checkpoint order."""
     return registry.of(config).targeted(config, targets)
 
@@ -79,7 +81,7 @@ def check_rank(config: dict[str, Any], params: Parameters) -> None:
     """Raises StageError if the rank is above the width of a layer it is put on: no matrix has a rank above
     its smaller side.
     """
-    linears = adapted(config, params.targets)
+    linears = adapted_linears(config, params.targets)
     narrow = min(linears, key=lambda linear: min(linear.out, linear.inside), default=None)
     if narrow and params.rank > min(narrow.out, narrow.inside):
         raise StageError(
@@ -89,7 +91,7 @@ def check_rank(config: dict[str, Any], params: Parameters) -> None:
         )
 
 
-def available(device: str) -> int:
+def available_bytes(device: str) -> int:
     """Bytes that a process on `device` can take. A GB10 shares its memory with the CPU and reports none of
     its own: /proc/meminfo.
     """
@@ -112,7 +114,7 @@ def check(config: dict[str, Any], params: Parameters, device: str, count: int = 
             "method qlora or nvfp4",
             "The method holds the weights in BF16 already: leave decoded_gb out",
         )
-    parts, room = bytes_needed(config, params, count), available(device)
+    parts, room = bytes_needed(config, params, count), available_bytes(device)
     needed = sum(parts.values()) * CACHED
     if needed <= room:
         return

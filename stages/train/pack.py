@@ -113,20 +113,20 @@ def packs(rows: list[dict[str, Any]], capacity: int) -> list[Pack]:
     return made
 
 
-def shares(rows: list[dict[str, Any]], count: int, work: Operations) -> list[list[dict[str, Any]]]:
+def row_shares(rows: list[dict[str, Any]], count: int, work: Operations) -> list[list[dict[str, Any]]]:
     """The rows in `count` shares of about as much `work`."""
     costs = [work.of(len(row["input_ids"]), trained_tokens([row])) for row in rows]
     return [[rows[index] for index in indices] for indices in spread(costs, count)]
 
 
-def share(
+def rank_packs(
     rows: list[dict[str, Any]], rank: int, count: int, capacity: int, level: bool, work: Operations
 ) -> list[Pack]:
     """The packed share of rank `rank` of `count`, about as much `work` as every other rank's.
 
     `level`: every rank has as many sequences, the last of some idle, since each is one of all ranks.
     """
-    every = shares(rows, count, work)
+    every = row_shares(rows, count, work)
     own = packs(every[rank], capacity)
     most = (
         max(
@@ -139,11 +139,11 @@ def share(
     return own + [IDLE] * (most - len(own))
 
 
-def layouts(
+def rank_layouts(
     rows: list[dict[str, Any]], rank: int, count: int, capacity: int, work: Operations
 ) -> list[Documents]:
-    """Where the documents lie in the packs of `share`, without making them."""
-    sizes = [len(row["input_ids"]) for row in shares(rows, count, work)[rank]]
+    """Where the documents lie in the packs of `rank_packs`, without making them."""
+    sizes = [len(row["input_ids"]) for row in row_shares(rows, count, work)[rank]]
     return [Documents(tuple(sizes[i] for i in group)) for group in best_fit(sizes, capacity)]
 
 
@@ -152,7 +152,7 @@ def trained_tokens(rows: list[dict[str, Any]]) -> int:
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
-def unfilled(order: Order, capacity: int, steps: int) -> float:
+def unfilled_share(order: Order, capacity: int, steps: int) -> float:
     """Share of the room of packed sequences, but for the last of each step, that stays empty over a run."""
     room, used = 0, 0
     for number in range(steps):

@@ -48,14 +48,14 @@ class Ranks:
             distributed.barrier()
 
 
-def started() -> bool:
+def under_torchrun() -> bool:
     """Whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def join(device: str) -> Ranks:
     """This process among those that torchrun started; alone if it did not."""
-    if not started():
+    if not under_torchrun():
         return Ranks()
     import torch
     from torch import distributed
@@ -66,7 +66,7 @@ def join(device: str) -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
-def command(count: int, module: str, *words: str) -> list[str]:
+def torchrun_command(count: int, module: str, *words: str) -> list[str]:
     """torchrun with `count` processes of a module on this machine."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return [sys.executable, *torchrun, "-m", module, *words]
@@ -74,4 +74,4 @@ def command(count: int, module: str, *words: str) -> list[str]:
 
 def launch(count: int, job: str) -> None:
     """Replaces this process by torchrun with `count` processes of the same stage on this machine."""
-    os.execv(sys.executable, command(count, "stages.train", job))
+    os.execv(sys.executable, torchrun_command(count, "stages.train", job))

@@ -14,7 +14,7 @@ from stages.train.pack import Order
 FEW, ENOUGH = 4096, 16384
 
 
-def fitting(lengths: list[int], held_out: list[int], sequence_tokens: int, batch_tokens: int) -> None:
+def check_lengths(lengths: list[int], held_out: list[int], sequence_tokens: int, batch_tokens: int) -> None:
     """Raises StageError if a conversation is longer than a packed sequence, or a trained one than a step.
 
     `lengths` and `held_out`: tokens of every conversation. With `batch_tokens` 0, steps are not limited.
@@ -31,7 +31,7 @@ def fitting(lengths: list[int], held_out: list[int], sequence_tokens: int, batch
             )
 
 
-def described(order: Order, steps: int) -> dict[str, float | None]:
+def step_sizes(order: Order, steps: int) -> dict[str, float | None]:
     """For training.json: medians over `steps` steps, and how often each row is trained on, on average."""
     chosen = [order.step(number) for number in range(steps)]
     return {
@@ -41,9 +41,9 @@ def described(order: Order, steps: int) -> dict[str, float | None]:
     }
 
 
-def advise(order: Order, steps: int, world: int, device: str) -> None:
+def warn_of_sizes(order: Order, steps: int, world: int, device: str) -> None:
     """Warns of steps that train a conversation more than once, and of steps that do not fill `world` GPUs."""
-    whole, run = sum(order.lengths), described(order, steps)
+    whole, run = sum(order.lengths), step_sizes(order, steps)
     if order.batch_tokens > whole:
         job.warning(
             f"batch_tokens is {order.batch_tokens:,}, and all {len(order.lengths)} conversations together "

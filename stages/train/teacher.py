@@ -17,7 +17,7 @@ from model.families import registry
 from model.labels import IGNORED
 from stages import job
 from stages.job import Job, StageError
-from stages.train.pack import Pack, share
+from stages.train.pack import Pack, rank_packs
 from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
 
@@ -69,7 +69,7 @@ class Teacher:
         device = self.task.device
         params, ranks = self.task.parameters(Parameters), self.ranks
         work = registry.of(model.hub_config).operations(model.hub_config, params.gradient_checkpointing)
-        packs = share(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, work)
+        packs = rank_packs(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, work)
         for number, pack in enumerate(packs, 1):
             index, logs = assemble.likeliest_tokens(
                 model,

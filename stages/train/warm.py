@@ -56,7 +56,7 @@ def run(task: Job) -> None:
 
     if task.parameters(Parameters).deterministic:
         determinism.enable()
-    kernel_watch.start(fit.compiling)
+    kernel_watch.start(fit.report_kernels)
     train(task)
     counts = kernel_watch.counts
     for name, count in vars(counts).items():
@@ -85,15 +85,15 @@ def train(task: Job) -> None:
         qat_share=0.5 if params.qat_share else 0.0,
         qat_loss="labels",
     )
-    task, config = replace(task, params=asdict(params)), shape(task)
+    task, config = replace(task, params=asdict(params)), model_config(task)
     try:
-        model = adapted(task, config)
+        model = random_model(task, config)
     except ValueError as error:
         raise StageError(str(error), "libraries and a shape that fit", "See the message") from error
-    lengths = conversations(task)
-    full, usual = fill(lengths, params.sequence_tokens), usual_step(task, lengths)
-    rows = synthetic([*full, *usual, *sorted(lengths)[:HELD_OUT]], config["vocab_size"])
-    loop = Loop(task, model, rows, rows[-HELD_OUT:], Ranks(), fit.rounding(task, model, rows, None))
+    lengths = conversation_lengths(task)
+    full, usual = filling_lengths(lengths, params.sequence_tokens), first_step_lengths(task, lengths)
+    rows = synthetic_rows([*full, *usual, *sorted(lengths)[:HELD_OUT]], config["vocab_size"])
+    loop = Loop(task, model, rows, rows[-HELD_OUT:], Ranks(), fit.rounding_schedule(task, model, rows, None))
     loop.order = two_steps(len(full), len(usual))
     loop.run()
 
@@ -109,7 +109,7 @@ def two_steps(full: int, usual: int) -> Order:
     return Two([1] * (full + usual), 0, full)
 
 
-def shape(task: Job) -> dict[str, Any]:
+def model_config(task: Job) -> dict[str, Any]:
     """The config of the recipe's base, cut to one layer of each kind; of Nemotron 3 Nano where the base is
     not built yet.
     """
@@ -122,17 +122,17 @@ def shape(task: Job) -> dict[str, Any]:
             "If your base has another shape, build it (build.py run --until base) and run this again",
         )
         config = nano.WIDTHS | {"hybrid_override_pattern": nano.PATTERN}
-    return {**config, "hybrid_override_pattern": kinds(config["hybrid_override_pattern"])}
+    return {**config, "hybrid_override_pattern": shortest_pattern(config["hybrid_override_pattern"])}
 
 
-def kinds(pattern: str) -> str:
+def shortest_pattern(pattern: str) -> str:
     """The shortest pattern with a layer of each kind. A Mamba layer directly before attention is one of
     its own: the export leaves it in BF16, and so does training (model/families/nemotron_h/layout.py)."""
     chosen = [letter for letter in "*ME" if letter in pattern.replace("M*", "")]
     return "".join(chosen) + ("M*" if "M*" in pattern else "")
 
 
-def adapted(task: Job, config: dict[str, Any]) -> Model:
+def random_model(task: Job, config: dict[str, Any]) -> Model:
     """A model of random weights with its adapter, as stage train would make it."""
     import torch
 
@@ -148,20 +148,22 @@ def adapted(task: Job, config: dict[str, Any]) -> Model:
     return model
 
 
-def conversations(task: Job) -> list[int]:
+def conversation_lengths(task: Job) -> list[int]:
     """Tokens of the recipe's conversations; made-up ones where stage data is not built yet. None is longer
     than a packed sequence.
     """
     from stages.train import fit
 
     lengths = (
-        fit.lengths(fit.read(task.inputs["data"] / "train.jsonl")) if "data" in task.inputs else list(LENGTHS)
+        fit.lengths(fit.read_rows(task.inputs["data"] / "train.jsonl"))
+        if "data" in task.inputs
+        else list(LENGTHS)
     )
     most = task.parameters(Parameters).sequence_tokens
     return [min(length, most) for length in lengths]
 
 
-def fill(lengths: list[int], capacity: int) -> list[int]:
+def filling_lengths(lengths: list[int], capacity: int) -> list[int]:
     """Conversations of these lengths, over and over, that fill a packed sequence of `capacity` tokens to
     the last one.
     """
@@ -173,7 +175,7 @@ def fill(lengths: list[int], capacity: int) -> list[int]:
     return chosen
 
 
-def usual_step(task: Job, lengths: list[int]) -> list[int]:
+def first_step_lengths(task: Job, lengths: list[int]) -> list[int]:
     """The lengths of the recipe's first step."""
     from stages.train.pack import Order
 
@@ -181,7 +183,7 @@ def usual_step(task: Job, lengths: list[int]) -> list[int]:
     return [lengths[row] for row in Order(lengths, task.seed, params.batch, params.batch_tokens).step(0)]
 
 
-def synthetic(lengths: list[int], vocabulary: int) -> list[dict[str, Any]]:
+def synthetic_rows(lengths: list[int], vocabulary: int) -> list[dict[str, Any]]:
     """Rows as stage data writes them, of random tokens, the last quarter of each trained."""
     import torch
 

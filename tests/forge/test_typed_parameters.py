@@ -11,7 +11,7 @@ import toy
 from forge import artifact_types, contract, plan, typed_parameters
 from forge.finding import Refused
 from stages import job
-from stages.check import Given
+from stages.check import PlannedStage
 
 STAGES = sorted(path.parent for path in (toy.REPO / "stages").glob("*/stage.toml"))
 
@@ -94,7 +94,9 @@ GIVEN = {"name": "Ada", "way": "soft", "times": 2, "words": [], "gate": "none"}
 
 def test_a_job_becomes_the_dataclass(kind, tmp_path):
     made = job.Job("hello", GIVEN, {}, tmp_path, tmp_path, 0).parameters(kind)
-    assert dataclasses.asdict(made) == GIVEN == dataclasses.asdict(Given("hello", GIVEN).parameters(kind))
+    assert (
+        dataclasses.asdict(made) == GIVEN == dataclasses.asdict(PlannedStage("hello", GIVEN).parameters(kind))
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.times = 3
 

@@ -124,8 +124,8 @@ def watched(folder, made, **changes):
 
 def loop(folder, made, **changes):
     """The Loop of a run that has not begun, and its rows."""
-    its, rows = task(folder, made, **changes), fit.read(made["data"] / "train.jsonl")
-    return Loop(its, fit.adapted(its, Ranks()), rows, rows[:2], Ranks()), rows
+    its, rows = task(folder, made, **changes), fit.read_rows(made["data"] / "train.jsonl")
+    return Loop(its, fit.load_model(its, Ranks()), rows, rows[:2], Ranks()), rows
 
 
 def warnings(patch):
@@ -137,11 +137,11 @@ def warnings(patch):
 
 def change_model(patch, change):
     """Lets the stage train on the model that `change` has had its hands on."""
-    right = fit.adapted
+    right = fit.load_model
 
     def adapted(task, its):
         model = right(task, its)
         change(model)
         return model
 
-    patch.setattr(fit, "adapted", adapted)
+    patch.setattr(fit, "load_model", adapted)

@@ -147,7 +147,7 @@ FAULTY = [
 
 def modes(expect, answer):
     answer = {"content": answer} if isinstance(answer, str) else answer
-    return {failure.mode for failure in checks.score({"expect": expect, "tools": TOOLS}, answer)}
+    return {failure.mode for failure in checks.failures({"expect": expect, "tools": TOOLS}, answer)}
 
 
 @pytest.mark.parametrize(
@@ -179,4 +179,4 @@ def test_one_answer_can_have_many_faults():
     "a,b,edits", [("Rajesh", "Rajesh", 0), ("Rajeesh", "Rajesh", 1), ("Mysore", "Mysuru", 2), ("", "abc", 3)]
 )
 def test_distance_counts_edits(a, b, edits):
-    assert checks.distance(a, b) == checks.distance(b, a) == edits
+    assert checks.edit_distance(a, b) == checks.edit_distance(b, a) == edits

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stages.check import Given
+from stages.check import PlannedStage
 from stages.data import check
 
 TOOLS = [{"type": "function", "function": {"name": "set_timer"}}, {"name": "bare"}]
@@ -25,14 +25,16 @@ def given(
     }
     for path, content in zip(paths.values(), (prompt, tools, rows), strict=False):
         path.write_bytes(content)
-    return Given(
+    return PlannedStage(
         "data", {}, {**{name: [path] for name, path in paths.items()}, "conversations": [folder / "talks"]}
     )
 
 
 def test_good_files_have_no_finding(tmp_path):
-    assert check.look(given(tmp_path)) == []
-    assert check.look(Given("data", {}, {"prompt": [tmp_path / "prompt.txt"]})) == []  # tools are optional
+    assert check.check_sources(given(tmp_path)) == []
+    assert (
+        check.check_sources(PlannedStage("data", {}, {"prompt": [tmp_path / "prompt.txt"]})) == []
+    )  # tools are optional
 
 
 @pytest.mark.parametrize(
@@ -51,10 +53,10 @@ def test_good_files_have_no_finding(tmp_path):
     ],
 )
 def test_a_file_that_stage_data_would_refuse_is_named_before(tmp_path, files, source, found):
-    (wrong,) = check.look(given(tmp_path, **files))
+    (wrong,) = check.check_sources(given(tmp_path, **files))
     assert wrong.subject == f"data.sources.{source}" and found in wrong.found and wrong.level == "error"
 
 
 def test_a_folder_as_prompt_is_named(tmp_path):
-    (wrong,) = check.look(Given("data", {}, {"prompt": [tmp_path]}))
+    (wrong,) = check.check_sources(PlannedStage("data", {}, {"prompt": [tmp_path]}))
     assert "is a folder" in wrong.found

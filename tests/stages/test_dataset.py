@@ -73,21 +73,25 @@ def asked(path):
 
 CONSUMERS = {
     "data": lambda path: (
-        [row.messages for row in rows.read(files.listed([path]).files[0])]
+        [row.messages for row in rows.read(files.list_files([path]).files[0])]
         == [row["messages"] for row in ROWS]
     ),
-    "base: lessons": lambda path: make.read([path]) == ROWS,
-    "train": lambda path: [row["input_ids"][0] for row in fit.read(path)] == [0, 1, 2],
-    "merge: proof": lambda path: [ids[0].item() for ids in proof.sample(path, 100)] == [0, 1, 2],
+    "base: lessons": lambda path: make.read_lessons([path]) == ROWS,
+    "train": lambda path: [row["input_ids"][0] for row in fit.read_rows(path)] == [0, 1, 2],
+    "merge: proof": lambda path: (
+        [ids[0].item() for ids in proof.sample_conversations(path, 100)] == [0, 1, 2]
+    ),
     "quantize: calibration": lambda path: (
         [ids[0].item() for ids in calibrate.conversations(path, 8, 100)] == [0, 1, 2]
     ),
-    "quantize: fidelity": lambda path: [ids[0].item() for ids, _ in fidelity.rows(path, 100)] == [0, 1, 2],
+    "quantize: fidelity": lambda path: (
+        [ids[0].item() for ids, _ in fidelity.held_out_rows(path, 100)] == [0, 1, 2]
+    ),
     "evaluate: questions": lambda path: (
         asked(path.with_name("questions.jsonl")) == [row["messages"][:1] for row in ROWS]
     ),
     "evaluate: held out": lambda path: (
-        [q["messages"] for q in evaluate.questions(job(path))] == [row["messages"][:1] for row in ROWS]
+        [q["messages"] for q in evaluate.load_questions(job(path))] == [row["messages"][:1] for row in ROWS]
     ),
 }
 

@@ -247,7 +247,7 @@ def test_one_other_answer_is_enough(tuned):
 
 
 def test_base_and_tuned_share_a_server(its, warnings):
-    plans = evaluate.servers(its, serve.of_folder(its.inputs["base"]))
+    plans = evaluate.plan_servers(its, serve.of_folder(its.inputs["base"]))
     assert [plan.columns for plan in plans] == [
         {"base": "nemotron-nano", "tuned": "tuned"},
         {"merged": "nemotron-nano"},
@@ -272,7 +272,7 @@ def test_base_and_tuned_share_a_server(its, warnings):
 )
 def test_an_adapter_beyond_attention_leaves_tuned_out_with_a_warning(its, warnings, config):
     adapter(its.inputs["train"], **config)
-    plans = evaluate.servers(its, serve.of_folder(its.inputs["base"]))
+    plans = evaluate.plan_servers(its, serve.of_folder(its.inputs["base"]))
     assert [list(plan.columns) for plan in plans] == [["base"], ["merged"], ["nvfp4"]]
     assert len(warnings) == 1 and "`tuned` is left out" in warnings[0]
     assert plans[0].adapter is None and plans[0].checkpoint.lora_rank == 0
@@ -286,7 +286,7 @@ def test_a_combination_that_vllm_serves_wrongly_is_refused_before_the_first_serv
 
 
 def test_questions_without_a_source_come_from_the_held_out_conversations(its):
-    talk, act, result = evaluate.questions(its)
+    talk, act, result = evaluate.load_questions(its)
     # up to the last answer
     assert [m["content"] for m in talk["messages"]] == ["Be short.", "Where?", "Far " * 12, "And?"]
     assert talk["expect"] == {"no_tool": True, "max_words": 20} and (talk["id"], talk["category"]) == (
@@ -302,7 +302,7 @@ def test_questions_without_a_source_come_from_the_held_out_conversations(its):
 def test_no_question_at_all_is_refused(its):
     (its.inputs["data"] / "eval.jsonl").write_text("")
     with pytest.raises(StageError, match="eval_share"):
-        evaluate.questions(its)
+        evaluate.load_questions(its)
 
 
 @pytest.mark.trap("tool-arguments-as-text")
@@ -544,7 +544,7 @@ def trained(its, *rows):
 
 def test_a_question_is_asked_under_the_production_prompt_to_the_byte(its):
     asking(its, messages=[said("system", "\tBe short.\r\n"), said("user", "What is the capital of Peru?")])
-    assert evaluate.questions(its)[0]["messages"] == [
+    assert evaluate.load_questions(its)[0]["messages"] == [
         said("system", "Be short."),
         said("user", "What is the capital of Peru?"),
     ]
@@ -588,11 +588,11 @@ def test_questions_that_say_nothing_of_the_served_model_are_refused_before_the_f
 
 def test_a_question_without_tools_is_refused_where_every_training_row_has_some(its):
     asking(its, tools=[])
-    evaluate.questions(its)
+    evaluate.load_questions(its)
     trained(its, {"tools": [TOOL]}, {"tools": []})
-    evaluate.questions(its)
+    evaluate.load_questions(its)
     trained(its, {"tools": [TOOL]}, {"tools": [TOOL]})
     with pytest.raises(
         StageError, match="1 of 1 questions without tools, first q; every training conversation has some"
     ):
-        evaluate.questions(its)
+        evaluate.load_questions(its)

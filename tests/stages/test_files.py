@@ -33,7 +33,7 @@ def quiet(monkeypatch):
 def read(path, raw):
     """The rows and rejects of one file that the recipe names."""
     path.write_bytes(raw)
-    return [result for file in files.listed([path]).files for result in rows.read(file)]
+    return [result for file in files.list_files([path]).files for result in rows.read(file)]
 
 
 def parquet(path, table):
@@ -233,7 +233,7 @@ def test_a_folder_is_read_in_all_its_forms_and_letter_cases(tmp_path):
     names = ["a.jsonl", "b.json", "c.ndjson", "d.JSONL", "e.jsonl.gz", "f.Json.GZ", "deep/er/g.jsonl"]
     folder = tree(tmp_path / "talks", *names)
     parquet(folder / "h.Parquet", [OTHER])
-    listing = files.listed([folder])
+    listing = files.list_files([folder])
     assert [file.name for file in listing.files] == sorted(
         f"talks/{name}" for name in [*names, "h.Parquet"]
     ) and not listing.left_out
@@ -270,7 +270,7 @@ def test_what_a_folder_has_that_is_not_read_is_named_with_its_reason(tmp_path):
     (folder / "gone.jsonl").symlink_to(folder / "nowhere")
     (folder / "loop").symlink_to(folder)
     (folder / "self.jsonl").symlink_to(folder / "self.jsonl")
-    listing = files.listed([folder])
+    listing = files.list_files([folder])
     gathered = rows.gather(listing)
     assert (
         sorted(row.file for row in gathered.rows) == ["talks/a.jsonl", "talks/b (1).jsonl"]
@@ -300,7 +300,9 @@ def test_what_a_folder_has_that_is_not_read_is_named_with_its_reason(tmp_path):
 
 def test_a_file_that_the_recipe_names_is_read_whatever_it_is_called(tmp_path):
     folder = tree(tmp_path / "talks", "test.jsonl", ".hidden.jsonl", "a.bak", "chats.txt")
-    listing = files.listed([folder / name for name in ("test.jsonl", ".hidden.jsonl", "a.bak", "chats.txt")])
+    listing = files.list_files(
+        [folder / name for name in ("test.jsonl", ".hidden.jsonl", "a.bak", "chats.txt")]
+    )
     assert [file.split for file in listing.files] == [""] * 4 and not listing.left_out
 
 
@@ -309,14 +311,14 @@ def test_a_folder_without_conversations_says_what_it_has(tmp_path):
     with pytest.raises(
         StageError, match=r"no file of conversations in talks; there are talks/notes.md \(is text"
     ):
-        files.listed([folder])
+        files.list_files([folder])
 
 
 def test_a_file_name_that_is_not_utf_8_does_not_stop_the_stage(tmp_path):
     path = os.fsencode(tmp_path) + b"/chats-\xe9.jsonl"
     with open(path, "wb") as opened:
         opened.write(TEXT.encode())
-    gathered = rows.gather(files.listed([tmp_path]))
+    gathered = rows.gather(files.list_files([tmp_path]))
     assert len(gathered.rows) == 2 and gathered.rows[0].category == "chats-\ufffd"
 
 
@@ -347,7 +349,7 @@ SPLITS = {
 @pytest.mark.parametrize("kind", SPLITS)
 def test_a_folders_own_split_is_known_by_its_names(tmp_path, kind):
     names, held_out = SPLITS[kind]
-    listing = files.listed([tree(tmp_path / "talks", *names)])
+    listing = files.list_files([tree(tmp_path / "talks", *names)])
     assert sorted(
         file.name.removeprefix("talks/") for file in listing.files if file.split
     ) == held_out and len(listing.files) == len(names)
@@ -355,7 +357,7 @@ def test_a_folders_own_split_is_known_by_its_names(tmp_path, kind):
 
 def test_sources_that_are_all_held_out_are_refused(tmp_path):
     with pytest.raises(StageError, match=r"nothing but held-out splits: talks/test.jsonl"):
-        files.listed([tree(tmp_path / "talks", "test.jsonl")])
+        files.list_files([tree(tmp_path / "talks", "test.jsonl")])
 
 
 @pytest.mark.trap("held-out-rows-are-trained")
@@ -365,7 +367,7 @@ def test_a_copy_of_a_held_out_row_is_never_trained(tmp_path):
         tmp_path / "talks",
         **{"a_train.jsonl": both + json.dumps(OTHER).encode(), "a_test.jsonl": both + both},
     )
-    kept, duplicates, overlap = rows.once(rows.gather(files.listed([folder])).rows)
+    kept, duplicates, overlap = rows.without_duplicates(rows.gather(files.list_files([folder])).rows)
     assert [(row.file, row.split) for row in kept] == [
         ("talks/a_test.jsonl", "test"),
         ("talks/a_train.jsonl", ""),
@@ -390,7 +392,7 @@ TEXTS = {
 @pytest.mark.parametrize("raw", TEXTS, ids=TEXTS.values())
 def test_a_text_comes_without_mark_and_with_lf(tmp_path, raw):
     (tmp_path / "prompt.txt").write_bytes(raw)
-    assert content.text(tmp_path / "prompt.txt", "the prompt") == "You are Annie.\nBe brief.\n"
+    assert content.read_text(tmp_path / "prompt.txt", "the prompt") == "You are Annie.\nBe brief.\n"
 
 
 @pytest.mark.parametrize(
@@ -408,7 +410,7 @@ def test_a_text_that_is_none_is_refused_by_name(tmp_path, raw, reason):
     path = tmp_path / "prompt.txt"
     path.mkdir() if raw is None else path.write_bytes(raw)
     with pytest.raises(StageError, match=f"prompt.txt.*{reason}"):
-        content.text(path, "the production system prompt")
+        content.read_text(path, "the production system prompt")
 
 
 def test_a_hundred_thousand_rows_are_read_in_linear_time(tmp_path):
@@ -423,7 +425,7 @@ def test_a_hundred_thousand_rows_are_read_in_linear_time(tmp_path):
         path = tmp_path / f"{count}.jsonl"
         path.write_bytes(raw)
         began = time.process_time()
-        kept, _, _ = rows.once(rows.gather(files.listed([path])).rows)
+        kept, _, _ = rows.without_duplicates(rows.gather(files.list_files([path])).rows)
         assert len(kept) == count
         return time.process_time() - began
 

@@ -17,11 +17,11 @@ from stages.train.pack import (
     IDLE,
     Order,
     best_fit,
-    layouts,
     packs,
-    share,
+    rank_layouts,
+    rank_packs,
     trained_tokens,
-    unfilled,
+    unfilled_share,
 )
 from stages.train.ranks import Ranks
 
@@ -102,7 +102,7 @@ def test_no_rank_computes_five_percent_more_than_the_mean_where_the_lengths_allo
         chance = random.Random(seed)
         lengths = [LENGTHS[kind](chance) for _ in range(8 * count)]
         rows = [conversation(length, chance.randint(1, length - 1)) for length in lengths]
-        shares = [share(rows, rank, count, 16384, False, NANO) for rank in range(count)]
+        shares = [rank_packs(rows, rank, count, 16384, False, NANO) for rank in range(count)]
         found = [sum(documents_cost(pack) for pack in packed) for packed in shares]
         costs = sorted((NANO.of(len(row["input_ids"]), trained_tokens([row])) for row in rows), reverse=True)
         assert sum(found) == sum(costs), "a document is lost, or computed twice"
@@ -119,14 +119,17 @@ def test_a_balance_of_tokens_alone_would_let_a_rank_wait():
     assert NANO.of(16384, 4096) > 1.15 * 16 * NANO.of(1024, 256)
     assert NANO.of(1024, 1000) > 1.05 * NANO.of(1024, 100)
     rows = [conversation(16384, 4096), *(conversation(1024, 256) for _ in range(48))]
-    first, second = (share(rows, rank, 2, 16384, False, NANO) for rank in range(2))
+    first, second = (rank_packs(rows, rank, 2, 16384, False, NANO) for rank in range(2))
     tokens = [sum(len(pack.ids) for pack in packed) for packed in (first, second)]
     assert abs(tokens[0] - tokens[1]) > 1024, "the rank with the long document has fewer tokens"
 
 
 def test_ranks_have_as_many_trained_tokens_where_documents_are_of_one_length():
     rows = [conversation(1000, trained) for trained in (900, 100, 900, 100)]
-    assert [trained_tokens_of(share(rows, rank, 2, 16384, False, NANO)) for rank in range(2)] == [1000, 1000]
+    assert [trained_tokens_of(rank_packs(rows, rank, 2, 16384, False, NANO)) for rank in range(2)] == [
+        1000,
+        1000,
+    ]
 
 
 def trained_tokens_of(packed):
@@ -135,9 +138,9 @@ def trained_tokens_of(packed):
 
 def test_with_a_sharded_base_every_rank_has_as_many_sequences():
     rows = [conversation(length, 5) for length in (90, 20, 20, 20, 20, 20)]
-    shares = [share(rows, rank, 2, 100, True, NANO) for rank in range(2)]
+    shares = [rank_packs(rows, rank, 2, 100, True, NANO) for rank in range(2)]
     assert len(shares[0]) == len(shares[1])
-    alone = [share(rows[:1], rank, 2, 100, True, NANO) for rank in range(2)]
+    alone = [rank_packs(rows[:1], rank, 2, 100, True, NANO) for rank in range(2)]
     assert alone[1] == [IDLE] and alone[0][0].documents.lengths == (90,)
 
 
@@ -196,7 +199,7 @@ def test_little_room_is_left_on_the_sample_conversations():
         for path in sorted(folder.glob("*.jsonl"))
         for line in path.open()
     ]
-    assert len(lengths) > 300 and unfilled(Order(lengths, 7, batch=64), 8 * max(lengths), 20) < 0.05
+    assert len(lengths) > 300 and unfilled_share(Order(lengths, 7, batch=64), 8 * max(lengths), 20) < 0.05
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -205,8 +208,8 @@ def test_the_layout_of_packs_is_known_without_making_them(count):
     numbers = random.Random(2)
     rows = [conversation(length, 1) for length in (numbers.randint(2, 90) for _ in range(9))]
     for rank in range(count):
-        made = [pack.documents for pack in share(rows, rank, count, 100, False, NANO)]
-        assert layouts(rows, rank, count, 100, NANO) == made
+        made = [pack.documents for pack in rank_packs(rows, rank, count, 100, False, NANO)]
+        assert rank_layouts(rows, rank, count, 100, NANO) == made
 
 
 def test_graphs_are_captured_for_the_packs_of_the_steps_that_are_left(monkeypatch):
@@ -223,7 +226,7 @@ def test_graphs_are_captured_for_the_packs_of_the_steps_that_are_left(monkeypatc
         SimpleNamespace(rows=rows, order=order, ranks=Ranks(), model=None, params=params, work=NANO), 2
     )
     left = [[rows[row] for row in order.step(step)] for step in range(2, 6)]
-    wanted = {pack.documents for its in left for pack in share(its, 0, 1, 100, False, NANO)}
+    wanted = {pack.documents for its in left for pack in rank_packs(its, 0, 1, 100, False, NANO)}
     assert set(asked) == wanted and len(asked) == len(wanted)
     assert said == [(1, 2, "capturing CUDA graphs")]
 

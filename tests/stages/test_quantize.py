@@ -200,9 +200,9 @@ def test_fidelity_is_what_the_dequantised_weights_give_in_the_native_class(sourc
     """Loss, KL and agreement again, from two whole models; the second has the weights that the exported
     codes stand for.
     """
-    held_out = fidelity.rows(made.parent / "data" / "eval.jsonl", 200)
+    held_out = fidelity.held_out_rows(made.parent / "data" / "eval.jsonl", 200)
     found = json.loads((made / "audit.json").read_text())["fidelity"]
-    stood_for = fidelity.dequantised(Checkpoint(made))
+    stood_for = fidelity.dequantising_reader(Checkpoint(made))
     before = native.load(source)
     after = native.load(source)
     parameters = dict(after.named_parameters())

@@ -172,10 +172,10 @@ def test_a_stale_prompt_is_refused_with_a_diff():
         Question("q:2", {**GOOD, "id": "two"}),
         Question("q:3", {**GOOD, "messages": GOOD["messages"][1:]}),
     ]
-    assert [f.found for f in questions.other_prompts(asked, "Be short.\n")] == [
+    assert [f.found for f in questions.prompt_findings(asked, "Be short.\n")] == [
         "1 of 3 questions with another system prompt; one has none"
     ]
-    (found,) = questions.other_prompts(asked[:2], "Be short.\nBe kind.")
+    (found,) = questions.prompt_findings(asked[:2], "Be short.\nBe kind.")
     assert (
         found.subject == "q:1"
         and "2 of 2 questions" in found.found
@@ -207,7 +207,7 @@ def test_a_stale_prompt_is_refused_with_a_diff():
 )
 def test_tools_are_those_of_production(production, found):
     assert [
-        f.found.partition(" with ")[2] for f in questions.other_tools([Question("q:1", GOOD)], production)
+        f.found.partition(" with ")[2] for f in questions.tool_findings([Question("q:1", GOOD)], production)
     ] == ([found] if found else [])
 
 
@@ -317,7 +317,7 @@ def given(tmp_path, rows, gate=None):
     (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
     (tmp_path / "talks").mkdir(exist_ok=True)
     (tmp_path / "talks" / "a.jsonl").write_text(json.dumps({"messages": trained(LONG)[0][1]}) + "\n{\n[]\n")
-    data = check.Given(
+    data = check.PlannedStage(
         "data",
         {},
         {
@@ -326,7 +326,7 @@ def given(tmp_path, rows, gate=None):
             "conversations": [tmp_path / "talks"],
         },
     )
-    return check.Given(
+    return check.PlannedStage(
         "evaluate",
         contracts.defaults("evaluate", gate=gate or {"tuned": 0.9}),
         {"questions": [path]},
@@ -335,14 +335,14 @@ def given(tmp_path, rows, gate=None):
 
 
 def test_good_questions_have_no_finding_and_bad_ones_have_all(tmp_path):
-    assert sources.look(given(tmp_path, [GOOD])) == []
+    assert sources.check_sources(given(tmp_path, [GOOD])) == []
     rows = [
         {"question": "hi"},
         {**GOOD, "id": "stale", "messages": GOOD["messages"][1:]},
         {**GOOD, "id": "tool", "tools": [{"name": "other"}]},
         {**GOOD, "id": "copy", "messages": asking(LONG)},
     ]
-    wrong = sources.look(given(tmp_path, rows, {"nvfp4": {"within": 0.1}}))
+    wrong = sources.check_sources(given(tmp_path, rows, {"nvfp4": {"within": 0.1}}))
     said = [f"{f.subject}: {f.found}" for f in wrong]
     assert [line.partition(":")[0] for line in said] == ["evaluate.gate", *["questions.jsonl"] * 5]
     assert (
@@ -351,7 +351,7 @@ def test_good_questions_have_no_finding_and_bad_ones_have_all(tmp_path):
 
 
 def test_the_sample_passes_its_own_check_and_a_copied_line_does_not(tmp_path):
-    data = check.Given(
+    data = check.PlannedStage(
         "data",
         {},
         {
@@ -360,13 +360,13 @@ def test_the_sample_passes_its_own_check_and_a_copied_line_does_not(tmp_path):
             "conversations": [SAMPLE / "conversations"],
         },
     )
-    its = check.Given(
+    its = check.PlannedStage(
         "evaluate",
         contracts.defaults("evaluate", gate="none"),
         {"questions": [SAMPLE / "questions.jsonl"]},
         {"data": data},
     )
-    assert sources.look(its) == []
+    assert sources.check_sources(its) == []
     row = json.loads((SAMPLE / "conversations" / "concise_voice.jsonl").read_text().splitlines()[0])
     last = max(n for n, m in enumerate(row["messages"]) if m["role"] == "assistant")
     copied = {
@@ -377,8 +377,8 @@ def test_the_sample_passes_its_own_check_and_a_copied_line_does_not(tmp_path):
         "expect": {},
     }
     (tmp_path / "q.jsonl").write_text(json.dumps(copied) + "\n")
-    (found,) = sources.look(
-        check.Given(
+    (found,) = sources.check_sources(
+        check.PlannedStage(
             "evaluate",
             contracts.defaults("evaluate", gate="none"),
             {"questions": [tmp_path / "q.jsonl"]},
@@ -390,11 +390,13 @@ def test_the_sample_passes_its_own_check_and_a_copied_line_does_not(tmp_path):
 
 @pytest.mark.parametrize(("share", "count"), [(0, 1), (0.1, 0)])
 def test_nothing_held_out_and_no_questions_is_named_before_the_first_stage(share, count):
-    data = check.Given("data", {"eval_share": share})
+    data = check.PlannedStage("data", {"eval_share": share})
     assert (
         len(
-            sources.look(
-                check.Given("evaluate", contracts.defaults("evaluate", gate="none"), {}, {"data": data})
+            sources.check_sources(
+                check.PlannedStage(
+                    "evaluate", contracts.defaults("evaluate", gate="none"), {}, {"data": data}
+                )
             )
         )
         == count
@@ -411,8 +413,8 @@ def test_nothing_held_out_and_no_questions_is_named_before_the_first_stage(share
     ],
 )
 def test_an_image_that_no_gate_lets_through_is_named_before_the_first_stage(params, subject):
-    wrong = package_sources.look(
-        check.Given("package", {}, {}, {"evaluate": check.Given("evaluate", params)})
+    wrong = package_sources.check_sources(
+        check.PlannedStage("package", {}, {}, {"evaluate": check.PlannedStage("evaluate", params)})
     )
     assert [f.subject for f in wrong] == ([subject] if subject else [])
 
@@ -464,9 +466,9 @@ def test_a_check_needs_the_standard_library_alone(module):
     ],
 )
 def test_the_kv_cache_is_said_with_its_reason(device, cache, asked, level, said):
-    quantize = check.Given("quantize", {"kv_cache": cache})
-    (found,) = sources.cache(
-        check.Given(
+    quantize = check.PlannedStage("quantize", {"kv_cache": cache})
+    (found,) = sources.kv_cache_findings(
+        check.PlannedStage(
             "evaluate",
             contracts.defaults("evaluate", kv_cache=asked),
             inputs={"quantize": quantize},
@@ -480,10 +482,10 @@ def test_an_fp8_cache_that_this_cpu_lacks_is_refused_before_the_first_stage(monk
     from model.families import serve
 
     monkeypatch.setattr(serve, "fp8_on_cpu", lambda cpuinfo: False)
-    stage = check.Given(
+    stage = check.PlannedStage(
         "evaluate",
         contracts.defaults("evaluate", kv_cache="fp8"),
-        inputs={"quantize": check.Given("quantize", {"kv_cache": "none"})},
+        inputs={"quantize": check.PlannedStage("quantize", {"kv_cache": "none"})},
     )
-    (found,) = sources.cache(stage)
+    (found,) = sources.kv_cache_findings(stage)
     assert found.level == "error" and "AVX-512" in found.found and "kv_cache: auto" in found.remedy

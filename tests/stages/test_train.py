@@ -227,7 +227,7 @@ def distilled(made, switch, tmp_path_factory):
 
 def divergence(task, tensors, rounded):
     """From the teacher, in nats a trained token, of the model with an adapter."""
-    model, rows = fit.adapted(task, Ranks()), fit.read(task.inputs["data"] / "train.jsonl")
+    model, rows = fit.load_model(task, Ranks()), fit.read_rows(task.inputs["data"] / "train.jsonl")
     adapter.restore(model, tensors)
     for module in assemble.exported(model):
         module.rounded = rounded
@@ -396,7 +396,7 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(made, tmp_
         rank=16,
         gradient_checkpointing=True,
     ).parameters(Parameters)
-    monkeypatch.setattr(memory, "available", lambda device: 60e9)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 60e9)
     with pytest.raises(
         job.StageError,
         match=(
@@ -405,7 +405,7 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(made, tmp_
     ):
         memory.check(real, params, "cuda")
     memory.check(real, replace(params, method="qlora"), "cuda")
-    monkeypatch.setattr(memory, "available", lambda device: 10e9)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10e9)
     with pytest.raises(job.StageError, match="Lower sequence_tokens or rank"):
         memory.check(real, replace(params, method="qlora"), "cuda")
 

@@ -86,7 +86,7 @@ def a_missing_file(folder):
 def test_a_torn_checkpoint_is_passed_over_by_name(again, monkeypatch, tear):
     warnings = short.warnings(monkeypatch)
     tear(again.scratch / "checkpoint-15")
-    assert fit.resume_from(again.scratch) == again.scratch / "checkpoint-10"
+    assert fit.newest_checkpoint(again.scratch) == again.scratch / "checkpoint-10"
     assert warnings == ["checkpoint-15 was torn by a kill in the middle of its save"]
 
 
@@ -94,7 +94,7 @@ def test_a_torn_checkpoint_is_passed_over_by_name(again, monkeypatch, tear):
 def test_a_changed_checkpoint_would_train_another_adapter_without_a_word(again, whole, monkeypatch):
     shutil.rmtree(again.scratch / "checkpoint-15")
     a_changed_byte(again.scratch / "checkpoint-10")
-    monkeypatch.setattr(checkpoints, "whole", lambda folder: True)
+    monkeypatch.setattr(checkpoints, "is_whole", lambda folder: True)
     fit.run(again)
     assert any(
         not torch.equal(value, short.weights(whole.output)[name])
@@ -191,7 +191,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(made, whole, tmp_path):
     assert process.returncode == 0
     assert [
         event["done"] for event in events if event["event"] == "progress" and event["unit"] == "steps"
-    ] == list(range(checkpoints.number(found) + 1, 16))
+    ] == list(range(checkpoints.step_number(found) + 1, 16))
     assert_same(task.output, whole)
 
 

@@ -47,22 +47,22 @@ def test_a_run_by_tokens_trains_the_conversations_that_fit_and_reports_them(made
 
 def test_a_report_by_conversations_has_their_number_and_none_of_a_run_of_no_steps():
     order = Order([100, 200, 300, 400], 0, batch=4)
-    assert sizes.described(order, 3) == {"step_conversations": 4, "step_tokens": 1000, "epochs": 3.0}
-    assert sizes.described(order, 0) == {"step_conversations": None, "step_tokens": None, "epochs": 0.0}
+    assert sizes.step_sizes(order, 3) == {"step_conversations": 4, "step_tokens": 1000, "epochs": 3.0}
+    assert sizes.step_sizes(order, 0) == {"step_conversations": None, "step_tokens": None, "epochs": 0.0}
 
 
 def test_a_trained_conversation_longer_than_a_step_is_refused_and_a_held_out_one_is_not(made, tmp_path):
     found = r"are longer than a step, the longest 144 tokens; expected at most 143 \(batch_tokens\)"
     with pytest.raises(job.StageError, match=f"1 conversations {found}.*Set batch_tokens to 144"):
         short.run(tmp_path, made, batch_tokens=143)
-    sizes.fitting([100, 143], [144], 144, 143)
-    sizes.fitting([100, 144], [144], 144, 0)
+    sizes.check_lengths([100, 143], [144], 144, 143)
+    sizes.check_lengths([100, 144], [144], 144, 0)
 
 
 def test_a_step_of_more_tokens_than_all_conversations_have_is_warned_of(said):
-    sizes.advise(Order([100] * 8, 0, batch=8, batch_tokens=800), 10, 1, "cpu")
+    sizes.warn_of_sizes(Order([100] * 8, 0, batch=8, batch_tokens=800), 10, 1, "cpu")
     assert said == []
-    sizes.advise(Order([100] * 8, 0, batch=8, batch_tokens=801), 10, 1, "cpu")
+    sizes.warn_of_sizes(Order([100] * 8, 0, batch=8, batch_tokens=801), 10, 1, "cpu")
     [(message, remedy)] = said
     assert message.startswith("batch_tokens is 801, and all 8 conversations together have 800 tokens")
     assert remedy == "Set batch_tokens to 800 or less"
@@ -76,7 +76,7 @@ def test_a_run_gives_the_advice_before_it_trains(made, tmp_path, said, monkeypat
 
 def test_steps_too_small_for_a_gpu_are_warned_of_with_what_to_set(said):
     voice = Order([275] * 1000, 0, batch=8)
-    sizes.advise(voice, 200, 1, "cuda")
+    sizes.warn_of_sizes(voice, 200, 1, "cuda")
     [(message, remedy)] = said
     assert message == "a step has 8 conversations with 2,200 tokens (medians): too few to keep a GPU busy"
     assert remedy.startswith("Set batch_tokens: 16384 instead of batch. A step then trains 7.4 times as many")
@@ -94,12 +94,12 @@ def test_steps_too_small_for_a_gpu_are_warned_of_with_what_to_set(said):
     ],
 )
 def test_other_steps_are_not_warned_of(said, order, steps, world, device):
-    sizes.advise(order, steps, world, device)
+    sizes.warn_of_sizes(order, steps, world, device)
     assert said == []
 
 
 def test_what_is_enough_for_one_gpu_is_too_little_for_four(said):
     order = Order([1000] * 1000, 0, batch=8)
-    sizes.advise(order, 200, 4, "cuda")
+    sizes.warn_of_sizes(order, 200, 4, "cuda")
     [(message, remedy)] = said
     assert "8,000 tokens (medians), for 4 GPUs" in message and "batch_tokens: 65536" in remedy

@@ -60,7 +60,7 @@ def test_training_leaves_every_bit_of_the_router(made, tmp_path, monkeypatch):
 def test_many_sequences_log_the_loss_of_one(made, tmp_path, monkeypatch):
     one = short.task(tmp_path / "one", made, sequence_tokens=4096)
     many = short.task(tmp_path / "many", made, sequence_tokens=144)
-    rows = fit.read(made["data"] / "train.jsonl")
+    rows = fit.read_rows(made["data"] / "train.jsonl")
     assert len(packs(rows, 4096)) == 1 and len(packs(rows, 144)) >= 4
     fit.run(one)
     fit.run(many)
@@ -165,7 +165,7 @@ def test_an_adapter_that_does_not_move_is_refused_by_name(made, tmp_path, monkey
 @pytest.mark.trap("out-proj-bypassed")
 def test_no_preset_puts_an_adapter_on_out_proj(made, tmp_path, preset):
     """peft, which vLLM and stage merge's proof read adapters with, refuses it."""
-    model = fit.adapted(short.task(tmp_path, made, targets=preset), Ranks())
+    model = fit.load_model(short.task(tmp_path, made, targets=preset), Ranks())
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable and not any("out_proj" in name for name in trainable)
     assert any(name.endswith("mixer.out_proj") for name, _ in model.named_modules()), (
@@ -227,7 +227,7 @@ def test_a_row_of_which_nothing_is_trained_adds_nothing(made, tmp_path):
 
 @pytest.mark.trap("pad-is-the-end-token")
 def test_no_padding_and_every_answers_end_is_trained(made):
-    rows = fit.read(made["data"] / "train.jsonl")
+    rows = fit.read_rows(made["data"] / "train.jsonl")
     [pack] = packs(rows, 1024)
     assert len(pack.ids) == sum(len(row["input_ids"]) for row in rows) and 0 not in pack.ids
     assert (pack.labels == 11).sum() == 2 * len(rows)  # <|im_end|> of two answers a row

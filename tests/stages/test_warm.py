@@ -25,8 +25,8 @@ def params(**given):
 
 
 def test_a_layer_of_each_kind_and_no_more():
-    assert warm.kinds(nano.PATTERN) == "MEM*"
-    assert [warm.kinds(pattern) for pattern in ("MEM*EMEM*E", "M*", "ME*", "MM*M", "EM")] == [
+    assert warm.shortest_pattern(nano.PATTERN) == "MEM*"
+    assert [warm.shortest_pattern(pattern) for pattern in ("MEM*EMEM*E", "M*", "ME*", "MM*M", "EM")] == [
         "MEM*",
         "M*",
         "*ME",
@@ -47,7 +47,7 @@ def test_each_kind_is_held_as_in_the_whole_model(pattern):
             for number, letter in enumerate(letters)
         }
 
-    assert held(warm.kinds(pattern)) == held(pattern)
+    assert held(warm.shortest_pattern(pattern)) == held(pattern)
 
 
 @pytest.mark.parametrize(
@@ -78,16 +78,19 @@ def test_weights_are_held_decoded_as_in_the_recipe(tmp_path):
     base = small.base(tmp_path / "base", "MEM*EME")
     given = params(method="qlora", targets="all", decoded_gb=1.0)
     task = small.job("warm", tmp_path, given, base=base)
-    model = warm.adapted(task, warm.shape(task))
+    model = warm.random_model(task, warm.model_config(task))
     packed = [its for its in model.modules() if isinstance(its, Projection) and its.form == "nf4"]
     assert packed and all(its.decoded is not None for its in packed)
 
 
 def test_without_a_base_it_takes_nanos_shape_and_says_so(tmp_path, capsys):
-    config = warm.shape(small.job("warm", tmp_path, params()))
+    config = warm.model_config(small.job("warm", tmp_path, params()))
     assert (config["hidden_size"], config["hybrid_override_pattern"]) == (2688, "MEM*")
     task = small.job("data", tmp_path, params(sequence_tokens=512))
-    assert max(warm.conversations(task)) == 512 and sum(warm.fill(warm.conversations(task), 512)) == 512
+    assert (
+        max(warm.conversation_lengths(task)) == 512
+        and sum(warm.filling_lengths(warm.conversation_lengths(task), 512)) == 512
+    )
 
 
 @pytest.mark.parametrize(
