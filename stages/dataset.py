@@ -118,19 +118,21 @@ def _row(raw: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def _no_constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
                 raise ValueError(f"the key {key!r} stands twice in one object")
             seen.add(key)
-    return result
+    return mapping
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)  # what `parse` reads with
+DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant, object_pairs_hook=_object_without_repeats
+)  # what `parse` reads with

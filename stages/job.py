@@ -56,12 +56,12 @@ def typed(kind: type[T], params: dict[str, Any]) -> T:
     """`params` as an object of the dataclass `kind`. Raises StageError that names each field that is
     missing and each name that is no field.
     """
-    names = [each.name for each in fields(kind)]
+    names = [entry.name for entry in fields(kind)]
     missing = [name for name in names if name not in params]
     unknown = [name for name in params if name not in names]
     if missing or unknown:
         faults = [
-            f"{fault} {', '.join(those)}" for fault, those in (("no", missing), ("unknown", unknown)) if those
+            f"{fault} {', '.join(group)}" for fault, group in (("no", missing), ("unknown", unknown)) if group
         ]
         raise StageError(
             f"in the job's params: {'; '.join(faults)}",
@@ -129,14 +129,14 @@ def main(run: Callable[[Job], None]) -> None:
         traceback.print_exc()
         _emit(
             "error",
-            found=f"{type(error).__name__}: {error}{_place(error)}",
+            found=f"{type(error).__name__}: {error}{_source_line(error)}",
             expected="the stage to finish",
             remedy="This is a fault of the stage: report it with its log, which has the traceback.",
         )
         sys.exit(1)
 
 
-def _place(error: Exception) -> str:
+def _source_line(error: Exception) -> str:
     """The innermost line of this repository in the traceback, such as ` (stages/data/prepare.py:40)`; ""
     if there is none.
     """

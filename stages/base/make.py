@@ -13,7 +13,7 @@ from model.families.nemotron_h import native
 from model.families.nemotron_h.chat import ChatError, Rendered, render, template_text
 from stages import dataset, job
 from stages.base import teach, tiny
-from stages.base import tokenizer as words
+from stages.base import tokenizer as small_tokenizer
 from stages.base.parameters import Parameters
 from stages.job import Job, StageError
 
@@ -57,10 +57,10 @@ def run(task: Job) -> None:
     for rows, steps, batch_tokens, learning_rate in phases:
 
         def on_step(step: int, loss: float, before: int = done) -> None:
-            at = before + step
-            job.metric("loss", loss, at)
-            left = (time.monotonic() - began) / at * (total - at)
-            job.progress(at, total, "steps", f"loss {loss:.2f}, {left:.0f} s left")
+            steps_done = before + step
+            job.metric("loss", loss, steps_done)
+            seconds_left = (time.monotonic() - began) / steps_done * (total - steps_done)
+            job.progress(steps_done, total, "steps", f"loss {loss:.2f}, {seconds_left:.0f} s left")
 
         try:
             teach.teach(model, rows, steps, batch_tokens, learning_rate, task.seed, on_step)
@@ -79,7 +79,7 @@ def read_lessons(paths: list[Path]) -> list[dict[str, Any]]:
             "JSONL files in `sources: {lessons: [...]}`",
             "Name them in the recipe; the sample's are data/sample/lessons.jsonl",
         )
-    found = []
+    lessons = []
     for file in files:
         for number, row in dataset.read(file):
             try:
@@ -90,8 +90,8 @@ def read_lessons(paths: list[Path]) -> list[dict[str, Any]]:
                     'a line such as {"messages": [...]}',
                     "Mend or remove that line",
                 ) from error
-            found.append(row)
-    return found
+            lessons.append(row)
+    return lessons
 
 
 def check_sizes(params: Parameters) -> None:
@@ -121,11 +121,11 @@ def make_tokenizer(
     import transformers
     from tokenizers import Tokenizer, models
 
-    bare = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE()), chat_template=words.chat_template()
+    template_tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), chat_template=small_tokenizer.chat_template()
     )
-    texts = [template_text(bare, row["messages"], row.get("tools")) for row in conversations]
-    words.write(words.train(texts, vocabulary), folder)
+    texts = [template_text(template_tokenizer, row["messages"], row.get("tools")) for row in conversations]
+    small_tokenizer.write(small_tokenizer.train(texts, vocabulary), folder)
     tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder)
     return tokenizer
 

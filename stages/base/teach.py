@@ -24,13 +24,13 @@ def batches(rows: list[Rendered], tokens: int, random_: random.Random) -> Iterat
     """
     while True:
         order = sorted(rows, key=lambda row: len(row.input_ids) + random_.random() * 64)
-        made: list[list[Rendered]] = [[]]
+        groups: list[list[Rendered]] = [[]]
         for row in order:
-            if made[-1] and (len(made[-1]) + 1) * len(row.input_ids) > tokens:
-                made.append([])
-            made[-1].append(row)
-        random_.shuffle(made)
-        yield from made
+            if groups[-1] and (len(groups[-1]) + 1) * len(row.input_ids) > tokens:
+                groups.append([])
+            groups[-1].append(row)
+        random_.shuffle(groups)
+        yield from groups
 
 
 def collate(rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,12 +24,12 @@ def save(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
     """
     family = registry.of(description)
     indices = {linear.weight: linear.index for linear in family.linears(description)}
-    here = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     slots = [Slot(name, spec.dtype, spec.shape) for name, spec in family.tensors(description).items()]
     dtypes = {"BF16": torch.bfloat16, "F32": torch.float32}
 
     def produce(slot: Slot) -> torch.Tensor:
-        tensor = here[family.native(slot.name)].data
+        tensor = tensors[family.native(slot.name)].data
         if (index := indices.get(slot.name)) is not None:
             tensor = tensor[index]
         return tensor.to(dtypes[slot.dtype])

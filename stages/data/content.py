@@ -121,10 +121,10 @@ def recognise(path: Path) -> Kind:
             raise Foreign(kind, remedy)
     encoding = _encoding(head)
     text = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
-    if other := text[:1] not in ("{", "["):
+    if is_text := text[:1] not in ("{", "["):
         _refuse_foreign_text(text)
     return Kind(
-        TEXT if other else JSON, packed, encoding, "\r" if "\r" in text and "\n" not in text else "\n"
+        TEXT if is_text else JSON, packed, encoding, "\r" if "\r" in text and "\n" not in text else "\n"
     )
 
 
@@ -172,13 +172,13 @@ def as_stage_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def read_text(path: Path, what: str) -> str:
+def read_text(path: Path, purpose: str) -> str:
     """The whole text of a file in UTF-8, UTF-16 or UTF-32, without a byte order mark and with LF for
     every end of line.
 
     Raises StageError, with `what` the file is for, if it is a folder, empty or no text.
     """
-    expected = f"{what}, as a text file in UTF-8"
+    expected = f"{purpose}, as a text file in UTF-8"
     if path.is_dir():
         raise StageError(f"{path.name} is a folder", expected, "Name the file in the recipe.")
     with as_stage_errors(path.name):
@@ -255,10 +255,10 @@ def _json_records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
     try:
         value = dataset.parse(first)
     except ValueError:
-        several = first[:1] == b"[" or (following is not None and _spans_lines(path, kind))
+        multi_line = first[:1] == b"[" or (following is not None and _spans_lines(path, kind))
     else:
-        several = isinstance(value, list) and following is None
-    if several:
+        multi_line = isinstance(value, list) and following is None
+    if multi_line:
         yield from _value_records(_full_text(path, kind), name)
     else:
         yield from (_line_record(number, raw) for number, raw in _numbered_lines(path, kind))
@@ -303,23 +303,24 @@ def _value_records(text: str, name: str) -> Iterator[Record]:
     one is no JSON.
     """
     array = text.lstrip().startswith("[")
-    at, number = text.index("[") + 1 if array else 0, 0
-    while (at := _after_blanks(text, at)) < len(text):
-        if array and text[at] == "]":
+    position, number = text.index("[") + 1 if array else 0, 0
+    while (position := _after_blanks(text, position)) < len(text):
+        if array and text[position] == "]":
             break
         if array and number:
-            if text[at] != ",":
+            if text[position] != ",":
                 raise StageError(
-                    f"{name}: no comma after row {number} of the array, at line {_line_number(text, at)}",
+                    f"{name}: no comma after row {number} of the array, at line"
+                    f" {_line_number(text, position)}",
                     "JSON throughout",
                     "Mend it there.",
                 )
-            at = _after_blanks(text, at + 1)
+            position = _after_blanks(text, position + 1)
         number += 1
         try:
-            value, end = dataset.DECODER.raw_decode(text, at)
+            value, end = dataset.DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            place = getattr(error, "pos", at)
+            place = getattr(error, "pos", position)
             if not text[place:].strip(" \t\r\n") or "Unterminated" in str(
                 error
             ):  # a string without end runs to the end of the text
@@ -334,28 +335,30 @@ def _value_records(text: str, name: str) -> Iterator[Record]:
                 "JSON throughout",
                 "Mend it there. In JSON Lines, one object a line, one bad row does not stop the others.",
             ) from error
-        yield Record(number, value, "", text[at : min(end, at + HEAD_OF_ROW)].encode("utf-8", "replace"))
-        at = end
-    if array and at == len(text):
+        yield Record(
+            number, value, "", text[position : min(end, position + HEAD_OF_ROW)].encode("utf-8", "replace")
+        )
+        position = end
+    if array and position == len(text):
         raise StageError(
             f"{name}: the array has no end after row {number}: the file was cut off",
             "a whole JSON array",
             "Copy or write the file again.",
         )
-    if array and text[at + 1 :].strip():
+    if array and text[position + 1 :].strip():
         raise StageError(
-            f"{name}: more text follows the array, at line {_line_number(text, at)}",
+            f"{name}: more text follows the array, at line {_line_number(text, position)}",
             "one JSON array, or JSON Lines",
             "Put all rows into one array.",
         )
 
 
-def _after_blanks(text: str, at: int) -> int:
-    return _BLANK.match(text, at).end()  # type: ignore[union-attr]
+def _after_blanks(text: str, position: int) -> int:
+    return _BLANK.match(text, position).end()  # type: ignore[union-attr]
 
 
-def _line_number(text: str, at: int) -> int:
-    return text.count("\n", 0, at) + 1
+def _line_number(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
 
 
 def _line_record(number: int, raw: bytes) -> Record:

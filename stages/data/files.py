@@ -95,17 +95,17 @@ def list_files(sources: list[Path]) -> Listing:
                 listing.files.append(File(name, path, kind, split, source.is_dir()))
     if listing.files and all(file.split for file in listing.files):
         raise StageError(
-            f"nothing but held-out splits: {first_names(file.name for file in listing.files)}",
+            f"nothing but held-out splits: {joined_names(file.name for file in listing.files)}",
             "files to train on",
             "To train on one of them, name the file itself in `sources.conversations`, not its folder.",
         )
     return listing
 
 
-def first_names(names: Iterable[str], most: int = 20) -> str:
+def joined_names(names: Iterable[str], limit: int = 20) -> str:
     """Names in one line, the first `most` of them."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def stem(name: str) -> str:
@@ -121,7 +121,7 @@ def _folder_files(source: Path, listing: Listing) -> list[tuple[Path, str]]:
     """
     chosen: list[Path] = []
     for folder, folders, files in os.walk(source, onerror=_refuse_unreadable):
-        here = Path(folder)
+        directory = Path(folder)
         folders.sort()
         for name in list(folders):
             reason = (
@@ -131,27 +131,27 @@ def _folder_files(source: Path, listing: Listing) -> list[tuple[Path, str]]:
                     "holds a system's own files"
                     if name.lower() in SYSTEM
                     else "is a link to a folder, which is not followed"
-                    if (here / name).is_symlink()
+                    if (directory / name).is_symlink()
                     else ""
                 )
             )
             if reason:
                 folders.remove(name)
-                listing.left_out[f"{_path_text((here / name).relative_to(source.parent))}/"] = reason
+                listing.left_out[f"{_path_text((directory / name).relative_to(source.parent))}/"] = reason
         for name in sorted(files):
-            if reason := _reason_left_out(here / name, files):
-                listing.left_out[_path_text((here / name).relative_to(source.parent))] = reason
+            if reason := _reason_left_out(directory / name, files):
+                listing.left_out[_path_text((directory / name).relative_to(source.parent))] = reason
             else:
-                chosen.append(here / name)
+                chosen.append(directory / name)
     chosen.sort()
     if not chosen:
-        others = (
-            f"; there are {first_names(f'{name} ({reason})' for name, reason in listing.left_out.items())}"
+        left_out = (
+            f"; there are {joined_names(f'{name} ({reason})' for name, reason in listing.left_out.items())}"
             if listing.left_out
             else ""
         )
         raise StageError(
-            f"no file of conversations in {source.name}{others}",
+            f"no file of conversations in {source.name}{left_out}",
             f"files that end in {', '.join(ENDINGS)} (or .gz) in every folder of the sources",
             "Check `sources.conversations` in the recipe.",
         )
@@ -175,7 +175,7 @@ def _refuse_unreadable(error: OSError) -> None:
     )
 
 
-def _reason_left_out(path: Path, beside: list[str]) -> str:
+def _reason_left_out(path: Path, names: list[str]) -> str:
     """Why a file of a folder is not read; "" if it is."""
     name = path.name
     if name.startswith("."):
@@ -199,7 +199,7 @@ def _reason_left_out(path: Path, beside: list[str]) -> str:
             return "is empty" if kind.name == content.EMPTY else "is text"
         return f"holds {kind.name} by its content: end its name in .jsonl or .parquet to have it read"
     plain = COPY.sub("", stem(name))
-    if plain != stem(name) and any(plain == stem(other) for other in beside):
+    if plain != stem(name) and any(plain == stem(other_name) for other_name in names):
         return f"is a copy of {plain}"
     return ""
 
@@ -225,10 +225,10 @@ def _held_out_split(relative: PurePosixPath, places: set[tuple[str, ...]]) -> st
         if word in HELD_OUT:
             return word
         parts = re.split(r"([-_. ])", word)
-        for at, part in enumerate(parts):
+        for index, part in enumerate(parts):
             if part in HELD_OUT | WITH_TRAIN:
                 for train in TRAIN:
-                    twin = "".join([*parts[:at], train, *parts[at + 1 :]])
+                    twin = "".join([*parts[:index], train, *parts[index + 1 :]])
                     beside = (*words[:position], twin)
                     if any(place[: position + 1] == beside for place in places):
                         return part

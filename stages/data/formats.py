@@ -135,18 +135,18 @@ def _message(turn: Any, position: int) -> tuple[dict[str, Any], list[str]]:
     turn = _without_nulls(turn)
     where = f"message {position}"
     names = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
-    said = turn.get(names[0])
+    role = turn.get(names[0])
     used = {*names, "weight", "train"}
-    if isinstance(said, str) and said in CALLS:
+    if isinstance(role, str) and role in CALLS:
         return {
             "role": "assistant",
             "content": None,
             "tool_calls": _sharegpt_calls(turn.get(names[1]), where),
             **_train_flag(turn, "assistant", where),
         }, _unused_keys(turn, used, where)
-    if not isinstance(said, str) or said not in ROLE:
-        raise ChatError(f"{where} has the unknown role {said!r}; known are {', '.join(ROLE)}")
-    message: dict[str, Any] = {"role": ROLE[said], "content": _content_text(turn.get(names[1]), where)}
+    if not isinstance(role, str) or role not in ROLE:
+        raise ChatError(f"{where} has the unknown role {role!r}; known are {', '.join(ROLE)}")
+    message: dict[str, Any] = {"role": ROLE[role], "content": _content_text(turn.get(names[1]), where)}
     calls = _calls(turn, message["role"], where)
     if calls:
         message["tool_calls"] = calls
@@ -158,7 +158,7 @@ def _message(turn: Any, position: int) -> tuple[dict[str, Any], list[str]]:
         used |= {"tool_call_id", "name"}
     if thought := _reasoning(turn, where):
         if message["role"] != "assistant":
-            raise ChatError(f"{where} of role {said} has reasoning, which only an assistant's may have")
+            raise ChatError(f"{where} of role {role} has reasoning, which only an assistant's may have")
         message["reasoning_content"] = thought
     used |= set(REASONING)
     return message | _train_flag(turn, message["role"], where), _unused_keys(turn, used, where)
@@ -241,10 +241,10 @@ def _sharegpt_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _reasoning(turn: dict[str, Any], where: str) -> str:
-    given = [turn[key] for key in REASONING if key in turn]
-    if not all(isinstance(text, str) for text in given):
+    texts = [turn[key] for key in REASONING if key in turn]
+    if not all(isinstance(text, str) for text in texts):
         raise ChatError(f"reasoning of {where} is not text")
-    thoughts: set[str] = {text for text in given if text.strip()}
+    thoughts: set[str] = {text for text in texts if text.strip()}
     if len(thoughts) > 1:
         raise ChatError(f"{where} has two different texts of reasoning")
     return next(iter(thoughts), "")
@@ -252,36 +252,36 @@ def _reasoning(turn: dict[str, Any], where: str) -> str:
 
 def _train_flag(turn: dict[str, Any], role: str, where: str) -> dict[str, bool]:
     """`{"train": False}` if the message is to be left out of the loss, else {}."""
-    asked = set()
+    flags = set()
     if "weight" in turn:
         weight = turn["weight"]
         if isinstance(weight, bool) or weight not in (0, 1):
             raise ChatError(
-                f"weight of {where} is {_shown(weight)}: 0 leaves it out of the loss, 1 trains it, and"
+                f"weight of {where} is {_value_text(weight)}: 0 leaves it out of the loss, 1 trains it, and"
                 " nothing else is known"
             )
-        asked.add(weight == 1)
+        flags.add(weight == 1)
     if "train" in turn:
         if not isinstance(turn["train"], bool):
-            raise ChatError(f"train of {where} is {_shown(turn['train'])}, not true or false")
-        asked.add(turn["train"])
-    if len(asked) > 1:
+            raise ChatError(f"train of {where} is {_value_text(turn['train'])}, not true or false")
+        flags.add(turn["train"])
+    if len(flags) > 1:
         raise ChatError(f"weight and train of {where} contradict each other")
-    if True in asked and role != "assistant":
+    if True in flags and role != "assistant":
         raise ChatError(f"{where} of role {role} is flagged to be trained; only an assistant's tokens are")
-    return {"train": False} if False in asked else {}
+    return {"train": False} if False in flags else {}
 
 
-def _unused_keys(held: dict[str, Any], used: set[str], where: str) -> list[str]:
+def _unused_keys(mapping: dict[str, Any], used: set[str], where: str) -> list[str]:
     """The keys of a row or a message that no rule has used. Raises ChatError by name where one holds
     content, or a flag that is not known.
     """
     rest = []
     of = f" of {where}" if where else ""
-    for key in held:
+    for key in mapping:
         if key in used or key in SILENT:
             continue
-        value = held[key]
+        value = mapping[key]
         if key == "refusal" and value:
             raise ChatError(f"refusal{of} holds text: put it into content if it is to be trained")
         if key in MEDIA and value:
@@ -327,8 +327,8 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
         raise ChatError("history is not a list of pairs of instruction and output")
-    asked = "\n".join(part for part in (parts["instruction"], parts["input"]) if part)
-    pairs = [*history, [asked, parts["output"]]]
+    question = "\n".join(part for part in (parts["instruction"], parts["input"]) if part)
+    pairs = [*history, [question, parts["output"]]]
     return [
         {"role": role, "content": text}
         for pair in pairs
@@ -362,23 +362,23 @@ def _tools(row: dict[str, Any]) -> list[Any] | None:
     return [_decode(tool, key) for tool in tools] or None
 
 
-def _decode(value: Any, what: str) -> Any:
+def _decode(value: Any, subject: str) -> Any:
     """`value`, or what the JSON in it says if it is text: tables hold nested values so."""
     if not isinstance(value, str):
         return value
     try:
         return dataset.parse(value) if value.strip() else []
     except ValueError as error:
-        raise ChatError(f"{what} is text that is {error}") from error
+        raise ChatError(f"{subject} is text that is {error}") from error
 
 
-def _without_nulls(held: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in held.items() if value is not None}
+def _without_nulls(mapping: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if value is not None}
 
 
-def _require_text(value: Any, what: str, where: str) -> str:
+def _require_text(value: Any, subject: str, where: str) -> str:
     if not isinstance(value, str):
-        raise ChatError(f"{what} of {where} is {_kind_name(value)}, not text")
+        raise ChatError(f"{subject} of {where} is {_kind_name(value)}, not text")
     return value
 
 
@@ -402,7 +402,7 @@ def _kind_name(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return repr(value) if isinstance(value, (bool, int, float, str)) else _kind_name(value)
 
 

@@ -116,21 +116,21 @@ def warn_of_sources(listing: files.Listing, unused: dict[str, int]) -> None:
         )
     if splits := [f"{file.name} ({file.split})" for file in listing.files if file.split]:
         job.warning(
-            f"held out, by their names: {files.first_names(splits)}",
+            f"held out, by their names: {files.joined_names(splits)}",
             "eval_share then holds out nothing more; to train on a file, name it itself in"
             " `sources.conversations`, not its folder",
         )
     if unused:
         job.warning(
             "keys that are not used: "
-            + files.first_names((f"{k} ({count} rows)" for k, count in unused.items()), 8),
+            + files.joined_names((f"{k} ({count} rows)" for k, count in unused.items()), 8),
             "docs/formats.md says which are",
         )
 
 
 def left_out_text(listing: files.Listing) -> str:
     return (
-        ": " + files.first_names(f"{name} {reason}" for name, reason in listing.left_out.items())
+        ": " + files.joined_names(f"{name} {reason}" for name, reason in listing.left_out.items())
         if listing.left_out
         else ""
     )
@@ -163,22 +163,22 @@ def undeclared_calls(chosen: list[Row], policy: str) -> dict[str, int]:
     places: list[str] = []
     reasons: Counter[str] = Counter()
     for row in chosen:
-        if found := calls.mismatches(row.messages, row.tools):
+        if faults := calls.mismatches(row.messages, row.tools):
             places.append(row.place)
-            reasons.update({re.sub(r"^message \d+:? ", "", reason) for reason in found})
+            reasons.update({re.sub(r"^message \d+:? ", "", reason) for reason in faults})
     if places:
-        kinds = files.first_names((f"{reason}: {count} rows" for reason, count in reasons.most_common()), 5)
-        said = (
+        kinds = files.joined_names((f"{reason}: {count} rows" for reason, count in reasons.most_common()), 5)
+        text = (
             f"{len(places)} of {len(chosen)} rows have calls that their tools do not allow, "
             f"first {places[0]} ({kinds})"
         )
         if policy == "refuse":
             raise StageError(
-                said,
+                text,
                 "calls of declared tools with arguments of their schema",
                 "Mend the rows or their tools, or set undeclared_calls: warn to train them as they are.",
             )
-        job.warning(said, "they are trained as they are; set undeclared_calls: refuse to stop here")
+        job.warning(text, "they are trained as they are; set undeclared_calls: refuse to stop here")
     return dict(reasons.most_common())
 
 
@@ -251,22 +251,22 @@ def write(
     rejects: list[Reject],
     prompt: str,
     tools: list[dict[str, Any]],
-    told: dict[str, Any],
+    summary: dict[str, Any],
 ) -> None:
     dataset.write(output / "train.jsonl", map(json_row, train))
     dataset.write(output / "eval.jsonl", map(json_row, held_out))
     dataset.write(output / REJECTS, map(asdict, rejects))
     (output / "prompt.txt").write_text(prompt + "\n", encoding="utf-8")
     (output / "tools.json").write_text(json.dumps(tools, indent=2) + "\n")
-    (output / "stats.json").write_text(json.dumps(told, indent=2) + "\n")
-    picture.draw(output / "tokens.png", told)
-    if told["trained_share"] < LITTLE:
+    (output / "stats.json").write_text(json.dumps(summary, indent=2) + "\n")
+    picture.draw(output / "tokens.png", summary)
+    if summary["trained_share"] < LITTLE:
         job.warning(
-            f"only {told['trained_share']:.1%} of the tokens are trained",
+            f"only {summary['trained_share']:.1%} of the tokens are trained",
             "shorten the system prompt, or leave out tools that a conversation does not need",
         )
     for name in ("train", "eval", "rejected", "duplicates", "trained_share"):
-        job.metric(name, told[name])
+        job.metric(name, summary[name])
 
 
 def json_row(item: Prepared) -> dict[str, Any]:

@@ -56,69 +56,71 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
     except ChatError as error:
         raise StageError(f"the tools file {path.name}: {error}", SHAPE, "Mend that tool.") from error
     names = Counter(tool["function"]["name"] for tool in tools)
-    if twice := [name for name, count in names.items() if count > 1]:
+    if duplicates := [name for name, count in names.items() if count > 1]:
         raise StageError(
-            f"{path.name} has several tools called {', '.join(twice)}",
+            f"{path.name} has several tools called {', '.join(duplicates)}",
             "one of each name",
             "Remove or rename the others.",
         )
-    if bare := [
+    if undescribed := [
         name for name, tool in zip(names, tools, strict=False) if tool["function"]["description"] is None
     ]:
         job.warning(
-            f"{path.name} has tools without a description: {', '.join(bare)}",
+            f"{path.name} has tools without a description: {', '.join(undescribed)}",
             "the template writes the word None for it, in training as in serving; describe them",
         )
     return tools
 
 
-def with_prompt(rows: list[Row], prompt: str, missing: str, other: str) -> tuple[list[Row], dict[str, int]]:
+def with_prompt(
+    rows: list[Row], prompt: str, missing_policy: str, other_policy: str
+) -> tuple[list[Row], dict[str, int]]:
     """The rows under the production prompt, and how many had none or have another.
 
     A prompt that differs in blanks around it or in ends of lines alone is production's, and becomes so to
     the byte. Rows without one get it if `missing` is insert. Raises StageError if rows have none, or
     another (with a diff), and the recipe says refuse.
     """
-    result, without, others = [], [], []
+    result, without, differing = [], [], []
     for row in rows:
-        own = content.with_lf(row.prompt).strip()
-        if own == prompt or not own:
+        row_prompt = content.with_lf(row.prompt).strip()
+        if row_prompt == prompt or not row_prompt:
             after = row.messages[1:] if row.messages[0]["role"] == "system" else row.messages
-            if not own:
+            if not row_prompt:
                 without.append(row)
             row = dataclasses.replace(
                 row, messages=[{**_prompt_flags(row), "role": "system", "content": prompt}, *after]
             )
         else:
-            others.append((own, row))
+            differing.append((row_prompt, row))
         result.append(row)
-    if without and missing == "refuse":
+    if without and missing_policy == "refuse":
         raise StageError(
             f"{len(without)} of {len(rows)} rows have no system prompt, first {without[0].place}",
             "the production prompt in every row",
             "Set missing_prompt: insert to put it in front of them.",
         )
-    if others:
-        _refuse_or_warn(others, len(rows), prompt, other)
-    return result, {"prompts_inserted": len(without), "other_prompts": len(others)}
+    if differing:
+        _refuse_or_warn(differing, len(rows), prompt, other_policy)
+    return result, {"prompts_inserted": len(without), "other_prompts": len(differing)}
 
 
 def _prompt_flags(row: Row) -> dict[str, Any]:
     return {key: value for key, value in row.messages[0].items() if row.messages[0]["role"] == "system"}
 
 
-def _refuse_or_warn(others: list[tuple[str, Row]], total: int, prompt: str, policy: str) -> None:
-    kinds = Counter(own for own, _ in others)
-    worst, count = kinds.most_common(1)[0]
-    example = next(row for own, row in others if own == worst)
+def _refuse_or_warn(differing: list[tuple[str, Row]], total: int, prompt: str, policy: str) -> None:
+    kinds = Counter(row_prompt for row_prompt, _ in differing)
+    most_common, count = kinds.most_common(1)[0]
+    example = next(row for row_prompt, row in differing if row_prompt == most_common)
     diff = "\n".join(
         difflib.unified_diff(
-            prompt.split("\n"), worst.split("\n"), "production", example.place, lineterm="", n=1
+            prompt.split("\n"), most_common.split("\n"), "production", example.place, lineterm="", n=1
         )
     )
     found = (
-        f"{len(others)} of {total} rows with {len(kinds)} other system prompts; "
-        f"the most common ({count} rows) differs so:\n{diff}\n{first_difference(prompt, worst)}"
+        f"{len(differing)} of {total} rows with {len(kinds)} other system prompts; "
+        f"the most common ({count} rows) differs so:\n{diff}\n{first_difference(prompt, most_common)}"
     )
     if policy == "refuse":
         raise StageError(
@@ -129,19 +131,26 @@ def _refuse_or_warn(others: list[tuple[str, Row]], total: int, prompt: str, poli
     job.warning(found, "other_prompts: allow is set; these rows are trained as they are")
 
 
-def first_difference(production: str, other: str) -> str:
+def first_difference(production: str, row_prompt: str) -> str:
     """Where two texts part, in code points: some characters look alike or like nothing."""
-    at = next(
-        (i for i, (a, b) in enumerate(zip(production, other, strict=False)) if a != b),
-        min(len(production), len(other)),
+    position = next(
+        (i for i, (a, b) in enumerate(zip(production, row_prompt, strict=False)) if a != b),
+        min(len(production), len(row_prompt)),
     )
-    line, column = production.count("\n", 0, at) + 1, at - production.rfind("\n", 0, at)
+    line, column = production.count("\n", 0, position) + 1, position - production.rfind("\n", 0, position)
     place = f"first difference at line {line}, column {column}"
-    return f"{place}: {_character(production, at)} in production, {_character(other, at)} in the row"
+    return (
+        f"{place}: {_character(production, position)} in production,"
+        f" {_character(row_prompt, position)} in the row"
+    )
 
 
-def _character(text: str, at: int) -> str:
-    return f"U+{ord(text[at]):04X} {unicodedata.name(text[at], 'control')}" if at < len(text) else "the end"
+def _character(text: str, position: int) -> str:
+    return (
+        f"U+{ord(text[position]):04X} {unicodedata.name(text[position], 'control')}"
+        if position < len(text)
+        else "the end"
+    )
 
 
 def with_tools(rows: list[Row], tools: list[dict[str, Any]], policy: str) -> tuple[list[Row], dict[str, Any]]:
@@ -158,7 +167,7 @@ def with_tools(rows: list[Row], tools: list[dict[str, Any]], policy: str) -> tup
             "without_tools": sum(not row.tools for row in rows),
             "other_tools": {},
         }
-    known = {tool["function"]["name"]: json.dumps(tool["function"], sort_keys=True) for tool in tools}
+    definitions = {tool["function"]["name"]: json.dumps(tool["function"], sort_keys=True) for tool in tools}
     without = [row for row in rows if not row.tools]
     if without and policy == "refuse":
         raise StageError(
@@ -167,14 +176,14 @@ def with_tools(rows: list[Row], tools: list[dict[str, Any]], policy: str) -> tup
             "production's tools, or a part of them, in every row",
             "Set tools: insert to give them production's, or tools: allow to train them without.",
         )
-    others: Counter[str] = Counter()
+    differing: Counter[str] = Counter()
     for row in rows:
         for tool in row.tools or []:
             name = tool["function"]["name"]
-            if known.get(name) != json.dumps(tool["function"], sort_keys=True):
-                others[f"{name} ({'another definition' if name in known else 'unknown'})"] += 1
-    if others:
-        listed = ", ".join(f"{name} in {count} rows" for name, count in others.most_common(5))
+            if definitions.get(name) != json.dumps(tool["function"], sort_keys=True):
+                differing[f"{name} ({'another definition' if name in definitions else 'unknown'})"] += 1
+    if differing:
+        listed = ", ".join(f"{name} in {count} rows" for name, count in differing.most_common(5))
         job.warning(
             f"rows have tools that are not production's: {listed}",
             "they are trained as they are; production will not send these",
@@ -185,7 +194,7 @@ def with_tools(rows: list[Row], tools: list[dict[str, Any]], policy: str) -> tup
     return rows, {
         "tools_inserted": len(without) if inserted else 0,
         "without_tools": 0 if inserted else len(without),
-        "other_tools": dict(others),
+        "other_tools": dict(differing),
     }
 
 

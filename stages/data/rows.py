@@ -105,15 +105,15 @@ def without_duplicates(rows: list[Row]) -> tuple[list[Row], int, int]:
     as copies of held-out ones.
     """
     held_out = {row.digest for row in rows if row.split}
-    seen: set[str] = set()
-    kept, overlap = [], 0
+    digests: set[str] = set()
+    distinct, overlap = [], 0
     for row in rows:
         if not row.split and row.digest in held_out:
             overlap += 1
-        elif row.digest not in seen:
-            seen.add(row.digest)
-            kept.append(row)
-    return kept, len(rows) - len(kept) - overlap, overlap
+        elif row.digest not in digests:
+            digests.add(row.digest)
+            distinct.append(row)
+    return distinct, len(rows) - len(distinct) - overlap, overlap
 
 
 def unused_keys(rows: list[Row]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from stages import job
-from stages.data.files import first_names
+from stages.data.files import joined_names
 from stages.data.rows import Row
 
 
@@ -33,12 +33,12 @@ def split(items: Sequence[T], share: float) -> tuple[list[T], list[T]]:
     for item in items:
         groups.setdefault(item.row.category, []).append(item)
     counts = quotas({category: len(group) for category, group in groups.items()}, share)
-    held: set[int] = set()
+    held_out_ids: set[int] = set()
     for category, group in groups.items():
-        held |= {id(item) for item in sorted(group, key=lambda i: i.row.digest)[: counts[category]]}
+        held_out_ids |= {id(item) for item in sorted(group, key=lambda i: i.row.digest)[: counts[category]]}
     if share:
         _warn(groups, counts, share)
-    return [i for i in items if id(i) not in held], [i for i in items if id(i) in held]
+    return [i for i in items if id(i) not in held_out_ids], [i for i in items if id(i) in held_out_ids]
 
 
 def quotas(sizes: dict[str, int], share: float) -> dict[str, int]:
@@ -52,9 +52,9 @@ def quotas(sizes: dict[str, int], share: float) -> dict[str, int]:
     total = sum(sizes.values())
     exact = {category: share * size for category, size in sizes.items()}
     counts = {category: math.floor(value + 1e-9) for category, value in exact.items()}
-    wanted = min(total - 1, max(1, round(share * total))) if share and total else 0
+    held_out_total = min(total - 1, max(1, round(share * total))) if share and total else 0
     order = sorted(sizes, key=lambda c: (sizes[c] == 1, -round(exact[c] - counts[c], 9), sizes[c], c))
-    for category in order[: max(0, wanted - sum(counts.values()))]:
+    for category in order[: max(0, held_out_total - sum(counts.values()))]:
         counts[category] += 1
     return counts
 
@@ -66,15 +66,15 @@ def _warn(groups: dict[str, list[T]], counts: dict[str, int], share: float) -> N
             "there will be no held-out loss; add rows",
         )
         return
-    if nothing := sorted(category for category in groups if not counts[category]):
+    if empty := sorted(category for category in groups if not counts[category]):
         job.warning(
-            f"eval_share {share} holds out nothing of {len(nothing)} of {len(groups)} categories:"
-            f" {first_names(nothing)}",
+            f"eval_share {share} holds out nothing of {len(empty)} of {len(groups)} categories:"
+            f" {joined_names(empty)}",
             "the held-out loss says nothing of them; raise eval_share, or file their rows under fewer"
             " categories",
         )
-    if whole := sorted(category for category in groups if counts[category] == len(groups[category])):
+    if emptied := sorted(category for category in groups if counts[category] == len(groups[category])):
         job.warning(
-            f"the only row of a category is held out: {first_names(whole)}",
+            f"the only row of a category is held out: {joined_names(emptied)}",
             "it is not trained; lower eval_share, or add rows",
         )

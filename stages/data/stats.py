@@ -22,9 +22,9 @@ def summary(
     """`counts` and all that follows from the rows. Shares are of tokens; `lowest_` and
     `median_trained_share` are over conversations.
     """
-    both = [*train, *held_out]
-    lengths = [len(rendered.input_ids) for _, rendered in both]
-    trained = [rendered.trained for _, rendered in both]
+    all_rows = [*train, *held_out]
+    lengths = [len(rendered.input_ids) for _, rendered in all_rows]
+    trained = [rendered.trained for _, rendered in all_rows]
     shares = [part / whole for part, whole in zip(trained, lengths, strict=False)]
     return {
         "train": len(train),
@@ -39,21 +39,21 @@ def summary(
         "longest": max(lengths),
         "median_length": round(statistics.median(lengths)),
         "histograms": {"tokens": histogram(lengths), "trained_tokens": histogram(trained)},
-        "categories": _count(row.category for row, _ in both),
+        "categories": _count(row.category for row, _ in all_rows),
         "held_out_categories": _count(row.category for row, _ in held_out),
-        "files": _count(row.file for row, _ in both),
-        "formats": _count(row.format for row, _ in both),
+        "files": _count(row.file for row, _ in all_rows),
+        "formats": _count(row.format for row, _ in all_rows),
         "reasons": dict(Counter(r.reason for r in rejects).most_common()),
         "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
     }
 
 
-def histogram(values: list[int], most: int = 30) -> dict[str, list[int]]:
+def histogram(values: list[int], most_bins: int = 30) -> dict[str, list[int]]:
     """Counts in bins of equal whole width; `edges` has one entry more than `counts`, and a bin holds its
     lower edge.
     """
     low, high = min(values), max(values)
-    width = max(1, math.ceil((high - low + 1) / most))
+    width = max(1, math.ceil((high - low + 1) / most_bins))
     counts = [0] * ((high - low) // width + 1)
     for value in values:
         counts[(value - low) // width] += 1

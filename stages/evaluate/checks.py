@@ -146,8 +146,8 @@ def _content_failures(expect: dict[str, Any], text: str) -> list[Failure]:
     words = re.findall(r"[^\W\d_]+", text)
     for name in expect.get("names", []):
         # Everyday words lie near short names (`am` and Ram): a misspelling begins as the name does.
-        alike = [w for w in words if w not in expect["names"] and w[0].lower() == name[0].lower()]
-        misspelt = [w for w in alike if edit_distance(w, name) <= (1 if len(name) < 6 else 2)]
+        same_initial = [w for w in words if w not in expect["names"] and w[0].lower() == name[0].lower()]
+        misspelt = [w for w in same_initial if edit_distance(w, name) <= (1 if len(name) < 6 else 2)]
         if misspelt or name not in words:
             failures.append(Failure("name_error", f"{misspelt[0]} for {name}" if misspelt else f"no {name}"))
     return failures

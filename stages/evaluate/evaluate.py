@@ -327,7 +327,7 @@ def write_report(
     }
     (task.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     (task.output / "report.md").write_text(report.markdown(summary))
-    report.picture(task.output / "behaviour.png", summary)
+    report.draw_picture(task.output / "behaviour.png", summary)
     dataset.write(
         task.output / "answers.jsonl",
         (

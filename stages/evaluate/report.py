@@ -86,7 +86,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return line(head) + rule + "".join(line(row) for row in rows)
 
 
-def picture(path: Path, summary: dict[str, Any]) -> None:
+def draw_picture(path: Path, summary: dict[str, Any]) -> None:
     """Failure modes by column as a heat map, the share of passed questions above it."""
     import matplotlib
 

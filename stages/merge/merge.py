@@ -71,10 +71,11 @@ def check_names(adapter: Adapter, reading: PeftReading) -> None:
     """Raises StageError unless PEFT and model/lora.py read changes of the same tensors; warns of what the
     adapter leaves out.
     """
-    if odd := sorted(adapter.pairs.keys() ^ reading.wrappers.keys()):
-        who = "model/lora.py" if odd[0] in adapter.pairs else f"PEFT {reading.version}"
+    if one_sided := sorted(adapter.pairs.keys() ^ reading.wrappers.keys()):
+        reader = "model/lora.py" if one_sided[0] in adapter.pairs else f"PEFT {reading.version}"
         raise StageError(
-            f"{odd[0]} is changed by the adapter as {who} reads it only ({len(odd)} such tensors)",
+            f"{one_sided[0]} is changed by the adapter as {reader} reads it only ({len(one_sided)} such"
+            " tensors)",
             "both to read changes of the same tensors",
             "Report it with adapter_config.json and the names of the adapter's tensors.",
         )
@@ -104,13 +105,13 @@ def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
         nonlocal done
         done += slot.bytes
         job.progress(done / 1e9, base.bytes / 1e9, "GB", slot.name)
-        return merged(slot.name) if slot.name in adapter.pairs else base.pieces(slot.name)
+        return merged_pieces(slot.name) if slot.name in adapter.pairs else base.pieces(slot.name)
 
-    def merged(name: str) -> Iterator[Work]:
+    def merged_pieces(name: str) -> Iterator[Work]:
         change = adapter.change(name)
-        return (partial(piece, name, change, *span) for span in base.spans(name))
+        return (partial(merged_rows, name, change, *span) for span in base.spans(name))
 
-    def piece(name: str, change: Change, first: int, count: int) -> torch.Tensor:
+    def merged_rows(name: str, change: Change, first: int, count: int) -> torch.Tensor:
         before = base.rows(name, first, count)
         after = change.rows(first, count).merged(before)
         changed.setdefault(name, []).append(

@@ -180,9 +180,9 @@ class PeftReading:
         wrapper = self.wrappers[name]
         layer = wrapper.layer
         if wrapper.stack:
-            left, right, scale = layer.get_delta_factors(_NAME)
+            stacked_b, stacked_a, scale = layer.get_delta_factors(_NAME)
             expert = self._linears[name].index
-            return right[expert], left[expert] * scale
+            return stacked_a[expert], stacked_b[expert] * scale
         return (
             None
             if layer.use_dora[_NAME]
@@ -190,14 +190,14 @@ class PeftReading:
         )
 
     @torch.no_grad()
-    def applied(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """What PEFT makes of the weight (out, in) of one loaded hub tensor, float32."""
         wrapper = self.wrappers[name]
         layer, weight = wrapper.layer, weight.to(self._device, torch.float32)
         if wrapper.stack:
-            left, right, scale = layer.get_delta_factors(_NAME)
+            stacked_b, stacked_a, scale = layer.get_delta_factors(_NAME)
             expert = self._linears[name].index
-            change: torch.Tensor = (left[expert] @ right[expert]) * scale
+            change: torch.Tensor = (stacked_b[expert] @ stacked_a[expert]) * scale
             return weight + change  # as its get_delta_weight multiplies
         if type(layer).__name__ == "ParamWrapper":
             change = (layer.lora_B[_NAME].weight @ layer.lora_A[_NAME].weight) * layer.scaling[_NAME]

@@ -58,10 +58,10 @@ def check_files(
             REPORT,
         )
     for name, entry in base.entries.items():
-        other = merged.entries[name]
-        if (entry.shape, entry.dtype) != (other.shape, other.dtype):
+        merged_entry = merged.entries[name]
+        if (entry.shape, entry.dtype) != (merged_entry.shape, merged_entry.dtype):
             raise StageError(
-                f"{name} is {other.dtype} {other.shape}",
+                f"{name} is {merged_entry.dtype} {merged_entry.shape}",
                 f"{entry.dtype} {entry.shape} as in the source",
                 REPORT,
             )
@@ -94,9 +94,9 @@ def unchanged_tensors(adapter: Adapter, changed: dict[str, int]) -> dict[str, li
     An expert that no training token reached is idle, which is no fault. Raises StageError if that is true of
     every tensor.
     """
-    same = sorted(name for name, count in changed.items() if not count)
-    idle = [name for name in same if adapter.change(name).zero]
-    small = [name for name in same if name not in set(idle)]
+    unchanged = sorted(name for name, count in changed.items() if not count)
+    idle = [name for name in unchanged if adapter.change(name).zero]
+    small = [name for name in unchanged if name not in set(idle)]
     if len(idle) == len(changed):
         raise StageError(
             f"the adapter changes nothing in any of its {len(changed)} tensors, first {idle[0]}: B is zero",
@@ -104,7 +104,7 @@ def unchanged_tensors(adapter: Adapter, changed: dict[str, int]) -> dict[str, li
             "See training.json, and train longer or with a higher learning rate. If the adapter is meant to "
             "be zero, say control: true.",
         )
-    if len(same) == len(changed):
+    if len(unchanged) == len(changed):
         raise StageError(
             f"the adapter's change is too small for BF16 in all of its {len(small)} tensors, first "
             f"{small[0]}: every element rounds back to the base's",
@@ -114,20 +114,20 @@ def unchanged_tensors(adapter: Adapter, changed: dict[str, int]) -> dict[str, li
     if idle:
         job.warning(
             f"the adapter leaves {len(idle)} of {len(changed)} tensors as they are, since their B is zero: "
-            f"{_first_names(idle)}",
+            f"{_joined_names(idle)}",
             "An expert that no training token reached is left so. If these should have been trained, see "
             "training.json.",
         )
     if small:
         job.warning(
             f"the adapter's change is too small for BF16 in {len(small)} of {len(changed)} tensors, which "
-            f"stay the base's: {_first_names(small)}",
+            f"stay the base's: {_joined_names(small)}",
             "Train longer or with a higher learning rate if they should change.",
         )
     return {"idle": idle, "too_small": small}
 
 
-def _first_names(tensors: list[str]) -> str:
+def _joined_names(tensors: list[str]) -> str:
     return ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
 
 
@@ -145,7 +145,7 @@ def check_tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, readin
         with reading.loaded(group):
             for name in group:
                 weight = base.tensor(name)
-                compare(name, weight, reading.applied(name, weight), merged.tensor(name), agreement)
+                compare(name, weight, reading.apply(name, weight), merged.tensor(name), agreement)
     return agreement
 
 
@@ -173,8 +173,10 @@ def check_forward(
     dtype, config, family = getattr(torch, params.proof_precision), base.config, adapter.family
     sequences = walk.packed(sample_conversations(rows, params.proof_tokens), params.proof_tokens)
     layers, embeddings = walk.Layers(config, dtype, device), base.tensor(family.embeddings)
-    plain, adapted, reference, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(4))
-    agreement, same, worst = Agreement(), True, (0.0, "")
+    plain, adapted, reference, merged_walk = (
+        walk.Walk(sequences, embeddings, dtype, device) for _ in range(4)
+    )
+    agreement, all_equal, worst = Agreement(), True, (0.0, "")
     for number in range(len(layers)):
         block = layers.fill(number, base.tensor)
         changed = [name for name in layers.names(number) if name in adapter.pairs]
@@ -189,16 +191,16 @@ def check_forward(
                 number, reference_reader(base, merged, reading, weights, agreement, differing), changed
             )
         reference.through(block)
-        same = same and not differing
-        if same:
-            after.hidden = list(reference.hidden)  # equal weights on equal states
+        all_equal = all_equal and not differing
+        if all_equal:
+            merged_walk.hidden = list(reference.hidden)  # equal weights on equal states
         else:
             layers.fill(number, merged.tensor, differing)
-            after.through(block)
+            merged_walk.through(block)
         effect = adapted.distance(plain)
         error = check_error(
             f"the hidden states after layer {number}",
-            after.distance(adapted),
+            merged_walk.distance(adapted),
             reference.distance(adapted),
             effect,
         )
@@ -208,28 +210,28 @@ def check_forward(
     exact = head
     if family.head in adapter.pairs:
         with reading.loaded([family.head]):
-            exact = reading.applied(family.head, head)
+            exact = reading.apply(family.head, head)
         compare(family.head, head, exact, merged.tensor(family.head), agreement)
-    sides = (
+    runs = (
         (plain, head),
         (adapted, exact),
         (reference, exact.to(head.dtype)),
-        (after, merged.tensor(family.head)),
+        (merged_walk, merged.tensor(family.head)),
     )
-    facts = judge_logits(*(side.logits(norm, weight, family.epsilon(config)) for side, weight in sides))
+    facts = judge_logits(*(run.logits(norm, weight, family.epsilon(config)) for run, weight in runs))
     return facts | {"worst_layer": {"name": worst[1], "error": worst[0]}}, agreement
 
 
-def check_error(subject: str, error: float, least: float, effect: float) -> float:
+def check_error(subject: str, error: float, rounding_error: float, effect: float) -> float:
     """`error`, if one rounding of the weights explains it: `least` is what the reference is off by, `effect`
     what the adapter changes.
     """
-    if not error <= ALLOWED * least + NOISE * effect:
+    if not error <= ALLOWED * rounding_error + NOISE * effect:
         raise StageError(
             f"{subject} of the merged model are off by {error / max(effect, 1e-30):.2f} of the adapter's "
             "effect",
-            f"at most {ALLOWED} times the {least / max(effect, 1e-30):.2f} that rounding the right weights "
-            "to BF16 costs",
+            f"at most {ALLOWED} times the {rounding_error / max(effect, 1e-30):.2f} that rounding the right "
+            "weights to BF16 costs",
             DO_NOT_USE,
         )
     return error
@@ -249,25 +251,25 @@ def attach_factors(
     """
     modules, places = projections(block), {linear.weight: linear for linear in changed}
     parts: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
-    whole = set()
+    replaced = set()
     for name, linear in places.items():
         path, matrix = linear.part, linear.index or 0
         if factors := reading.factors(name):
             parts.setdefault(path, {})[matrix] = factors
         else:
-            weight = reading.applied(name, base.tensor(name))
+            weight = reading.apply(name, base.tensor(name))
             modules[path].put(matrix, weight.to(modules[path].dtype))
-            whole.add(name)
-    for path, found in parts.items():
-        module, rank = modules[path], max(len(a) for a, _ in found.values())
+            replaced.add(name)
+    for path, pairs in parts.items():
+        module, rank = modules[path], max(len(a) for a, _ in pairs.values())
         a = torch.zeros(module.experts, rank, module.in_features, device=module.weight.device)
         b = torch.zeros(module.experts, module.out_features, rank, device=module.weight.device)
-        for matrix, (left, right) in found.items():
-            a[matrix, : len(left)], b[matrix, :, : len(left)] = left, right
+        for matrix, (factor_a, factor_b) in pairs.items():
+            a[matrix, : len(factor_a)], b[matrix, :, : len(factor_a)] = factor_a, factor_b
         module.set_change(a, b, 1.0)
 
     def weight_of(name: str) -> torch.Tensor:
-        if name in whole:
+        if name in replaced:
             return base.tensor(name)
         module, matrix = modules[places[name].part], places[name].index or 0
         return module.weight[matrix * module.out_features : (matrix + 1) * module.out_features].to(
@@ -292,7 +294,7 @@ def reference_reader(
 
     def read(name: str) -> torch.Tensor:
         weight = weights(name)
-        applied = reading.applied(name, weight)
+        applied = reading.apply(name, weight)
         if not compare(name, weight, applied, merged.tensor(name), agreement):
             differing.append(name)
         return applied.to(weight.dtype)
@@ -308,25 +310,25 @@ def judge_logits(
 ) -> dict[str, Any]:
     """Judges the logits of base, base with adapter, reference and merge, chunk by chunk."""
     tokens = agree = 0
-    effect = least = error = 0.0
-    for before, right, once, after in zip(plain, adapted, reference, merged, strict=True):
-        effect += (right - before).square().mean(-1).sum().item()
-        least += (once - right).square().mean(-1).sum().item()
-        error += (after - right).square().mean(-1).sum().item()
-        agree += int((right.argmax(-1) == after.argmax(-1)).sum())
-        tokens += len(right)
-    effect, least, error = ((total / tokens) ** 0.5 for total in (effect, least, error))
+    effect = rounding_error = error = 0.0
+    for before, exact, rounded, after in zip(plain, adapted, reference, merged, strict=True):
+        effect += (exact - before).square().mean(-1).sum().item()
+        rounding_error += (rounded - exact).square().mean(-1).sum().item()
+        error += (after - exact).square().mean(-1).sum().item()
+        agree += int((exact.argmax(-1) == after.argmax(-1)).sum())
+        tokens += len(exact)
+    effect, rounding_error, error = ((total / tokens) ** 0.5 for total in (effect, rounding_error, error))
     if not effect:
         raise StageError(
             "an adapter that changes no logit",
             "one that was trained",
             "See training.json: train longer, or with other targets.",
         )
-    check_error("the logits", error, least, effect)
+    check_error("the logits", error, rounding_error, effect)
     return {
         "proof_tokens": tokens,
         "adapter_effect": effect,
-        "rounding_error": least,
+        "rounding_error": rounding_error,
         "merge_error": error,
         "greedy_agreement": agree / tokens,
     }
@@ -334,11 +336,11 @@ def judge_logits(
 
 def sample_conversations(rows: Path, tokens: int) -> list[torch.Tensor]:
     """The first training conversations, int64 (length,) each, until there are `tokens` tokens."""
-    taken, count = [], 0
+    conversations, count = [], 0
     for _, row in dataset.read(rows):
         ids = row["input_ids"][: tokens - count]
-        taken.append(torch.tensor(ids))
+        conversations.append(torch.tensor(ids))
         count += len(ids)
         if count >= tokens:
             break
-    return taken
+    return conversations

@@ -18,7 +18,7 @@ def markdown(
     checkpoint: Served,
     provenance: dict[str, dict[str, str]],
 ) -> str:
-    form, held = {
+    form, weights = {
         "nvfp4": ("NVFP4", f"Layout `{checkpoint.layout}`"),
         "merged": ("BF16", "The adapter merged into the weights"),
         "tuned": ("BF16", f"The base and an adapter of rank {checkpoint.lora_rank}, added as the model runs"),
@@ -35,7 +35,7 @@ def markdown(
     ).render(
         name=serve["served_name"],
         form=form,
-        held=held,
+        weights=weights,
         vllm=serve["vllm"],
         device=serve["device"],
         questions=report["questions"],

@@ -44,24 +44,24 @@ class Maxima:
     """
 
     def __init__(self, block: nn.Module):
-        self.found: dict[str, torch.Tensor] = {}
+        self.maxima: dict[str, torch.Tensor] = {}
         self._handles, self._stacks = [], []
         for name, module in block.named_modules():
             if isinstance(module, Projection) and module.experts == 1:
                 self._handles.append(
                     module.register_forward_pre_hook(
-                        lambda _, inputs, name=name: self._keep(name, inputs[0].abs().amax().view(1))
+                        lambda _, inputs, name=name: self._update(name, inputs[0].abs().amax().view(1))
                     )
                 )
             elif experts.holds_stacks(module):
-                module.forward = types.MethodType(self._routed(name), module)
+                module.forward = types.MethodType(self._recording_forward(name), module)
                 self._stacks.append(module)
 
-    def _keep(self, name: str, values: torch.Tensor) -> None:
+    def _update(self, name: str, values: torch.Tensor) -> None:
         values = values.float()
-        self.found[name] = torch.maximum(self.found[name], values) if name in self.found else values
+        self.maxima[name] = torch.maximum(self.maxima[name], values) if name in self.maxima else values
 
-    def _routed(
+    def _recording_forward(
         self, name: str
     ) -> Callable[[Stacks, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
         def forward(
@@ -74,7 +74,7 @@ class Maxima:
             # The largest square of what is positive is the square of the largest.
             largest = (hidden.abs().amax(-1)[routing.token], u.relu().amax(-1).square())
             for part, rows in zip(experts.STACKS, largest, strict=True):
-                self._keep(
+                self._update(
                     f"{name}.{part}",
                     rows.new_zeros(up.experts).scatter_reduce_(0, expert, rows, "amax"),
                 )
@@ -92,7 +92,7 @@ class Maxima:
 
 @torch.no_grad()
 def maxima(
-    source: Checkpoint, chosen: str, rows: list[torch.Tensor], device: str
+    source: Checkpoint, layout: str, rows: list[torch.Tensor], device: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Hub name of each linear quantised in layout `chosen` -> largest absolute input it saw, float32
     scalar; and the idle experts' names.
@@ -102,26 +102,28 @@ def maxima(
     """
     # BF16 products are emulated on a CPU, and several times slower
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    wanted, found, idle = layouts.linears(source.config, chosen), {}, []
+    linears, largest, idle_names = layouts.linears(source.config, layout), {}, []
     layers = walk.Layers(source.config, dtype, device)
-    its = walk.Walk(walk.packed(rows), source.tensor(registry.of(source.config).embeddings), dtype, device)
+    activations = walk.Walk(
+        walk.packed(rows), source.tensor(registry.of(source.config).embeddings), dtype, device
+    )
     for number in range(len(layers)):
         block = layers.fill(number, source.tensor)
-        seen = Maxima(block)
-        its.through(block)
-        seen.close()
-        for linear in (linear for linear in wanted if linear.layer == number):
-            name, values = linear.name, seen.found[linear.part].cpu()
-            found[name] = values[linear.index or 0]
-            if not found[name]:
-                idle.append(name)
-                found[name] = values.max()
-            if not (torch.isfinite(found[name]) and found[name] > 0):
+        block_maxima = Maxima(block)
+        activations.through(block)
+        block_maxima.close()
+        for linear in (linear for linear in linears if linear.layer == number):
+            name, values = linear.name, block_maxima.maxima[linear.part].cpu()
+            largest[name] = values[linear.index or 0]
+            if not largest[name]:
+                idle_names.append(name)
+                largest[name] = values.max()
+            if not (torch.isfinite(largest[name]) and largest[name] > 0):
                 raise StageError(
-                    f"the activations of {name} have the maximum {found[name].item()}",
+                    f"the activations of {name} have the maximum {largest[name].item()}",
                     "a positive number",
                     "The calibration conversations never reach that layer, or the model overflows: check the"
                     " data and the merged model.",
                 )
         job.progress(number + 1, len(layers), "layers", f"calibrating on {sum(map(len, rows)):,} tokens")
-    return found, idle
+    return largest, idle_names

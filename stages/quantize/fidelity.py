@@ -30,33 +30,33 @@ def held_out_rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Ten
 
     Raises StageError if no token of them is trained.
     """
-    taken, left = [], tokens
+    chosen, remaining = [], tokens
     for _, row in dataset.read(path):
-        ids = torch.tensor(row["input_ids"])[:left]
-        following = torch.tensor([*row["labels"][1:], IGNORED])[:left]
-        taken.append((ids, following))
-        left -= len(ids)
-        if left < 1:
+        ids = torch.tensor(row["input_ids"])[:remaining]
+        following = torch.tensor([*row["labels"][1:], IGNORED])[:remaining]
+        chosen.append((ids, following))
+        remaining -= len(ids)
+        if remaining < 1:
             break
-    if not any((following != IGNORED).any() for _, following in taken):
+    if not any((following != IGNORED).any() for _, following in chosen):
         raise StageError(
             f"{path.name} has no trained token in its first {tokens}",
             "the assistant's tokens",
             "Raise fidelity_tokens, or hold out more conversations in stage data",
         )
-    return taken
+    return chosen
 
 
-def dequantising_reader(made: Checkpoint) -> walk.Read:
+def dequantising_reader(quantised: Checkpoint) -> walk.Read:
     """Reads a quantised checkpoint as the weights that it stands for, float32."""
 
     def read(name: str) -> torch.Tensor:
         stem = name.removesuffix(".weight")
-        if f"{stem}.weight_scale" not in made.entries:
-            return made.tensor(name)
+        if f"{stem}.weight_scale" not in quantised.entries:
+            return quantised.tensor(name)
         return nvfp4.unpack(
             nvfp4.Packed(
-                *(made.tensor(f"{stem}.{part}") for part in ("weight", "weight_scale", "weight_scale_2"))
+                *(quantised.tensor(f"{stem}.{part}") for part in ("weight", "weight_scale", "weight_scale_2"))
             )
         )
 
@@ -65,31 +65,31 @@ def dequantising_reader(made: Checkpoint) -> walk.Read:
 
 @torch.no_grad()
 def measure(
-    source: Checkpoint, made: Checkpoint, held_out: list[tuple[torch.Tensor, torch.Tensor]], device: str
+    source: Checkpoint, quantised: Checkpoint, rows: list[tuple[torch.Tensor, torch.Tensor]], device: str
 ) -> dict[str, Any]:
     """Loss of both (nats a trained token), KL(source || quantised) in nats, share of equal greedy tokens,
     and the relative error after each layer.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    sequences = walk.packed([ids for ids, _ in held_out])
+    sequences = walk.packed([ids for ids, _ in rows])
     layers = walk.Layers(source.config, dtype, device)
     family = registry.of(source.config)
     embeddings = source.tensor(family.embeddings)
-    read = dequantising_reader(made)
+    read = dequantising_reader(quantised)
     before, after = (walk.Walk(sequences, embeddings, dtype, device) for _ in range(2))
     errors = []
     for number in range(len(layers)):
         before.through(layers.fill(number, source.tensor))
         after.through(
             layers.fill(
-                number, read, [name for name in layers.names(number) if f"{name}_scale" in made.entries]
+                number, read, [name for name in layers.names(number) if f"{name}_scale" in quantised.entries]
             )
         )
         errors.append(after.distance(before) / before.distance())
         job.progress(number + 1, len(layers), "layers", "comparing with the source")
     norm, head = source.tensor(family.final_norm), source.tensor(family.head)
     eps = family.epsilon(source.config)
-    following = torch.cat([labels for _, labels in held_out]).to(device)
+    following = torch.cat([labels for _, labels in rows]).to(device)
     return logit_figures(before.logits(norm, head, eps), after.logits(norm, head, eps), following) | {
         "layers": [round(error, 5) for error in errors]
     }
@@ -101,13 +101,13 @@ def logit_figures(
     """The figures of two runs of logits (n, vocabulary) on the tokens that follow, where these are
     trained.
     """
-    count = agree = at = 0
+    count = agree = offset = 0
     sums = {"source": 0.0, "quantised": 0.0, "kl": 0.0}
-    for wanted, found in zip(before, after, strict=True):
-        targets = following[at : at + len(wanted)]
-        at += len(wanted)
+    for source_logits, quantised_logits in zip(before, after, strict=True):
+        targets = following[offset : offset + len(source_logits)]
+        offset += len(source_logits)
         trained = targets != IGNORED
-        p, q = (logits[trained].log_softmax(-1) for logits in (wanted, found))
+        p, q = (logits[trained].log_softmax(-1) for logits in (source_logits, quantised_logits))
         sums["source"] += F.nll_loss(p, targets[trained], reduction="sum").item()
         sums["quantised"] += F.nll_loss(q, targets[trained], reduction="sum").item()
         sums["kl"] += F.kl_div(q, p, reduction="sum", log_target=True).item()

@@ -30,15 +30,15 @@ from stages.quantize.parameters import Parameters
 
 def run(task: Job) -> None:
     source, params = Checkpoint(task.inputs["merge"]), task.parameters(Parameters)
-    chosen, weight_only = params.layout, params.format == "w4a16"
-    modules = layouts.quantised(source.config, chosen)
+    layout, weight_only = params.layout, params.format == "w4a16"
+    modules = layouts.quantised(source.config, layout)
     maxima: dict[str, torch.Tensor] = {}
     calibration: dict[str, Any] = {}
     if not weight_only:
         rows = calibrate.conversations(
             task.inputs["data"] / "train.jsonl", params.calibration_rows, params.calibration_tokens
         )
-        maxima, idle = activation_maxima(source, chosen, rows, params.engine, task.device)
+        maxima, idle = activation_maxima(source, layout, rows, params.engine, task.device)
         calibration = {
             "engine": params.engine,
             "conversations": len(rows),
@@ -56,24 +56,24 @@ def run(task: Job) -> None:
     quant_config.write(
         task.output,
         layouts.hf_quant_config(
-            source.config, chosen, kv_cache, importlib.metadata.version("nvidia-modelopt"), weight_only
+            source.config, layout, kv_cache, importlib.metadata.version("nvidia-modelopt"), weight_only
         ),
     )
-    findings = audit.nvfp4(task.output, chosen, source.folder, weight_only)
-    made = Checkpoint(task.output)
+    findings = audit.nvfp4(task.output, layout, source.folder, weight_only)
+    quantised = Checkpoint(task.output)
     report = {
-        "layout": chosen,
+        "layout": layout,
         "format": params.format,
         "scales": params.scales,
         "quantised": len(modules),
-        "tensors": len(made.entries),
-        "bytes": made.bytes,
+        "tensors": len(quantised.entries),
+        "bytes": quantised.bytes,
         "source_bytes": source.bytes,
         "calibration": calibration,
         "findings": [f.as_json() for f in findings],
     }
     if not findings and params.fidelity_tokens:
-        report |= fidelity_report(source, made, task)
+        report |= fidelity_report(source, quantised, task)
     (task.output / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
     if findings:
         listed = "; ".join(str(f) for f in findings[:5])
@@ -84,7 +84,7 @@ def run(task: Job) -> None:
         )
 
 
-def fidelity_report(source: Checkpoint, made: Checkpoint, task: Job) -> dict[str, Any]:
+def fidelity_report(source: Checkpoint, quantised: Checkpoint, task: Job) -> dict[str, Any]:
     """`{"fidelity": figures}` of the quantised model on held-out conversations; empty, with a warning,
     where stage data held none out.
     """
@@ -96,7 +96,7 @@ def fidelity_report(source: Checkpoint, made: Checkpoint, task: Job) -> dict[str
         )
         return {}
     rows = fidelity.held_out_rows(path, task.parameters(Parameters).fidelity_tokens)
-    figures = fidelity.measure(source, made, rows, task.device)
+    figures = fidelity.measure(source, quantised, rows, task.device)
     job.metric("held-out loss before", figures["loss"]["source"])
     job.metric("held-out loss in NVFP4", figures["loss"]["quantised"])
     job.metric("KL to the source", figures["kl"])
@@ -104,16 +104,16 @@ def fidelity_report(source: Checkpoint, made: Checkpoint, task: Job) -> dict[str
 
 
 def activation_maxima(
-    source: Checkpoint, chosen: str, rows: list[torch.Tensor], engine: str, device: str
+    source: Checkpoint, layout: str, rows: list[torch.Tensor], engine: str, device: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Hub name -> largest absolute input, float32 scalar, of every quantised linear; and the names of idle
     experts.
     """
     if engine == "own":
-        return calibrate.maxima(source, chosen, rows, device)
+        return calibrate.maxima(source, layout, rows, device)
     from stages.quantize import reference  # ModelOpt takes seconds to import
 
-    return reference.maxima(source.folder, source.config, chosen, rows, device), []
+    return reference.maxima(source.folder, source.config, layout, rows, device), []
 
 
 class Packing:

@@ -17,20 +17,20 @@ from stages import job
 from stages.job import StageError
 
 
-def preset(config: dict[str, Any], chosen: str) -> dict[str, Any]:
+def preset(config: dict[str, Any], layout: str) -> dict[str, Any]:
     """ModelOpt's preset for this architecture, with all that `chosen` leaves in BF16 switched off by name."""
-    made: dict[str, Any] = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)
+    settings: dict[str, Any] = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)
     family = registry.of(config)
-    for module in layouts.excluded(config, chosen):
-        made["quant_cfg"].append(
+    for module in layouts.excluded(config, layout):
+        settings["quant_cfg"].append(
             {"quantizer_name": f"*{family.native(module).removeprefix('model.')}.*", "enable": False}
         )
-    return made
+    return settings
 
 
 @torch.no_grad()
 def maxima(
-    folder: Path, config: dict[str, Any], chosen: str, rows: list[torch.Tensor], device: str
+    folder: Path, config: dict[str, Any], layout: str, rows: list[torch.Tensor], device: str
 ) -> dict[str, torch.Tensor]:
     """Hub name of each quantised linear -> largest absolute input it saw, float32 scalar.
 
@@ -41,15 +41,15 @@ def maxima(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = registry.of(config).load(folder, dtype).to(device).eval()
 
-    def run(calibrated: torch.nn.Module) -> None:
+    def calibrate(calibrated: torch.nn.Module) -> None:
         for number, ids in enumerate(rows, 1):
             calibrated(input_ids=ids[None].to(device), use_cache=False)
             job.progress(number, len(rows), "conversations", "calibrating with ModelOpt")
 
-    quantization.quantize(model, preset(config, chosen), run)
+    quantization.quantize(model, preset(config, layout), calibrate)
     modules = dict(model.named_modules())
-    found = {}
-    for linear in layouts.linears(config, chosen):
+    largest = {}
+    for linear in layouts.linears(config, layout):
         name = linear.name
         if linear.index is None:
             quantizer = modules[linear.module].input_quantizer
@@ -63,5 +63,5 @@ def maxima(
                 "The calibration conversations never reach that layer, or the model overflows: check the data"
                 " and the merged model.",
             )
-        found[name] = amax.float().max().cpu()
-    return found
+        largest[name] = amax.float().max().cpu()
+    return largest

@@ -31,23 +31,23 @@ def _exchange(shares: list[list[int]], loads: list[int], costs: list[int]) -> bo
     Moving a document without taking one back gains next to nothing: the first pass gave each to the
     cheapest share already.
     """
-    most = loads.index(max(loads))
-    if loads[most] * len(loads) <= (1 + CLOSE) * sum(loads):
+    heaviest = loads.index(max(loads))
+    if loads[heaviest] * len(loads) <= (1 + CLOSE) * sum(loads):
         return False
-    least, best = loads[most], None
-    for other in range(len(shares)):
-        if other == most:
+    lowest_load, best = loads[heaviest], None
+    for partner in range(len(shares)):
+        if partner == heaviest:
             continue
-        for given in shares[most]:
-            for taken in shares[other]:
-                moved = costs[given] - costs[taken]
-                after = max(loads[most] - moved, loads[other] + moved)
-                if after < least:
-                    least, best = after, (other, given, taken)
+        for outgoing in shares[heaviest]:
+            for incoming in shares[partner]:
+                moved = costs[outgoing] - costs[incoming]
+                after = max(loads[heaviest] - moved, loads[partner] + moved)
+                if after < lowest_load:
+                    lowest_load, best = after, (partner, outgoing, incoming)
     if best is None:
         return False
-    other, given, taken = best
-    for index, source, target in ((given, most, other), (taken, other, most)):
+    partner, outgoing, incoming = best
+    for index, source, target in ((outgoing, heaviest, partner), (incoming, partner, heaviest)):
         shares[source].remove(index)
         shares[target].append(index)
         loads[source] -= costs[index]

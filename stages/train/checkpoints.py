@@ -19,12 +19,12 @@ def seal(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != SEAL:
             table[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    new = folder / f"{SEAL}.new"
-    with new.open("w") as opened:
+    temporary = folder / f"{SEAL}.new"
+    with temporary.open("w") as opened:
         json.dump(table, opened, indent=1)
         opened.flush()
         os.fsync(opened.fileno())
-    new.rename(folder / SEAL)
+    temporary.rename(folder / SEAL)
 
 
 def is_whole(folder: Path) -> bool:
@@ -59,7 +59,7 @@ def clear(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def prune(scratch: Path, kept: int) -> None:
+def prune(scratch: Path, count: int) -> None:
     """Deletes all but the `kept` newest checkpoints."""
-    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=step_number)[:-kept]:
+    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=step_number)[:-count]:
         shutil.rmtree(folder)

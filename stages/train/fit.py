@@ -58,8 +58,8 @@ def run(task: Job) -> None:
     model = load_model(task, group)
     teacher = Teacher(task, group) if params.qat_loss == "teacher" else None
     loop = Loop(task, model, rows, held_out, group, rounding_schedule(task, model, rows, teacher), teacher)
-    if found := newest_checkpoint(task.scratch):
-        loop.resume(found)
+    if checkpoint := newest_checkpoint(task.scratch):
+        loop.resume(checkpoint)
     watch: Watch | None = None
     if group.first:
         sizes.warn_of_sizes(loop.order, params.steps, group.world, task.device)
@@ -156,12 +156,12 @@ def report_kernels(note: str) -> None:
 
 def loading_progress(form: str) -> Callable[[int, int], None]:
     """Progress for assemble.load: a line for every hundredth, not for each of thousands of tensors."""
-    said = -1
+    reported = -1
 
     def progress(done: int, total: int) -> None:
-        nonlocal said
-        if 100 * done // total > said:
-            said = 100 * done // total
+        nonlocal reported
+        if 100 * done // total > reported:
+            reported = 100 * done // total
             job.progress(done / 1e9, total / 1e9, "GB", f"loading the base as {form}")
 
     return progress
@@ -193,27 +193,27 @@ def rounding_schedule(
             "Set qat_share (0.3, say) and targets experts or all, or leave qat_loss at labels",
         )
 
-    def change(step: int) -> bool:
-        if teacher and step >= first and not teacher.kept:
+    def before_step(step: int) -> bool:
+        if teacher and step >= first and not teacher.recorded:
             for module in exported:
                 module.rounded = False
-            teacher.keep(model, rows, step == first)
+            teacher.record(model, rows, step == first)
         for module in exported:
             module.rounded = step >= first
         return step == first
 
-    return change
+    return before_step
 
 
 def newest_checkpoint(scratch: Path) -> Path | None:
     """The checkpoint to go on from; torn ones are named and passed over."""
-    found, torn = checkpoints.newest(scratch)
+    newest, torn = checkpoints.newest(scratch)
     for folder in torn:
         job.warning(
             f"{folder.name} was torn by a kill in the middle of its save",
-            f"Going on from {found.name if found else 'the start'}",
+            f"Going on from {newest.name if newest else 'the start'}",
         )
-    return found
+    return newest
 
 
 def write_artifact(
@@ -281,13 +281,13 @@ def write_artifact(
     job.metric("loss drop", drop)
     if drop < params.min_loss_drop:
         found = f"the loss fell by {drop:.0%}, from {first:.3f} to {last:.3f}"
-        wanted = f"at least {params.min_loss_drop:.0%}"
+        expected = f"at least {params.min_loss_drop:.0%}"
         if params.require_loss_drop:
             raise StageError(
-                found, wanted, "Train for more steps, raise rank or learning_rate, or choose targets: all"
+                found, expected, "Train for more steps, raise rank or learning_rate, or choose targets: all"
             )
         job.warning(
-            f"{found}; wanted {wanted}",
+            f"{found}; wanted {expected}",
             "Train for more steps, raise rank or learning_rate, or choose targets: all",
         )
 
@@ -296,5 +296,8 @@ def loss_summary(losses: list[float]) -> tuple[float, float, float]:
     """First, last and best loss. First is the very first step's, before anything was learnt; the others
     are means of ten steps.
     """
-    windows = [sum(losses[at : at + 10]) / len(losses[at : at + 10]) for at in range(max(1, len(losses) - 9))]
+    windows = [
+        sum(losses[start : start + 10]) / len(losses[start : start + 10])
+        for start in range(max(1, len(losses) - 9))
+    ]
     return losses[0], windows[-1], min(windows)

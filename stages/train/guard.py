@@ -40,7 +40,7 @@ class Guard:
         self.touched: set[str] = set()
         self.start: dict[str, torch.Tensor] = {}
 
-    def gradients(self, step: int) -> torch.Tensor:
+    def check_gradients(self, step: int) -> torch.Tensor:
         """Before the optimiser's step: the norm of all gradients. Raises StageError on one that is not
         finite, with the tensor's name.
         """
@@ -50,17 +50,17 @@ class Guard:
         gradients = {name: p.grad for name, p in self.tensors.items() if p.grad is not None}
         norm = nn.utils.get_total_norm(list(gradients.values()))
         if not torch.isfinite(norm):
-            name = next(name for name, each in gradients.items() if not torch.isfinite(each.norm()))
+            name = next(name for name, gradient in gradients.items() if not torch.isfinite(gradient.norm()))
             raise StageError(
                 f"the gradient of {name} is not finite at step {step + 1}",
                 "finite gradients",
                 "Lower learning_rate or max_grad_norm",
             )
         if self.steps < LOOKED_AT:
-            self.touched |= {name for name, each in gradients.items() if each.any()}
+            self.touched |= {name for name, gradient in gradients.items() if gradient.any()}
         return norm
 
-    def moved(self) -> None:
+    def check_movement(self) -> None:
         """After the optimiser's step. Raises StageError, at the third, if a tensor has had no gradient or
         has not changed.
         """
@@ -87,18 +87,18 @@ def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
     """The name of the first module, in the order of the forward, whose output is not finite; "the loss" if
     none is.
     """
-    found: list[str] = []
+    names: list[str] = []
 
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
-                found.append(name)
+            if not names and isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
+                names.append(name)
 
         return hook
 
     handles = [
-        module.register_forward_hook(look(name))
+        module.register_forward_hook(hook_for(name))
         for name, module in model.named_modules()
         if not any(module.children())
     ]
@@ -107,4 +107,4 @@ def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss"
+    return names[0] if names else "the loss"

@@ -53,7 +53,7 @@ class History:
         return dict(vars(self))
 
     @staticmethod
-    def of(raw: dict[str, Any]) -> History:
+    def from_json(raw: dict[str, Any]) -> History:
         numbered = {
             name: {int(step): value for step, value in raw[name].items()}
             for name in ("train", "held_out", "norm", "rate")
@@ -86,14 +86,14 @@ class Loop:
         rows: list[dict[str, Any]],
         held_out: list[dict[str, Any]],
         ranks: Ranks,
-        change: Callable[[int], bool] = lambda step: False,
+        before_step: Callable[[int], bool] = lambda step: False,
         teacher: Teacher | None = None,
     ):
         self.task, self.params = task, task.parameters(Parameters)
         self.model = model
         self.rows = rows
         self.ranks = ranks
-        self.change = change
+        self.before_step = before_step
         self.teacher = teacher
         self.watch: Watch | None = None
         lengths = [len(row["input_ids"]) for row in rows]
@@ -126,7 +126,7 @@ class Loop:
         for step in range(self.start, params.steps):
             if self.history.stopped:
                 break
-            changed = self.change(step)
+            changed = self.before_step(step)
             if graphs and (changed or step == self.start):
                 self.capture(step)
             if changed:
@@ -142,7 +142,7 @@ class Loop:
             if done % params.save_every == 0 or done == params.steps or self.history.stopped:
                 self.save(done)
         if self.history.best and self.history.best[1] != max(self.history.train, default=0):
-            adapter.restore(self.model, load_file(self.best))
+            adapter.restore(self.model, load_file(self.best_file))
         return self.history
 
     def capture(self, start: int) -> None:
@@ -166,11 +166,11 @@ class Loop:
         rows = [self.rows[row] for row in self.order.step(number)]
         count = trained_tokens(rows)
         total = torch.zeros((), device=self.task.device)
-        made = self.packs(rows)
-        for pack in made:
-            learnt, told = self.learnt(pack)
-            (learnt / count).backward()
-            total += told.detach() / count
+        packs = self.packs(rows)
+        for pack in packs:
+            objective, label_loss = self.losses(pack)
+            (objective / count).backward()
+            total += label_loss.detach() / count
         gradients = []
         for p in self.parameters.values():
             if p.grad is None:
@@ -181,17 +181,17 @@ class Loop:
         if not math.isfinite(value):
             raise StageError(
                 f"loss is {value} at step {number + 1}, first in"
-                f" {first_not_finite(self.model, lambda: [self.loss(pack) for pack in made])}",
+                f" {first_not_finite(self.model, lambda: [self.loss(pack) for pack in packs])}",
                 "a finite loss",
                 "Lower learning_rate or max_grad_norm",
             )
-        norm = self.guard.gradients(number)
+        norm = self.guard.check_gradients(number)
         nn.utils.clip_grads_with_norm_(self.parameters.values(), params.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate(number, params.steps, params.warmup_steps, params.learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.guard.moved()
+        self.guard.check_movement()
         done = number + 1
         self.history.train[done] = value
         self.history.norm[done] = norm.item()
@@ -206,13 +206,17 @@ class Loop:
         params, ranks = self.params, self.ranks
         return rank_packs(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, self.work)
 
-    def learnt(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step's gradient is of, and the loss of the labels; sums over the pack's trained tokens."""
-        if not (self.teacher and self.teacher.kept and pack.rows):
+        if not (self.teacher and self.teacher.recorded and pack.rows):
             return (self.loss(pack),) * 2
         device = self.task.device
         return assemble.distillation(
-            self.model, pack.ids.to(device), pack.labels.to(device), pack.documents, *self.teacher.of(pack)
+            self.model,
+            pack.ids.to(device),
+            pack.labels.to(device),
+            pack.documents,
+            *self.teacher.targets(pack),
         )
 
     def loss(self, pack: Pack) -> torch.Tensor:
@@ -242,14 +246,14 @@ class Loop:
         if history.best is None or value < history.best[0]:
             history.best = (value, done)
             if self.ranks.first:
-                save_file(adapter.state(self.model), self.best)
+                save_file(adapter.state(self.model), self.best_file)
         elif self.params.patience and done - history.best[1] >= self.params.patience * self.params.eval_every:
             history.stopped = done
         if self.watch:
             self.watch.held_out(value, done)
 
     @property
-    def best(self) -> Path:
+    def best_file(self) -> Path:
         return self.task.scratch / "best.safetensors"
 
     def save(self, done: int) -> None:
@@ -260,7 +264,7 @@ class Loop:
             save_file(adapter.state(self.model), folder / adapter.WEIGHTS)
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
             if self.history.best:
-                (folder / "best.safetensors").write_bytes(self.best.read_bytes())
+                (folder / "best.safetensors").write_bytes(self.best_file.read_bytes())
             (folder / "history.json").write_text(json.dumps(self.history.as_json()))
             checkpoints.seal(folder)
             checkpoints.prune(self.task.scratch, KEPT)
@@ -272,8 +276,8 @@ class Loop:
         self.optimizer.load_state_dict(
             torch.load(folder / "optimizer.pt", map_location=self.task.device, weights_only=True)
         )
-        self.history = History.of(json.loads((folder / "history.json").read_text()))
+        self.history = History.from_json(json.loads((folder / "history.json").read_text()))
         if self.history.best and self.ranks.first:
-            self.best.write_bytes((folder / "best.safetensors").read_bytes())
+            self.best_file.write_bytes((folder / "best.safetensors").read_bytes())
         self.ranks.wait()
         self.start = checkpoints.step_number(folder)

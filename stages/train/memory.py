@@ -34,12 +34,12 @@ def bytes_needed(config: dict[str, Any], params: Parameters, count: int = 1) -> 
     family = registry.of(config)
     specs, linears = family.tensors(config), {linear.weight for linear in family.linears(config)}
     form = METHODS[params.method]
-    number = 2 if params.precision == "bfloat16" else 4
+    number_bytes = 2 if params.precision == "bfloat16" else 4
     packed = {linear.weight for linear in layouts.linears(config, family.layout)}
     base = 0.0
     for name, spec in specs.items():
         size = torch.Size(spec.shape).numel() * (
-            FORMS[form] / 8 if name in packed and form != "bf16" else number
+            FORMS[form] / 8 if name in packed and form != "bf16" else number_bytes
         )
         base += size / count if name in linears else size
     factors = sum(
@@ -48,27 +48,33 @@ def bytes_needed(config: dict[str, Any], params: Parameters, count: int = 1) -> 
     tokens, hidden, choices = params.sequence_tokens, config["hidden_size"], config["num_experts_per_tok"]
     width = max(config["moe_intermediate_size"], hidden)
     stack = (
-        2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number
+        2 * config["n_routed_experts"] * config["moe_intermediate_size"] * hidden * number_bytes
         if form != "bf16" or count > 1
         else 0
     )
     layer = (
         stack
-        + 6 * tokens * choices * width * number
-        + 4 * tokens * config["moe_shared_expert_intermediate_size"] * number
+        + 6 * tokens * choices * width * number_bytes
+        + 4 * tokens * config["moe_shared_expert_intermediate_size"] * number_bytes
     )
     layers, decoded = len(family.kinds(config)), 0.0
     if form != "bf16":
         decoded = min(
             1e9 * params.decoded_gb,
-            sum(number * torch.Size(spec.shape).numel() for name, spec in specs.items() if name in packed),
+            sum(
+                number_bytes * torch.Size(spec.shape).numel()
+                for name, spec in specs.items()
+                if name in packed
+            ),
         )
-    kept = layers * tokens * hidden * number
+    layer_inputs = layers * tokens * hidden * number_bytes
     return {
         "base": base,
         **({"decoded": decoded} if decoded else {}),
         "adapter": 16.0 * factors,
-        "activations": kept + layer if params.gradient_checkpointing else kept + layers * layer / 2,
+        "activations": layer_inputs + layer
+        if params.gradient_checkpointing
+        else layer_inputs + layers * layer / 2,
     }
 
 
@@ -132,9 +138,9 @@ def check(config: dict[str, Any], params: Parameters, device: str, count: int = 
         <= room
     )
     method = next(fitting, None)
-    said = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
+    parts_text = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
     raise StageError(
-        f"this run needs about {needed / 1e9:.0f} GB ({said}), and {room / 1e9:.0f} GB are free",
+        f"this run needs about {needed / 1e9:.0f} GB ({parts_text}), and {room / 1e9:.0f} GB are free",
         "enough memory for the method",
         (
             f"What fits: method {method} with gradient_checkpointing"

@@ -49,11 +49,11 @@ class Order:
         self._starts = [0]  # the place where each step begins, as far as computed; for batch_tokens
 
     def __getitem__(self, place: int) -> int:
-        epoch, at = divmod(place, len(self.lengths))
+        epoch, position = divmod(place, len(self.lengths))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._rows = epoch, torch.randperm(len(self.lengths), generator=generator).tolist()
-        return self._rows[at]
+        return self._rows[position]
 
     def step(self, number: int) -> list[int]:
         """The rows of step `number` (from 0)."""
@@ -82,7 +82,7 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[index] > capacity:
             raise ValueError(f"row {index} has {lengths[index]} tokens, a packed sequence {capacity}")
-        fitting = [g for g, left in enumerate(room) if left >= lengths[index]]
+        fitting = [g for g, space in enumerate(room) if space >= lengths[index]]
         if fitting:
             tightest = min(fitting, key=lambda g: room[g])
             groups[tightest].append(index)
@@ -97,12 +97,12 @@ def packs(rows: list[dict[str, Any]], capacity: int) -> list[Pack]:
     """The rows (`input_ids`, `labels`, `number`) end to end in as few sequences of at most `capacity`
     tokens as best fit finds.
     """
-    made = []
+    sequences = []
     for group in best_fit([len(row["input_ids"]) for row in rows], capacity):
         ids = [i for g in group for i in rows[g]["input_ids"]]
         # Nothing stands before a document's first token: whatever is packed before it must not predict it.
         labels = [i for g in group for i in (IGNORED, *rows[g]["labels"][1:])]
-        made.append(
+        sequences.append(
             Pack(
                 torch.tensor(ids),
                 torch.tensor(labels),
@@ -110,7 +110,7 @@ def packs(rows: list[dict[str, Any]], capacity: int) -> list[Pack]:
                 tuple(rows[g]["number"] for g in group),
             )
         )
-    return made
+    return sequences
 
 
 def row_shares(rows: list[dict[str, Any]], count: int, work: Operations) -> list[list[dict[str, Any]]]:
@@ -120,23 +120,23 @@ def row_shares(rows: list[dict[str, Any]], count: int, work: Operations) -> list
 
 
 def rank_packs(
-    rows: list[dict[str, Any]], rank: int, count: int, capacity: int, level: bool, work: Operations
+    rows: list[dict[str, Any]], rank: int, count: int, capacity: int, equal_count: bool, work: Operations
 ) -> list[Pack]:
     """The packed share of rank `rank` of `count`, about as much `work` as every other rank's.
 
     `level`: every rank has as many sequences, the last of some idle, since each is one of all ranks.
     """
-    every = row_shares(rows, count, work)
-    own = packs(every[rank], capacity)
-    most = (
+    rank_rows = row_shares(rows, count, work)
+    own_packs = packs(rank_rows[rank], capacity)
+    pack_count = (
         max(
             len(best_fit([len(row["input_ids"]) for row in conversations], capacity))
-            for conversations in every
+            for conversations in rank_rows
         )
-        if level
-        else len(own)
+        if equal_count
+        else len(own_packs)
     )
-    return own + [IDLE] * (most - len(own))
+    return own_packs + [IDLE] * (pack_count - len(own_packs))
 
 
 def rank_layouts(

@@ -9,11 +9,11 @@ INK, ACCENT, PALE = "#22313f", "#d1495b", "#9fb4c7"
 
 def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average without its start-up bias."""
-    found, mean, scale = [], 0.0, 0.0
+    averages, mean, scale = [], 0.0, 0.0
     for value in values:
         mean, scale = weight * mean + (1 - weight) * value, weight * scale + (1 - weight)
-        found.append(mean / scale)
-    return found
+        averages.append(mean / scale)
+    return averages
 
 
 def draw(train: dict[int, float], held_out: dict[int, float], drop: float | None, path: Path) -> None:

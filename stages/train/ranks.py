@@ -35,10 +35,10 @@ class Ranks:
 
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         torch.distributed.all_reduce(flat)
-        at = 0
+        offset = 0
         for tensor in tensors:
-            tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
-            at += tensor.numel()
+            tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+            offset += tensor.numel()
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -22,12 +22,13 @@ def check_lengths(lengths: list[int], held_out: list[int], sequence_tokens: int,
     limits = [("a packed sequence", "sequence_tokens", sequence_tokens, lengths + held_out)]
     if batch_tokens:
         limits.append(("a step", "batch_tokens", batch_tokens, lengths))
-    for whole, name, limit, tokens in limits:
-        if long := [length for length in tokens if length > limit]:
+    for container, name, limit, tokens in limits:
+        if too_long := [length for length in tokens if length > limit]:
             raise StageError(
-                f"{len(long)} conversations are longer than {whole}, the longest {max(long):,} tokens",
+                f"{len(too_long)} conversations are longer than {container}, the longest"
+                f" {max(too_long):,} tokens",
                 f"at most {limit:,} ({name})",
-                f"Set {name} to {max(long)} or more, or max_tokens of stage data to {limit} or less",
+                f"Set {name} to {max(too_long)} or more, or max_tokens of stage data to {limit} or less",
             )
 
 
@@ -43,25 +44,25 @@ def step_sizes(order: Order, steps: int) -> dict[str, float | None]:
 
 def warn_of_sizes(order: Order, steps: int, world: int, device: str) -> None:
     """Warns of steps that train a conversation more than once, and of steps that do not fill `world` GPUs."""
-    whole, run = sum(order.lengths), step_sizes(order, steps)
-    if order.batch_tokens > whole:
+    all_tokens, medians = sum(order.lengths), step_sizes(order, steps)
+    if order.batch_tokens > all_tokens:
         job.warning(
             f"batch_tokens is {order.batch_tokens:,}, and all {len(order.lengths)} conversations together "
-            f"have {whole:,} tokens: every step trains some of them more than once",
-            f"Set batch_tokens to {whole} or less",
+            f"have {all_tokens:,} tokens: every step trains some of them more than once",
+            f"Set batch_tokens to {all_tokens} or less",
         )
-    tokens = run["step_tokens"]  # None of a run of no steps
+    tokens = medians["step_tokens"]  # None of a run of no steps
     if device != "cuda" or tokens is None or tokens >= FEW * world:
         return
-    wanted = max(min(ENOUGH * world, whole), *order.lengths)
-    times = wanted / tokens
-    if times < 2:  # a small data set: no step could be much larger
+    advised_tokens = max(min(ENOUGH * world, all_tokens), *order.lengths)
+    factor = advised_tokens / tokens
+    if factor < 2:  # a small data set: no step could be much larger
         return
-    fewer = max(3, round(steps / times))
+    fewer = max(3, round(steps / factor))
     gpus = f", for {world} GPUs" if world > 1 else ""
     job.warning(
-        f"a step has {run['step_conversations']:.0f} conversations with {tokens:,.0f} tokens "
+        f"a step has {medians['step_conversations']:.0f} conversations with {tokens:,.0f} tokens "
         f"(medians){gpus}: too few to keep a GPU busy",
-        f"Set batch_tokens: {wanted} instead of batch. A step then trains {times:.1f} times as many "
+        f"Set batch_tokens: {advised_tokens} instead of batch. A step then trains {factor:.1f} times as many "
         f"conversations, so about {fewer} steps train as many as these {steps}, in less time",
     )

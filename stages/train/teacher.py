@@ -34,21 +34,21 @@ class Teacher:
 
     def __init__(self, task: Job, ranks: Ranks):
         self.task, self.ranks = task, ranks
-        self.kept: dict[int, dict[str, torch.Tensor]] = {}
+        self.recorded: dict[int, dict[str, torch.Tensor]] = {}
 
-    def keep(self, model: Model, rows: list[dict[str, Any]], begins: bool) -> None:
+    def record(self, model: Model, rows: list[dict[str, Any]], begins: bool) -> None:
         """Asks the model, unrounded as it has to be now, about all rows; a run that goes on reads what was
         written when rounding set in.
 
         Raises StageError if that is gone, since the adapter has moved on.
         """
         files = sorted(self.task.scratch.glob("teacher-*-of-*.safetensors"))
-        whole = {
+        complete = {
             f"teacher-{rank}-of-{int(file.stem.rsplit('-', 1)[1])}.safetensors"
             for file in files
             for rank in range(int(file.stem.rsplit("-", 1)[1]))
         }
-        if not files or whole != {file.name for file in files}:
+        if not files or complete != {file.name for file in files}:
             if not begins:
                 raise StageError(
                     "no teacher in scratch",
@@ -60,12 +60,12 @@ class Teacher:
         for file in self.task.scratch.glob("teacher-*-of-*.safetensors"):
             for name, value in load_file(file).items():
                 number, part = name.split(".")
-                self.kept.setdefault(int(number), {})[part] = value
+                self.recorded.setdefault(int(number), {})[part] = value
 
     @torch.no_grad()
     def _write(self, model: Model, rows: list[dict[str, Any]]) -> None:
         model.eval()
-        found: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         device = self.task.device
         params, ranks = self.task.parameters(Parameters), self.ranks
         work = registry.of(model.hub_config).operations(model.hub_config, params.gradient_checkpointing)
@@ -83,18 +83,18 @@ class Teacher:
             ]
             # an idle pack has no row
             for row, i, p in zip(pack.rows, index.split(sizes), logs.split(sizes), strict=False):
-                found |= {f"{row}.index": i.to("cpu", torch.int32), f"{row}.logs": p.cpu()}
+                tensors |= {f"{row}.index": i.to("cpu", torch.int32), f"{row}.logs": p.cpu()}
             job.progress(number, len(packs), "sequences", "asking the teacher")
         file = self.task.scratch / f"teacher-{self.ranks.rank}-of-{self.ranks.world}.safetensors"
-        save_file({name: value.contiguous() for name, value in found.items()}, file.with_suffix(".new"))
+        save_file({name: value.contiguous() for name, value in tensors.items()}, file.with_suffix(".new"))
         file.with_suffix(".new").rename(file)
         model.train()
 
-    def of(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    def targets(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Index int64 (n, k) and log-probabilities float32 (n, k + 1) for the trained tokens of a packed
         sequence in their order.
         """
-        rows = [self.kept[row] for row in pack.rows]
+        rows = [self.recorded[row] for row in pack.rows]
         index, logs = (
             torch.cat([row[part] for row in rows]).to(self.task.device) for part in ("index", "logs")
         )

@@ -159,8 +159,8 @@ def conversation_lengths(task: Job) -> list[int]:
         if "data" in task.inputs
         else list(LENGTHS)
     )
-    most = task.parameters(Parameters).sequence_tokens
-    return [min(length, most) for length in lengths]
+    limit = task.parameters(Parameters).sequence_tokens
+    return [min(length, limit) for length in lengths]
 
 
 def filling_lengths(lengths: list[int], capacity: int) -> list[int]:

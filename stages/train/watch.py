@@ -23,12 +23,16 @@ class Watch:
         self.board = board
         self.tokens = 0
         self.seconds = 0.0
-        self.taken = 0
+        self.steps_taken = 0
         self.began = time.monotonic()
 
     def step(self, history: History, done: int, tokens: int, seconds: float) -> None:
-        self.tokens, self.seconds, self.taken = self.tokens + tokens, self.seconds + seconds, self.taken + 1
-        left = (time.monotonic() - self.began) / self.taken * (self.steps - done)
+        self.tokens, self.seconds, self.steps_taken = (
+            self.tokens + tokens,
+            self.seconds + seconds,
+            self.steps_taken + 1,
+        )
+        seconds_left = (time.monotonic() - self.began) / self.steps_taken * (self.steps - done)
         self.board.step(history, done)
         job.metric("loss", history.train[done], done)
         job.progress(
@@ -36,7 +40,7 @@ class Watch:
             self.steps,
             "steps",
             f"loss {history.train[done]:.3f}, {self.speed:,.0f} tokens/s, {self.memory() / 1e9:.1f} GB,"
-            f" {left:.0f} s left",
+            f" {seconds_left:.0f} s left",
         )
 
     def held_out(self, value: float, done: int) -> None:

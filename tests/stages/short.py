@@ -96,7 +96,7 @@ def weights(output):
 
 def history(task):
     """What was measured, as it stands in the last checkpoint."""
-    return History.of(
+    return History.from_json(
         json.loads((task.scratch / f"checkpoint-{task.params['steps']}" / "history.json").read_text())
     )
 

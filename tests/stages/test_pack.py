@@ -243,7 +243,7 @@ def test_graphs_are_captured_at_the_start_and_once_more_when_rounding_sets_in(st
         start=start,
         held_out_tokens=0,
         teacher=None,
-        change=lambda step: step == 2,
+        before_step=lambda step: step == 2,
         capture=captured.append,
         step=lambda step: None,
         save=lambda done: None,

@@ -214,14 +214,14 @@ def switch():
 
 @pytest.fixture(scope="module")
 def distilled(made, switch, tmp_path_factory):
-    right = Teacher.keep
+    right = Teacher.record
 
-    def keep(self, model, rows, begins):
+    def record(self, model, rows, begins):
         switch.update(short.state(model))
         right(self, model, rows, begins)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Teacher, "keep", keep)
+        patch.setattr(Teacher, "record", record)
         return short.watched(tmp_path_factory.mktemp("distilled"), made, **QAD)["task"]
 
 
@@ -232,10 +232,10 @@ def divergence(task, tensors, rounded):
     for module in assemble.exported(model):
         module.rounded = rounded
     teacher = Teacher(task, Ranks())
-    teacher.keep(model, rows, begins=False)
+    teacher.record(model, rows, begins=False)
     [pack] = packs(rows, 1024)
     with torch.no_grad():
-        found, _ = assemble.distillation(model, pack.ids, pack.labels, pack.documents, *teacher.of(pack))
+        found, _ = assemble.distillation(model, pack.ids, pack.labels, pack.documents, *teacher.targets(pack))
     return found.item() / trained_tokens(rows)
 
 

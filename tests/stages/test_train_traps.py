@@ -130,7 +130,7 @@ def test_an_adapter_without_gradient_is_refused_by_name(made, tmp_path, monkeypa
         job.StageError, match=r"2 of 28 adapter tensors have no gradient.*layers\.3\.mixer\.q_proj\.lora_a"
     ):
         short.run(tmp_path / "checked", made)
-    monkeypatch.setattr(Guard, "moved", lambda self: None)
+    monkeypatch.setattr(Guard, "check_movement", lambda self: None)
     unnoticed = short.weights(short.run(tmp_path / "unchecked", made))  # nothing else minds
     assert [name for name, value in unnoticed.items() if "lora_B" in name and not value.any()] == [
         "base_model.model.model.layers.3.mixer.q_proj.lora_B.weight"
@@ -154,8 +154,8 @@ def test_an_adapter_that_does_not_move_is_refused_by_name(made, tmp_path, monkey
         )
         right(self)
 
-    right = Guard.moved
-    monkeypatch.setattr(Guard, "moved", forgetful)
+    right = Guard.check_movement
+    monkeypatch.setattr(Guard, "check_movement", forgetful)
     short.change_model(monkeypatch, begin_with_b)
     with pytest.raises(job.StageError, match=r"have not changed after 3 steps.*in_proj\.lora_b"):
         short.run(tmp_path, made)
@@ -236,13 +236,13 @@ def test_no_padding_and_every_answers_end_is_trained(made):
 @pytest.mark.trap("resumed-run-differs")
 @pytest.mark.parametrize("method", ["lora", "qlora", "nvfp4"])
 def test_adapters_are_float32_on_a_bf16_base(made, tmp_path, monkeypatch, method):
-    seen, right = set(), Guard.gradients
+    seen, right = set(), Guard.check_gradients
 
     def look(self, step):
         seen.update((p.dtype, p.grad.dtype) for p in self.tensors.values())
         return right(self, step)
 
-    monkeypatch.setattr(Guard, "gradients", look)
+    monkeypatch.setattr(Guard, "check_gradients", look)
     task = short.task(tmp_path, made, method=method, precision="bfloat16")
     fit.run(task)
     assert seen == {(torch.float32, torch.float32)}
