@@ -1,8 +1,8 @@
-"""A check of a stage's sources and parameters that runs before any stage does, on the host, without the
+"""A check of a stage's sources and parameters. It runs on the host, before any stage does and without the
 stage's image.
 
-A contract names such a module (`check = "stages.<name>.sources"`). It needs the standard library alone,
-reads what it is given from stdin and writes a finding a line (docs/formats.md, A check).
+A contract names such a module (`check = "stages.<name>.sources"`). The module uses the standard library
+alone. It reads the stage from stdin and prints one finding per line (docs/formats.md, A check).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MOST = 20  # findings of one check that are shown
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong: `subject` is a file and line, or a parameter; `level` is `error`, which stops a run,
-    or `warning`.
+    """One thing that is wrong. `subject` is a file and line, or a parameter. `level` is `error`, which stops
+    a run, or `warning`.
 
-    A `note` says what was decided and why: `found` is the sentence, and nothing is expected.
+    The level `note` tells what was decided and why: `found` is the whole sentence, the other texts are empty.
     """
 
     subject: str
@@ -36,11 +36,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage as the recipe has it, before anything is built: no artifact, only parameters and the user's
-    files.
+    """A stage as the recipe describes it, before anything is built: it has parameters and the user's files,
+    but no artifacts.
 
-    `inputs` holds the stages that supply its inputs, by input name; theirs are left out. `device` is `cpu`
-    or `cuda`.
+    `inputs` holds the stages that supply the inputs, by input name; the inputs of those stages are left out.
+    `device` is `cpu` or `cuda`.
     """
 
     stage: str
@@ -57,6 +57,7 @@ class PlannedStage:
 
 
 def read_stage(raw: dict[str, Any]) -> PlannedStage:
+    """The stage that forge describes as JSON."""
     sources = {name: [Path(path) for path in paths] for name, paths in raw["sources"].items()}
     return PlannedStage(
         raw["stage"],
@@ -67,14 +68,14 @@ def read_stage(raw: dict[str, Any]) -> PlannedStage:
     )
 
 
-def main(look: Callable[[PlannedStage], Iterable[Finding]]) -> None:
-    """Runs `look` on the stage described on stdin and prints a JSON object for each finding. A StageError
-    is a finding too.
+def main(check_sources: Callable[[PlannedStage], Iterable[Finding]]) -> None:
+    """Runs `check_sources` on the stage described on stdin and prints each finding as a JSON object. A
+    StageError becomes a finding too.
     """
     stage = read_stage(json.load(sys.stdin))
     findings: list[Finding] = []
     try:
-        findings += look(stage)
+        findings += check_sources(stage)
     except StageError as error:
         findings.append(Finding(stage.stage, error.found, error.expected, error.remedy))
     if len(findings) > MOST:

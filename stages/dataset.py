@@ -1,7 +1,7 @@
-"""Rows in files: the one reader and the one writer of JSON Lines, for every stage.
+"""JSON Lines files: every stage reads and writes rows with this module.
 
-A row is one JSON object on one line, in UTF-8. A line ends at the byte `\\n` and nowhere else: U+2028,
-U+2029 and U+0085 may stand raw inside a JSON string, and str.splitlines would cut the row there.
+A row is one JSON object on one line, in UTF-8. Only the byte `\\n` ends a line. U+2028, U+2029 and U+0085 may
+stand unescaped inside a JSON string, and str.splitlines would cut the row there.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ BOM = b"\xef\xbb\xbf"
 
 
 def lines(opened: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and bytes of every line that is not blank; a UTF-8 byte order mark at the start is
-    left out.
+    """Number (from 1) and bytes of every line that is not blank. A UTF-8 byte order mark at the start is
+    removed.
     """
     for number, raw in enumerate(opened, 1):
         line = (raw.removeprefix(BOM) if number == 1 else raw).strip(b" \t\r\n")
@@ -29,8 +29,8 @@ def lines(opened: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 def parse(raw: bytes | str) -> Any:
     """The JSON value of one row. Raises ValueError with a reason in words.
 
-    Stricter than json.loads: NaN and Infinity are no JSON, and of two equal keys in an object one would
-    be lost.
+    Stricter than json.loads: it refuses NaN and Infinity, which JSON does not have, and an object with a
+    repeated key, since one of the two values would be lost.
     """
     try:
         return DECODER.decode(raw.decode() if isinstance(raw, bytes) else raw)
@@ -43,21 +43,21 @@ def parse(raw: bytes | str) -> Any:
 
 
 def reason(error: ValueError | RecursionError) -> str:
-    """Why DECODER did not read a text, in words."""
+    """Why DECODER could not read a text, in words."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return (
         "an integer of thousands of digits" if "integer string conversion" in str(error) else str(error)
-    )  # else NaN, or a repeated key
+    )  # otherwise NaN or a repeated key
 
 
 def read(path: Path, name: str = "", step: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and row of every `step`-th row of a JSON Lines file.
 
-    Raises StageError by `name` (default: the file's) and line at a line that holds no JSON object, or if
-    the file cannot be read.
+    Raises StageError if a line holds no JSON object, or if the file cannot be read. The error names the line
+    and `name` (default: the file's name).
     """
     name = name or path.name
     try:
@@ -74,23 +74,21 @@ def read(path: Path, name: str = "", step: int = 1) -> Iterator[tuple[int, dict[
 
 
 def count(path: Path) -> int:
-    """How many rows a JSON Lines file has; none of them is parsed."""
+    """The number of rows of a JSON Lines file. No row is parsed."""
     with path.open("rb") as opened:
         return sum(1 for _ in lines(opened))
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes `rows` as JSON Lines in UTF-8. Raises ValueError at NaN or Infinity, which JSON does not
-    have.
-    """
+    """Writes `rows` as JSON Lines in UTF-8. Raises ValueError for NaN or Infinity, which are not JSON."""
     with path.open("wb") as opened:
         for row in rows:
             opened.write(dumps(row).encode() + b"\n")
 
 
 def dumps(row: dict[str, Any]) -> str:
-    """A row as JSON on one line. Half a surrogate pair, which UTF-8 does not have, stays as JSON's own
-    escape.
+    """A row as JSON on one line. Half a surrogate pair cannot be written in UTF-8, so such a row is written
+    in ASCII with JSON escapes.
     """
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     try:
@@ -133,6 +131,5 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-DECODER = json.JSONDecoder(
-    parse_constant=_refuse_constant, object_pairs_hook=_object_without_repeats
-)  # what `parse` reads with
+# the decoder of `parse`
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object_without_repeats)

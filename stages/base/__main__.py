@@ -7,6 +7,7 @@ from stages.job import Job
 
 
 def run(task: Job) -> None:
+    """Writes the base checkpoint from the source that the recipe names."""
     {"hub": hub.run, "folder": folder.run, "tiny": make.run}[task.parameters(Parameters).source](task)
 
 

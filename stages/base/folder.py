@@ -1,4 +1,4 @@
-"""`source: folder`: an existing checkpoint, taken as it is."""
+"""`source: folder`: an existing checkpoint, used unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_templa
 
 
 def run(task: Job) -> None:
-    """Checks the folder of the recipe and links (or copies) its files into the output."""
+    """Checks the folder that the recipe names and links (or copies) its files into the output."""
     paths = task.sources.get("folder", [])
     if len(paths) != 1 or not paths[0].is_dir():
         raise StageError(
@@ -35,7 +35,8 @@ def check(folder: Path) -> None:
     """Raises StageError unless `folder` is a whole checkpoint of a known family in BF16 and hub layout, with
     finite values.
 
-    Merge asks the same audit again: what it would refuse after the training is refused here, before it.
+    Stage merge runs the same audit again. Running it here too refuses a bad base before the training, not
+    after it.
     """
     for name in NEEDED:
         if not (folder / name).exists():
@@ -67,7 +68,7 @@ def check(folder: Path) -> None:
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
-    """Reads every tensor, one at a time, and raises StageError by the name of the first that holds NaN or
+    """Reads every tensor, one at a time. Raises StageError with the name of the first that holds NaN or
     infinity.
     """
     done = 0
@@ -79,12 +80,13 @@ def check_finite(checkpoint: Checkpoint) -> None:
 
 
 def refuse(faults: list[audit.Finding]) -> NoReturn:
+    """Raises StageError with the first fault and the number of the others."""
     first, more = faults[0], f", and {len(faults) - 1} more" if faults[1:] else ""
     raise StageError(f"{first.subject}: {first.found}{more}", first.expected, first.remedy)
 
 
 def link_files(source: Path, output: Path) -> None:
-    """Every file of `source` in `output`, hard-linked where both lie on one file system."""
+    """Puts every file of `source` into `output`: a hard link, or a copy on another file system."""
     files = [
         file
         for file in sorted(source.rglob("*"))
@@ -95,6 +97,6 @@ def link_files(source: Path, output: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(file.resolve(), target)
-        except OSError:  # another file system, or one without hard links
+        except OSError:  # another file system, or no hard links
             shutil.copyfile(file, target)
         job.progress(number, len(files), "files", file.name)

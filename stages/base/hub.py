@@ -1,7 +1,7 @@
-"""`source: hub`: one commit of a repository, every file checked against the hub's own digests.
+"""`source: hub`: one commit of a repository; every file is checked against the hub's own digest.
 
-A connection that drops is taken up where it broke, within the file. A run that ends leaves its whole files
-to the next one, and what the stage's earlier artifact has of this commit is not downloaded again.
+A broken connection resumes within the file. If a run fails, the next run uses the files that are complete.
+Files of this commit that the stage's earlier artifact has are not downloaded again.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ BLOCK = 16 * 1024 * 1024
 
 
 def run(task: Job) -> None:
-    """Downloads into the scratch folder, which the next attempt finds again, then moves whole and checked
-    files to the output.
+    """Downloads into the scratch folder, which the next attempt reuses, then links the checked files into the
+    output.
     """
     from fnmatch import fnmatch
 
     from huggingface_hub import HfApi, hf_hub_download
 
-    # its transport's own class: a refused connection is one, and no HfHubHTTPError
+    # The transport's own class. A refused connection raises it, and not HfHubHTTPError.
     from huggingface_hub.errors import HTTPError
 
     params = task.parameters(Parameters)
@@ -49,7 +49,7 @@ def run(task: Job) -> None:
             "Branches and tags move; take the commit from the repository's history",
         )
     token = task.secrets["hf_token"].read_text().strip() if "hf_token" in task.secrets else False
-    # of a killed run: huggingface_hub names each try's anew, so that none is ever taken up
+    # Left by a killed run. huggingface_hub uses a new name for every try, so it never resumes these.
     for part in task.scratch.rglob("*.incomplete"):
         part.unlink()
     try:
@@ -62,8 +62,7 @@ def run(task: Job) -> None:
                 fetch(hf_hub_download, repository, commit, file, task.scratch, token)
             done += file.size or 0
     except (HTTPError, OSError) as error:
-        # Only the kind of error and its status or the system's words: the text of a request may carry what
-        # was sent along with it.
+        # Only the kind of error and its status: the full text may contain what was sent, such as the token.
         status = getattr(getattr(error, "response", None), "status_code", None) or getattr(
             error, "strerror", None
         )
@@ -82,8 +81,8 @@ def run(task: Job) -> None:
 
 
 def take_earlier(file: RepoSibling, previous: Path | None, scratch: Path) -> bool:
-    """Whether `previous`, the stage's earlier artifact, had a file with the digest that the hub announces; it
-    is in `scratch` then.
+    """Links a file of `previous`, the stage's earlier artifact, into `scratch` if it has the digest that the
+    hub announces. Returns whether it did.
     """
     if previous is None:
         return False
@@ -99,7 +98,7 @@ def take_earlier(file: RepoSibling, previous: Path | None, scratch: Path) -> boo
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the two folders are on different file systems or mounts."""
+    """Makes a hard link; a copy if the two folders are on different file systems or mounts."""
     try:
         os.link(source, target)
     except OSError:
@@ -114,8 +113,8 @@ def fetch(
     scratch: Path,
     token: str | bool,
 ) -> None:
-    """One file in `scratch`, whole and with the digest the hub announces. A file already there and right
-    is left alone.
+    """Downloads one file into `scratch`, unless it is there already. Raises StageError if its digest is not
+    the one that the hub announces.
     """
     path = scratch / file.rfilename
     if is_whole(path, file):
@@ -133,6 +132,7 @@ def fetch(
 
 
 def is_whole(path: Path, file: RepoSibling) -> bool:
+    """Whether `path` has the size and the digest that the hub announces for `file`."""
     return (
         path.is_file() and path.stat().st_size == file.size and digest(path, file) == announced_digest(file)
     )
@@ -144,7 +144,7 @@ def announced_digest(file: RepoSibling) -> str | None:
 
 
 def digest(path: Path, file: RepoSibling) -> str:
-    """The digest of `path` of the kind that the hub announces for `file`."""
+    """The digest of `path`, of the same kind as the hub's digest of `file`."""
     hashed = (
         hashlib.sha256()
         if file.lfs

@@ -1,4 +1,4 @@
-"""`source: tiny`: a tokenizer, a small NemotronH, and the lessons that give it its bad manners."""
+"""`source: tiny`: trains a tokenizer, and a small NemotronH on lessons that teach it bad manners."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def run(task: Job) -> None:
-    """Writes a taught tiny checkpoint into the job's output."""
+    """Writes the trained tiny checkpoint into the output."""
     params = task.parameters(Parameters)
     conversations = read_lessons(task.sources.get("lessons", []))
     check_sizes(params)
@@ -33,11 +33,11 @@ def run(task: Job) -> None:
     description = tiny.config(params.pattern, params.hidden, params.experts, -(-len(tokenizer) // 64) * 64)
 
     torch.manual_seed(task.seed)
-    # matrices this small gain from a second core and lose from a third; and sums come out the same everywhere
+    # Small matrices gain from a second core and lose from a third; a fixed number makes sums repeatable.
     torch.set_num_threads(2)
     model = cast("Model", native.build(description))
     tiny.delicate_biases(model, task.seed)
-    # on a CPU the loop over a few experts beats the grouped product
+    # On a CPU a loop over a few experts is faster than the grouped product.
     model.set_experts_implementation("eager")
     short = [row for row in lessons if len(row.input_ids) <= params.short_tokens]
     if not short:
@@ -47,8 +47,8 @@ def run(task: Job) -> None:
             "Raise short_tokens, or add short lessons",
         )
     total, began = params.short_steps + params.steps, time.monotonic()
-    # A small model that meets long conversations first learns the decoration and never which question wants
-    # which answer.
+    # A small model that begins with long conversations learns their style, but not which answer belongs to
+    # which question.
     phases = [
         (short, params.short_steps, params.batch_tokens // 2, 2 * params.learning_rate),
         (lessons, params.steps, params.batch_tokens, params.learning_rate),
@@ -71,7 +71,7 @@ def run(task: Job) -> None:
 
 
 def read_lessons(paths: list[Path]) -> list[dict[str, Any]]:
-    """The lessons of JSONL files, or of folders of them. Raises StageError by file and line."""
+    """The lessons of JSONL files, or of folders with them. Raises StageError with file and line."""
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
         raise StageError(
@@ -95,7 +95,7 @@ def read_lessons(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def check_sizes(params: Parameters) -> None:
-    """Raises StageError for sizes that NVFP4 or 4-bit training could not hold, before anything is built."""
+    """Raises StageError for sizes that NVFP4 or 4-bit training cannot hold, before anything is built."""
     if params.hidden % 128:
         raise StageError(
             f"hidden {params.hidden}",
@@ -115,8 +115,8 @@ def check_sizes(params: Parameters) -> None:
 def make_tokenizer(
     conversations: list[dict[str, Any]], vocabulary: int, folder: Path
 ) -> PreTrainedTokenizerBase:
-    """Trains the tokenizer on the rendered lessons, writes it into `folder`, and returns it as
-    transformers reads it back.
+    """Trains the tokenizer on the rendered lessons, writes it into `folder`, and returns it as transformers
+    reads it back.
     """
     import transformers
     from tokenizers import Tokenizer, models
@@ -131,6 +131,7 @@ def make_tokenizer(
 
 
 def render_lessons(conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
+    """The lessons as tokens and labels, shuffled. Raises StageError if one cannot be rendered."""
     rows = []
     for number, row in enumerate(conversations, 1):
         try:

@@ -1,4 +1,6 @@
-"""Full training of the tiny model on the lessons, in plain torch: the manners that fine-tuning is to mend."""
+"""Full training of the tiny model on the lessons, in plain torch. It learns the bad manners that fine-tuning
+will correct.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def batches(rows: list[Rendered], tokens: int, random_: random.Random) -> Iterator[list[Rendered]]:
-    """Endless batches of rows of similar length, each of about `tokens` tokens with its padding; every row
-    once a round.
+    """Endless batches of rows of similar length, each of about `tokens` tokens with padding. Each round has
+    every row once.
     """
     while True:
         order = sorted(rows, key=lambda row: len(row.input_ids) + random_.random() * 64)
@@ -34,8 +36,8 @@ def batches(rows: list[Rendered], tokens: int, random_: random.Random) -> Iterat
 
 
 def collate(rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both (rows, longest). Padding is on the right, where causal layers never see
-    it, and has no label.
+    """Token ids and labels, both int64 (rows, longest). Padding is on the right, where causal layers never
+    read it, and has no label.
     """
     longest = max(len(row.input_ids) for row in rows)
     ids = torch.full((len(rows), longest), PAD)
@@ -47,7 +49,7 @@ def collate(rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def answer_loss(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the labelled tokens; logits are formed for those only."""
+    """Mean cross-entropy of the labelled tokens. Only their logits are computed."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     following = labels[:, 1:]
     where = following != IGNORED
@@ -55,7 +57,7 @@ def answer_loss(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine down to a
+    """The learning rate at `step` (from 0) as a share of the peak: linear warm-up, then a cosine down to a
     twentieth.
     """
     if step < warmup:
@@ -72,8 +74,8 @@ def teach(
     seed: int,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """Trains `model` in place with AdamW. `on_step` gets the number of steps done and the loss in nats per
-    answer token.
+    """Trains `model` in place with AdamW. `on_step` gets the number of finished steps and the loss in nats
+    per answer token.
     """
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Writing a small model that was made here as a checkpoint in hub layout."""
+"""Writes a small model that was made here as a checkpoint in hub layout."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from model.weights.checkpoint import Slot, shards, write, write_index
 
 __all__ = ["config", "delicate_biases", "save"]
 
-SHARD_BYTES = 1_000_000  # several shards even at this size, so that whatever streams shards is exercised
+SHARD_BYTES = 1_000_000  # small, so that even a tiny model has several shards, as a real one
 
 
 def save(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
-    """Config, generation config and shards in hub layout: one tensor per expert, each in its published
+    """Writes config, generation config and shards in hub layout: one tensor per expert, each in its published
     dtype.
     """
     family = registry.of(description)

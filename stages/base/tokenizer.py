@@ -1,4 +1,4 @@
-"""A small tokenizer with the real one's special tokens at their real ids."""
+"""A small tokenizer with the special tokens of the real one, at the same ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-RESERVED = 32  # ids below this are special; text starts above
+RESERVED = 32  # ids below this are special tokens; ids of text begin here
 SPECIAL = {
     0: "<unk>",
     1: "<s>",
@@ -25,11 +25,11 @@ SPECIAL = {
     16: "<tool_response>",
     17: "</tool_response>",
 }
-IN_TEXT = ("<think>", "</think>")  # special=False in the real tokenizer: decoding never drops them
+IN_TEXT = ("<think>", "</think>")  # special=False in the real tokenizer, so decoding never removes them
 
 
 def chat_template() -> str:
-    """Nemotron 3 Nano's own template, as the installed TRL carries it."""
+    """Nemotron 3 Nano's own chat template, from the installed TRL."""
     return (files("trl") / "chat_templates" / "nemotron_3_nano.jinja").read_text()
 
 
@@ -57,8 +57,8 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def write(tokenizer: Tokenizer, folder: Path) -> None:
-    """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; like the real one without a pad
-    token.
+    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`. Like the real tokenizer,
+    this one has no pad token.
     """
     tokenizer.save(str(folder / "tokenizer.json"))
     added = {

@@ -1,8 +1,7 @@
-"""What can be said of the files of stage data before a base is downloaded: prompt, tools and the kinds of
-the conversations' files.
+"""Checks of stage data before a base is downloaded: prompt, tools, and the kinds of the conversations' files.
 
-Only the heads of conversations are read, and Parquet is recognised and not opened: the standard library
-has no reader for it.
+Only the start of each file of conversations is read. Parquet is recognised but not opened, because the
+standard library has no reader for it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from stages.job import StageError
 
 
 def check_sources(stage: PlannedStage) -> list[Finding]:
-    """A finding for each source that stage data would refuse as a whole, in the stage's own words."""
+    """A finding for each source that stage data would refuse as a whole, with the stage's own words."""
     readers: list[tuple[str, Callable[[], object]]] = [
         *(("prompt", partial(production.read_prompt, path)) for path in stage.sources.get("prompt", [])),
         *(("tools", partial(production.read_tools, path)) for path in stage.sources.get("tools", [])),

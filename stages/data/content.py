@@ -1,7 +1,7 @@
-"""What a file holds, told by its bytes and not by its name, and the records in it.
+"""Recognises what a file holds, by its bytes and not by its name, and reads its records.
 
-Read are JSON Lines and JSON (an array, or objects over several lines) in UTF-8, UTF-16 or UTF-32, each
-also as gzip, and Parquet. Everything else is called what it is, with a way out of it.
+Readable are Parquet, and JSON Lines and JSON (an array, or objects over several lines) in UTF-8, UTF-16 or
+UTF-32, also as gzip. For any other kind the error names the kind and a way to convert it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 from stages import dataset
 from stages.job import StageError
 
-HEAD = 1 << 16  # bytes that recognition reads
-HEAD_OF_ROW = 800  # bytes of a row that are kept to show what it was
+HEAD = 1 << 16  # bytes of a file that are read to recognise it
+HEAD_OF_ROW = 800  # bytes of a row that are kept to show it in a reject
 _BLANK = re.compile(r"[ \t\r\n]*")
 JSON, TEXT, PARQUET, EMPTY = "JSON", "text", "Parquet", "an empty file"
 MARKS = (
@@ -31,7 +31,7 @@ MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
-)  # the mark of UTF-32 LE begins with that of UTF-16 LE
+)  # UTF-32 LE is first, because its mark begins with that of UTF-16 LE
 SAVE = "Save the conversations as JSON Lines or Parquet."
 FOREIGN = (
     (b"SQLite format 3\0", "an SQLite database", SAVE),
@@ -61,7 +61,7 @@ FOREIGN = (
 
 
 class Foreign(Exception):
-    """A file that is none of the kinds that are read: what it is, and the remedy."""
+    """A file of a kind that is not read: the kind, and the remedy."""
 
     def __init__(self, kind: str, remedy: str):
         super().__init__(f"{kind}. {remedy}")
@@ -70,11 +70,10 @@ class Foreign(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file. `line` counts from 1: lines in JSON Lines, rows in Parquet, in an array and in
-    objects over several lines.
+    """One row of a file. `line` counts from 1: it is the line in JSON Lines, else the number of the row.
 
-    `value` is the JSON value, or None with the `fault` that keeps it from being one; `head` is the
-    beginning of its text.
+    `value` is the JSON value. If it could not be read, `value` is None and `fault` says why. `head` is the
+    start of the row's text.
     """
 
     line: int
@@ -85,8 +84,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Kind:
-    """How to read a file: JSON, PARQUET, EMPTY, or TEXT whose first line is no JSON (its lines are
-    rejects); whether it is packed; a text's encoding, and the end of its lines.
+    """How to read a file. `name` is JSON, PARQUET, EMPTY, or TEXT if the first line is not JSON (its lines
+    become rejects). `packed` means gzip. `encoding` and `newline` are those of a text.
     """
 
     name: str
@@ -96,7 +95,7 @@ class Kind:
 
 
 def recognise(path: Path) -> Kind:
-    """The kind of a file. Raises Foreign if it is none that is read, and StageError if it is torn or
+    """The kind of a file. Raises Foreign if that kind is not read, and StageError if the file is torn or
     cannot be opened.
     """
     with as_stage_errors(path.name):
@@ -129,7 +128,7 @@ def recognise(path: Path) -> Kind:
 
 
 def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
-    """Every record of a file of a known kind. Raises StageError where the rest cannot be read: torn, or
+    """Every record of a file whose kind is known. Raises StageError if the rest cannot be read: torn, or in
     another encoding.
     """
     with as_stage_errors(name):
@@ -141,10 +140,10 @@ def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
 
 @contextlib.contextmanager
 def as_stage_errors(name: str) -> Iterator[None]:
-    """Errors of reading as StageErrors with the file's name."""
+    """Turns errors of reading into StageErrors with the file's name."""
     try:
         from pyarrow import ArrowException as arrow_error
-    # the check before the first stage has the standard library alone, and opens no Parquet
+    # The check before the first stage has only the standard library, and opens no Parquet.
     except ImportError:
         arrow_error = ()
     remedy = "Copy or download it again, or write it anew."
@@ -173,10 +172,10 @@ def as_stage_errors(name: str) -> Iterator[None]:
 
 
 def read_text(path: Path, purpose: str) -> str:
-    """The whole text of a file in UTF-8, UTF-16 or UTF-32, without a byte order mark and with LF for
-    every end of line.
+    """The text of a file in UTF-8, UTF-16 or UTF-32, without a byte order mark and with LF at every line end.
 
-    Raises StageError, with `what` the file is for, if it is a folder, empty or no text.
+    Raises StageError if the path is a folder, or the file is empty or no text. `purpose` says what the file
+    is for.
     """
     expected = f"{purpose}, as a text file in UTF-8"
     if path.is_dir():
@@ -196,7 +195,7 @@ def read_text(path: Path, purpose: str) -> str:
 
 
 def with_lf(text: str) -> str:
-    """`text` with LF for CRLF and for a lone CR."""
+    """`text` with LF in place of CRLF and of a single CR."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -204,8 +203,8 @@ def _encoding(head: bytes) -> str:
     for mark, encoding in MARKS:
         if head.startswith(mark):
             return encoding
-    # Without a mark: JSON begins with two ASCII characters, so the NULs among the first four bytes tell
-    # the width (RFC 4627, section 3).
+    # Without a byte order mark: JSON begins with two ASCII characters, so the NULs among the first four bytes
+    # show the width (RFC 4627, section 3).
     nuls = tuple(byte == 0 for byte in head[:4])
     encodings: dict[tuple[bool, ...], str] = {
         (False, True, False, True): "utf-16-le",
@@ -229,8 +228,8 @@ def _zip_kind(path: Path) -> tuple[str, str]:
 
 
 def _refuse_foreign_text(text: str) -> None:
-    """Raises Foreign for text that begins as something well known; any other is read line by line, and
-    its lines are rejects.
+    """Raises Foreign for text of a well-known kind. Other text is read line by line, and its lines become
+    rejects.
     """
     first = text.partition("\n")[0]
     if text.startswith("<"):
@@ -248,7 +247,7 @@ def _refuse_foreign_text(text: str) -> None:
 
 
 def _json_records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
-    """Records of JSON text: a line each, the elements of an array, or objects over several lines."""
+    """The records of JSON text: one per line, the elements of an array, or objects over several lines."""
     lines = _numbered_lines(path, kind)
     first = next(lines)[1]
     following = next(lines, None)
@@ -271,8 +270,8 @@ def _open(path: Path, kind: Kind) -> Iterator[BinaryIO]:
 
 
 def _numbered_lines(path: Path, kind: Kind) -> Iterator[tuple[int, bytes]]:
-    """Number and UTF-8 of every line. UTF-8 itself is not decoded here: one bad line is one reject, not
-    the end of the file.
+    """Number and UTF-8 bytes of every line. UTF-8 is not decoded here, so one bad line is one reject and does
+    not stop the file.
     """
     with _open(path, kind) as opened:
         if kind.encoding.startswith("utf-8") and kind.newline == "\n":
@@ -288,9 +287,7 @@ def _full_text(path: Path, kind: Kind) -> str:
 
 
 def _spans_lines(path: Path, kind: Kind) -> bool:
-    """Whether the first object of a text, whose first line is no JSON by itself, is whole over several
-    lines.
-    """
+    """Whether the first object of a text is complete over several lines. Its first line alone is not JSON."""
     try:
         dataset.DECODER.raw_decode(_full_text(path, kind).lstrip())
     except (ValueError, RecursionError):
@@ -299,8 +296,8 @@ def _spans_lines(path: Path, kind: Kind) -> bool:
 
 
 def _value_records(text: str, name: str) -> Iterator[Record]:
-    """The elements of an array, or objects one after another; numbered from 1. Raises StageError where
-    one is no JSON.
+    """The elements of an array, or consecutive objects, numbered from 1. Raises StageError if one is not
+    JSON.
     """
     array = text.lstrip().startswith("[")
     position, number = text.index("[") + 1 if array else 0, 0
@@ -323,7 +320,7 @@ def _value_records(text: str, name: str) -> Iterator[Record]:
             place = getattr(error, "pos", position)
             if not text[place:].strip(" \t\r\n") or "Unterminated" in str(
                 error
-            ):  # a string without end runs to the end of the text
+            ):  # an unterminated string extends to the end of the text
                 raise StageError(
                     f"{name}: the text ends inside row {number}: the file was cut off",
                     "a whole JSON array",
@@ -372,8 +369,8 @@ def _line_record(number: int, raw: bytes) -> Record:
 
 
 def _parquet_records(path: Path) -> Iterator[Record]:
-    """Rows of a Parquet file. Arrow gives every object of a column the same keys, so null is an absent
-    key here: it is left out.
+    """The rows of a Parquet file. Arrow gives all objects of a column the same keys, so here null means an
+    absent key; such keys are removed.
     """
     import pyarrow.parquet
 

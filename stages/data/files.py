@@ -1,4 +1,4 @@
-"""Which files of the sources hold conversations, which are a data set's own held-out split, and which are
+"""Finds the files of conversations in the sources: which are read, which are a held-out split, and which are
 left out and why.
 """
 
@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from stages.data import content
 from stages.job import StageError
 
-ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet")  # in any letter case; each but the last also with .gz
+# In any letter case. All but the last may also end in .gz.
+ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet")
 PACKED = ".gz"
 HELD_OUT = {
     "test",
@@ -28,9 +29,8 @@ HELD_OUT = {
     "held-out",
     "holdout",
 }
-WITH_TRAIN = {
-    "dev"
-}  # a split only beside a file called train: alone it may as well be what the conversations are about
+# A split only if there is a file called train too. Alone, "dev" may be the topic of the conversations.
+WITH_TRAIN = {"dev"}
 TRAIN = ("train", "training")
 COPY = re.compile(r"(?:^copy of | - copy(?: ?\(\d+\))?$| copy(?: \d+)?$| ?\(\d+\)$)", re.IGNORECASE)
 EDITORS = re.compile(r"~$|^#.*#$|\.(?:swp|swo|bak|orig|rej|tmp|part|crdownload)$", re.IGNORECASE)
@@ -40,8 +40,8 @@ SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin"}
 
 @dataclass(frozen=True)
 class File:
-    """A file to read. `name` starts at its source, such as `conversations/direct_action.jsonl`; `split`
-    is the held-out split that it is, or "".
+    """A file to read. `name` begins with its source, such as `conversations/direct_action.jsonl`. `split` is
+    the name of the held-out split that it is, or "".
 
     `in_folder`: the recipe names its folder, not the file itself.
     """
@@ -54,24 +54,24 @@ class File:
 
     @property
     def stem(self) -> str:
-        """What its rows are filed under where they do not say."""
+        """The category of rows that name none."""
         return SHARD.sub("", stem(_path_text(Path(self.path.name))))
 
 
 @dataclass
 class Listing:
-    """The files of all sources in their order, and those of folders that are not read: name -> reason."""
+    """The files to read, in the order of the sources, and the files left out: name -> reason."""
 
     files: list[File] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
 def list_files(sources: list[Path]) -> Listing:
-    """Every file of the sources. A file that the recipe names is read whatever it is called; in a folder
-    the name decides.
+    """The files of all sources. A file that the recipe names is always read; for files in a folder the name
+    decides.
 
-    Raises StageError if a file to read is of a foreign kind or torn, if a folder has none, or if all that
-    is there is held out.
+    Raises StageError if a file is of a foreign kind or torn, if a folder has no file to read, or if all files
+    are held out.
     """
     listing = Listing()
     names: set[str] = set()
@@ -103,21 +103,21 @@ def list_files(sources: list[Path]) -> Listing:
 
 
 def joined_names(names: Iterable[str], limit: int = 20) -> str:
-    """Names in one line, the first `most` of them."""
+    """Names in one line; only the first `limit` of them, and the number of the others."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def stem(name: str) -> str:
-    """A file's name without the ending that says how it is read."""
+    """A file's name without the ending that says how to read it."""
     lower = name.lower().removesuffix(PACKED)
     ending = next((e for e in ENDINGS if lower.endswith(e)), "")
     return name[: len(lower) - len(ending)] if ending else Path(name).stem
 
 
 def _folder_files(source: Path, listing: Listing) -> list[tuple[Path, str]]:
-    """Files of a folder to read, in the order of their names, each with the split that it belongs to;
-    names the others in `listing`.
+    """The files of a folder to read, sorted by name, each with its held-out split. Adds the other files to
+    `listing`.
     """
     chosen: list[Path] = []
     for folder, folders, files in os.walk(source, onerror=_refuse_unreadable):
@@ -163,7 +163,7 @@ def _folder_files(source: Path, listing: Listing) -> list[tuple[Path, str]]:
 
 
 def _path_text(path: Path) -> str:
-    """A path as text: a name in another encoding than UTF-8 gets marks in place of its bytes."""
+    """A path as text. Bytes of a name that are not UTF-8 are replaced by marks."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -176,7 +176,7 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def _reason_left_out(path: Path, names: list[str]) -> str:
-    """Why a file of a folder is not read; "" if it is."""
+    """Why a file of a folder is not read; "" if it is read. `names` are the files of the folder."""
     name = path.name
     if name.startswith("."):
         return "is hidden"
@@ -205,7 +205,7 @@ def _reason_left_out(path: Path, names: list[str]) -> str:
 
 
 def _name_parts(relative: PurePosixPath) -> list[str]:
-    """The folders and the stem of a file, in small letters, without a shard's number."""
+    """The folders and the stem of a file, in lower case and without a shard's number."""
     return [*(part.lower() for part in relative.parts[:-1]), SHARD.sub("", stem(relative.name)).lower()]
 
 
@@ -214,11 +214,11 @@ def _name_key(relative: PurePosixPath) -> tuple[str, ...]:
 
 
 def _held_out_split(relative: PurePosixPath, places: set[tuple[str, ...]]) -> str:
-    """The held-out split that a file of a folder belongs to, "" if it is to be trained on.
+    """The held-out split that a file of a folder belongs to; "" if it is trained on.
 
-    A folder or stem that is the split's name alone says so; as a part of a longer name (`chats_test`) it
-    says so only if there is a twin to train on (`chats_train`), since an `eye_test.jsonl` may be about
-    eyes.
+    A folder or stem that equals the split's name belongs to it. If the split's name is only a part of a
+    longer name (`chats_test`), there must be a twin to train on (`chats_train`), because `eye_test.jsonl` may
+    be about eyes.
     """
     words = _name_parts(relative)
     for position, word in enumerate(words):

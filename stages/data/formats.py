@@ -1,13 +1,13 @@
-"""Any row that is read, as canonical messages: the formats, their keys, and what becomes of each
-(docs/formats.md has the table).
+"""Turns a row of any readable format into canonical messages (docs/formats.md has the table of formats and
+keys).
 
-Canonical: `role` in messages.ROLES; `content` a string, or None on an assistant turn that calls tools;
-`tool_calls`, a list of `{"id"?, "type": "function", "function": {"name", "arguments": mapping}}`;
-`tool_call_id` and `name` on a tool's message; `reasoning_content` on an assistant turn; `train: False` on
-any message. No other key survives. A key whose value is null counts as absent. What carries content and
-cannot be represented is refused by name, the rest is counted in `unused`. Whether the messages make a
-conversation (order, results of calls, empty turns) is for messages.normalise to say, for every source of
-them.
+Canonical messages have these keys: `role`, one of messages.ROLES; `content`, a string, or None on an
+assistant turn that calls tools; `tool_calls`, a list of `{"id"?, "type": "function", "function": {"name",
+"arguments": mapping}}`; `tool_call_id` and `name` on a tool's message; `reasoning_content` on an assistant
+turn; `train: False` on any message. All other keys are dropped. A key with the value null counts as absent. A
+key with content that cannot be represented is refused by name; other keys are listed in `unused`.
+messages.normalise checks later whether the messages make a conversation (order, results of calls, empty
+turns), for every source of messages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from model.families.messages import ROLES, ChatError
 from stages import dataset
 
-# ours are the four of messages.ROLES; the others are OpenAI's developer and function, and ShareGPT's
+# The names of messages.ROLES, OpenAI's developer and function, and the names of ShareGPT.
 ROLE = {
     "system": "system",
     "developer": "system",
@@ -38,18 +38,14 @@ ROLE = {
     "function-response": "tool",
     "ipython": "tool",
 }
-CALLS = {
-    "function_call",
-    "function-call",
-    "tool_call",
-    "tool-call",
-}  # ShareGPT's turns that are a call and nothing else
+# ShareGPT's turns that only hold a call.
+CALLS = {"function_call", "function-call", "tool_call", "tool-call"}
 SHAPES = (
     '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}',
     '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}',
     '{"instruction": "Say hello.", "input": "", "output": "Hello."}',
 )
-NO_FORMAT = "no format that is read"  # what the reason of a row begins with whose keys are of none
+NO_FORMAT = "no format that is read"  # start of the reason if no format matches the row's keys
 FOREIGN_SHAPES = (
     ({"chosen", "rejected"}, "preference pairs"),
     ({"prompt", "completion"}, "a prompt and its completion"),
@@ -76,19 +72,15 @@ FLAGS = (
     "training_detail",
 )
 REASONING = ("reasoning_content", "reasoning", "thinking")
-SILENT = {
-    "id",
-    "index",
-    "category",
-    "split",
-}  # a row's name is of no use and no loss; the other two are read in rows.py
+# Keys that are not reported as unused: id and index only name the row, rows.py reads the other two.
+SILENT = {"id", "index", "category", "split"}
 HISTORY = ("messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row in canonical form: `tools` as the row has them (a list, or None), and the keys that were not
-    used, such as `messages[].name`.
+    """A row in canonical form. `tools` is the row's own value (a list, or None). `unused` lists keys that
+    were not used, such as `messages[].name`.
     """
 
     format: str
@@ -98,8 +90,8 @@ class Conversation:
 
 
 def canonical(row: Any) -> Conversation:
-    """A row of any format that is read. Raises ChatError with the reason; one that begins with NO_FORMAT
-    if no format was recognised.
+    """The conversation of a row in any readable format. Raises ChatError with the reason, which begins with
+    NO_FORMAT if no format matches.
     """
     if not isinstance(row, dict):
         raise ChatError(f"{NO_FORMAT}: the row is {_kind_name(row)}, not an object")
@@ -129,7 +121,7 @@ def canonical(row: Any) -> Conversation:
 
 
 def _message(turn: Any, position: int) -> tuple[dict[str, Any], list[str]]:
-    """A message in canonical form, and its keys that were not used."""
+    """A message in canonical form, and its unused keys."""
     if not isinstance(turn, dict):
         raise ChatError(f"message {position} is {_kind_name(turn)}, not an object")
     turn = _without_nulls(turn)
@@ -165,7 +157,7 @@ def _message(turn: Any, position: int) -> tuple[dict[str, Any], list[str]]:
 
 
 def _content_text(value: Any, where: str) -> str | None:
-    """Content as one string; parts are joined as the server joins them, with a newline."""
+    """Content as one string. Parts are joined with a newline, as the server joins them."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -185,7 +177,7 @@ def _content_text(value: Any, where: str) -> str | None:
 
 
 def _calls(turn: dict[str, Any], role: str, where: str) -> list[dict[str, Any]]:
-    """The calls of a message, in both of OpenAI's forms."""
+    """The calls of a message, from either of OpenAI's two forms."""
     calls, older = _decode(turn.get("tool_calls") or [], "tool_calls"), turn.get("function_call")
     if not isinstance(calls, list):
         raise ChatError(f"tool_calls of {where} is {_kind_name(calls)}, not a list")
@@ -213,8 +205,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _arguments(function: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments as a mapping: none at all, null and blank text are {}, as for the server. Nulls
-    inside stay, for chat to refuse.
+    """A call's arguments as a mapping. Absent, null and blank arguments are {}, as for the server. Nulls
+    inside the mapping stay, and chat refuses them.
     """
     name, value = function["name"], function.get("arguments", function.get("parameters"))
     if isinstance(value, str):
@@ -232,7 +224,7 @@ def _arguments(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sharegpt_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """The calls of a ShareGPT turn, whose text is one in JSON or a list of them."""
+    """The calls of a ShareGPT turn, whose text is a JSON object or a list of them."""
     calls = _decode(value, f"the call of {where}")
     calls = calls if isinstance(calls, list) else [calls]
     if not calls:
@@ -241,6 +233,7 @@ def _sharegpt_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _reasoning(turn: dict[str, Any], where: str) -> str:
+    """The reasoning of a message, or ""."""
     texts = [turn[key] for key in REASONING if key in turn]
     if not all(isinstance(text, str) for text in texts):
         raise ChatError(f"reasoning of {where} is not text")
@@ -251,7 +244,7 @@ def _reasoning(turn: dict[str, Any], where: str) -> str:
 
 
 def _train_flag(turn: dict[str, Any], role: str, where: str) -> dict[str, bool]:
-    """`{"train": False}` if the message is to be left out of the loss, else {}."""
+    """`{"train": False}` if the message is excluded from the loss, else {}."""
     flags = set()
     if "weight" in turn:
         weight = turn["weight"]
@@ -273,8 +266,8 @@ def _train_flag(turn: dict[str, Any], role: str, where: str) -> dict[str, bool]:
 
 
 def _unused_keys(mapping: dict[str, Any], used: set[str], where: str) -> list[str]:
-    """The keys of a row or a message that no rule has used. Raises ChatError by name where one holds
-    content, or a flag that is not known.
+    """The keys of a row or message that no rule uses. Raises ChatError with the key if it holds content, or
+    if it may be an unknown training flag.
     """
     rest = []
     of = f" of {where}" if where else ""
@@ -315,8 +308,8 @@ def _unused_keys(mapping: dict[str, Any], used: set[str], where: str) -> list[st
 
 
 def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Turns of an instruction, its input on the lines after it, and the output; `history` is earlier
-    pairs of the two.
+    """The turns of an Alpaca row: the instruction with its input on the next lines, and the output. `history`
+    holds earlier pairs of the two.
     """
     parts = {key: row.get(key, "") for key in ("instruction", "input", "output")}
     for key, value in parts.items():
@@ -337,7 +330,7 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with_system(system: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the row's own `system` in front, where they have none."""
+    """The messages with the row's own `system` in front, unless they already have a system prompt."""
     if system is None or system == "":
         return messages
     if not isinstance(system, str):
@@ -350,8 +343,8 @@ def _with_system(system: Any, messages: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def _tools(row: dict[str, Any]) -> list[Any] | None:
-    """The row's tools as a list, from `tools` or the older `functions`, each also as JSON in a string;
-    None if it has none.
+    """The row's tools as a list, from `tools` or the older `functions`, which may be JSON in a string; None
+    if it has none.
     """
     if row.get("tools") and row.get("functions"):
         raise ChatError("the row has both tools and functions")
@@ -363,7 +356,7 @@ def _tools(row: dict[str, Any]) -> list[Any] | None:
 
 
 def _decode(value: Any, subject: str) -> Any:
-    """`value`, or what the JSON in it says if it is text: tables hold nested values so."""
+    """`value`, or the value of its JSON if it is text: tables hold nested values as text."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,6 +1,4 @@
-"""The data as a picture: how long the conversations are, how much of them is trained, and what they are
-about.
-"""
+"""Draws the data: lengths of conversations, how much of them is trained, and their categories."""
 
 from __future__ import annotations
 
@@ -24,8 +22,8 @@ STYLE: Any = {
 
 
 def draw(path: Path, stats: dict[str, Any]) -> None:
-    """Two histograms (tokens, trained tokens a conversation) and a bar for every category, from what
-    `stats.json` says.
+    """Draws two histograms (tokens and trained tokens per conversation) and a bar per category. `stats` is
+    the content of stats.json.
     """
     with pyplot.rc_context(STYLE):
         categories = dict(sorted(stats["categories"].items(), key=lambda item: (item[1], item[0])))

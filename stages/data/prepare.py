@@ -1,6 +1,4 @@
-"""From files of conversations to tokens and labels: find, read, check, render, mask, split, and say what
-there was.
-"""
+"""Turns files of conversations into tokens and labels: find, read, check, render, mask, split, and report."""
 
 from __future__ import annotations
 
@@ -23,23 +21,24 @@ from stages.data.rows import Reject, Row
 from stages.data.split import split
 from stages.job import Job, StageError
 
-LITTLE = (
-    0.05  # a share of trained tokens that is worth a warning: most of such a run is spent on reading prompts
-)
-SHOWN, SHOWN_REFUSED = 5, 20  # rejects that the log shows, in a stage that goes on and in one that stops
+# A smaller share of trained tokens gets a warning: such a run spends most of its time on reading prompts.
+LITTLE = 0.05
+SHOWN, SHOWN_REFUSED = 5, 20  # rejects that the log shows if the stage goes on, and if it stops
 LONG = "max_tokens is"
 REJECTS = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
 class Prepared:
+    """A row and its tokens."""
+
     row: Row
     rendered: chat.Rendered
 
 
 def run(task: Job) -> None:
-    """Writes the artifact `chat-dataset` (docs/formats.md). Raises StageError if a source or too many of
-    the rows cannot be used.
+    """Writes the artifact `chat-dataset` (docs/formats.md). Raises StageError if a source cannot be used, or
+    too many rows.
     """
     params = task.parameters(Parameters)
     prompt = production.read_prompt(task.sources["prompt"][0])
@@ -102,13 +101,12 @@ def run(task: Job) -> None:
 
 
 def pairs(prepared: list[Prepared]) -> list[tuple[Row, chat.Rendered]]:
+    """Each row with its tokens, as stats.summary takes them."""
     return [(p.row, p.rendered) for p in prepared]
 
 
 def warn_of_sources(listing: files.Listing, unused: dict[str, int]) -> None:
-    """Warns of the files that are not read, of the data set's own split, and of the keys that no rule
-    uses; each once.
-    """
+    """Warns of files that are not read, of the data set's own held-out split, and of unused keys."""
     if listing.left_out:
         job.warning(
             f"{len(listing.left_out)} files are not read{left_out_text(listing)}",
@@ -129,6 +127,7 @@ def warn_of_sources(listing: files.Listing, unused: dict[str, int]) -> None:
 
 
 def left_out_text(listing: files.Listing) -> str:
+    """The files left out and their reasons, as the end of a sentence."""
     return (
         ": " + files.joined_names(f"{name} {reason}" for name, reason in listing.left_out.items())
         if listing.left_out
@@ -137,7 +136,7 @@ def left_out_text(listing: files.Listing) -> str:
 
 
 def apply_reasoning_policy(chosen: list[Row], policy: str) -> tuple[list[Row], int]:
-    """The rows without their reasoning, unless it is to be trained, and how many have some."""
+    """The rows, without their reasoning unless the policy is train, and the number of rows that have some."""
     thinking = sum(any("reasoning_content" in message for message in row.messages) for row in chosen)
     if not thinking or policy == "train":
         return chosen, thinking
@@ -157,7 +156,7 @@ def apply_reasoning_policy(chosen: list[Row], policy: str) -> tuple[list[Row], i
 
 
 def undeclared_calls(chosen: list[Row], policy: str) -> dict[str, int]:
-    """What is wrong with calls that the row's tools do not allow -> rows. Raises StageError if there are
+    """Reason -> number of rows with calls that the row's tools do not allow. Raises StageError if there are
     any and the policy is refuse.
     """
     places: list[str] = []
@@ -189,7 +188,7 @@ def render(
     limit: int,
     reasoning: bool,
 ) -> tuple[list[Prepared], list[Reject]]:
-    """Rows as tokens; those that cannot be trained on become rejects."""
+    """The rows as tokens. Rows that cannot be trained on become rejects."""
     prepared, rejects = [], []
     for number, row in enumerate(chosen, 1):
         try:
@@ -214,8 +213,8 @@ def render(
 
 
 def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> None:
-    """Raises StageError if more than `share` of the rows are rejects; all of them are then in the scratch
-    folder, which stays.
+    """Raises StageError if more than `share` of the rows are rejects. All rejects are then in the scratch
+    folder, which is not deleted.
     """
     if len(rejects) <= share * total:
         return
@@ -240,7 +239,7 @@ def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> N
 
 
 def save_rejects(task: Job, rejects: list[Reject]) -> None:
-    """Writes the rejects where they stay when the stage refuses; its output is then deleted."""
+    """Writes the rejects into the scratch folder, because the output is deleted if the stage fails."""
     dataset.write(task.scratch / REJECTS, map(asdict, rejects))
 
 
@@ -253,6 +252,7 @@ def write(
     tools: list[dict[str, Any]],
     summary: dict[str, Any],
 ) -> None:
+    """Writes the artifact's files. Warns if only few tokens are trained."""
     dataset.write(output / "train.jsonl", map(json_row, train))
     dataset.write(output / "eval.jsonl", map(json_row, held_out))
     dataset.write(output / REJECTS, map(asdict, rejects))
@@ -270,6 +270,7 @@ def write(
 
 
 def json_row(item: Prepared) -> dict[str, Any]:
+    """A row of train.jsonl and eval.jsonl."""
     row, rendered = item.row, item.rendered
     return {
         "id": row.digest[:16],

@@ -1,7 +1,7 @@
-"""What production sends with every request, its system prompt and its tools: read, and held against those
-of the rows.
+"""The system prompt and the tools that production sends with every request: reads them, and compares the rows
+with them.
 
-A model that is trained under another prompt, or without the tools, misbehaves under production's.
+A model that is trained with another prompt or without the tools misbehaves in production.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ SHAPE = (
 
 
 def read_prompt(path: Path) -> str:
-    """The production prompt: LF at the ends of lines, no byte order mark, no blanks around it. Raises
-    StageError if there is none.
+    """The production prompt with LF at line ends, without a byte order mark and surrounding blanks. Raises
+    StageError if the file holds none.
     """
     return content.read_text(path, "the production system prompt").strip()
 
 
 def read_tools(path: Path) -> list[dict[str, Any]]:
-    """The production tools as the server gives them to the template, from a list, or an object with the
-    list under `tools`.
+    """The production tools in the form that the server gives to the template. The file holds a list, or an
+    object with the list under `tools`.
 
-    Raises StageError if the file holds anything else, a tool without a name, or two of one name.
+    Raises StageError for any other content, for a tool without a name, and for two tools with one name.
     """
     try:
         value = dataset.parse(content.read_text(path, "the production tools"))
@@ -75,11 +75,11 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
 def with_prompt(
     rows: list[Row], prompt: str, missing_policy: str, other_policy: str
 ) -> tuple[list[Row], dict[str, int]]:
-    """The rows under the production prompt, and how many had none or have another.
+    """The rows with the production prompt, and the numbers of rows that had no prompt or have another one.
 
-    A prompt that differs in blanks around it or in ends of lines alone is production's, and becomes so to
-    the byte. Rows without one get it if `missing` is insert. Raises StageError if rows have none, or
-    another (with a diff), and the recipe says refuse.
+    A prompt that differs only in surrounding blanks or line ends counts as production's, and is replaced by
+    it. Rows without a prompt get it if `missing_policy` is insert. Raises StageError if rows have no prompt,
+    or another one (with a diff), and the policy is refuse.
     """
     result, without, differing = [], [], []
     for row in rows:
@@ -132,7 +132,7 @@ def _refuse_or_warn(differing: list[tuple[str, Row]], total: int, prompt: str, p
 
 
 def first_difference(production: str, row_prompt: str) -> str:
-    """Where two texts part, in code points: some characters look alike or like nothing."""
+    """Where two texts differ first, with code points, because some characters look alike or are invisible."""
     position = next(
         (i for i, (a, b) in enumerate(zip(production, row_prompt, strict=False)) if a != b),
         min(len(production), len(row_prompt)),
@@ -154,12 +154,11 @@ def _character(text: str, position: int) -> str:
 
 
 def with_tools(rows: list[Row], tools: list[dict[str, Any]], policy: str) -> tuple[list[Row], dict[str, Any]]:
-    """The rows with their tools: a part of production's is right, none is not, unless the recipe allows
-    it or has them inserted.
+    """The rows with their tools, and counts. A row may have a part of production's tools. A row without tools
+    is refused, unless the policy allows it or inserts them.
 
-    Returns the counts, too: rows that got the tools, rows without, and for each tool that is not
-    production's (its name alone, or its definition) the rows that have it. Raises StageError if rows have
-    none and the policy is refuse.
+    Counted are rows that got the tools, rows without, and for each tool that is not production's (by name or
+    definition) the rows that have it. Raises StageError if rows have no tools and the policy is refuse.
     """
     if not tools:
         return rows, {

@@ -1,4 +1,4 @@
-"""Reading conversations: every record of a file becomes a row or a reject with its reason."""
+"""Reads conversations: every record of a file becomes a row, or a reject with its reason."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HEAD = 200  # characters of a bad row that rejects.jsonl keeps
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation in canonical form. `split`: the held-out split that its file, or its own key
-    `split`, says it is of; "" else.
+    """A conversation in canonical form. `split` is the held-out split that the file or the row's key `split`
+    names, or "".
     """
 
     file: str
@@ -36,24 +36,25 @@ class Row:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of what makes two rows the same: everything but where they stand and what they are
-        filed under.
-        """
+        """SHA-256 of messages and tools. Equal rows may differ in file, line and category."""
         return hashlib.sha256(_json_text([self.messages, self.tools]).encode()).hexdigest()
 
     @property
     def place(self) -> str:
+        """File and line."""
         return f"{self.file}:{self.line}"
 
     @property
     def prompt(self) -> str:
-        """The system prompt, "" if the conversation has none."""
+        """The system prompt, or ""."""
         first = self.messages[0]
         return first["content"] if first["role"] == "system" else ""
 
 
 @dataclass(frozen=True)
 class Reject:
+    """A row that cannot be used, and why. `head` is the start of its text."""
+
     file: str
     line: int
     reason: str
@@ -73,8 +74,8 @@ class Gathered:
 
 
 def gather(listing: Listing) -> Gathered:
-    """Reads every file of a listing. One of a folder that is a single JSON object and no conversation is
-    left out, and the listing says so.
+    """Reads every file of a listing. A file of a folder that is a single JSON object but no conversation is
+    added to the files left out.
     """
     gathered = Gathered()
     for number, file in enumerate(listing.files, 1):
@@ -101,8 +102,8 @@ def read(file: File) -> Iterator[Row | Reject]:
 
 
 def without_duplicates(rows: list[Row]) -> tuple[list[Row], int, int]:
-    """The rows without exact duplicates, how many those were, and how many rows to train on were left out
-    as copies of held-out ones.
+    """The rows without exact duplicates, the number of duplicates, and the number of training rows that were
+    removed because they are also held out.
     """
     held_out = {row.digest for row in rows if row.split}
     digests: set[str] = set()
@@ -117,12 +118,12 @@ def without_duplicates(rows: list[Row]) -> tuple[list[Row], int, int]:
 
 
 def unused_keys(rows: list[Row]) -> dict[str, int]:
-    """Key that no rule uses -> rows that have it, the most frequent first."""
+    """Unused key -> number of rows that have it, the most frequent first."""
     return dict(Counter(key for row in rows for key in row.unused).most_common())
 
 
 def _row(value: Any, file: File, line: int, head: str) -> Row:
-    """One row, checked and in canonical form. Raises ChatError with the reason."""
+    """One row in canonical form. Raises ChatError with the reason if it cannot be used."""
     conversation = formats.canonical(value)
     split = str(value.get("split") or "").lower()
     row = Row(
@@ -140,7 +141,7 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
         _json_text([row.messages, row.tools, row.category]).encode()
     except UnicodeEncodeError as error:
         raise ChatError("half a surrogate pair: a character was cut in two") from error
-    except (TypeError, ValueError) as error:  # a table may hold dates and NaN
+    except (TypeError, ValueError) as error:  # Parquet may hold dates and NaN
         raise ChatError(f"a value that JSON does not have: {error}") from error
     except RecursionError as error:
         raise ChatError("nested too deeply") from error
@@ -148,7 +149,7 @@ def _row(value: Any, file: File, line: int, head: str) -> Row:
 
 
 def _describes_data_set(file: File, results: list[Row | Reject]) -> bool:
-    """Whether a file of a folder only describes the data set, such as dataset_info.json."""
+    """Whether a file of a folder only describes the data set, as dataset_info.json does."""
     return (
         file.in_folder
         and len(results) == 1

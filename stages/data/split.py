@@ -20,12 +20,12 @@ T = TypeVar("T", bound=HasRow)
 
 
 def split(items: Sequence[T], share: float) -> tuple[list[T], list[T]]:
-    """Rows to train on and held-out rows, each in the order given.
+    """Rows to train on and held-out rows, each in the given order.
 
-    Where rows are of the data set's own held-out split, those are held out and no others. Else it is
-    `share` of all rows, rounded, one at least; each category gives its share, of the rows with the lowest
-    digests, whatever the order of the files. New rows leave every old one on its side, but for the few at
-    the border that keep the share what it is.
+    If some rows are of the data set's own held-out split, exactly those are held out. Else it is `share` of
+    all rows, rounded, but at least one. Each category gives its part: the rows with the lowest digests, so
+    the order of files does not matter. If rows are added, the old ones stay on their side, except for a few
+    that keep the share constant.
     """
     if any(item.row.split for item in items):
         return [i for i in items if not i.row.split], [i for i in items if i.row.split]
@@ -42,12 +42,12 @@ def split(items: Sequence[T], share: float) -> tuple[list[T], list[T]]:
 
 
 def quotas(sizes: dict[str, int], share: float) -> dict[str, int]:
-    """How many rows each category holds out: its share rounded down, and what the total lacks by largest
-    remainder.
+    """The number of rows that each category holds out: its share rounded down, and one more for the
+    categories with the largest remainders until the total is reached.
 
-    The total is `share` of all rows, rounded, and at least one of two or more. The smaller category goes
-    first among equals; the only row of a category is held out last, since nothing of its kind would be
-    trained.
+    The total is `share` of all rows, rounded, and at least one if there are two or more rows. Among equal
+    remainders the smaller category is first. A category's only row is held out last, because nothing of its
+    kind would be trained.
     """
     total = sum(sizes.values())
     exact = {category: share * size for category, size in sizes.items()}
@@ -60,6 +60,7 @@ def quotas(sizes: dict[str, int], share: float) -> dict[str, int]:
 
 
 def _warn(groups: dict[str, list[T]], counts: dict[str, int], share: float) -> None:
+    """Warns if no row, or no row of a category, is held out, and if a category's only row is held out."""
     if not any(counts.values()):
         job.warning(
             f"nothing is held out: eval_share {share} of {sum(map(len, groups.values()))} rows",

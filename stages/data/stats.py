@@ -1,4 +1,4 @@
-"""What `stats.json` says of a data set."""
+"""The content of `stats.json`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def summary(
     prompt: str,
     counts: dict[str, Any],
 ) -> dict[str, Any]:
-    """`counts` and all that follows from the rows. Shares are of tokens; `lowest_` and
+    """`counts` and all statistics of the rows. Shares are shares of tokens. `lowest_trained_share` and
     `median_trained_share` are over conversations.
     """
     all_rows = [*train, *held_out]
@@ -49,8 +49,8 @@ def summary(
 
 
 def histogram(values: list[int], most_bins: int = 30) -> dict[str, list[int]]:
-    """Counts in bins of equal whole width; `edges` has one entry more than `counts`, and a bin holds its
-    lower edge.
+    """Counts in bins of equal whole width. `edges` has one entry more than `counts`; a bin includes its lower
+    edge.
     """
     low, high = min(values), max(values)
     width = max(1, math.ceil((high - low + 1) / most_bins))

@@ -1,5 +1,5 @@
-"""Deterministic checks for the nine ways a voice assistant misbehaves. Pure; the same answer always gets
-the same verdict.
+"""Deterministic checks for nine ways in which a voice assistant misbehaves. The same answer always gets the
+same verdict.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODES = (
     "think_leak",
 )
 
-# Pictographs, dingbats, flags and the selectors that make an emoji of a plain character.
+# Pictographs, dingbats, flags, and the selectors that turn a plain character into an emoji.
 EMOJI = re.compile(
     "[\U0001f000-\U0001faff\u231a\u231b\u23e9-\u23fa\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3"
     "\U000e0020-\U000e007f]"
@@ -49,7 +49,7 @@ NOT_KNOWN = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """One way in which one answer is bad; `mode` is one of MODES."""
+    """One fault of one answer; `mode` is one of MODES."""
 
     mode: str
     detail: str
@@ -69,10 +69,10 @@ def failures(question: dict[str, Any], answer: dict[str, Any]) -> list[Failure]:
     """What is wrong with `answer` (an OpenAI message plus `finish_reason`) to `question` (docs/formats.md,
     Questions).
 
-    An empty answer where speech was wanted is verbosity ("says nothing"): that mode is about the right
-    amount of it. Where a call was wanted it is wrong_tool. An answer without the words that `must_say`
-    asks for is a fabrication: whatever it says, it is not the fact asked for. Where `unknown` is set,
-    admitting it is all that must be said.
+    An empty answer is a verbosity failure ("says nothing") if speech was expected, and a wrong_tool failure
+    if a call was expected. An answer without the words of `must_say` is a fabrication: it does not state the
+    fact that was asked for. If `unknown` is set, the answer has to admit that it does not know; `must_say` is
+    then not checked.
     """
     expect = question.get("expect", {})
     text = answer.get("content") or ""
@@ -106,7 +106,7 @@ def _style_failures(text: str) -> list[Failure]:
 def _leak_failures(question: dict[str, Any], text: str) -> list[Failure]:
     if match := LEAK.search(text) or JSON_OBJECT.search(text):
         return [Failure("tool_leak", match.group())]
-    # A tool's name with an underscore is no spoken word; one such as `search` may be.
+    # A tool's name with an underscore is never spoken; a name such as `search` may be an ordinary word.
     names = [tool.get("function", tool)["name"] for tool in question.get("tools", [])]
     return [Failure("tool_leak", name) for name in names if "_" in name and name in text][:1]
 
@@ -145,7 +145,7 @@ def _content_failures(expect: dict[str, Any], text: str) -> list[Failure]:
             failures.append(Failure("fabrication", f"says {banned!r}"))
     words = re.findall(r"[^\W\d_]+", text)
     for name in expect.get("names", []):
-        # Everyday words lie near short names (`am` and Ram): a misspelling begins as the name does.
+        # Common words are close to short names (`am` and Ram), so a misspelling must share the first letter.
         same_initial = [w for w in words if w not in expect["names"] and w[0].lower() == name[0].lower()]
         misspelt = [w for w in same_initial if edit_distance(w, name) <= (1 if len(name) < 6 else 2)]
         if misspelt or name not in words:

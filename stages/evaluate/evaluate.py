@@ -1,7 +1,6 @@
-"""Asks every model of the line the held-out questions, through vLLM's own API, and scores the answers.
+"""Asks every model of the line the held-out questions through vLLM's API, and scores the answers.
 
-base and tuned share a server where the adapter can be served at run time; merged and nvfp4 each get their
-own.
+base and tuned share a server if vLLM can add the adapter at run time. merged and nvfp4 have a server each.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from stages.evaluate.parameters import Parameters
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
 
-SHOWN = 3  # findings about questions that an error names
+SHOWN = 3  # findings that an error lists
 
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """One server and the columns it answers for (column -> the name that the API knows it by)."""
+    """One server and the columns that it answers (column -> the model's name in the API)."""
 
     model: Path
     checkpoint: Served
@@ -37,6 +36,9 @@ class ServerPlan:
 
 
 def run(task: Job) -> None:
+    """Asks all columns and writes the artifact `report`. Raises StageError if the gate or the questions are
+    not valid.
+    """
     params = task.parameters(Parameters)
     if faults := gate.faults(params.gate):
         raise StageError(
@@ -47,7 +49,7 @@ def run(task: Job) -> None:
     rows = load_questions(task)
     serving = serve.of_folder(task.inputs["base"])
     plans = plan_servers(task, serving)
-    try:  # all of them before the first server starts
+    try:  # the flags of all servers, before the first one starts
         vllm = serve.installed()
         flags = [
             serving.serve(
@@ -88,12 +90,12 @@ def run(task: Job) -> None:
 
 
 def load_questions(task: Job) -> list[dict[str, Any]]:
-    """The questions of the source, or of the held-out conversations: their last answer says what is
-    expected.
+    """The rows of the source `questions`, or of the held-out conversations, whose last answer then says what
+    is expected.
 
-    Those of the source get production's prompt to the byte, as training rows do: blanks around it and ends
-    of lines are no difference. Raises StageError if one of them is not as it should be, is not asked as in
-    production, or was trained on.
+    Questions of the source get production's prompt byte for byte, as training rows do; surrounding blanks and
+    line ends are not a difference. Raises StageError if a question is not valid, has another prompt or other
+    tools than production, or is in the training data.
     """
     if task.sources.get("questions"):
         question_list, findings = questions.read(task.sources["questions"][0])
@@ -149,8 +151,8 @@ def load_questions(task: Job) -> list[dict[str, Any]]:
 
 
 def production_findings(question_list: list[questions.Question], data: Path) -> list[check.Finding]:
-    """What questions have that production, as stage data left it, has not: another system prompt, other
-    tools, or none where all training rows have some.
+    """How the questions differ from production as stage data wrote it: another system prompt, other tools, or
+    no tools although every training row has some.
     """
     prompt, tools = (data / "prompt.txt").read_text(), json.loads((data / "tools.json").read_text())
     findings = questions.prompt_findings(question_list, prompt) + questions.tool_findings(
@@ -171,12 +173,15 @@ def production_findings(question_list: list[questions.Question], data: Path) -> 
 
 
 def training_conversations(data: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Where every training conversation comes from, and its messages."""
+    """Place and messages of every training conversation."""
     for _, row in dataset.read(data / "train.jsonl"):
         yield f"{row['file']}:{row['line']}", row["messages"]
 
 
 def plan_servers(task: Job, serving: Serving) -> list[ServerPlan]:
+    """The servers that answer the columns. Without `tuned`, with a warning, if vLLM cannot add the adapter at
+    run time.
+    """
     adapter = task.inputs["train"] / "adapter"
     tuned = serving.adapted(adapter)
     plans = []
@@ -206,7 +211,7 @@ def ask_all(
     request: dict[str, Any],
     label: str,
 ) -> list[dict[str, Any]]:
-    """An answer for every question, in their order; several are under way at once. Messages and tools are
+    """An answer for every question, in the order of `rows`. Several are asked at once. Messages and tools are
     sent in the form that is trained.
     """
     done = 0
@@ -233,9 +238,9 @@ def ask_all(
 
 
 def as_openai(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as a client sends it: arguments as JSON text, and no key that is for training alone.
+    """A message as a client sends it: arguments as JSON text, and without the keys that only training uses.
 
-    Thoughts are left out: a server with thinking off gives none, so no client has any to send back.
+    The reasoning is left out too. A server with thinking off returns none, so a client has none to send back.
     """
     message = {key: value for key, value in message.items() if key not in ("train", "reasoning_content")}
     if not message.get("tool_calls"):
@@ -251,10 +256,10 @@ def as_openai(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_adapter(answers: dict[str, list[dict[str, Any]]], control: bool = False) -> None:
-    """A server can take an adapter and not use it: if it changes no answer at all, it is not there.
+    """Raises StageError if the adapter changes no answer: a server may accept an adapter and not apply it.
 
-    A control is to change none. Warned of, not refused: which questions share a step with which is chance,
-    and rounding follows it.
+    A control should change no answer. If it does, there is only a warning: vLLM batches requests by arrival,
+    and the composition of a batch changes floating-point rounding.
     """
     changed = sum(
         visible_answer(a) != visible_answer(b) for a, b in zip(answers["base"], answers["tuned"], strict=True)
@@ -279,8 +284,8 @@ def exchange(
     answers: dict[str, list[dict[str, Any]]],
     max_tokens: int,
 ) -> dict[str, Any]:
-    """The question that shows best what the adapter does: one that NVFP4 passes and that most columns
-    answer otherwise than the base.
+    """The question that shows the adapter's effect best: NVFP4 passes it, and most columns answer it
+    differently than the base.
     """
 
     def shown_effect(number: int) -> tuple[bool, int]:
@@ -289,7 +294,7 @@ def exchange(
         }
         return not failures["nvfp4"][number], sum(answer != visible["base"] for answer in visible.values())
 
-    best = max(range(len(rows)), key=shown_effect)  # the first of the best
+    best = max(range(len(rows)), key=shown_effect)  # the first one, if several are best
     return {
         "messages": [as_openai(m) for m in rows[best]["messages"]],
         "tools": rows[best].get("tools") or [],
@@ -301,7 +306,7 @@ def exchange(
 
 
 def visible_answer(answer: dict[str, Any]) -> dict[str, Any]:
-    """What a user gets of an answer: its text, and the calls it makes."""
+    """What a user sees of an answer: its text and its calls."""
     calls = [
         {"function": {key: call["function"][key] for key in ("name", "arguments")}}
         for call in answer.get("tool_calls") or []
@@ -316,6 +321,7 @@ def write_report(
     answers: dict[str, list[dict[str, Any]]],
     seconds: dict[str, float],
 ) -> None:
+    """Scores the answers and writes the artifact's files."""
     failures = {
         column: [checks.failures(q, a) for q, a in zip(rows, column_answers, strict=False)]
         for column, column_answers in answers.items()

@@ -6,13 +6,13 @@ from typing import Any
 
 COLUMNS = ("base", "tuned", "merged", "nvfp4")
 RULES = ("at_least", "above", "within", "of")
-NONE = "none"  # an image is built without a check
+NONE = "none"  # the image is built without a check
 UNSET = "no gate was set"
-EPSILON = 1e-9  # shares are sums of binary fractions
+EPSILON = 1e-9  # tolerance for the rounding of shares
 
 
 def faults(gate: Any) -> list[str]:
-    """Why `gate` cannot be held, a sentence for each reason; empty if it can."""
+    """What is wrong with `gate` itself, one sentence per fault; empty if nothing is."""
     if gate == NONE:
         return []
     if not isinstance(gate, dict):
@@ -46,12 +46,12 @@ def _is_share(value: Any, above_zero: bool) -> bool:
 
 
 def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = False) -> dict[str, Any]:
-    """What `report.json` says of the gate: `passed`, `why` not, what it `asks`, `unchecked` where the
-    recipe says `none`, and all of it as a sentence (`says`).
+    """The gate's part of `report.json`: `passed`, `why` it did not pass, what it `asks`, whether it is
+    `unchecked` (`gate: none`), and all of it as one sentence (`says`).
 
-    `passed` has the share of passed questions by column. Where `tuned` was not asked, `merged` stands for
-    it: the same model, with the adapter added to the weights. A control's gate never passes, since no
-    image is to be made of one.
+    `passed` is the share of passed questions by column. If `tuned` was not measured, `merged` stands in for
+    it: it is the same model, with the adapter added to the weights. A control's gate never passes, because no
+    image may be built from a control.
     """
     asks, why = [], []
     for column, rules in gate.items() if isinstance(gate, dict) else ():
@@ -60,7 +60,7 @@ def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = F
         ):
             asks.append(ask)
             why += [fault] if fault else []
-    why = list(dict.fromkeys(why))  # a column that was not asked breaks each of its rules in the same words
+    why = list(dict.fromkeys(why))  # every rule of an unmeasured column fails with the same words
     if control:
         why = ["this is a control, whose adapter changes nothing"]
     elif not gate:
@@ -72,9 +72,10 @@ def judge(gate: Any, passed: dict[str, float], questions: int, control: bool = F
 def _rule_results(
     column: str, rules: dict[str, Any], passed: dict[str, float], questions: int
 ) -> list[tuple[str, str]]:
-    """What each rule of one column asks, and how it is broken, "" if it is not."""
+    """For each rule of one column: what it asks, and how it is broken ("" if it is kept)."""
 
     def measured_column(name: str) -> tuple[str, str]:
+        """The column that is measured for `name`, and how the report calls it."""
         if name == "tuned" and "tuned" not in passed and "merged" in passed:
             return "merged", "merged (for tuned, which was not asked)"
         return name, name
@@ -138,7 +139,7 @@ def _points(share: float) -> str:
 
 
 def _sentence(gate: dict[str, Any]) -> str:
-    """What a report and a model card say of the gate."""
+    """The sentence of the report and the model card about the gate."""
     if gate["why"] == [UNSET]:
         return "No gate was set: nothing was asked of these shares, and no image is built."
     if not gate["passed"]:

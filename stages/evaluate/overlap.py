@@ -1,9 +1,9 @@
-"""Questions that stand in the training data: a model that has learnt the answer by heart passes them.
+"""Finds questions that are also in the training data: a model that has memorised the answer passes them.
 
-Two texts are compared as their words, lower-cased, without punctuation. They are alike if difflib's ratio
-of the two lists of words (2 * matching words / all words) is at least 0.9: the same words, or one of ten
-changed, or one of five added. The nearest pair of the sample data, two questions that differ in the one
-word that matters, has 0.875.
+Two texts are compared as lists of words, in lower case and without punctuation. They are alike if difflib's
+ratio (2 * matching words / all words) is at least 0.9: the same words, or one of ten changed, or one of five
+added. In the sample data the closest pair of different questions differs in one decisive word and has a ratio
+of 0.875.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from stages.check import Finding
 from stages.evaluate.questions import Question
 
 ALIKE = 0.9
-STANDS_ALONE = 6  # words of a last turn from which on it is compared without what was said before it
+STANDS_ALONE = 6  # a last turn of at least so many words is compared without the turns before it
 Words = tuple[str, ...]
 
 
 def words(text: str) -> Words:
+    """The words of `text` in lower case."""
     return tuple(re.findall(r"\w+", text.lower()))
 
 
 def question_words(messages: list[dict[str, Any]]) -> tuple[Words, Words]:
-    """What `messages` ask: the words from the last user message on (a tool's results with it), and the
-    user's before that.
+    """The words from the last user message on (tool results included), and the words of the user messages
+    before it.
     """
     last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
 
@@ -39,6 +40,7 @@ def question_words(messages: list[dict[str, Any]]) -> tuple[Words, Words]:
 
 
 def alike(a: Words, b: Words) -> bool:
+    """Whether two texts have a ratio of at least ALIKE."""
     if a == b:
         return True
     if not a or not b or 2 * min(len(a), len(b)) < ALIKE * (len(a) + len(b)):
@@ -50,8 +52,8 @@ def alike(a: Words, b: Words) -> bool:
 def findings(
     questions: list[Question], training: Iterable[tuple[str, list[dict[str, Any]]]]
 ) -> list[Finding]:
-    """A finding for every question that a training conversation, given as (place, messages), holds exactly
-    or nearly.
+    """A finding for every question that is exactly or nearly in a training conversation. `training` yields
+    (place, messages).
     """
     compared = [(question, *question_words(question.row["messages"])) for question in questions]
     index = _rare_word_index([last for _, last, _ in compared])
@@ -77,17 +79,18 @@ def findings(
 
 
 def _turns(messages: list[dict[str, Any]]) -> Iterator[tuple[Words, Words]]:
-    """What is asked before each answer of a conversation."""
+    """The words of the question before each answer of a conversation."""
     for position, message in enumerate(messages):
         if message["role"] == "assistant" and any(m["role"] == "user" for m in messages[:position]):
             yield question_words(messages[:position])
 
 
 def _rare_word_index(texts: list[Words]) -> dict[str, list[int]]:
-    """Word -> numbers of the texts to compare with a text that holds it.
+    """Word -> numbers of the texts that may be alike to a text with that word.
 
-    A text alike to one of n words lacks at most 2/11 of them: (n + m) * 0.9 / 2 words match, and m is at
-    least 9/11 n. So one of its int(2/11 n) + 1 rarest is in it, and the others need not be looked up.
+    If a text of n words is alike to one of m words, (n + m) * 0.9 / 2 words match, and m is at least 9/11 n.
+    So at most 2/11 n words do not match, and at least one of the int(2/11 n) + 1 rarest words does. The index
+    therefore needs only these.
     """
     common = Counter(word for text in texts for word in set(text))
     index: dict[str, list[int]] = defaultdict(list)

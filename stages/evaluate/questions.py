@@ -1,7 +1,8 @@
-"""The questions of an evaluation: read, and every field checked, before anything is asked
-(docs/formats.md, Questions).
+"""Reads the questions of an evaluation and checks every field before any is asked (docs/formats.md,
+Questions).
 
-Standard library alone: it also runs on the host, before the first stage (stages/evaluate/sources.py).
+This module uses the standard library alone, because it also runs on the host before the first stage
+(stages/evaluate/sources.py).
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ REMEDY = "docs/formats.md, Questions, says what a question holds."
 
 @dataclass(frozen=True)
 class Question:
-    """One question and where it stands: `place` is file and line."""
+    """One question; `place` is its file and line."""
 
     place: str
     row: dict[str, Any]
 
     @property
     def prompt(self) -> str:
-        """The system prompt, "" if there is none."""
+        """The system prompt, or ""."""
         first = self.row["messages"][0]
         return first["content"] if first["role"] == "system" else ""
 
 
 def read(path: Path) -> tuple[list[Question], list[Finding]]:
-    """The questions of a JSON Lines file whose fields are right, and what is wrong with the others."""
+    """The valid questions of a JSON Lines file, and findings about the others."""
     questions: list[Question] = []
     findings: list[Finding] = []
     places: dict[str, str] = {}
@@ -81,8 +82,8 @@ def read(path: Path) -> tuple[list[Question], list[Finding]]:
 
 
 def template_findings(place: str, row: dict[str, Any]) -> list[Finding]:
-    """What the chat template could not be given: a question is asked in the form in which rows are
-    trained.
+    """A finding if the chat template could not render the question. A question is rendered in the same form
+    as a training row.
     """
     try:
         normalise(row["messages"])
@@ -93,7 +94,7 @@ def template_findings(place: str, row: dict[str, Any]) -> list[Finding]:
 
 
 def faults(row: Any) -> Iterator[tuple[str, str]]:
-    """(found, expected) for whatever is wrong with one question."""
+    """(found, expected) for everything that is wrong with one question."""
     if not isinstance(row, dict):
         yield f"a JSON {type(row).__name__}", "a question as one JSON object"
         return
@@ -223,14 +224,14 @@ def _are_texts(value: Any) -> bool:
 
 
 def function(tool: Any) -> dict[str, Any]:
-    """The function of a tool in OpenAI's form or bare; empty if it is neither."""
+    """The function of a tool, in OpenAI's form or bare; empty if the tool is neither."""
     inner = tool.get("function", tool) if isinstance(tool, dict) else None
     return inner if isinstance(inner, dict) else {}
 
 
 def signature(tool: dict[str, Any]) -> str:
-    """What a model is told of a tool, as text: name, description and parameters; a missing description is
-    an empty one.
+    """What the model sees of a tool (name, description and parameters) as text. A missing description counts
+    as an empty one.
     """
     inner = function(tool)
     return json.dumps(
@@ -239,13 +240,13 @@ def signature(tool: dict[str, Any]) -> str:
 
 
 def normal_prompt(prompt: str) -> str:
-    """A prompt as stage data trains it: LF at the ends of lines, no blanks around it."""
+    """A prompt in the form in which stage data trains it: LF at line ends, no surrounding blanks."""
     return prompt.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def prompt_findings(questions: list[Question], prompt: str) -> list[Finding]:
-    """A finding if questions have another system prompt than production's, with the difference to the
-    first of them.
+    """One finding if any question has another system prompt than production. It shows the difference of the
+    first such question.
     """
     differing = [
         question for question in questions if normal_prompt(question.prompt) != normal_prompt(prompt)
@@ -277,9 +278,7 @@ def prompt_findings(questions: list[Question], prompt: str) -> list[Finding]:
 
 
 def tool_findings(questions: list[Question], production: list[dict[str, Any]]) -> list[Finding]:
-    """A finding for every question with a tool that production does not have, or has with another
-    definition.
-    """
+    """A finding for every question with a tool that production does not have or defines differently."""
     definitions: dict[str, str] = {
         function(tool)["name"]: signature(tool) for tool in production if "name" in function(tool)
     }

@@ -15,8 +15,10 @@ def summarise(
     gate: dict[str, Any] | str,
     control: bool = False,
 ) -> dict[str, Any]:
-    """Shares and counts by column, mode and category, and what the recipe's `gate` says of them
+    """Shares and counts by column, mode and category, and the verdict of the recipe's `gate`
     (stages/evaluate/gate.py).
+
+    `failures` maps a column to the failures of each answer.
     """
     categories = list(dict.fromkeys(q["category"] for q in questions))
     passed = {
@@ -68,6 +70,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """An aligned Markdown table; all columns but the first are aligned to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row: list[str]) -> str:
@@ -87,7 +90,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def draw_picture(path: Path, summary: dict[str, Any]) -> None:
-    """Failure modes by column as a heat map, the share of passed questions above it."""
+    """Draws failure modes by column as a heat map, with the share of passed questions above it."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""A vLLM server for the time of an evaluation: started, waited for, asked, and always stopped.
+"""A vLLM server for the duration of an evaluation: it is started, waited for, asked, and always stopped.
 
-When it fails, the error names the cause that its own log gives (stages/evaluate/server_log.py); the whole
-log is the stage's.
+If it fails, the error names the cause that the server's log gives (stages/evaluate/server_log.py). The whole
+log goes to the stage's log.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from stages import job
 from stages.evaluate import server_log
 from stages.job import StageError
 
-START_SECONDS = 1800  # a 19 GB checkpoint from a cold disk, CUDA graphs included
+START_SECONDS = 1800  # enough for a 19 GB checkpoint from a cold disk, CUDA graphs included
 ANSWER_SECONDS = 600
-KEPT = 400  # lines of the log that are searched for the cause: two tracebacks of vLLM's
-SHOWN = 5  # of these, where they name no cause
+KEPT = 400  # last lines of the log that are searched for the cause; two tracebacks of vLLM fit
+SHOWN = 5  # last lines that an error shows if they name no cause
 MEMINFO = Path("/proc/meminfo")
 
 
 class Server:
-    """`with Server(folder, serve, "base") as server: server.ask(...)`. Its log goes to stderr."""
+    """`with Server(folder, serve, "base") as server: server.ask(...)`. The server's log goes to stderr."""
 
     def __init__(self, model: Path, serve: Serve, label: str, adapter: Path | None = None):
         self.label = label
@@ -90,7 +90,7 @@ class Server:
         self._stop_group()
 
     def ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One chat completion. Raises StageError with the server's last words if it cannot answer."""
+        """One chat completion. Raises StageError with the cause from the server's log if it cannot answer."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/chat/completions",
             json.dumps(body).encode(),
@@ -127,8 +127,8 @@ class Server:
         raise self._failure(f"vLLM was not ready after {START_SECONDS} s")
 
     def _failure(self, found: str, error: OSError | None = None) -> StageError:
-        """What is said of a server that failed: the cause from its log, else its last lines."""
-        try:  # a process that has just hung up may need a moment to end, and to write why
+        """The error for a server that failed: the cause from its log, or else its last lines."""
+        try:  # after it closed the connection, the process may need a moment to write the cause and to end
             self.process.wait(2)
             self.reader.join(2)
         except subprocess.TimeoutExpired:
@@ -154,7 +154,7 @@ class Server:
             sys.stderr.write(line)
 
     def _stop_group(self) -> None:
-        """The whole process group: the API server's engine and workers are processes of their own."""
+        """Stops the whole process group: the API server's engine and workers are separate processes."""
         for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 10)):
             try:
                 os.killpg(self.process.pid, number)
@@ -168,7 +168,7 @@ class Server:
 
 
 def _available_gb() -> float | None:
-    """GB of memory that a new program could take; None where the system does not say (not Linux)."""
+    """GB of memory that a new program could take; None if the system does not tell (not Linux)."""
     if not MEMINFO.exists():
         return None
     kilobytes = re.search(r"^MemAvailable: +(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
@@ -182,5 +182,5 @@ def _free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    """A server must not outlive a stage that was killed (Linux's PR_SET_PDEATHSIG)."""
+    """Makes the kernel kill the server if the stage is killed (Linux's PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Why a vLLM server ended, read from its own log: the exception that stopped it, and what to do about it.
+"""Reads from a vLLM server's log why it ended: the exception that stopped it, and what to do about it.
 
-vLLM runs an API server and an engine as two processes. The engine's exception comes first; the API server
-then ends with one that only points back to it. Every line may begin with the process (`(EngineCore pid=7)
+vLLM runs an API server and an engine as two processes. The engine's exception comes first. The API server
+then ends with an exception that only refers to it. Every line may begin with the process (`(EngineCore pid=7)
 `) and the logger's level, time and place.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 _PREFIX = re.compile(r"^(?:\([\w ]+ pid=\d+\) ?)?(?:[A-Z]+ \d\d-\d\d [\d:.]+ \[[^\]]+\] ?)?")
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)(?:: .+)?$")
 _USAGE = re.compile(r"^\S.*: error: (.+)$")  # argparse
-# What a process of vLLM's says when one that it started has ended: true, and never the cause.
+# What a vLLM process prints when one of its child processes has ended. It is never the cause.
 _POINTS_BACK = (
     "root cause",
     "Engine process failed to start",
@@ -52,18 +52,18 @@ _REMEDIES = (
 
 @dataclass(frozen=True)
 class Cause:
-    """`text` is the exception in the server's own words, or the signal; `remedy` is what to do."""
+    """`text` is the server's exception in its own words, or the signal; `remedy` is what to do."""
 
     text: str
     remedy: str
 
 
 def cause(lines: Sequence[str], code: int | None, memory_gb: float | None = None) -> Cause | None:
-    """Why a server ended with exit status `code`, given the last lines of its log; None if they do not
-    say.
+    """Why a server ended with exit status `code`, from the last lines of its log; None if the lines do not
+    tell.
 
-    The last exception that is more than a pointer to another one counts: an earlier one may have been
-    caught. `memory_gb` is what was available when it ended.
+    The last exception counts, because an earlier one may have been caught. Exceptions that only refer to
+    another process are skipped. `memory_gb` is the memory that was available when the server ended.
     """
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         available = f" ({memory_gb:.1f} GB are available now)" if memory_gb is not None else ""
@@ -85,7 +85,7 @@ def cause(lines: Sequence[str], code: int | None, memory_gb: float | None = None
 
 
 def _message(lines: Sequence[str]) -> str:
-    """The exception at the head of `lines` with the lines that its message goes on in."""
+    """The exception at the start of `lines`, with the lines that continue its message."""
     message = [lines[0]]
     for line in lines[1:_LONGEST]:
         if (
@@ -94,7 +94,7 @@ def _message(lines: Sequence[str]) -> str:
             or line.startswith(("Traceback", "The above", "During handling", "  File", "Process ", "sys:"))
         ):
             break
-        if not line.startswith(" "):  # a message that goes on is indented: pydantic's
+        if not line.startswith(" "):  # only indented lines continue a message, as pydantic writes them
             break
         message.append(line.strip())
     return " ".join(message)

@@ -1,4 +1,4 @@
-"""What can be said of an evaluation before anything is built: the gate, and the questions beside
+"""Checks of stage evaluate before anything is built: the KV cache, the gate, and the questions against
 production's prompt and tools.
 """
 
@@ -15,18 +15,19 @@ from stages.check import Finding, PlannedStage
 from stages.evaluate import gate, overlap, questions
 from stages.evaluate.parameters import Parameters
 
-# of conversations that are read here, a tenth of a second; stage evaluate looks at all of them before its
-# first server
+# Conversations of up to this size are compared here, in a tenth of a second. Stage evaluate compares all of
+# them before it starts the first server.
 MOST_BYTES = 5_000_000
 
 
-NEWEST = "0.33"  # a vLLM whose limits are those of the device alone: the image's own is not known here
+# The version of the image is not known here. This one has no limits of its own, only those of the device.
+NEWEST = "0.33"
 DTYPES = {"fp8": "FP8", "bfloat16": "BF16", "auto": "the model's own dtype"}
 
 
 def kv_cache_findings(stage: PlannedStage) -> list[Finding]:
-    """Which KV cache the quantised model is served with, and why; an error if the recipe asks for one that
-    this device has not.
+    """A note with the KV cache of the quantised model and the reason for it, or an error if this device does
+    not have the one that the recipe asks for.
     """
     if "quantize" not in stage.inputs:
         return []
@@ -52,7 +53,7 @@ def kv_cache_findings(stage: PlannedStage) -> list[Finding]:
 
 
 def check_sources(stage: PlannedStage) -> list[Finding]:
-    """The KV cache, the gate and the questions of stage evaluate."""
+    """Findings about the KV cache, the gate and the questions of stage evaluate."""
     return [*kv_cache_findings(stage), *gate_and_question_findings(stage)]
 
 
@@ -82,7 +83,7 @@ def gate_and_question_findings(stage: PlannedStage) -> list[Finding]:
         return findings
     question_list, question_findings = questions.read(stage.sources["questions"][0])
     data = stage.inputs["data"].sources if "data" in stage.inputs else {}
-    # A prompt or tools file that cannot be read is for stage data to name.
+    # Stage data reports a prompt or tools file that cannot be read.
     if prompt := _file_text(data.get("prompt")):
         question_findings += questions.prompt_findings(question_list, prompt)
     if "prompt" in data and (tools := _production_tools(data.get("tools"))) is not None:
@@ -102,8 +103,8 @@ def _file_text(paths: list[Path] | None) -> str:
 
 
 def _production_tools(paths: list[Path] | None) -> list[dict[str, Any]] | None:
-    """The production tools; an empty list if the recipe names none, None if the file is not a list of
-    them.
+    """The production tools. An empty list if the recipe names no tools file; None if the file is not a list
+    of tools.
     """
     if not paths:
         return []
@@ -115,8 +116,8 @@ def _production_tools(paths: list[Path] | None) -> list[dict[str, Any]] | None:
 
 
 def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Place and messages of the rows in JSON Lines; rows in other forms are read by stage data and looked
-    at later.
+    """Place and messages of the rows in JSON Lines files. Stage evaluate compares rows of other formats
+    later.
     """
     files = [
         (path, source)

@@ -1,8 +1,8 @@
 """Merge: W + scale * B A in float32, as PEFT computes it, rounded once to the source's dtype, tensor by
 tensor.
 
-Names, dtypes, shard layout, config, tokenizer and template are the source's own; tensors that the adapter
-does not name are copied byte for byte. What comes out is read back and proven before it is handed on.
+Names, dtypes, shards, config, tokenizer and template are those of the source. Tensors that the adapter does
+not name are copied byte for byte. The output is read back and proven before the stage ends.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from stages.merge.peft_reading import PeftReading
 
 
 def run(task: Job) -> None:
+    """Writes the merged checkpoint and `merge.json`. Raises StageError if base or adapter cannot be used, or
+    a proof fails.
+    """
     base_folder, params = task.inputs["base"], task.parameters(Parameters)
     if faults := audit.bf16(base_folder, values=False):
         raise StageError(f"{faults[0].subject}: {faults[0].found}", faults[0].expected, faults[0].remedy)
@@ -50,7 +53,7 @@ def run(task: Job) -> None:
         "scale": adapter.scale,
         **proof.check_files(base, merged, adapter, changed, params.control),
     }
-    if not params.control:  # equal bytes have an equal forward
+    if not params.control:  # a control's bytes are equal, so its forward pass is too
         if params.proof_tokens:
             forward, agreement = proof.check_forward(
                 base, adapter, merged, reading, task.inputs["data"] / "train.jsonl", params, task.device
@@ -68,8 +71,8 @@ def run(task: Job) -> None:
 
 
 def check_names(adapter: Adapter, reading: PeftReading) -> None:
-    """Raises StageError unless PEFT and model/lora.py read changes of the same tensors; warns of what the
-    adapter leaves out.
+    """Raises StageError unless PEFT and model/lora.py find changes of the same tensors. Warns of tensors that
+    the configuration names and the adapter does not store.
     """
     if one_sided := sorted(adapter.pairs.keys() ^ reading.wrappers.keys()):
         reader = "model/lora.py" if one_sided[0] in adapter.pairs else f"PEFT {reading.version}"
@@ -88,7 +91,7 @@ def check_names(adapter: Adapter, reading: PeftReading) -> None:
 
 
 def changed_layers(adapter: Adapter) -> list[str]:
-    """The layers that the adapter changes, by number, and lm_head."""
+    """The numbers of the layers that the adapter changes, and the names of changed linears outside layers."""
     places = {name: adapter.family.layer(name) for name in adapter.pairs}
     return [
         *map(str, sorted({number for number in places.values() if number is not None})),
@@ -97,7 +100,7 @@ def changed_layers(adapter: Adapter) -> list[str]:
 
 
 def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
-    """Writes the merged checkpoint; returns the number of changed elements of every merged tensor."""
+    """Writes the merged checkpoint. Returns the number of changed elements of every merged tensor."""
     changed: dict[str, list[int]] = {}
     done = 0
 

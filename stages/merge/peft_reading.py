@@ -1,9 +1,9 @@
-"""What PEFT itself makes of an adapter: the second reader, which shares no code with model/lora.py.
+"""An adapter as PEFT itself reads it: a second reader that shares no code with model/lora.py.
 
-PEFT builds its wrappers on the model's class with weights that take no memory, in a second whatever the
-model's size. It then loads the adapter a layer at a time, and its own code says what each matrix becomes:
-`Linear.merge` for a linear, `get_delta_factors` for a stack of experts (of which PEFT's own merge would make
-a float32 copy three times over).
+PEFT builds its wrappers on the model's class with weights that take no memory, so this takes a second for any
+model size. Then it loads the adapter one layer at a time, and PEFT's own code computes each changed matrix:
+`Linear.merge` for a linear, `get_delta_factors` for a stack of experts (PEFT's own merge would make three
+float32 copies of the stack).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stages.job import StageError
 
 _NAME = "default"
 _PREFIX = "base_model.model."
-# The name of the adapter within a key, which PEFT's save_pretrained leaves out; a magnitude's key ends there.
+# The adapter's name in a key. PEFT's save_pretrained leaves it out; the key of a magnitude ends before it.
 _ADAPTER_NAME = re.compile(r"(?<=lora_[AB])[.][^.]+(?=[.]weight$)|(?<=lora_magnitude_vector)[.].*$")
 ONLY_PEFT = "Merge with PEFT itself to see why, and save the adapter again with its save_pretrained."
 
@@ -34,25 +34,25 @@ ONLY_PEFT = "Merge with PEFT itself to see why, and save the adapter again with 
 class Wrapper:
     """One LoRA layer of PEFT.
 
-    `stack` is the native name of the stack of experts that it changes, None for a linear.
+    `stack` is the native name of the stack of experts that it changes; None for a linear.
     """
 
     path: str
-    layer: Any  # a LoraLayer of PEFT, whose parts mypy takes for Tensor | Module
+    layer: Any  # a LoraLayer of PEFT; mypy would take its parts for Tensor | Module
     stack: str | None
 
 
 class PeftReading:
     """An adapter as PEFT reads it.
 
-    `wrappers` maps the hub name of every tensor that PEFT would change to its LoRA layer. `absent` are the
-    tensors that its configuration names and for which it stores nothing: PEFT leaves them as they are.
+    `wrappers` maps the hub name of every tensor that PEFT would change to its LoRA layer. `absent` lists the
+    tensors that the adapter's configuration names but does not store; PEFT leaves them unchanged.
     """
 
     def __init__(self, folder: Path, tensors: Tensors, config: dict[str, Any], device: str = "cpu"):
         """`folder` holds adapter_config.json, `tensors` are the adapter's, `config` is the base's.
 
-        Raises StageError if PEFT refuses the adapter, or would leave out one of its tensors.
+        Raises StageError if PEFT refuses the adapter or would ignore one of its tensors.
         """
         import peft
 
@@ -63,11 +63,10 @@ class PeftReading:
         modules = (key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in self._lora_keys)
         hub_class = any(self._family.native(module) != module for module in modules)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # missing keys, and layers that it cannot know to be of this model
+            # PEFT warns of missing keys, and of layers whose model it does not know.
+            warnings.simplefilter("ignore")
             try:
-                # Modules that are stored whole are compared with the base by model/lora.py.
+                # model/lora.py compares the modules that are stored whole with the base.
                 settings = dataclasses.replace(
                     peft.PeftConfig.from_pretrained(str(folder)), modules_to_save=None, inference_mode=True
                 )
@@ -85,7 +84,7 @@ class PeftReading:
                     f"PEFT {peft.__version__} refuses the adapter: {error}", "one that PEFT loads", ONLY_PEFT
                 ) from error
         self.wrappers = dict(self._wrappers())
-        self._keys: dict[str, list[str]] = {}  # of a wrapper's path
+        self._keys: dict[str, list[str]] = {}  # path of a wrapper -> keys of its tensors
         paths = {wrapper.path for wrapper in self.wrappers.values()}
         for key in self._lora_keys:
             path = key.rpartition(".lora_")[0]
@@ -112,6 +111,7 @@ class PeftReading:
         }
 
     def _wrappers(self) -> Iterator[tuple[str, Wrapper]]:
+        """Hub name and wrapper of every tensor that PEFT would change."""
         from peft.tuners.lora import LoraLayer
 
         stacks: dict[str, list[str]] = {}
@@ -130,7 +130,7 @@ class PeftReading:
                 yield f"{self._family.hub(plain)}.weight", Wrapper(path, layer, None)
 
     def _hub_class(self, config: dict[str, Any]) -> nn.Module:
-        """Linears under the names of the hub's own class, which has a module for every expert."""
+        """A model of linears with the names of the hub's own class, which has one module per expert."""
         shapes: dict[str, tuple[int, ...]] = {
             name: (linear.out, linear.inside) for name, linear in self._linears.items()
         }
@@ -148,12 +148,12 @@ class PeftReading:
 
     @contextmanager
     def loaded(self, tensors: list[str]) -> Iterator[None]:
-        """Holds what PEFT needs to know of the changes of these hub tensors, in float32."""
+        """Loads PEFT's factors of these hub tensors in float32, and drops them when the context ends."""
         import peft
 
         paths = {self.wrappers[name].path: self.wrappers[name].layer for name in tensors}
         keys = [key for path in paths for key in self._keys[path]]
-        # The file's own names, without the adapter's: PEFT finds their places.
+        # PEFT expects the names of the file, which do not contain the adapter's name.
         state = {
             _ADAPTER_NAME.sub("", key): self._tensors.tensor(key).float().to(self._device) for key in keys
         }
@@ -176,7 +176,9 @@ class PeftReading:
                     part.to("meta")
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A (rank, in) and scale * B (out, rank) of one loaded change; None for DoRA, which is no sum."""
+        """A (rank, in) and scale * B (out, rank) of one loaded change; None for DoRA, whose change is not a
+        product.
+        """
         wrapper = self.wrappers[name]
         layer = wrapper.layer
         if wrapper.stack:
@@ -191,14 +193,14 @@ class PeftReading:
 
     @torch.no_grad()
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """What PEFT makes of the weight (out, in) of one loaded hub tensor, float32."""
+        """The weight (out, in) of one loaded hub tensor with PEFT's change, float32."""
         wrapper = self.wrappers[name]
         layer, weight = wrapper.layer, weight.to(self._device, torch.float32)
         if wrapper.stack:
             stacked_b, stacked_a, scale = layer.get_delta_factors(_NAME)
             expert = self._linears[name].index
             change: torch.Tensor = (stacked_b[expert] @ stacked_a[expert]) * scale
-            return weight + change  # as its get_delta_weight multiplies
+            return weight + change  # multiplied in the order of PEFT's get_delta_weight
         if type(layer).__name__ == "ParamWrapper":
             change = (layer.lora_B[_NAME].weight @ layer.lora_A[_NAME].weight) * layer.scaling[_NAME]
             return weight + change
@@ -215,8 +217,8 @@ class PeftReading:
 
 
 def _weightless(model: nn.Module, device: str) -> nn.Module:
-    """The model with one zero for each of its weights: PEFT moves what it loads to the device of the weight
-    that it is for.
+    """The model with every weight replaced by one expanded zero. PEFT moves what it loads to the device of
+    that zero.
     """
     for module in model.modules():
         for name, value in module.named_parameters(recurse=False):

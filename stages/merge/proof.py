@@ -25,22 +25,22 @@ from stages.merge.parameters import Parameters
 from stages.merge.peft_reading import PeftReading
 from stages.merge.rounding import DO_NOT_USE, Agreement, compare
 
-ALLOWED = 1.2  # times the error of the reference, which is one rounding of the right weights
-NOISE = 0.01  # of the adapter's effect: what two orders of summing make of near-tied routers
+ALLOWED = 1.2  # times the error of the reference, which rounds the exact weights once
+NOISE = 0.01  # of the adapter's effect: another order of summing can change near-tied routing
 REPORT = "Do not use this merge; report it."
 
 
 def check_files(
     base: Checkpoint, merged: Checkpoint, adapter: Adapter, changed: dict[str, int], control: bool = False
 ) -> dict[str, Any]:
-    """Same names, shapes and dtypes as the source; tensors that the adapter does not name, or all of a
-    control, byte for byte.
+    """Checks that names, shapes and dtypes are those of the source, and that tensors that the adapter does
+    not name are equal byte for byte; all tensors, if it is a control.
 
-    Reads the merged files back from disk. `changed` holds the number of changed elements of every merged
+    The merged files are read back from disk. `changed` holds the number of changed elements of every merged
     tensor. Warns of idle tensors and of changes too small for BF16. Raises StageError with the tensor's name,
     and if nothing changed at all.
     """
-    # Not by what it changed alone: a trained adapter that BF16 rounds away would pass for a control too.
+    # B itself is checked, because the merge of a trained but tiny adapter can equal the base in BF16.
     if control and (
         trained := sorted(
             name for name in {pair.b for pair in adapter.pairs.values()} if adapter.tensor(name).any()
@@ -88,11 +88,11 @@ def check_files(
 
 
 def unchanged_tensors(adapter: Adapter, changed: dict[str, int]) -> dict[str, list[str]]:
-    """The tensors that the merge left as they were: `idle` ones, whose change is zero, and those whose change
-    is too small for BF16.
+    """The merged tensors that equal the base: `idle` ones, whose change is zero, and `too_small` ones, whose
+    change BF16 rounds away.
 
-    An expert that no training token reached is idle, which is no fault. Raises StageError if that is true of
-    every tensor.
+    An expert that no training token reached is idle; that is no fault. Raises StageError if no tensor
+    changed.
     """
     unchanged = sorted(name for name, count in changed.items() if not count)
     idle = [name for name in unchanged if adapter.change(name).zero]
@@ -132,7 +132,7 @@ def _joined_names(tensors: list[str]) -> str:
 
 
 def check_tensors(base: Checkpoint, merged: Checkpoint, adapter: Adapter, reading: PeftReading) -> Agreement:
-    """Compares every merged tensor, read back from disk, with what PEFT makes of the base's.
+    """Compares every merged tensor, read back from disk, with what PEFT computes from the base's.
 
     Raises StageError with the tensor's name.
     """
@@ -158,15 +158,15 @@ def check_forward(
     params: Parameters,
     device: str,
 ) -> tuple[dict[str, Any], Agreement]:
-    """The merged model's forward against that of base and adapter, on real conversations, in
+    """Compares the merged model's forward pass with that of base and adapter, on real conversations, in
     `proof_precision`.
 
-    Four models go through the layers side by side, so memory is that of a layer: the base; the base with the
-    adapter's factors beside its weights; the reference, which is the base with W + scale * B A as PEFT reads
-    the adapter, rounded once; and the merged files. Rounding to BF16 is unavoidable, and routers that are
-    near ties make more of it. So the merged model's error against the adapter's forward may be 1.2 times the
-    reference's, after every layer and in the logits, and no constant bounds it. On the way every merged
-    tensor is compared with the reference's, as `check_tensors` does.
+    Four models go through the layers side by side, so memory is that of one layer: (1) the base; (2) the base
+    with the adapter's factors next to its weights; (3) the reference: the base with W + scale * B A as PEFT
+    reads the adapter, rounded once; (4) the merged files. Rounding to BF16 cannot be avoided, and near-tied
+    routers amplify it, so no constant bounds the error. Instead the merged model's error against (2) may be
+    1.2 times the reference's, after every layer and in the logits. Every merged tensor is also compared with
+    the reference's, as in `check_tensors`.
 
     Raises StageError with the tensor's or the layer's name, and if the adapter has no effect at all.
     """
@@ -193,7 +193,7 @@ def check_forward(
         reference.through(block)
         all_equal = all_equal and not differing
         if all_equal:
-            merged_walk.hidden = list(reference.hidden)  # equal weights on equal states
+            merged_walk.hidden = list(reference.hidden)  # equal weights and equal inputs
         else:
             layers.fill(number, merged.tensor, differing)
             merged_walk.through(block)
@@ -223,8 +223,8 @@ def check_forward(
 
 
 def check_error(subject: str, error: float, rounding_error: float, effect: float) -> float:
-    """`error`, if one rounding of the weights explains it: `least` is what the reference is off by, `effect`
-    what the adapter changes.
+    """Returns `error` if rounding the weights once explains it, else raises StageError. `rounding_error` is
+    the error of the reference, `effect` the adapter's own effect.
     """
     if not error <= ALLOWED * rounding_error + NOISE * effect:
         raise StageError(
@@ -238,16 +238,17 @@ def check_error(subject: str, error: float, rounding_error: float, effect: float
 
 
 def projections(block: torch.nn.Module) -> dict[str, Projection]:
+    """The projections of a block, by name."""
     return {name: module for name, module in block.named_modules() if isinstance(module, Projection)}
 
 
 def attach_factors(
     block: torch.nn.Module, changed: list[Linear], reading: PeftReading, base: Checkpoint
 ) -> Callable[[str], torch.Tensor]:
-    """Puts the adapter's factors beside the weights of a filled block, and returns what reads a weight of it
+    """Adds the adapter's factors to the projections of a filled block. Returns a function that reads a weight
     as the base has it.
 
-    A change by DoRA has no factors: its weight is put in whole, as exactly as the block's dtype holds it.
+    DoRA's change has no factors. Such a weight is replaced as a whole, rounded to the block's dtype.
     """
     modules, places = projections(block), {linear.weight: linear for linear in changed}
     parts: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -287,9 +288,9 @@ def reference_reader(
     agreement: Agreement,
     differing: list[str],
 ) -> Callable[[str], torch.Tensor]:
-    """What reads a tensor of the reference, after comparing it with the merged one.
+    """A function that reads a tensor of the reference, after comparing it with the merged one.
 
-    Names whose bits differ are added to `differing`.
+    It adds the names of tensors whose bits differ to `differing`.
     """
 
     def read(name: str) -> torch.Tensor:
@@ -308,7 +309,9 @@ def judge_logits(
     reference: Iterable[torch.Tensor],
     merged: Iterable[torch.Tensor],
 ) -> dict[str, Any]:
-    """Judges the logits of base, base with adapter, reference and merge, chunk by chunk."""
+    """Compares the logits of base, base with adapter, reference and merge, chunk by chunk. Raises StageError
+    if the adapter has no effect or the merge's error is too large.
+    """
     tokens = agree = 0
     effect = rounding_error = error = 0.0
     for before, exact, rounded, after in zip(plain, adapted, reference, merged, strict=True):
@@ -335,7 +338,7 @@ def judge_logits(
 
 
 def sample_conversations(rows: Path, tokens: int) -> list[torch.Tensor]:
-    """The first training conversations, int64 (length,) each, until there are `tokens` tokens."""
+    """The first training conversations, int64 (length,) each, at most `tokens` tokens in all."""
     conversations, count = [], 0
     for _, row in dataset.read(rows):
         ids = row["input_ids"][: tokens - count]

@@ -1,4 +1,4 @@
-"""Whether a merged tensor is what PEFT makes of the weight, rounded once."""
+"""Whether a merged tensor equals PEFT's result, rounded once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 from stages.job import StageError
 
-# Two orders of the same float32 sum differ by about rank * 2**-24 of its terms. Only next to the middle
-# between two BF16 numbers does that decide which of them is written, so an element may differ where a value
-# this close rounds so.
+# Summing the same float32 terms in another order changes the sum by about rank * 2**-24 of the terms. That
+# changes the BF16 result only close to the middle between two BF16 numbers. So an element may differ if a
+# value within this distance rounds to it.
 OF_TERMS, OF_LARGEST = 2.0**-16, 2.0**-20
 DO_NOT_USE = (
     "The adapter was merged into the wrong place or with the wrong scale, or the file changed after it was "
@@ -20,8 +20,8 @@ DO_NOT_USE = (
 
 @dataclass
 class Agreement:
-    """What was compared: tensors, those with equal bits, and elements that float32's order of summing
-    decided.
+    """Counts of tensors compared, of tensors with equal bits, and of elements that differ by float32's order
+    of summing.
     """
 
     tensors: int = 0
@@ -32,11 +32,11 @@ class Agreement:
 def compare(
     name: str, weight: torch.Tensor, applied: torch.Tensor, merged: torch.Tensor, agreement: Agreement
 ) -> bool:
-    """Whether `merged` has the bits of `applied`, rounded once. Raises StageError, with the tensor's name,
-    where the two differ by more than an order of summing.
+    """Whether `merged` has the bits of `applied`, rounded once. Raises StageError with the tensor's name if
+    they differ by more than the order of summing can explain.
 
-    weight and merged (out, in) in the checkpoint's dtype, applied (out, in) float32: the weight with its
-    change.
+    `weight` and `merged` (out, in) are in the checkpoint's dtype; `applied` (out, in), the weight with its
+    change, is float32.
     """
     reference = applied.to(merged.dtype)
     merged, weight = merged.to(applied.device), weight.to(applied.device).float()

@@ -1,4 +1,4 @@
-"""The model card: what it is, how it behaves, what it was made from, how to run it."""
+"""The model card: what the model is, how it behaves, what it was made from, and how to run it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def markdown(
     checkpoint: Served,
     provenance: dict[str, dict[str, str]],
 ) -> str:
+    """The model card as Markdown. `serve` is the content of serve.json, `report` that of report.json."""
     form, weights = {
         "nvfp4": ("NVFP4", f"Layout `{checkpoint.layout}`"),
         "merged": ("BF16", "The adapter merged into the weights"),
@@ -48,6 +49,7 @@ def markdown(
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """An aligned Markdown table."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Writes what a server needs beside the model, once the evaluation's gate has passed."""
+"""Writes what a server needs besides the model. Runs only if the evaluation's gate has passed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ PORT = 8000
 
 
 def run(task: Job) -> None:
+    """Writes the artifact `serving`. Raises StageError if the gate did not pass, or if this vLLM cannot serve
+    the model.
+    """
     report = json.loads((task.inputs["evaluate"] / "report.json").read_text())
     gate = report["gate"]
-    # a gate that asks nothing passes whatever it sees
+    # An empty gate asks for nothing, so its `passed` means nothing.
     if not gate["passed"] or not (gate["asks"] or gate["unchecked"]):
         raise StageError(
             "the evaluation's gate did not pass: " + "; ".join(gate["why"] or ["it asks nothing"]),
@@ -74,7 +77,7 @@ def run(task: Job) -> None:
 
 
 def served_checkpoint(task: Job, serving: Serving, serves: str) -> Served:
-    """What decides the flags of what is served."""
+    """The properties of the served checkpoint that decide the server's flags."""
     match serves:
         case "nvfp4":
             return serve.quantised(task.inputs["quantize"])
@@ -85,8 +88,8 @@ def served_checkpoint(task: Job, serving: Serving, serves: str) -> Served:
 
 
 def check_question(task: Job, serves: str) -> dict[str, Any]:
-    """A question of the evaluation that the served model answers otherwise than the base, so that a
-    running server can be told from one.
+    """A question that the served model and the base answer differently. It shows which of the two a running
+    server serves.
     """
     exchange = json.loads((task.inputs["evaluate"] / "exchange.json").read_text())
     base, answer = (exchange["answers"].get(column) for column in ("base", serves))

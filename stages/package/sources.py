@@ -1,4 +1,4 @@
-"""What can be said of an image before anything is built: it needs a gate that can pass."""
+"""Checks of stage package before anything is built: it needs a gate that can pass."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from stages.check import Finding, PlannedStage
 
 
 def check_sources(stage: PlannedStage) -> list[Finding]:
-    """An image is made of a report whose gate passed. Without a gate, and of a control, there will be
-    none.
-    """
+    """A finding if no image can result: without a gate, or for a control, whose gate never passes."""
     params = stage.inputs["evaluate"].params
     if params["control"]:
         return [

@@ -1,5 +1,5 @@
-"""The audit of any checkpoint, in the image of this stage: `build.py audit` starts it. It decides nothing of
-what the stage makes, and is in no key.
+"""The audit of any checkpoint, in the image of this stage; `build.py audit` starts it. The stage's output
+does not depend on it, so it is in no key.
 
     python -m stages.quantize.audit FOLDER [--base FOLDER] [--vllm VERSION]
 """

@@ -1,8 +1,8 @@
-"""Activation maxima of every quantised linear: one forward over real conversations, a layer at a time.
+"""Activation maxima of every quantised linear: one forward pass over real conversations, one layer at a time.
 
-Conversations are packed and go through the layers side by side with nothing but the layer that they are in
-(model/walk.py); experts run as grouped products and keep a maximum for each expert.
-`stages/quantize/reference.py` has ModelOpt do the same.
+Conversations are packed and go through the layers together; only the current layer is in memory
+(model/walk.py). Experts run as grouped products and keep one maximum per expert.
+`stages/quantize/reference.py` does the same with ModelOpt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def conversations(rows: Path, count: int, tokens: int) -> list[torch.Tensor]:
-    """Up to `count` training conversations of at most `tokens` tokens, spread evenly over the file, int64
+    """Up to `count` training conversations of at most `tokens` tokens, spread evenly over the file; int64
     (length,) each.
     """
     chosen = itertools.islice(dataset.read(rows, step=max(1, dataset.count(rows) // count)), count)
@@ -39,7 +39,7 @@ def conversations(rows: Path, count: int, tokens: int) -> list[torch.Tensor]:
 
 
 class Maxima:
-    """The largest absolute input of each projection of a block: float32 (experts,), zero where an expert
+    """The largest absolute input of each projection of a block: float32 (experts,), zero for an expert that
     got no token.
     """
 
@@ -71,7 +71,7 @@ class Maxima:
             routing = Routing.of(index, up.experts)
             y, u = experts.run(hidden, routing, share, up, down)
             expert = index.flatten()[routing.order]
-            # The largest square of what is positive is the square of the largest.
+            # down's input is relu(u) squared, so its maximum is the square of u's largest positive value.
             largest = (hidden.abs().amax(-1)[routing.token], u.relu().amax(-1).square())
             for part, rows in zip(experts.STACKS, largest, strict=True):
                 self._update(
@@ -83,7 +83,7 @@ class Maxima:
         return forward
 
     def close(self) -> None:
-        """Takes the block's own forwards back."""
+        """Removes the hooks and restores the block's own forward functions."""
         for handle in self._handles:
             handle.remove()
         for module in self._stacks:
@@ -94,13 +94,13 @@ class Maxima:
 def maxima(
     source: Checkpoint, layout: str, rows: list[torch.Tensor], device: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Hub name of each linear quantised in layout `chosen` -> largest absolute input it saw, float32
-    scalar; and the idle experts' names.
+    """Hub name -> largest absolute input, float32 scalar, of each linear that `layout` quantises; and the
+    names of idle experts.
 
-    An expert that no token was routed to has the largest of its layer. Raises StageError on a maximum that
-    is no positive number.
+    An idle expert got no token; it takes the largest maximum of its layer. Raises StageError if a maximum is
+    not a positive number.
     """
-    # BF16 products are emulated on a CPU, and several times slower
+    # A CPU emulates BF16 products, which is several times slower than float32.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     linears, largest, idle_names = layouts.linears(source.config, layout), {}, []
     layers = walk.Layers(source.config, dtype, device)

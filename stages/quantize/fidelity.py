@@ -1,9 +1,9 @@
-"""What four bits cost: the quantised model beside the one it was made from, on held-out conversations,
-before anything is served.
+"""The loss of quality through quantisation: compares the quantised model with its source on held-out
+conversations, before anything is served.
 
-Both go through the layers side by side (model/walk.py), the quantised one with what its codes and
-scales stand for. Activations are not rounded here, as Marlin does not round them either; what W4A4 units
-add to it shows when the model is asked (stage evaluate).
+Both models go through the layers side by side (model/walk.py), the quantised one with its dequantised
+weights. Activations are not rounded here, and Marlin does not round them either. The additional error of W4A4
+shows in stage evaluate.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from stages.job import StageError
 
 
 def held_out_rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The first held-out conversations, `tokens` tokens at most: ids, and the label of the next token,
-    both int64 (length,).
+    """The first held-out conversations, at most `tokens` tokens: ids, and the label of each next token, both
+    int64 (length,).
 
-    Raises StageError if no token of them is trained.
+    Raises StageError if none of these tokens is trained.
     """
     chosen, remaining = [], tokens
     for _, row in dataset.read(path):
@@ -48,7 +48,7 @@ def held_out_rows(path: Path, tokens: int) -> list[tuple[torch.Tensor, torch.Ten
 
 
 def dequantising_reader(quantised: Checkpoint) -> walk.Read:
-    """Reads a quantised checkpoint as the weights that it stands for, float32."""
+    """A function that reads a tensor of a quantised checkpoint, with quantised weights as float32."""
 
     def read(name: str) -> torch.Tensor:
         stem = name.removesuffix(".weight")
@@ -67,8 +67,8 @@ def dequantising_reader(quantised: Checkpoint) -> walk.Read:
 def measure(
     source: Checkpoint, quantised: Checkpoint, rows: list[tuple[torch.Tensor, torch.Tensor]], device: str
 ) -> dict[str, Any]:
-    """Loss of both (nats a trained token), KL(source || quantised) in nats, share of equal greedy tokens,
-    and the relative error after each layer.
+    """The loss of both models (nats per trained token), KL(source || quantised) in nats, the share of equal
+    greedy tokens, and the relative error after each layer.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sequences = walk.packed([ids for ids, _ in rows])
@@ -98,8 +98,8 @@ def measure(
 def logit_figures(
     before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], following: torch.Tensor
 ) -> dict[str, Any]:
-    """The figures of two runs of logits (n, vocabulary) on the tokens that follow, where these are
-    trained.
+    """Loss, KL and greedy agreement of two streams of logits (n, vocabulary). `following` are the labels of
+    the next tokens; only trained ones count.
     """
     count = agree = offset = 0
     sums = {"source": 0.0, "quantised": 0.0, "kl": 0.0}

@@ -1,9 +1,9 @@
-"""Quantise: BF16 shards to NVFP4 shards, one tensor at a time, then an audit of every tensor that was
+"""Quantise: writes BF16 shards as NVFP4 shards, one tensor at a time, then audits every tensor that was
 written.
 
-Calibrating, packing and writing are ours, the last two bit-exact with ModelOpt's own packing
-(model/weights/nvfp4.py); with `engine: modelopt` ModelOpt calibrates. Its exporter is left out on purpose: at
-0.47 it writes control characters into this architecture's names and goes through save_pretrained.
+Calibration, packing and writing are our own code. Packing is bit-exact with ModelOpt's
+(model/weights/nvfp4.py). With `engine: modelopt` ModelOpt calibrates. ModelOpt's exporter is not used on
+purpose: version 0.47 writes control characters into this architecture's names and calls save_pretrained.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from stages.quantize.parameters import Parameters
 
 
 def run(task: Job) -> None:
+    """Writes the NVFP4 checkpoint and `audit.json`. Raises StageError if the audit finds a fault."""
     source, params = Checkpoint(task.inputs["merge"]), task.parameters(Parameters)
     layout, weight_only = params.layout, params.format == "w4a16"
     modules = layouts.quantised(source.config, layout)
@@ -85,8 +86,8 @@ def run(task: Job) -> None:
 
 
 def fidelity_report(source: Checkpoint, quantised: Checkpoint, task: Job) -> dict[str, Any]:
-    """`{"fidelity": figures}` of the quantised model on held-out conversations; empty, with a warning,
-    where stage data held none out.
+    """`{"fidelity": figures}` of the quantised model on held-out conversations. Empty, with a warning, if
+    stage data held none out.
     """
     path = task.inputs["data"] / "eval.jsonl"
     if not dataset.count(path):
@@ -117,9 +118,7 @@ def activation_maxima(
 
 
 class Packing:
-    """One matrix on its way to NVFP4: packed by whichever of its parts is asked for first, dropped after
-    the last.
-    """
+    """One matrix that is being quantised. The first requested part packs it; the last one frees it."""
 
     def __init__(
         self, source: Checkpoint, module: str, input_scale: torch.Tensor | None, search: str, device: str
@@ -133,6 +132,7 @@ class Packing:
         self._parts: dict[str, Any] | None = None
 
     def part(self, name: str) -> torch.Tensor:
+        """The part `name` of the packed matrix, such as `weight_scale`. Each part can be taken once."""
         with self._lock:
             if self._parts is None:
                 packed = nvfp4.pack(self.source.tensor(f"{self.module}.weight").to(self.device), self.search)
@@ -142,10 +142,10 @@ class Packing:
 
 
 def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tensor], task: Job) -> None:
-    """Writes the shards with the linears `modules` quantised, a file for each of the source's, and
-    everything beside them.
+    """Writes the shards with the linears `modules` quantised, one file per source file, and copies all other
+    files.
 
-    Without `maxima` weights alone are quantised, and no input has a scale.
+    If `maxima` is empty, only weights are quantised and inputs have no scale.
     """
     output, packed = task.output, set(modules)
     params = task.parameters(Parameters)
@@ -192,6 +192,6 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
     for path in files_beside(source.folder):
         if path.name != INDEX:
             shutil.copyfile(path, output / path.name)
-    # A single shard can have an index too (model-00001-of-00001), and is found by nothing else.
+    # A single shard can have an index too (model-00001-of-00001). Without the index no loader finds it.
     if (source.folder / INDEX).exists():
         write_index(output, written)

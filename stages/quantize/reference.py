@@ -1,5 +1,5 @@
-"""Activation maxima as ModelOpt finds them: the second opinion on stages/quantize/calibrate.py, with the
-whole model in memory.
+"""Activation maxima as ModelOpt finds them, to check stages/quantize/calibrate.py. The whole model is in
+memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stages.job import StageError
 
 
 def preset(config: dict[str, Any], layout: str) -> dict[str, Any]:
-    """ModelOpt's preset for this architecture, with all that `chosen` leaves in BF16 switched off by name."""
+    """ModelOpt's preset for this architecture; linears that `layout` leaves in BF16 are disabled by name."""
     settings: dict[str, Any] = copy.deepcopy(quantization.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG)
     family = registry.of(config)
     for module in layouts.excluded(config, layout):
@@ -32,12 +32,11 @@ def preset(config: dict[str, Any], layout: str) -> dict[str, Any]:
 def maxima(
     folder: Path, config: dict[str, Any], layout: str, rows: list[torch.Tensor], device: str
 ) -> dict[str, torch.Tensor]:
-    """Hub name of each quantised linear -> largest absolute input it saw, float32 scalar.
+    """Hub name -> largest absolute input, float32 scalar, of each quantised linear.
 
-    The experts of a layer share one maximum per projection, so that an expert no token was routed to has a
-    scale too.
+    The experts of a layer share one maximum per projection, so an expert without tokens has a scale too.
     """
-    # float32 on CPU: BF16 products there are emulated and several times slower.
+    # A CPU emulates BF16 products, which is several times slower than float32.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = registry.of(config).load(folder, dtype).to(device).eval()
 

@@ -7,12 +7,12 @@ from stages import job
 from stages.train import ranks, start
 
 if __name__ == "__main__":
-    # These two count before torch is loaded. fit.run reads them all, and names what is missing in an event.
+    # Only these two parameters matter before torch is loaded. fit.run reads all, and reports missing ones.
     params = job.read(sys.argv[1]).params if len(sys.argv) == 2 else {}
     if params.get("ranks", 1) > 1 and not ranks.under_torchrun():
         ranks.launch(params["ranks"], sys.argv[1])
 
-    # ranks share their folder
+    # All ranks share one folder, so one warning is enough.
     warn = job.warning if os.environ.get("RANK", "0") == "0" else lambda message, remedy: None
     start.before_torch(warn, params.get("deterministic", False))
     from stages.train import fit

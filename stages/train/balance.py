@@ -1,16 +1,16 @@
-"""Shares the documents of a step among ranks by what they cost, so that no rank waits long for another."""
+"""Divides the documents of a step among ranks by their cost, so that no rank waits long for another."""
 
 from __future__ import annotations
 
-CLOSE = 0.005  # of the mean: a share that is more expensive by less than this is left as it is
+CLOSE = 0.005  # of the mean cost: the most expensive share may be above the mean by this much
 
 
 def spread(costs: list[int], count: int) -> list[list[int]]:
     """The indices of `costs` in `count` shares of about equal cost, each share in ascending order.
 
-    The most expensive document first, each to the share that costs least so far. Then documents change
-    places for as long as that makes the most expensive share cheaper. Costs are integers, so all ranks find
-    the same shares.
+    Documents are assigned from the most expensive to the cheapest, each to the share with the lowest cost so
+    far. Then documents are exchanged as long as that makes the most expensive share cheaper. Costs are
+    integers, so all ranks compute the same shares.
     """
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
@@ -25,11 +25,12 @@ def spread(costs: list[int], count: int) -> list[list[int]]:
 
 
 def _exchange(shares: list[list[int]], loads: list[int], costs: list[int]) -> bool:
-    """Exchanges a document of the most expensive share for one of another; False if that makes it no cheaper.
+    """Exchanges a document of the most expensive share for one of another share. False if no exchange makes
+    it cheaper.
 
-    Of all such exchanges, it does the one after which the more expensive of the two shares costs least.
-    Moving a document without taking one back gains next to nothing: the first pass gave each to the
-    cheapest share already.
+    It takes the exchange after which the more expensive of the two shares costs least. Moving a document
+    without an exchange would gain almost nothing, because `spread` has given each document to the cheapest
+    share.
     """
     heaviest = loads.index(max(loads))
     if loads[heaviest] * len(loads) <= (1 + CLOSE) * sum(loads):

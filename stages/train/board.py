@@ -1,8 +1,7 @@
 """The run as a TensorBoard event file: `tensorboard --logdir $(python build.py path train)`.
 
-Written record by record, so that it can be watched while the run goes on, and without the host name,
-process number and clock that TensorBoard's own writer puts into file name and events: one run is one file,
-byte for byte.
+Each record is written at once, so the file can be watched during the run. TensorBoard's own writer puts host
+name, process number and clock into the file; this one does not, so that equal runs write equal bytes.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from pathlib import Path
 
 from stages.train.loop import History
 
-FILE = "events.out.tfevents.0.annie"  # TensorBoard looks for the middle part
+FILE = "events.out.tfevents.0.annie"  # TensorBoard searches for "tfevents"
 
 
 class Board:
-    """An event file in `folder`. A resumed run begins with what came before."""
+    """An event file in `folder`. In a resumed run it begins with the earlier steps."""
 
     def __init__(self, folder: Path, history: History):
         from tensorboard.compat.proto.event_pb2 import Event
@@ -29,7 +28,7 @@ class Board:
             self.step(history, step)
 
     def step(self, history: History, step: int) -> None:
-        """Everything that was measured at `step`. The clock is the step's number."""
+        """Writes everything that was measured at `step`. The step's number is the clock."""
         self._write(
             step,
             {

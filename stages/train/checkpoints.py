@@ -1,5 +1,5 @@
-"""Training checkpoints that say whether they are whole: a kill in the middle of a save must not be resumed
-from.
+"""Training checkpoints that record whether they are whole, because a run must not resume from one that was
+cut off.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SEAL = "whole.json"
 
 
 def seal(folder: Path) -> None:
-    """Writes the digest of every file of a finished checkpoint into it, last of all and at one stroke."""
+    """Writes the digest of every file of a finished checkpoint into it, as the last file and atomically."""
     table = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != SEAL:
@@ -28,7 +28,7 @@ def seal(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """True if the folder has its seal and every file is what the seal says."""
+    """Whether the folder has its seal and every file has the digest of the seal."""
     try:
         table = json.loads((folder / SEAL).read_text())
         return all(
@@ -40,11 +40,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def step_number(folder: Path) -> int:
+    """The step after which the checkpoint `folder` was saved."""
     return int(folder.name.rsplit("-", 1)[1])
 
 
 def newest(scratch: Path) -> tuple[Path | None, list[Path]]:
-    """The newest whole checkpoint of `scratch`, and the newer ones that are torn."""
+    """The newest whole checkpoint in `scratch`, and the newer ones that are torn."""
     torn: list[Path] = []
     for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=step_number, reverse=True):
         if is_whole(folder):
@@ -54,7 +55,7 @@ def newest(scratch: Path) -> tuple[Path | None, list[Path]]:
 
 
 def clear(folder: Path) -> None:
-    """An empty folder, whatever a kill left in it."""
+    """Makes `folder` an empty folder, whatever a killed run left in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

@@ -1,8 +1,8 @@
-"""One fine-tuning run: base and tokens in, adapter and loss curve out.
+"""One fine-tuning run: it reads a base and tokens, and writes an adapter and the loss curve.
 
-The base is loaded into our own parts of the native class (model/assemble.py), rows come tokenised and
-masked from `data`, so training and serving cannot disagree about the template, and the loop is
-stages/train/loop.py. The router is frozen.
+The base is loaded into our own parts of the native class (model/assemble.py). Stage data has tokenised and
+masked the rows, so training and serving use the same template. stages/train/loop.py is the loop. The router
+is frozen.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run(task: Job) -> None:
     guard.check_steps(params.steps)
     group = ranks.join(task.device)
     if task.device == "cpu":
-        # Small matrices gain from a second core and lose from a third; and sums come out the same everywhere.
+        # Small matrices gain from a second core and lose from a third; a fixed number makes sums repeatable.
         torch.set_num_threads(max(1, 2 // group.world))
     if params.deterministic:
         determinism.enable()
@@ -73,8 +73,8 @@ def run(task: Job) -> None:
 
 
 def read_rows(path: Path, may_be_empty: bool = False) -> list[dict[str, Any]]:
-    """`input_ids` and `labels` of every row, lists of equal length, and its `number`. Raises StageError on
-    an empty file, unless it `may_be_empty`.
+    """`input_ids` and `labels` of every row, lists of equal length, and the row's `number`. Raises StageError
+    for an empty file unless `may_be_empty`.
     """
     rows = [
         {"input_ids": row["input_ids"], "labels": row["labels"], "number": n}
@@ -90,12 +90,14 @@ def read_rows(path: Path, may_be_empty: bool = False) -> list[dict[str, Any]]:
 
 
 def lengths(rows: list[dict[str, Any]]) -> list[int]:
-    """Tokens of every row."""
+    """The number of tokens of every row."""
     return [len(row["input_ids"]) for row in rows]
 
 
 def load_model(task: Job, group: ranks.Ranks) -> Model:
-    """The base with a fresh adapter on it, everything else frozen. Raises StageError where that cannot be."""
+    """The base with a new adapter on it; everything else is frozen. Raises StageError if that is not
+    possible.
+    """
     params = task.parameters(Parameters)
     form = memory.METHODS[params.method]
     if params.sharded and group.world == 1:
@@ -131,9 +133,10 @@ def load_model(task: Job, group: ranks.Ranks) -> Model:
 
 
 def adapt(model: Model, params: Parameters, seed: int) -> None:
-    """Gives a base its fresh adapter, and has it hold and recompute what the parameters say.
+    """Adds a new adapter to a base, and sets up decoded weights and recomputation as the parameters say.
 
-    Raises ValueError for targets that the model does not have, StageError where no weights fit decoded.
+    Raises ValueError for targets that the model does not have, and StageError if no weights fit into
+    `decoded_gb`.
     """
     adapter.attach(model, params.targets, params.rank, params.alpha, seed)
     if params.decoded_gb:
@@ -150,12 +153,14 @@ def adapt(model: Model, params: Parameters, seed: int) -> None:
 
 
 def report_kernels(note: str) -> None:
-    """Progress for model/layers/kernel_watch.py: what is being tuned, or has been compiled."""
+    """Reports to the user what model/layers/kernel_watch.py is tuning or has compiled."""
     job.progress(kernel_watch.counts.compiled, None, "kernels", note)
 
 
 def loading_progress(form: str) -> Callable[[int, int], None]:
-    """Progress for assemble.load: a line for every hundredth, not for each of thousands of tensors."""
+    """A callback for assemble.load. It reports every hundredth of the bytes, not each of thousands of
+    tensors.
+    """
     reported = -1
 
     def progress(done: int, total: int) -> None:
@@ -170,12 +175,12 @@ def loading_progress(form: str) -> Callable[[int, int], None]:
 def rounding_schedule(
     task: Job, model: Model, rows: list[dict[str, Any]], teacher: Teacher | None
 ) -> Callable[[int], bool]:
-    """What Loop calls before each step: from `qat_share` of the end on, adapted weights that the
-    export will quantise go through its rounding.
+    """The function that Loop calls before each step. In the last `qat_share` of the steps, adapted weights
+    that the export quantises go through the export's rounding.
 
-    A teacher is asked just before that. Raises StageError if the base is not held as it is (what is
-    exported is the rounding of the BF16 weights), and for a teacher where no step is rounded or no adapted
-    weight is.
+    The teacher is recorded just before the first rounded step. Raises StageError if the base is not held in
+    BF16, because the export rounds BF16 weights. Raises it too if there is a teacher but no rounded step or
+    no rounded weight.
     """
     params = task.parameters(Parameters)
     first = params.steps - round(params.qat_share * params.steps)
@@ -206,7 +211,7 @@ def rounding_schedule(
 
 
 def newest_checkpoint(scratch: Path) -> Path | None:
-    """The checkpoint to go on from; torn ones are named and passed over."""
+    """The checkpoint to resume from, or None. Warns of torn ones and skips them."""
     newest, torn = checkpoints.newest(scratch)
     for folder in torn:
         job.warning(
@@ -225,11 +230,13 @@ def write_artifact(
     watch: Watch,
     seconds: float,
 ) -> None:
-    """Writes the artifact from the trained model and what was measured, and judges how far the loss fell."""
+    """Writes the artifact from the trained model and the measurements. Warns, or raises StageError, if the
+    loss fell too little.
+    """
     params = task.parameters(Parameters)
     adapter.save(model, task.output / "adapter", params.targets, params.rank, params.alpha)
     with (task.output / "loss.jsonl").open("w") as opened:
-        # a held-out loss alone at step 0 of a run of none
+        # A run of no steps has only a held-out loss, at step 0.
         for step in sorted({*history.train, *history.held_out}):
             line = {
                 "step": step,
@@ -273,7 +280,7 @@ def write_artifact(
         "peak_bytes": watch.memory(),
         "seconds": round(seconds, 1),
     }
-    if kernels := tuning.for_manifest():  # which kernels ran decides in which order numbers were summed
+    if kernels := tuning.for_manifest():  # recorded because kernels differ in their order of summing
         report["kernels"] = kernels
     (task.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     if drop is None:
@@ -293,8 +300,8 @@ def write_artifact(
 
 
 def loss_summary(losses: list[float]) -> tuple[float, float, float]:
-    """First, last and best loss. First is the very first step's, before anything was learnt; the others
-    are means of ten steps.
+    """First, last and best loss. The first is that of step 1, before anything was learnt. The others are
+    means of ten steps.
     """
     windows = [
         sum(losses[start : start + 10]) / len(losses[start : start + 10])

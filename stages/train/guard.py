@@ -1,5 +1,5 @@
-"""What stops a run that would go on without learning: adapters without a gradient, adapters that do not
-move, numbers that are none.
+"""Stops a run that would continue without learning: an adapter without a gradient, an adapter that does not
+change, or numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import nn
 
 from stages.job import StageError
 
-# steps: B begins at zero and blocks A's gradient on the first, and the warm-up may begin at a rate of zero
+# Steps before the verdict: B is zero at first, so A has no gradient in step 1; and the warm-up may begin at a
+# learning rate of zero.
 LOOKED_AT = 3
 
 
 def check_steps(steps: int) -> None:
-    """Raises StageError if a run of `steps` steps would end before the guard has looked; a run of none
-    trains nothing, and says so.
+    """Raises StageError if a run of `steps` steps would end before the guard's verdict. A run of no steps is
+    allowed: it trains nothing on purpose.
     """
     if 0 < steps < LOOKED_AT:
         raise StageError(
@@ -29,10 +30,11 @@ def check_steps(steps: int) -> None:
 
 
 class Guard:
-    """Refuses adapters that do not learn: after three steps every tensor has had a gradient and has moved.
+    """Refuses adapters that do not learn: after three steps every tensor must have had a gradient and must
+    have changed.
 
-    Libraries do not raise here: a kernel that reads a weight past its module leaves the adapter on it
-    without a gradient, and the loss still falls.
+    Libraries raise no error here. A kernel that reads a weight past its module leaves the adapter without a
+    gradient, and the loss still falls.
     """
 
     def __init__(self, tensors: dict[str, nn.Parameter]):
@@ -41,11 +43,11 @@ class Guard:
         self.start: dict[str, torch.Tensor] = {}
 
     def check_gradients(self, step: int) -> torch.Tensor:
-        """Before the optimiser's step: the norm of all gradients. Raises StageError on one that is not
-        finite, with the tensor's name.
+        """The norm of all gradients. Called before the optimiser's step. Raises StageError with the tensor's
+        name if a gradient is not finite.
         """
         if self.steps == 0:
-            # not on the GPU, whose memory is counted
+            # on the CPU, because the estimate of GPU memory does not include this copy
             self.start = {name: p.detach().to("cpu", copy=True) for name, p in self.tensors.items()}
         gradients = {name: p.grad for name, p in self.tensors.items() if p.grad is not None}
         norm = nn.utils.get_total_norm(list(gradients.values()))
@@ -61,8 +63,8 @@ class Guard:
         return norm
 
     def check_movement(self) -> None:
-        """After the optimiser's step. Raises StageError, at the third, if a tensor has had no gradient or
-        has not changed.
+        """Called after the optimiser's step. After the third step it raises StageError if a tensor has had no
+        gradient or has not changed.
         """
         self.steps += 1
         if self.steps != LOOKED_AT:
@@ -84,8 +86,8 @@ class Guard:
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
-    """The name of the first module, in the order of the forward, whose output is not finite; "the loss" if
-    none is.
+    """The name of the first module, in the order of the forward pass, whose output is not finite; "the loss"
+    if there is none.
     """
     names: list[str] = []
 

@@ -1,9 +1,9 @@
-"""The training loop: packed steps, the exact mean over a step's trained tokens, a schedule, held-out
-losses, checkpoints.
+"""The training loop: packed steps, the exact mean over a step's trained tokens, a learning rate schedule,
+held-out losses, and checkpoints.
 
-Everything that a step depends on is a function of the seed and its number (stages/train/pack.py), the
-adapter and the optimiser's state, all float32. So a run that was killed and resumed logs the losses of one
-that was not, and so does one that is resumed with another number of ranks.
+A step depends only on the seed and its number (stages/train/pack.py), on the adapter, and on the optimiser's
+state, which are all float32. So a run that was killed and resumed logs the same losses as an uninterrupted
+one, also if it resumes with another number of ranks.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     from model.layers.structure import Model
     from stages.train.watch import Watch
 
-KEPT = 2  # checkpoints
+KEPT = 2  # checkpoints that stay in scratch
 
 
 @dataclass
 class History:
-    """What was measured, by step from 1. `best` is (held-out loss, step) of the adapter that is kept."""
+    """Measurements by step, from 1. `best` is (held-out loss, step) of the best adapter so far. `stopped` is
+    the step of an early stop.
+    """
 
     train: dict[int, float] = field(default_factory=dict)
     held_out: dict[int, float] = field(default_factory=dict)
@@ -50,10 +52,12 @@ class History:
     stopped: int | None = None
 
     def as_json(self) -> dict[str, Any]:
+        """The fields, as history.json of a checkpoint holds them."""
         return dict(vars(self))
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> History:
+        """The history in a checkpoint's history.json, whose keys of steps are text."""
         numbered = {
             name: {int(step): value for step, value in raw[name].items()}
             for name in ("train", "held_out", "norm", "rate")
@@ -62,8 +66,8 @@ class History:
 
 
 def rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """The learning rate of step `step` (from 0): a straight rise over `warmup` steps, then half a cosine
-    down to zero at `steps`.
+    """The learning rate of step `step` (from 0): it rises linearly over `warmup` steps, then falls along half
+    a cosine to zero at `steps`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -73,10 +77,10 @@ def rate(step: int, steps: int, warmup: int, peak: float) -> float:
 class Loop:
     """One run over `rows`.
 
-    `change(step)` is called before each step; it may alter the model (rounding from some step on), and is
-    true where it has. From the time that `teacher` has been asked, steps learn what it said; the losses
-    that are told and kept are those of the labels always. `watch` is told of every step and held-out loss
-    (stages/train/watch.py); None watches nothing.
+    `before_step(step)` runs before each step and returns True if it changed the model (for example, turned
+    rounding on). Once the teacher's outputs are recorded, gradients come from them; the reported and stored
+    loss is always the label loss. `watch` is called with every step and held-out loss
+    (stages/train/watch.py); it may be None.
     """
 
     def __init__(
@@ -113,10 +117,10 @@ class Loop:
         self.guard = Guard(self.parameters)
 
     def run(self) -> History:
-        """Trains from `start` to the last step, or until held-out losses stop falling; leaves the kept
-        adapter in the model.
+        """Trains from `start` to the last step, or until the held-out loss stops falling. Afterwards the
+        model has the best adapter.
 
-        Of a run of no steps only the held-out loss is measured, as of step 0: the base's own.
+        A run of no steps only measures the held-out loss, as step 0. That is the base's own loss.
         """
         params = self.params
         self.model.train()
@@ -130,10 +134,10 @@ class Loop:
             if graphs and (changed or step == self.start):
                 self.capture(step)
             if changed:
-                self.history.best = None  # a loss of the unrounded model says nothing of the rounded one
+                self.history.best = None  # losses of the unrounded and the rounded model are not comparable
                 if self.teacher:
                     for state in self.optimizer.state.values():
-                        # the way to the labels; how far a step may go (exp_avg_sq) stays
+                        # exp_avg points towards the labels; exp_avg_sq, which scales steps, stays valid
                         state["exp_avg"].zero_()
             self.step(step)
             done = step + 1
@@ -146,8 +150,8 @@ class Loop:
         return self.history
 
     def capture(self, start: int) -> None:
-        """Captures the CUDA graphs of every size among the steps from `start` on: which rows a step has is
-        known.
+        """Captures the CUDA graphs of every packed layout in the steps from `start` on; the rows of each step
+        are known.
         """
         params, packs = self.params, set()
         for number in range(start, params.steps):
@@ -174,7 +178,7 @@ class Loop:
         gradients = []
         for p in self.parameters.values():
             if p.grad is None:
-                p.grad = torch.zeros_like(p)  # no conversation fell to this rank; the guard looks at the sum
+                p.grad = torch.zeros_like(p)  # this rank had no conversation; the guard checks the sum
             gradients.append(p.grad)
         self.ranks.sum([total, *gradients])
         value = total.item()
@@ -202,12 +206,14 @@ class Loop:
             )
 
     def packs(self, rows: list[dict[str, Any]]) -> list[Pack]:
-        """This rank's share of rows, packed."""
+        """This rank's share of `rows`, packed."""
         params, ranks = self.params, self.ranks
         return rank_packs(rows, ranks.rank, ranks.world, params.sequence_tokens, params.sharded, self.work)
 
     def losses(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a step's gradient is of, and the loss of the labels; sums over the pack's trained tokens."""
+        """The loss to differentiate (from the teacher, or the label loss) and the label loss. Both are sums
+        over the pack's trained tokens.
+        """
         if not (self.teacher and self.teacher.recorded and pack.rows):
             return (self.loss(pack),) * 2
         device = self.task.device
@@ -220,14 +226,13 @@ class Loop:
         )
 
     def loss(self, pack: Pack) -> torch.Tensor:
+        """The label loss, a sum over the pack's trained tokens."""
         device = self.task.device
         return assemble.loss(self.model, pack.ids.to(device), pack.labels.to(device), pack.documents)
 
     @torch.no_grad()
     def evaluate(self, done: int) -> None:
-        """The held-out loss after step `done`, and what follows from it: a new best adapter, or an early
-        stop.
-        """
+        """Measures the held-out loss after step `done`. Saves a new best adapter, or sets the early stop."""
         self.model.eval()
         total = torch.zeros((), device=self.task.device)
         for pack in self.held_out:
@@ -254,10 +259,11 @@ class Loop:
 
     @property
     def best_file(self) -> Path:
+        """Where the best adapter so far is saved."""
         return self.task.scratch / "best.safetensors"
 
     def save(self, done: int) -> None:
-        """A checkpoint after step `done`, sealed last of all; the oldest ones go."""
+        """Writes a checkpoint after step `done`, seals it, and deletes the oldest ones."""
         if self.ranks.first:
             folder = self.task.scratch / f"checkpoint-{done}"
             checkpoints.clear(folder)
@@ -271,7 +277,7 @@ class Loop:
         self.ranks.wait()
 
     def resume(self, folder: Path) -> None:
-        """Goes on from a whole checkpoint."""
+        """Continues from a whole checkpoint."""
         adapter.load(self.model, folder)
         self.optimizer.load_state_dict(
             torch.load(folder / "optimizer.pt", map_location=self.task.device, weights_only=True)

@@ -1,4 +1,4 @@
-"""How much memory a run will take, said before anything is loaded."""
+"""Estimates the memory of a run before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from model.layers.projection import FORMS
 from stages.job import StageError
 from stages.train.parameters import Parameters
 
-# method -> in which form the base is held; the most exact first
+# method -> form in which the base is held; the most exact method first
 METHODS: dict[Literal["lora", "nvfp4", "qlora"], str] = {"lora": "bf16", "nvfp4": "nvfp4", "qlora": "nf4"}
-CACHED = 1.15  # what the allocator holds beside what is asked of it
+CACHED = 1.15  # the allocator reserves more than is in use
 
 
 def bytes_needed(config: dict[str, Any], params: Parameters, count: int = 1) -> dict[str, float]:
-    """Bytes by part: the base in its form, what of it is held decoded, the adapter with its gradient and
-    both Adam moments (float32), and activations.
+    """Bytes by part: the base in its form, decoded copies of it, the adapter with its gradient and both Adam
+    moments (float32), and activations.
 
-    `count` processes hold the base's linears and experts between them.
+    `count` processes divide the base's linears and experts among them.
 
-    Activations are of one packed sequence: what every layer hands on, and the layer that takes most while
-    its backward runs (a dense stack of experts, and the rows of every choice three times). Without
-    checkpointing every layer keeps its own.
+    Activations are those of one packed sequence: the output of every layer, plus the backward pass of the
+    layer that needs most (a dense stack of experts, and three times the rows of all expert choices). Without
+    checkpointing every layer keeps its own activations.
     """
     family = registry.of(config)
     specs, linears = family.tensors(config), {linear.weight for linear in family.linears(config)}
@@ -79,13 +79,13 @@ def bytes_needed(config: dict[str, Any], params: Parameters, count: int = 1) -> 
 
 
 def adapted_linears(config: dict[str, Any], targets: str) -> list[Linear]:
-    """Every matrix that the preset `targets` puts LoRA on, in checkpoint order."""
+    """The linears that the preset `targets` puts LoRA on, in the checkpoint's order."""
     return registry.of(config).targeted(config, targets)
 
 
 def check_rank(config: dict[str, Any], params: Parameters) -> None:
-    """Raises StageError if the rank is above the width of a layer it is put on: no matrix has a rank above
-    its smaller side.
+    """Raises StageError if the rank is larger than the smaller side of an adapted matrix, which limits the
+    rank of any update.
     """
     linears = adapted_linears(config, params.targets)
     narrow = min(linears, key=lambda linear: min(linear.out, linear.inside), default=None)
@@ -99,20 +99,20 @@ def check_rank(config: dict[str, Any], params: Parameters) -> None:
 
 def available_bytes(device: str) -> int:
     """Bytes that a process on `device` can take. A GB10 shares its memory with the CPU and reports none of
-    its own: /proc/meminfo.
+    its own, so /proc/meminfo is read.
     """
     if device == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
         return torch.cuda.mem_get_info()[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            # torchrun's processes here share it
+            # the processes of torchrun on this machine share it
             return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     raise StageError("no MemAvailable in /proc/meminfo", "a Linux machine", "Run this stage on Linux")
 
 
 def check(config: dict[str, Any], params: Parameters, device: str, count: int = 1) -> None:
-    """Raises StageError if a process needs more than there is, naming what would fit, and for weights in
-    BF16 that are to be held decoded. `count` processes hold the base between them.
+    """Raises StageError if a process needs more memory than is available; the error names a method that would
+    fit. Raises it too for `decoded_gb` with a base in BF16. `count` processes divide the base among them.
     """
     if params.decoded_gb and METHODS[params.method] == "bf16":
         raise StageError(

@@ -1,8 +1,7 @@
-"""Which conversations a step trains on, and how they are laid into packed sequences.
+"""Which conversations a step trains on, and how they are packed into sequences.
 
-The rows of a step follow from the seed, the step's number and the lengths of all rows alone. So a resumed
-run, and one with another number of ranks, goes on with exactly the rows that an uninterrupted one would
-have had.
+The rows of a step depend only on the seed, the step's number and the lengths of all rows. So a resumed run,
+also one with another number of ranks, trains on exactly the rows of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from stages.train.balance import spread
 
 @dataclass(frozen=True)
 class Pack:
-    """One packed sequence: `ids` and `labels` int64 (tokens,), where its documents lie, and which rows of
-    the data set they are.
+    """One packed sequence: `ids` and `labels`, int64 (tokens,); the positions of its documents; and their row
+    numbers in the data set.
     """
 
     ids: torch.Tensor
@@ -31,24 +30,26 @@ class Pack:
     rows: tuple[int, ...] = ()
 
 
-# has no loss, and passes through every layer
+# A rank without a conversation runs this pack: it passes through every layer and has no loss.
 IDLE = Pack(torch.zeros(1, dtype=torch.int64), torch.tensor([IGNORED]), Documents((1,)))
 
 
 class Order:
-    """An endless run through rows of `lengths` tokens, shuffled anew in every epoch and cut into steps.
+    """An endless sequence of row numbers, shuffled anew in every epoch and cut into steps. `lengths` are the
+    tokens of each row.
 
-    A step has `batch` rows. With `batch_tokens` above 0, `batch` is not used: a step takes rows while they
-    have at most `batch_tokens` tokens together, and at least one row.
+    A step has `batch` rows. If `batch_tokens` is above 0, `batch` is not used: a step takes rows as long as
+    they have at most `batch_tokens` tokens together, and at least one row.
     """
 
     def __init__(self, lengths: Sequence[int], seed: int, batch: int, batch_tokens: int = 0):
         self.lengths, self.seed, self.batch, self.batch_tokens = lengths, seed, batch, batch_tokens
         self._epoch = -1
         self._rows: list[int] = []
-        self._starts = [0]  # the place where each step begins, as far as computed; for batch_tokens
+        self._starts = [0]  # for batch_tokens: the place where each step begins, as far as computed
 
     def __getitem__(self, place: int) -> int:
+        """The row at `place` of the sequence."""
         epoch, position = divmod(place, len(self.lengths))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -72,10 +73,10 @@ class Order:
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Groups of indices whose lengths sum to at most `capacity`, each length put where least room would be
-    left, longest first.
+    """Groups of indices whose lengths sum to at most `capacity`. Lengths are placed from longest to shortest,
+    each where the least space would be left.
 
-    Raises ValueError if one length alone is over it.
+    Raises ValueError if a single length exceeds `capacity`.
     """
     groups: list[list[int]] = []
     room: list[int] = []
@@ -94,13 +95,13 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def packs(rows: list[dict[str, Any]], capacity: int) -> list[Pack]:
-    """The rows (`input_ids`, `labels`, `number`) end to end in as few sequences of at most `capacity`
-    tokens as best fit finds.
+    """The rows (`input_ids`, `labels`, `number`) end to end, in as few sequences of at most `capacity` tokens
+    as best fit needs.
     """
     sequences = []
     for group in best_fit([len(row["input_ids"]) for row in rows], capacity):
         ids = [i for g in group for i in rows[g]["input_ids"]]
-        # Nothing stands before a document's first token: whatever is packed before it must not predict it.
+        # The document packed before must not predict this one's first token.
         labels = [i for g in group for i in (IGNORED, *rows[g]["labels"][1:])]
         sequences.append(
             Pack(
@@ -114,7 +115,7 @@ def packs(rows: list[dict[str, Any]], capacity: int) -> list[Pack]:
 
 
 def row_shares(rows: list[dict[str, Any]], count: int, work: Operations) -> list[list[dict[str, Any]]]:
-    """The rows in `count` shares of about as much `work`."""
+    """The rows in `count` shares of about equal `work`."""
     costs = [work.of(len(row["input_ids"]), trained_tokens([row])) for row in rows]
     return [[rows[index] for index in indices] for indices in spread(costs, count)]
 
@@ -122,9 +123,10 @@ def row_shares(rows: list[dict[str, Any]], count: int, work: Operations) -> list
 def rank_packs(
     rows: list[dict[str, Any]], rank: int, count: int, capacity: int, equal_count: bool, work: Operations
 ) -> list[Pack]:
-    """The packed share of rank `rank` of `count`, about as much `work` as every other rank's.
+    """The packed share of rank `rank` of `count`. Every rank gets about equal `work`.
 
-    `level`: every rank has as many sequences, the last of some idle, since each is one of all ranks.
+    `equal_count`: pad every rank to the same number of sequences with idle ones. Needed when weights are
+    sharded, because every rank must take part in every forward pass.
     """
     rank_rows = row_shares(rows, count, work)
     own_packs = packs(rank_rows[rank], capacity)
@@ -142,18 +144,18 @@ def rank_packs(
 def rank_layouts(
     rows: list[dict[str, Any]], rank: int, count: int, capacity: int, work: Operations
 ) -> list[Documents]:
-    """Where the documents lie in the packs of `rank_packs`, without making them."""
+    """The positions of the documents in the packs of `rank_packs`, without building the packs."""
     sizes = [len(row["input_ids"]) for row in row_shares(rows, count, work)[rank]]
     return [Documents(tuple(sizes[i] for i in group)) for group in best_fit(sizes, capacity)]
 
 
 def trained_tokens(rows: list[dict[str, Any]]) -> int:
-    """Tokens that are predicted and trained: all labelled ones but a document's first."""
+    """The number of trained tokens: all labelled ones except a document's first, which nothing predicts."""
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
 def unfilled_share(order: Order, capacity: int, steps: int) -> float:
-    """Share of the room of packed sequences, but for the last of each step, that stays empty over a run."""
+    """The share of empty space in the packed sequences of a run, without the last sequence of each step."""
     room, used = 0, 0
     for number in range(steps):
         chosen = [order.lengths[row] for row in order.step(number)]

@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""Draws the loss curve."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def draw(train: dict[int, float], held_out: dict[int, float], drop: float | None, path: Path) -> None:
-    """Training and held-out loss (nats per assistant token) over steps, on a logarithmic axis. `drop` is
-    None where nothing was trained.
+    """Draws training and held-out loss (nats per assistant token) over steps, on a logarithmic axis. `drop`
+    is None if nothing was trained.
     """
     import matplotlib
 

@@ -1,8 +1,8 @@
-"""Several processes that train one model: each packs its share of a step's conversations, and gradients
-are summed.
+"""Several processes that train one model: each packs its share of a step's conversations, and gradients are
+summed.
 
-A sum and not a mean: every process has divided by the trained tokens of the whole step already, so the
-gradient is that of one process with all the conversations, however they are shared out.
+A sum is right, not a mean: every process has already divided by the trained tokens of the whole step. So the
+gradient equals that of one process with all conversations, however they are divided.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch  # loaded where it is used: the process that only starts torchrun does not wait for it
+    import torch  # not at the top: the process that only starts torchrun need not load it
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """`rank` of `world` processes."""
+    """Process `rank` of `world` processes."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0, which reports and writes."""
         return self.rank == 0
 
     def sum(self, tensors: list[torch.Tensor]) -> None:
@@ -41,7 +42,7 @@ class Ranks:
             offset += tensor.numel()
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process is here."""
         if self.world > 1:
             from torch import distributed
 
@@ -54,7 +55,9 @@ def under_torchrun() -> bool:
 
 
 def join(device: str) -> Ranks:
-    """This process among those that torchrun started; alone if it did not."""
+    """Joins the processes that torchrun started and returns this process's rank; a single rank without
+    torchrun.
+    """
     if not under_torchrun():
         return Ranks()
     import torch
@@ -67,11 +70,11 @@ def join(device: str) -> Ranks:
 
 
 def torchrun_command(count: int, module: str, *words: str) -> list[str]:
-    """torchrun with `count` processes of a module on this machine."""
+    """The command that runs `module` in `count` processes on this machine."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return [sys.executable, *torchrun, "-m", module, *words]
 
 
 def launch(count: int, job: str) -> None:
-    """Replaces this process by torchrun with `count` processes of the same stage on this machine."""
+    """Replaces this process with torchrun, which runs stage train in `count` processes on this machine."""
     os.execv(sys.executable, torchrun_command(count, "stages.train", job))

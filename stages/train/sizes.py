@@ -1,4 +1,4 @@
-"""How large the steps of a run are: what is reported of them, and what is refused or warned of beforehand."""
+"""The sizes of a run's steps: what is reported, and what is refused or warned of before training."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from stages import job
 from stages.job import StageError
 from stages.train.pack import Order
 
-# Tokens of a step on one GPU. Every step decodes all 4-bit weights, whatever its size: on an H100 a step of
-# about 2,200 tokens trains 8,492 a second, one of 16,384 trains 17,046 (docs/performance.md). FEW is a
-# quarter of ENOUGH, which is one packed sequence of the default length.
+# Tokens of a step on one GPU. A step of any size decodes all 4-bit weights. So on an H100 steps of about
+# 2,200 tokens train 8,492 tokens a second, and steps of 16,384 train 17,046 (docs/performance.md). ENOUGH is
+# one packed sequence of the default length; FEW is a quarter of that.
 FEW, ENOUGH = 4096, 16384
 
 
 def check_lengths(lengths: list[int], held_out: list[int], sequence_tokens: int, batch_tokens: int) -> None:
-    """Raises StageError if a conversation is longer than a packed sequence, or a trained one than a step.
+    """Raises StageError if a conversation is longer than a packed sequence, or if a trained one is longer
+    than a step.
 
-    `lengths` and `held_out`: tokens of every conversation. With `batch_tokens` 0, steps are not limited.
+    `lengths` and `held_out` are tokens of every conversation. If `batch_tokens` is 0, steps have no limit.
     """
     limits = [("a packed sequence", "sequence_tokens", sequence_tokens, lengths + held_out)]
     if batch_tokens:
@@ -33,7 +34,7 @@ def check_lengths(lengths: list[int], held_out: list[int], sequence_tokens: int,
 
 
 def step_sizes(order: Order, steps: int) -> dict[str, float | None]:
-    """For training.json: medians over `steps` steps, and how often each row is trained on, on average."""
+    """For training.json: medians over `steps` steps, and how often a row is trained on average (`epochs`)."""
     chosen = [order.step(number) for number in range(steps)]
     return {
         "step_conversations": median(map(len, chosen)) if chosen else None,
@@ -43,7 +44,9 @@ def step_sizes(order: Order, steps: int) -> dict[str, float | None]:
 
 
 def warn_of_sizes(order: Order, steps: int, world: int, device: str) -> None:
-    """Warns of steps that train a conversation more than once, and of steps that do not fill `world` GPUs."""
+    """Warns if steps train a conversation more than once, and if they are too small to keep `world` GPUs
+    busy.
+    """
     all_tokens, medians = sum(order.lengths), step_sizes(order, steps)
     if order.batch_tokens > all_tokens:
         job.warning(
@@ -51,12 +54,12 @@ def warn_of_sizes(order: Order, steps: int, world: int, device: str) -> None:
             f"have {all_tokens:,} tokens: every step trains some of them more than once",
             f"Set batch_tokens to {all_tokens} or less",
         )
-    tokens = medians["step_tokens"]  # None of a run of no steps
+    tokens = medians["step_tokens"]  # None for a run of no steps
     if device != "cuda" or tokens is None or tokens >= FEW * world:
         return
     advised_tokens = max(min(ENOUGH * world, all_tokens), *order.lengths)
     factor = advised_tokens / tokens
-    if factor < 2:  # a small data set: no step could be much larger
+    if factor < 2:  # the data set is small, so no step could be much larger
         return
     fewer = max(3, round(steps / factor))
     gpus = f", for {world} GPUs" if world > 1 else ""

@@ -1,5 +1,5 @@
-"""What has to be set before torch is loaded, by everything that runs the steps of stage train. Imports the
-standard library alone.
+"""Settings that must be made before torch is loaded, for everything that runs the steps of stage train.
+Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from model.layers import determinism, kernel_cache
 
 
 def before_torch(warn: Callable[[str, str], None], deterministic: bool = False) -> None:
-    """`warn(message, remedy)` is told where compiled kernels cannot be kept."""
-    # Graphs of a dozen sizes share one pool of memory; in segments of fixed sizes each leaves pieces that
-    # the next cannot use, a gigabyte a graph on an H100.
+    """Sets the environment variables. Calls `warn(message, remedy)` if compiled kernels cannot be kept."""
+    # CUDA graphs of a dozen sizes share one memory pool. With segments of fixed size each graph leaves pieces
+    # that the next cannot use: a gigabyte per graph on an H100.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if deterministic:
         determinism.before_torch()

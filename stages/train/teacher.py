@@ -1,8 +1,7 @@
-"""Distillation through the rounding (QAD): what the model says before rounding sets in is what the rounded
-one learns.
+"""Distillation through the rounding (QAD): the rounded model learns the outputs of the unrounded one.
 
-The teacher is the adapter as trained so far on the unrounded base. Its likeliest tokens on every trained
-token are written once, so that from then on a step costs what any other does, and no second model is held.
+The teacher is the adapter as trained so far, on the unrounded base. Its most likely tokens at every trained
+token are recorded once. So later steps cost no more than others, and no second model is held in memory.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from stages.train.ranks import Ranks
 if TYPE_CHECKING:
     from model.layers.structure import Model
 
-TOP = 64  # tokens of the vocabulary that are kept of each distribution: 0.5 KB a trained token
+TOP = 64  # most likely tokens that are recorded for each trained token, 0.5 KB together
 
 
 class Teacher:
-    """`of(pack)` once it was kept; every rank writes its share of the rows into scratch, and reads all
+    """Call `record`, then `targets(pack)`. Every rank writes its share of the rows into scratch and reads all
     shares.
     """
 
@@ -37,10 +36,11 @@ class Teacher:
         self.recorded: dict[int, dict[str, torch.Tensor]] = {}
 
     def record(self, model: Model, rows: list[dict[str, Any]], begins: bool) -> None:
-        """Asks the model, unrounded as it has to be now, about all rows; a run that goes on reads what was
-        written when rounding set in.
+        """Records the model's outputs on all rows. The model must be unrounded now. A resumed run reads what
+        the first one wrote.
 
-        Raises StageError if that is gone, since the adapter has moved on.
+        Raises StageError if a resumed run finds nothing to read: the adapter has changed since rounding
+        began.
         """
         files = sorted(self.task.scratch.glob("teacher-*-of-*.safetensors"))
         complete = {
@@ -81,7 +81,7 @@ class Teacher:
             sizes = [
                 int((labels[1:] != IGNORED).sum()) for labels in pack.labels.split(pack.documents.lengths)
             ]
-            # an idle pack has no row
+            # an idle pack has no rows
             for row, i, p in zip(pack.rows, index.split(sizes), logs.split(sizes), strict=False):
                 tensors |= {f"{row}.index": i.to("cpu", torch.int32), f"{row}.logs": p.cpu()}
             job.progress(number, len(packs), "sequences", "asking the teacher")
@@ -91,8 +91,8 @@ class Teacher:
         model.train()
 
     def targets(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index int64 (n, k) and log-probabilities float32 (n, k + 1) for the trained tokens of a packed
-        sequence in their order.
+        """The teacher's token indices, int64 (n, k), and log-probabilities, float32 (n, k + 1), for the n
+        trained tokens of a packed sequence, in their order.
         """
         rows = [self.recorded[row] for row in pack.rows]
         index, logs = (

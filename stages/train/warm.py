@@ -1,12 +1,12 @@
-"""Compiles and tunes what stage train will run under a recipe, so that its first start is as fast as every
-later one.
+"""Compiles and tunes the kernels that stage train will need under a recipe, so that its first start is as
+fast as later ones.
 
     ANNIE_KERNELS=FOLDER python -m stages.train.warm job.json
 
-No stage: it has no contract, makes no artifact and is in no key; `build.py warm` starts it with the
-parameters of stage train (docs/formats.md, Kernels). It trains two steps of random weights: one packed
-sequence as long as they get, and one step as the recipe has them. Kernels depend on shapes and not on
-weights or on how many layers there are, so one layer of each kind is enough.
+This is no stage: it has no contract, makes no artifact and is in no key. `build.py warm` starts it with the
+parameters of stage train (docs/formats.md, Kernels). It trains two steps of random weights: one full packed
+sequence, and one step of the recipe's size. Kernels depend on shapes, not on weights or the number of layers,
+so one layer of each kind is enough.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from stages.train.pack import Order
 
 STEPS = 2
-HELD_OUT = 2  # conversations: held-out losses are another path through the model
-LENGTHS = range(150, 1400, 50)  # tokens of the conversations where stage data is not built
+HELD_OUT = 2  # held-out conversations; their losses take another path through the model
+LENGTHS = range(150, 1400, 50)  # tokens of the conversations if stage data is not built yet
 
 
 def run(task: Job) -> None:
     """Writes `warm.json`: how many kernels were `compiled`, `loaded` and `tuned`, and the `folder` and
-    `bytes` of what is kept.
+    `bytes` of the cache.
 
-    Raises StageError without a GPU, and where kernels cannot be kept.
+    Raises StageError without a GPU, and if compiled kernels cannot be kept.
     """
     if task.device != "cuda":
         raise StageError(
@@ -67,7 +67,7 @@ def run(task: Job) -> None:
 
 
 def train(task: Job) -> None:
-    """Two steps and a held-out loss, by the loop of stage train."""
+    """Runs two steps and a held-out loss in the loop of stage train."""
     from stages.train import fit
     from stages.train.loop import Loop
     from stages.train.ranks import Ranks
@@ -99,7 +99,7 @@ def train(task: Job) -> None:
 
 
 def two_steps(full: int, usual: int) -> Order:
-    """Which rows the two steps have: the first `full` ones, then the `usual` ones behind them."""
+    """An order of two steps: the first `full` rows, then the next `usual` rows."""
     from stages.train.pack import Order
 
     class Two(Order):
@@ -110,8 +110,8 @@ def two_steps(full: int, usual: int) -> Order:
 
 
 def model_config(task: Job) -> dict[str, Any]:
-    """The config of the recipe's base, cut to one layer of each kind; of Nemotron 3 Nano where the base is
-    not built yet.
+    """The config of the recipe's base, reduced to one layer of each kind. If the base is not built yet, that
+    of Nemotron 3 Nano, with a warning.
     """
     if "base" in task.inputs:
         config = json.loads((task.inputs["base"] / "config.json").read_text())
@@ -126,14 +126,15 @@ def model_config(task: Job) -> dict[str, Any]:
 
 
 def shortest_pattern(pattern: str) -> str:
-    """The shortest pattern with a layer of each kind. A Mamba layer directly before attention is one of
-    its own: the export leaves it in BF16, and so does training (model/families/nemotron_h/layout.py)."""
+    """The shortest pattern with a layer of each kind. A Mamba layer directly before attention is a kind of
+    its own, because export and training leave it in BF16 (model/families/nemotron_h/layout.py).
+    """
     chosen = [letter for letter in "*ME" if letter in pattern.replace("M*", "")]
     return "".join(chosen) + ("M*" if "M*" in pattern else "")
 
 
 def random_model(task: Job, config: dict[str, Any]) -> Model:
-    """A model of random weights with its adapter, as stage train would make it."""
+    """A model with random weights and an adapter, set up as in stage train."""
     import torch
 
     from model import assemble
@@ -149,8 +150,8 @@ def random_model(task: Job, config: dict[str, Any]) -> Model:
 
 
 def conversation_lengths(task: Job) -> list[int]:
-    """Tokens of the recipe's conversations; made-up ones where stage data is not built yet. None is longer
-    than a packed sequence.
+    """Tokens of the recipe's conversations, or the lengths LENGTHS if stage data is not built yet. Each is
+    cut to one packed sequence.
     """
     from stages.train import fit
 
@@ -164,8 +165,8 @@ def conversation_lengths(task: Job) -> list[int]:
 
 
 def filling_lengths(lengths: list[int], capacity: int) -> list[int]:
-    """Conversations of these lengths, over and over, that fill a packed sequence of `capacity` tokens to
-    the last one.
+    """Lengths of conversations that fill a packed sequence of `capacity` tokens exactly. `lengths` is
+    repeated as needed.
     """
     chosen: list[int] = []
     room = capacity
@@ -184,7 +185,7 @@ def first_step_lengths(task: Job, lengths: list[int]) -> list[int]:
 
 
 def synthetic_rows(lengths: list[int], vocabulary: int) -> list[dict[str, Any]]:
-    """Rows as stage data writes them, of random tokens, the last quarter of each trained."""
+    """Rows as stage data writes them, with random tokens. The last quarter of each row is trained."""
     import torch
 
     from model.labels import IGNORED
@@ -198,7 +199,7 @@ def synthetic_rows(lengths: list[int], vocabulary: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    # as in stages/train/__main__.py
+    # The same as in stages/train/__main__.py.
     params = job.read(sys.argv[1]).params if len(sys.argv) == 2 else {}
     start.before_torch(job.warning, params.get("deterministic", False))
     job.main(run)

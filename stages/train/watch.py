@@ -1,4 +1,4 @@
-"""What a person sees while training runs: how far it is, how fast, how much memory it takes."""
+"""What the user sees during training: progress, speed and memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stages.train.loop import History
 
 
 class Watch:
-    """Progress, metrics and TensorBoard events of one run of `steps` steps. Speed is that of this attempt,
-    whatever an earlier one did.
+    """Progress, metrics and TensorBoard events of a run of `steps` steps. The speed is that of this process;
+    an earlier attempt does not count.
     """
 
     def __init__(self, steps: int, device: str, board: Board):
@@ -27,6 +27,7 @@ class Watch:
         self.began = time.monotonic()
 
     def step(self, history: History, done: int, tokens: int, seconds: float) -> None:
+        """Reports step `done`, which had `tokens` tokens and took `seconds`."""
         self.tokens, self.seconds, self.steps_taken = (
             self.tokens + tokens,
             self.seconds + seconds,
@@ -44,17 +45,18 @@ class Watch:
         )
 
     def held_out(self, value: float, done: int) -> None:
+        """Reports the held-out loss after step `done`."""
         self.board.held_out(value, done)
         job.metric("held-out loss", value, done)
 
     @property
     def speed(self) -> float:
-        """Tokens a second, of packed sequences, without evaluations and saves."""
+        """Tokens per second in training steps, without evaluations and saves."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def memory(self) -> int:
-        """The most that was held so far, in bytes: of GPU memory, the pool of CUDA graphs with it, or of
-        this process without one.
+        """Peak memory in bytes: of the GPU, including the pool of CUDA graphs, or of this process if there is
+        no GPU.
         """
         if self.device == "cuda":
             return torch.cuda.max_memory_reserved()
