@@ -19,9 +19,9 @@ class Parameters:
     # the server's KV cache; auto: FP8 where the checkpoint asks for it and a GPU serves it, else the model's
     # own dtype
     kv_cache: Literal["auto", "bfloat16", "fp8"]
-    # what every column has to reach before an image is built, such as {tuned: 0.9}; none builds one without a
-    # check
+    # what every column has to reach before an image is built, such as {tuned: 0.9}; none builds an image
+    # without a check
     gate: dict[str, Any] | Literal["none"]
-    # the adapter is a control that is to change no answer (train's steps: 0); its gate never passes. false
+    # the adapter is a control that should change no answer (train's steps: 0); its gate never passes. false
     # refuses an adapter that changes no answer
     control: bool

@@ -11,8 +11,8 @@ class Parameters:
     # How the base is held: lora in BF16, qlora in NF4, nvfp4 on the exporter's grid; what the export leaves
     # in BF16 stays in BF16
     method: Literal["lora", "qlora", "nvfp4"]
-    # GB of memory in which 4-bit weights are held decoded too, so that steps need not decode them: faster
-    # where memory is to spare (docs/performance.md)
+    # GB of memory in which 4-bit weights are also held decoded, so that steps need not decode them; faster if
+    # there is memory to spare (docs/performance.md)
     decoded_gb: float
     # What the adapter is put on; attention can be served unmerged and stays BF16 in the NVFP4 layout
     targets: Literal["attention", "mamba", "attention+mamba", "experts", "all"]
@@ -23,15 +23,15 @@ class Parameters:
     alpha: int
     # Peak learning rate, after which a cosine falls to zero
     learning_rate: float
-    # Optimiser steps; after three of them every adapter tensor has to have moved. 0 leaves the adapter as it
-    # begins, with B zero: a control
+    # Optimiser steps; after three of them every adapter tensor must have changed. 0 leaves B at zero: a
+    # control
     steps: int
-    # Conversations a step; with batch_tokens it is left out
+    # Conversations per step; not used with batch_tokens
     batch: int
-    # Tokens a step, at most, given instead of batch: a step has as many conversations as fit. 0: not used
+    # Most tokens per step, given instead of batch: a step has as many conversations as fit. 0: not used
     batch_tokens: int
-    # Tokens of a packed sequence, at most; a step is packed into as few as hold its conversations, and its
-    # loss does not depend on how many
+    # Most tokens of a packed sequence; a step is packed into as few sequences as possible, and its loss does
+    # not depend on their number
     sequence_tokens: int
     # Steps over which the learning rate rises, at most steps
     warmup_steps: int
@@ -39,7 +39,7 @@ class Parameters:
     max_grad_norm: float
     # AdamW weight decay
     weight_decay: float
-    # In which the base is held; the adapter is float32 always
+    # Precision in which the base is held; the adapter is always float32
     precision: Literal["float32", "bfloat16"]
     # Recompute activations instead of holding them; on a GPU, steps shorter than sequence_tokens hold what
     # fits into the same memory
@@ -59,8 +59,7 @@ class Parameters:
     # Last share of the steps in which adapted weights that the export quantises go through its NVFP4 rounding
     # (method lora)
     qat_share: float
-    # What the rounded steps learn: the labels (QAT), or what the model said of every token before rounding
-    # set in (QAD)
+    # What the rounded steps learn: the labels (QAT), or the outputs of the model before rounding began (QAD)
     qat_loss: Literal["labels", "teacher"]
     # Processes on this machine that share each step's sequences, started through torchrun; one per GPU
     ranks: int
@@ -69,5 +68,5 @@ class Parameters:
     sharded: bool
     # Share by which the loss has to fall; below it there is a warning
     min_loss_drop: float
-    # Fail, not warn, when the loss falls less
+    # Fail instead of warn if the loss falls less
     require_loss_drop: bool
