@@ -3,6 +3,9 @@
 RECIPE ?= annie
 PYTHON ?= python3
 PORT   ?= 8000
+# an address to serve on, and a file with the key that clients send; empty: 127.0.0.1 and none
+BIND   ?=
+KEY    ?=
 # docker or local; empty: docker where an engine answers
 EXECUTOR ?=
 
@@ -17,7 +20,7 @@ help:
 	@echo "make long    what make test leaves out: other CPUs' numerics, the line in containers (an hour)"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"
 	@echo "make warm    compiles what stage train of RECIPE runs on this GPU, so that it starts at once"
-	@echo "make serve   the newest serving image of RECIPE, on 127.0.0.1:$(PORT)"
+	@echo "make serve   the newest serving image of RECIPE, on 127.0.0.1:$(PORT); BIND and KEY open it to others"
 	@echo "make chat    a chat with what is being served"
 	@echo "make doctor  what this machine has, and what it lacks"
 	@echo "make arm64   what can be checked of aarch64 without such a machine, under emulation"
@@ -44,10 +47,10 @@ warm: .venv/.ready
 	@$(BUILD) warm --recipe $(RECIPE) $(EXECUTOR:%=--executor %)
 
 serve: .venv/.ready
-	@$(BUILD) serve --recipe $(RECIPE) --port $(PORT) $(EXECUTOR:%=--executor %)
+	@$(BUILD) serve --recipe $(RECIPE) --port $(PORT) $(EXECUTOR:%=--executor %) $(BIND:%=--bind %) $(KEY:%=--api-key-file %)
 
 chat: .venv/.ready
-	@$(BUILD) chat --url http://127.0.0.1:$(PORT)
+	@$(BUILD) chat --url http://127.0.0.1:$(PORT) $(KEY:%=--api-key-file %)
 
 plan status doctor: .venv/.ready
 	@$(BUILD) $@ --recipe $(RECIPE)

@@ -61,6 +61,24 @@ def show(renderable: Any, *, to_stderr: bool = False) -> None:
     Console(stderr=to_stderr).print(renderable, highlight=False, crop=False)
 
 
+def guarded(function: Callable[..., None]) -> Callable[..., None]:
+    """The same function, whose findings go to stderr and end the program with 1."""
+
+    @wraps(function)
+    def wrapper(*args: Any, **values: Any) -> None:
+        from forge.finding import Refused
+
+        try:
+            function(*args, **values)
+        except Refused as refused:
+            from forge import report
+
+            show(report.of_findings(refused.findings), to_stderr=True)
+            sys.exit(1)
+
+    return wrapper
+
+
 def command(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:
     """A click command with --recipe and --executor; findings go to stderr and end it with exit 1."""
     shared = [
@@ -79,19 +97,7 @@ def command(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., None]]
     ]
 
     def make(function: Callable[..., None]) -> click.Command:
-        @wraps(function)
-        def guarded(*args: Any, **values: Any) -> None:
-            from forge.finding import Refused
-
-            try:
-                function(*args, **values)
-            except Refused as refused:
-                from forge import report
-
-                show(report.of_findings(refused.findings), to_stderr=True)
-                sys.exit(1)
-
-        wrapped: Any = guarded
+        wrapped: Any = guarded(function)
         for decorator in reversed([*decorators, *shared]):
             wrapped = decorator(wrapped)
         return cli.command()(wrapped)
@@ -310,27 +316,48 @@ def audit(
     sys.exit(bool(result["findings"]))
 
 
+KEY_FILE = click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    envvar="ANNIE_API_KEY_FILE",
+    help="A file with the key that the server asks for.",
+)
+
+
 @command(
     click.option("--port", default=8000, show_default=True),
+    click.option("--bind", default="127.0.0.1", show_default=True, help="The address to listen on."),
+    KEY_FILE,
     click.option("--detach", is_flag=True, help="Leave it running and come back."),
     click.option("--stop", is_flag=True, help="Stop what is served."),
 )
-def serve(recipe: str, executor: str | None, port: int, detach: bool, stop: bool) -> None:
-    """Serves the recipe's model on 127.0.0.1."""
+def serve(
+    recipe: str,
+    executor: str | None,
+    port: int,
+    bind: str,
+    api_key_file: Path | None,
+    detach: bool,
+    stop: bool,
+) -> None:
+    """Serves the recipe's model on 127.0.0.1; on another address only with a key."""
     from product import serving
 
     session = open_session(recipe, executor)
-    sys.exit(serving.serve(session.context, session.executor, port=port, detach=detach, stop=stop))
+    address = serving.Address(port, bind, api_key_file)
+    sys.exit(serving.serve(session.context, session.executor, address, detach=detach, stop=stop))
 
 
 @cli.command()
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True)
+@KEY_FILE
 @click.argument("prompt", required=False)
-def chat(url: str, prompt: str | None) -> None:
+@guarded
+def chat(url: str, prompt: str | None, api_key_file: Path | None) -> None:
     """A chat with what is being served."""
     from product import chat
 
-    sys.exit(chat.chat(url, prompt))
+    sys.exit(chat.chat(url, prompt, api_key_file))
 
 
 if __name__ == "__main__":

@@ -48,11 +48,7 @@ def closure(repo: Path, stage: str, apart: tuple[str, ...] = ()) -> list[Path]:
                 )
             reached = _modules(repo, name)
             for module in reached:
-                if (
-                    module.is_relative_to(repo / "stages")
-                    and not module.is_relative_to(own)
-                    and module.parent != repo / "stages"
-                ):
+                if _is_of_another_stage(repo, own, module):
                     raise Refused(
                         error(
                             str(path.relative_to(repo)),
@@ -63,6 +59,14 @@ def closure(repo: Path, stage: str, apart: tuple[str, ...] = ()) -> list[Path]:
                     )
             todo += reached
     return sorted(p.relative_to(repo) for p in files | seen)
+
+
+def _is_of_another_stage(repo: Path, own: Path, module: Path) -> bool:
+    """Whether a module lies in the folder of a stage that is not `own`."""
+    if not module.is_relative_to(repo / "stages") or module.is_relative_to(own):
+        return False
+    folder = repo / "stages" / module.relative_to(repo / "stages").parts[0]
+    return (folder / "stage.toml").is_file()
 
 
 def _packages(repo: Path, path: Path) -> list[Path]:

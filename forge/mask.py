@@ -12,6 +12,8 @@ from pathlib import Path
 SHOWN = "[secret]"
 # Access tokens of the Hugging Face hub, whether or not a recipe names the file they came from.
 _HUB_TOKEN = r"hf_[A-Za-z0-9]{16,}"
+# User and password of a URL, such as a proxy's.
+_URL_LOGIN = r"(?<=://)[^/\s:@\"']+:[^/\s@\"']+(?=@)"
 # A shorter "secret" would blot out ordinary words.
 _SHORTEST = 4
 
@@ -31,7 +33,7 @@ class Mask:
                     forms.add(base64.b64encode(line.encode()).decode().rstrip("="))
         # Longest first, so that a secret that contains another is replaced whole.
         known = [re.escape(form) for form in sorted(forms, key=len, reverse=True)]
-        self._pattern = re.compile("|".join([*known, _HUB_TOKEN]))
+        self._pattern = re.compile("|".join([*known, _HUB_TOKEN, _URL_LOGIN]))
 
     @classmethod
     def of_files(cls, paths: Iterable[Path]) -> Mask:

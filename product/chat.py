@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -15,10 +17,14 @@ from typing import Any
 from rich.console import Console
 
 from forge.finding import Refused, error
-from product import serving
+from product import loopback, serving_record
 
 REPO = Path(__file__).resolve().parent.parent
 HELP = "/reset starts over, /exit leaves"
+ANSWER_SECONDS = 600
+# Control characters but for line breaks and tabs. In a terminal they change its title, its clipboard and
+# what it shows; an answer is text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass
@@ -27,10 +33,12 @@ class Conversation:
 
     url: str
     model: str
+    key: str
     system: str
     tools: list[dict[str, Any]]
     kwargs: dict[str, Any]
     messages: list[dict[str, Any]] = field(default_factory=list)
+    cut: str = ""  # why the last turn is not whole
 
     def __post_init__(self) -> None:
         self.reset()
@@ -53,7 +61,9 @@ class Conversation:
             body["tools"] = self.tools
         text = ""
         calls: dict[int, dict[str, Any]] = {}
-        for delta in deltas(f"{self.url}/v1/chat/completions", body):
+        self.cut = ""
+        for delta in deltas(f"{self.url}/v1/chat/completions", self.key, body):
+            self.cut = delta.get("cut") or self.cut
             if delta.get("content"):
                 text += delta["content"]
                 yield delta["content"]
@@ -75,30 +85,57 @@ class Conversation:
         return self.messages[-1].get("tool_calls") or []
 
 
-def deltas(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The deltas of a streamed chat completion (server-sent events)."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def deltas(url: str, key: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The deltas of a streamed chat completion (server-sent events). Refused if the server cannot be asked,
+    reports an error, or ends the stream before the answer has ended.
+    """
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    finished = False
     try:
-        with urllib.request.urlopen(request, timeout=600) as response:
+        with loopback.opened(request, ANSWER_SECONDS) as response:
             for line in response:
-                data = line.decode().strip().removeprefix("data: ")
+                data = line.decode(errors="replace").strip().removeprefix("data: ")
                 if data == "[DONE]":
-                    return
-                if data and (choices := json.loads(data).get("choices")):
-                    yield choices[0]["delta"]
+                    break
+                chunk = json.loads(data) if data else {}
+                if "error" in chunk:
+                    raise _cut_off(str(chunk["error"].get("message", chunk["error"])))
+                for choice in chunk.get("choices") or []:
+                    yield choice["delta"]
+                    if reason := choice.get("finish_reason"):
+                        finished = True
+                        if reason == "length":
+                            yield {"cut": "the answer has reached its longest length"}
     except urllib.error.HTTPError as fault:
+        remedy = "Name its key: --api-key-file FILE." if fault.code == 401 else "Start over with /reset."
         raise Refused(
             error(
                 "chat",
                 f"the server refused ({fault.code}): {fault.read().decode(errors='replace')[:300]}",
                 "an answer",
-                "Start over with /reset.",
+                remedy,
             )
         ) from fault
-    except OSError as fault:
+    except (OSError, http.client.HTTPException) as fault:
         raise Refused(
             error("chat", f"no answer from {url} ({fault})", "a server", "Start it: make serve.")
         ) from fault
+    except (ValueError, LookupError, AttributeError, TypeError) as fault:
+        raise _cut_off(f"the server sent no chat completion ({fault})") from fault
+    if not finished:
+        raise _cut_off("the stream ended in the middle")
+
+
+def _cut_off(why: str) -> Refused:
+    return Refused(
+        error(
+            "chat",
+            f"an answer that was cut off: {why}",
+            "a whole answer",
+            "What is shown of it is not what the model would have said. See the server's log.",
+        )
+    )
 
 
 def shown(call: dict[str, Any]) -> str:
@@ -112,15 +149,22 @@ def shown(call: dict[str, Any]) -> str:
     return f"{function['name']}({', '.join(shown)})"
 
 
-def chat(url: str, prompt: str | None = None) -> int:
+def printable(text: str) -> str:
+    """Text as a terminal may show it: each control character as its code, such as \\x1b."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def chat(url: str, prompt: str | None = None, key_file: Path | None = None) -> int:
     """Chats until /exit or the end of stdin; with `prompt` asks that and nothing else. Returns the exit
     status.
     """
-    folder = serving.served_artifact(Path(os.environ.get("ANNIE_HOME", REPO / ".annie")))
+    key = _key(key_file)
+    folder = serving_record.served_artifact(Path(os.environ.get("ANNIE_HOME", REPO / ".annie")))
     server = json.loads((folder / "serve.json").read_text())
     conversation = Conversation(
         url.rstrip("/"),
         server["served_name"],
+        key,
         (folder / "prompt.txt").read_text().strip(),
         json.loads((folder / "tools.json").read_text()),
         server["chat_template_kwargs"],
@@ -164,6 +208,15 @@ def chat(url: str, prompt: str | None = None) -> int:
         return 0
 
 
+def _key(key_file: Path | None) -> str:
+    try:
+        return key_file.read_text().strip() if key_file else ""
+    except (OSError, ValueError) as fault:
+        raise Refused(
+            error("chat", f"no readable key ({fault})", "a file with the server's key", "")
+        ) from fault
+
+
 def _input(console: Console, label: str, interactive: bool) -> str:
     return (console.input(label) if interactive else input()).strip()
 
@@ -176,10 +229,14 @@ def say(console: Console, conversation: Conversation, message: dict[str, Any] | 
     console.print("[bold cyan]annie[/bold cyan]  ", end="")
     try:
         for piece in conversation.turn():
-            console.print(piece, end="", markup=False)
+            console.print(printable(piece), end="", markup=False)
     except Refused:
         del conversation.messages[before:]
         raise
     console.print()
+    if conversation.cut:
+        console.print(f"  ({conversation.cut}; it goes on from there)", style="red", markup=False)
     for call in conversation.calls:
-        console.print(f"  -> {shown(call)}", style="yellow", markup=False)
+        console.print(f"  -> {printable(shown(call))}", style="yellow", markup=False)
+    if conversation.cut and conversation.calls:
+        del conversation.messages[before:]  # a call that was cut must not be run, nor stand in the history

@@ -16,15 +16,18 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def override(image: str, device: str) -> str:
-    """compose.override.yaml for an image tag; `device` is `cpu` or `cuda`."""
-    return _TEMPLATES.get_template(f"{OVERRIDE}.j2").render(image=image, device=device)
+def override(image: str, device: str, server: str, memory_gb: int) -> str:
+    """compose.override.yaml for an image tag; `device` is `cpu` or `cuda`, `server` the name that the server
+    answers with, and `memory_gb` the container's limit.
+    """
+    template = _TEMPLATES.get_template(f"{OVERRIDE}.j2")
+    return template.render(image=image, device=device, server=server, memory_gb=memory_gb)
 
 
-def write_override(repo: Path, image: str, device: str) -> Path:
+def write_override(repo: Path, image: str, device: str, server: str, memory_gb: int) -> Path:
     """Writes it into the clone's root, whole or not at all."""
     path = repo / OVERRIDE
     beside = path.with_suffix(".tmp")
-    beside.write_text(override(image, device))
+    beside.write_text(override(image, device, server, memory_gb))
     os.replace(beside, path)
     return path

@@ -1,53 +1,110 @@
-"""Serving what a recipe made, on this machine's loopback: through compose, or by a local vLLM."""
+"""Serving what a recipe made, on this machine: through compose, or by a local vLLM.
+
+Both start the supervisor that the serving artifact brings (stages/serving/supervisor.py). It ends vLLM and
+all of its processes with itself.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import secrets
 import signal
 import subprocess
+import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from forge import plan
+from forge import plan, preflight
 from forge.executor import Executor
 from forge.executor.local import Local
 from forge.finding import Refused, error
 from forge.plan import Context
-from product import PACKAGE, render
+from product import PACKAGE, SERVER, loopback, render, serving_check, serving_record
+from product.serving_check import Endpoint
+from product.serving_record import Record
 
 SERVICE = "vllm-nemotron-annie"
-CHECK_SECONDS = 600
-READY_SECONDS = 1800  # a 19 GB checkpoint from a cold disk, CUDA graphs included
-_RECORD = "serving.json"
+STOP_SECONDS = 60  # the supervisor's grace period and vLLM's own end
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where clients reach the server: an address of this machine, and a port. `key_file` holds the key that
+    they send.
+    """
+
+    port: int = 8000
+    bind: str = "127.0.0.1"
+    key_file: Path | None = None
+
+    def key(self) -> str:
+        """Refused for a file that holds none, and for an address of the network without one."""
+        if self.key_file is None:
+            if not loopback.is_loopback(self.bind):
+                raise Refused(
+                    error(
+                        "serve",
+                        f"--bind {self.bind} without a key: whoever reaches this machine could ask",
+                        "--api-key-file FILE, or an address of loopback",
+                        "Make a key: (umask 077; openssl rand -hex 32 > api.key).",
+                    )
+                )
+            return ""
+        try:
+            return self.key_file.read_text().strip()
+        except (OSError, ValueError) as fault:
+            raise Refused(
+                error("serve", f"no readable key ({fault})", "a file with one line of text", "")
+            ) from fault
+
+    def variables(self) -> dict[str, str]:
+        """What the supervisor and compose.yaml read."""
+        variables = {"ANNIE_BIND": self.bind, "ANNIE_PORT": str(self.port)}
+        if self.key_file:
+            owner = self.key_file.stat()
+            variables["ANNIE_API_KEY_FILE"] = str(self.key_file.resolve())
+            # The container reads a file of 0600 only as its owner.
+            variables["ANNIE_USER"] = f"{owner.st_uid}:{owner.st_gid}"
+        return variables
 
 
 def serve(
-    context: Context, executor: Executor, port: int = 8000, detach: bool = False, stop: bool = False
+    context: Context, executor: Executor, address: Address, detach: bool = False, stop: bool = False
 ) -> int:
-    """Starts (or stops) the server and returns the exit status. Refused if there is nothing to serve or it
-    does not come up.
+    """Starts (or stops) the server and returns the exit status. Refused if there is nothing to serve, the
+    server does not come up, or it is not the one that was built.
     """
     if executor.name == "docker":
-        return _compose(context, port, detach, stop)
+        return _stop_compose(context) if stop else _compose(context, address, detach)
     if not isinstance(executor, Local):
         raise Refused(
             error("executor", executor.name, "docker or local, which can serve", "Name one of the two.")
         )
-    return _local(context, executor, port, detach, stop)
+    return _stop_local(context.store.home) if stop else _local(context, executor, address, detach)
 
 
-def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
-    compose = ["docker", "compose", "--project-directory", str(context.repo)]
-    environment = {**os.environ, "ANNIE_PORT": str(port)}
-    if stop:
-        return subprocess.run([*compose, "down"], env=environment).returncode
-    folder = plan.artifact(context, PACKAGE).folder
-    tag = image_tag(folder)
+# --- through compose ----------------------------------------------------------------------------------------
+
+
+def _compose_command(context: Context) -> list[str]:
+    return ["docker", "compose", "--project-directory", str(context.repo)]
+
+
+def _stop_compose(context: Context) -> int:
+    code = subprocess.run([*_compose_command(context), "down"]).returncode
+    serving_record.remove(context.store.home)
+    return code
+
+
+def _compose(context: Context, address: Address, detach: bool) -> int:
+    key = address.key()
+    artifact = plan.artifact(context, PACKAGE)
+    tag = image_tag(artifact.folder)
     if not tag or subprocess.run(["docker", "image", "inspect", tag], capture_output=True).returncode:
         raise Refused(
             error(
@@ -58,12 +115,15 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
                 f" {PACKAGE} --force",
             )
         )
-    write_override(context.repo, folder)
+    _tell_unused_gpu(artifact.folder)
+    write_override(context.repo, artifact.folder)
+    compose = _compose_command(context)
+    environment = {**os.environ, **address.variables()}
+    # The engine itself refuses a port that another program holds.
     if code := subprocess.run([*compose, "up", "--detach", SERVICE], env=environment).returncode:
         return code
 
-    def state() -> str | None:
-        """Why it cannot come up any more, if so."""
+    def why_dead() -> str | None:
         running = subprocess.run(
             [*compose, "ps", "--quiet", "--status", "running", SERVICE],
             env=environment,
@@ -72,21 +132,18 @@ def _compose(context: Context, port: int, detach: bool, stop: bool) -> int:
         ).stdout.strip()
         return None if running else f"its container stopped; see: docker compose logs {SERVICE}"
 
-    _record(context, folder, port)
-    _wait(port, state)
+    serving_record.write(context.store.home, Record(str(artifact.folder), address.port, artifact.key))
     try:
-        _check(port, folder)
-    except Refused:
+        _come_up(Endpoint(address.port, key, artifact.key, address.bind), artifact.folder, why_dead)
+    except BaseException:
         subprocess.run([*compose, "down"], env=environment)
+        serving_record.remove(context.store.home)
         raise
-    print(f"serving {tag} on http://127.0.0.1:{port}")
-    return (
-        0
-        if detach
-        else subprocess.run(
-            [*compose, "logs", "--follow", "--no-log-prefix", "--tail=0", SERVICE], env=environment
-        ).returncode
-    )
+    print(f"serving {tag} on http://{address.bind}:{address.port}")
+    if detach:
+        return 0
+    follow = [*compose, "logs", "--follow", "--no-log-prefix", "--tail=0", SERVICE]
+    return subprocess.run(follow, env=environment).returncode
 
 
 def image_tag(folder: Path) -> str:
@@ -106,14 +163,20 @@ def write_override(repo: Path, folder: Path) -> None:
     does nothing where it has none.
     """
     if tag := image_tag(folder):
-        device = json.loads((folder / "serve.json").read_text())["device"]
-        render.write_override(repo, tag, device)
+        server = json.loads((folder / "serve.json").read_text())
+        render.write_override(repo, tag, server["device"], folder.name, server["memory_gb"])
 
 
-def _local(context: Context, executor: Local, port: int, detach: bool, stop: bool) -> int:
-    if stop:
-        return _stop(context.store.home)
-    folder, step = plan.artifact(context, PACKAGE).folder, context.recipe.stages[PACKAGE]
+# --- without an engine --------------------------------------------------------------------------------------
+
+
+def _local(context: Context, executor: Local, address: Address, detach: bool) -> int:
+    key, home = address.key(), context.store.home
+    earlier = serving_record.read(home)
+    ours = " (build.py serve --stop ends what was started from here)" if earlier and earlier.alive() else ""
+    remedy = f"Stop what listens there{ours}, or name another --port."
+    serving_check.refuse_taken(address.bind, address.port, remedy)
+    artifact, step = plan.artifact(context, PACKAGE), context.recipe.stages[PACKAGE]
     if not (product := step.contract.product):
         raise Refused(
             error(PACKAGE, "a stage without [build]", "what its image is made of", "See docs/formats.md.")
@@ -122,37 +185,41 @@ def _local(context: Context, executor: Local, port: int, detach: bool, stop: boo
     model = parts["checkpoint"]
     image = context.recipe.images["vllm"]
     executor.prepare(image, print)
-    server = json.loads((folder / "serve.json").read_text())
-    program = executor.environment(image) / "bin" / "vllm"
-    command = [str(program), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *server["args"]]
-    if parts["adapter"]:
-        command += ["--lora-modules", f"{server['served_name']}={parts['adapter']}"]
+    _tell_unused_gpu(artifact.folder)
+    # A name that no other server has, nor this one when it is started again.
+    record = Record(str(artifact.folder), address.port, f"{artifact.key}.{secrets.token_hex(8)}")
     environment = {
-        **os.environ,
-        **server["env"],
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PATH": os.pathsep.join([str(program.parent), os.environ.get("PATH", "")]),
+        **executor.server_environment(image),
+        **address.variables(),
+        "ANNIE_HOST": address.bind,
+        "ANNIE_SERVER": record.server,
+        "ANNIE_SERVING": str(artifact.folder),
+        "ANNIE_MODEL": str(model),
+        "ANNIE_ADAPTER": str(parts["adapter"] or ""),
     }
-    log = context.store.home / "serving.log"
+    log = home / "serving.log"
     with log.open("w") as opened:
         process = subprocess.Popen(
-            command,
+            [str(executor.interpreter(image)), str(artifact.folder / SERVER / "supervisor.py")],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=opened,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=None if detach else _end_with_parent,
         )
+    serving_record.write(home, Record(record.folder, record.port, record.server, process.pid))
+
+    def why_dead() -> str | None:
+        return None if process.poll() is None else f"vLLM ended with {process.returncode}; see {log}"
+
     try:
-        _record(context, folder, port, process.pid)
-        _wait(
-            port,
-            lambda: None if process.poll() is None else f"vLLM ended with {process.returncode}; see {log}",
+        _come_up(Endpoint(address.port, key, record.server, address.bind), artifact.folder, why_dead)
+        print(
+            f"serving {model} on http://{address.bind}:{address.port}"
+            + ("" if detach else "; Ctrl-C stops it"),
+            flush=True,
         )
-        _check(port, folder)
-        print(f"serving {model} on http://127.0.0.1:{port}" + ("" if detach else "; Ctrl-C stops it"))
         if detach:
             return 0
         return process.wait()
@@ -162,109 +229,39 @@ def _local(context: Context, executor: Local, port: int, detach: bool, stop: boo
     except BaseException:
         _end(process.pid)
         raise
+    finally:
+        if process.poll() is not None:
+            serving_record.remove(home)
 
 
-def _wait(port: int, dead: Callable[[], str | None]) -> None:
-    began = time.monotonic()
-    while time.monotonic() - began < READY_SECONDS:
-        if why := dead():
-            raise Refused(error("serve", why, "a server that answers", "Its log says why."))
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return
-        except (OSError, urllib.error.URLError):
-            time.sleep(1)
-    raise Refused(
-        error("serve", f"no answer after {READY_SECONDS} s", "a server that answers", "Its log says why.")
-    )
-
-
-def _check(port: int, folder: Path) -> None:
-    """Asks what the base answers otherwise, so that nobody takes for tuned what is not. Refused if it
-    answers as the base.
+def _end_with_parent() -> None:
+    """In the supervisor, before it starts: it is asked to stop when the process that started it is gone,
+    however that ended.
     """
-    question, server = (json.loads((folder / name).read_text()) for name in ("check.json", "serve.json"))
-    body = {
-        "model": server["served_name"],
-        "messages": question["messages"],
-        "temperature": 0,
-        "seed": 0,
-        "max_tokens": question["max_tokens"],
-        "chat_template_kwargs": server["chat_template_kwargs"],
-        **({"tools": question["tools"]} if question["tools"] else {}),
-    }
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=CHECK_SECONDS) as response:
-            answer = json.load(response)["choices"][0]["message"]
-    except (OSError, ValueError, LookupError) as fault:
-        raise Refused(
-            error(
-                "serve",
-                f"a question of the evaluation got no answer: {fault}",
-                "an answer",
-                "The server's log says why.",
-            )
-        ) from fault
-    calls = [
-        {"function": {key: call["function"][key] for key in ("name", "arguments")}}
-        for call in answer.get("tool_calls") or []
-    ]
-    if {"content": answer.get("content"), "tool_calls": calls} == question["base"]:
-        raise Refused(
-            error(
-                "serve",
-                f"it answers {_shortened(question['base'])} as the base does",
-                f"the tuned model's answer: {_shortened(question['expected'])}",
-                "What is served is not what was evaluated. Build it again: python build.py run --only"
-                f" {PACKAGE} --force",
-            )
-        )
-    print(
-        f"it answers as the {server['serves']} model: {_shortened(answer)}"
-        f" (the base: {_shortened(question['base'])})"
-    )
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _shortened(answer: dict[str, Any]) -> str:
-    """An answer in a few words."""
-    calls = [f"{call['function']['name']}(...)" for call in answer.get("tool_calls") or []]
-    text = " ".join([*(answer.get("content") or "").split(), *calls])
-    return json.dumps(text if len(text) <= 60 else f"{text[:57]}...", ensure_ascii=False)
-
-
-def _record(context: Context, folder: Path, port: int, pid: int | None = None) -> None:
-    (context.store.home / _RECORD).write_text(
-        json.dumps({"folder": str(folder), "port": port, "pid": pid}) + "\n"
-    )
-
-
-def _stop(home: Path) -> int:
-    record_file = home / _RECORD
-    record = json.loads(record_file.read_text()) if record_file.exists() else {}
-    pid = record.get("pid")
-    command = Path(f"/proc/{pid}/cmdline")
-    if not pid or not command.exists() or b"vllm" not in command.read_bytes():
+def _stop_local(home: Path) -> int:
+    record = serving_record.read(home)
+    if record is None or record.pid is None or not record.alive():
         print("nothing is being served from here")
         return 0
-    _end(pid)
-    record_file.unlink()
+    _end(record.pid)
+    serving_record.remove(home)
     print("stopped")
     return 0
 
 
 def _end(pid: int) -> None:
-    """Ends the server's whole process group: its engine is a process of its own."""
-    for number, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+    """Asks a supervisor to stop. It lets answers under way end, and ends all of vLLM's processes. One that
+    does not is killed, which makes vLLM end by itself.
+    """
+    for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5)):
         try:
-            os.killpg(pid, number)
+            os.kill(pid, number)
             for _ in range(seconds * 10):
-                os.killpg(pid, 0)
                 _reap(pid)
+                os.kill(pid, 0)
                 time.sleep(0.1)
         except ProcessLookupError:
             return
@@ -277,18 +274,34 @@ def _reap(pid: int) -> None:
         return
 
 
-def served_artifact(home: Path) -> Path:
-    """The serving artifact that a chat belongs to: what `serve` started last, else the newest one. Refused
-    if there is none.
+# --- both ---------------------------------------------------------------------------------------------------
+
+
+def _come_up(endpoint: Endpoint, folder: Path, why_dead: Callable[[], str | None]) -> None:
+    """Waits for the server, and checks that it is the one that was started and its model the one that was
+    built.
     """
-    record = home / _RECORD
-    if record.exists() and (folder := Path(json.loads(record.read_text())["folder"])).is_dir():
-        return folder
-    prompts = sorted(
-        (home / "store" / "artifacts" / PACKAGE).glob("*/prompt.txt"), key=lambda path: path.stat().st_mtime
-    )
-    if not prompts:
-        raise Refused(
-            error("chat", f"no serving artifact in {home}", "one", "Build it: make model, or make demo.")
+    shown = -1
+
+    def on_wait(passed: float) -> None:
+        nonlocal shown
+        if sys.stderr.isatty() or int(passed) // 30 > shown:
+            shown = int(passed) // 30
+            end = "\r" if sys.stderr.isatty() else "\n"
+            print(f"vLLM is loading the model, {passed:.0f} s", end=end, file=sys.stderr, flush=True)
+
+    serving_check.wait(endpoint, why_dead, on_wait)
+    print(serving_check.check(endpoint, folder), flush=True)
+
+
+def _tell_unused_gpu(folder: Path) -> None:
+    """Says that a GPU is there which the server will not use: answers would be slow, and nothing else would
+    show it.
+    """
+    device = json.loads((folder / "serve.json").read_text())["device"]
+    if device == "cpu" and (gpu := preflight.gpu_architecture()):
+        print(
+            f"This machine has a GPU ({gpu}), which this server does not use: it was built for a CPU."
+            " Build it from a recipe with gpu: cuda.",
+            file=sys.stderr,
         )
-    return prompts[-1].parent

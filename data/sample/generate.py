@@ -653,6 +653,7 @@ def questions() -> list[dict]:
                 "messages": made["messages"],
                 "tools": made.get("tools", []),
                 "expect": expect(asked),
+                "public": True,  # made up, so that one of them may be in the serving image
             }
         )
     return result

@@ -29,11 +29,10 @@ _PASSED_ON = (
     "SSL_CERT_DIR",
     "REQUESTS_CA_BUNDLE",
     "CURL_CA_BUNDLE",
-    "HTTPS_PROXY",
-    "HTTP_PROXY",
-    "NO_PROXY",
-    "HF_ENDPOINT",
 )
+# Only for stages that ask for the network: a proxy's address may hold a password. curl reads the lower-case
+# names alone.
+_NETWORK = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy", "HF_ENDPOINT")
 # torch's and its libraries' own limits on the instructions that they use: to see what another CPU would
 # compute (`make long`).
 _INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
@@ -182,12 +181,8 @@ class Local:
         python = self.interpreter(task.program.environment)
         command = [str(python), "-m", task.program.module, str(job)]
         environment = {
-            **{name: os.environ[name] for name in (*_PASSED_ON, *_INSTRUCTIONS) if name in os.environ},
-            "PATH": os.pathsep.join([str(python.parent), "/usr/local/bin", "/usr/bin", "/bin"]),
-            "HOME": str(home),
+            **process_environment(python, home, task.network),
             "PYTHONPATH": str(task.program.repo),
-            **_NO_GPU,
-            **stage_environment(task.network),
         }
         folders = [task.job["output"], str(home)]
         if kernels := self.kernels(task):
@@ -242,6 +237,12 @@ class Local:
         fingerprint = images.fingerprint(environment, self.name, self.machine)
         return kernel_folder(self.home, environment, fingerprint) if task.gpu else None
 
+    def server_environment(self, image: Image) -> dict[str, str]:
+        """What a server on the environment of `image` gets; its caches stay in the home folder."""
+        home = self.home / "serving-home"
+        home.mkdir(parents=True, exist_ok=True)
+        return process_environment(self.interpreter(image), home, network=False)
+
     def command(self, program: Program, arguments: list[str | Path]) -> list[str]:
         # Without PYTHONSAFEPATH -m looks first in the caller's folder, which may be another clone.
         environment = {
@@ -259,6 +260,20 @@ class Local:
             program.module,
             *map(str, arguments),
         ]
+
+
+def process_environment(python: Path, home: Path, network: bool) -> dict[str, str]:
+    """The whole environment of a process that `python` runs. Nothing else of the caller's gets in: no
+    token, no key.
+    """
+    names = (*_PASSED_ON, *_INSTRUCTIONS, *(_NETWORK if network else ()))
+    return {
+        **{name: os.environ[name] for name in names if name in os.environ},
+        "PATH": os.pathsep.join([str(python.parent), "/usr/local/bin", "/usr/bin", "/bin"]),
+        "HOME": str(home),
+        **_NO_GPU,
+        **stage_environment(network),
+    }
 
 
 def stage_environment(network: bool) -> dict[str, str]:

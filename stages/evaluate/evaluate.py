@@ -17,10 +17,11 @@ from model.families import serve
 from model.families.messages import normalise, served_tools
 from model.families.serve import Served, Serving, ServingError
 from stages import check, dataset, job
-from stages.evaluate import checks, gate, overlap, questions, report
+from stages.evaluate import gate, overlap, questions, report
 from stages.evaluate.parameters import Parameters
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
+from stages.serving import checks
 
 SHOWN = 3  # findings that an error lists
 
@@ -71,8 +72,10 @@ def run(task: Job) -> None:
         ) from error
     answers: dict[str, list[dict[str, Any]]] = {}
     seconds: dict[str, float] = {}
+    streamed_otherwise: dict[str, int] = {}
     for plan, serve_flags in zip(plans, flags, strict=False):
-        with Server(plan.model, serve_flags, " and ".join(plan.columns), plan.adapter) as server:
+        label = " and ".join(plan.columns)
+        with Server(plan.model, serve_flags, label, plan.adapter, params.concurrency) as server:
             for column, name in plan.columns.items():
                 began = time.monotonic()
                 answers[column] = ask_all(
@@ -84,9 +87,18 @@ def run(task: Job) -> None:
                     f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})",
                 )
                 seconds[column] = round(time.monotonic() - began, 1)
+                streamed_otherwise[column] = sum(
+                    answer.pop("streamed_otherwise") for answer in answers[column]
+                )
             if plan.adapter:
                 check_adapter(answers, params.control)
-    write_report(task, vllm, rows, answers, seconds)
+    if any(streamed_otherwise.values()):
+        job.warning(
+            f"answers that differ when they are streamed: {streamed_otherwise}",
+            "A few may be near ties that rounding decides, since vLLM batches requests by arrival; see the"
+            " log of vLLM's parser otherwise",
+        )
+    write_report(task, vllm, rows, answers, seconds, streamed_otherwise)
 
 
 def load_questions(task: Job) -> list[dict[str, Any]]:
@@ -213,6 +225,9 @@ def ask_all(
 ) -> list[dict[str, Any]]:
     """An answer for every question, in the order of `rows`. Several are asked at once. Messages and tools are
     sent in the form that is trained.
+
+    A question with tools is asked a second time, streamed, because vLLM parses the two apart;
+    `streamed_otherwise` of the answer says whether that gave something else.
     """
     done = 0
 
@@ -228,13 +243,22 @@ def ask_all(
         }
         if question.get("tools"):
             body["tools"] = served_tools(question["tools"])
-        choice = server.ask(body)["choices"][0]
+        answer = first_answer(server.ask(body))
+        otherwise = "tools" in body and (
+            visible_answer(answer) != visible_answer(first_answer(server.ask_streamed(body)))
+        )
         done += 1
         job.progress(done, len(rows), "question", label)
-        return {**choice["message"], "finish_reason": choice["finish_reason"]}
+        return {**answer, "streamed_otherwise": otherwise}
 
     with ThreadPoolExecutor(params.concurrency) as pool:
         return list(pool.map(ask, rows))
+
+
+def first_answer(completion: dict[str, Any]) -> dict[str, Any]:
+    """The message of a chat completion, and why it ended."""
+    choice = completion["choices"][0]
+    return {**choice["message"], "finish_reason": choice["finish_reason"]}
 
 
 def as_openai(message: dict[str, Any]) -> dict[str, Any]:
@@ -284,21 +308,31 @@ def exchange(
     answers: dict[str, list[dict[str, Any]]],
     max_tokens: int,
 ) -> dict[str, Any]:
-    """The question that shows the adapter's effect best: NVFP4 passes it, and most columns answer it
-    differently than the base.
+    """The question that shows the adapter's effect best: one that may be published, that NVFP4 passes and the
+    base fails, and that most columns answer differently than the base.
+
+    `failed` has the columns whose answer fails it.
     """
 
-    def shown_effect(number: int) -> tuple[bool, int]:
+    def shown_effect(number: int) -> tuple[bool, bool, bool, int]:
         visible = {
             column: visible_answer(column_answers[number]) for column, column_answers in answers.items()
         }
-        return not failures["nvfp4"][number], sum(answer != visible["base"] for answer in visible.values())
+        return (
+            not failures["nvfp4"][number],
+            bool(rows[number].get("public")),
+            bool(failures["base"][number]),
+            sum(answer != visible["base"] for answer in visible.values()),
+        )
 
     best = max(range(len(rows)), key=shown_effect)  # the first one, if several are best
     return {
         "messages": [as_openai(m) for m in rows[best]["messages"]],
         "tools": rows[best].get("tools") or [],
         "max_tokens": max_tokens,
+        "expect": rows[best].get("expect", {}),
+        "public": bool(rows[best].get("public")),
+        "failed": [column for column in answers if failures[column][best]],
         "answers": {
             column: visible_answer(column_answers[best]) for column, column_answers in answers.items()
         },
@@ -320,6 +354,7 @@ def write_report(
     rows: list[dict[str, Any]],
     answers: dict[str, list[dict[str, Any]]],
     seconds: dict[str, float],
+    streamed_otherwise: dict[str, int],
 ) -> None:
     """Scores the answers and writes the artifact's files."""
     failures = {
@@ -329,6 +364,7 @@ def write_report(
     params = task.parameters(Parameters)
     summary = report.summarise(rows, failures, params.gate, params.control) | {
         "seconds": seconds,
+        "streamed_otherwise": streamed_otherwise,
         "vllm": vllm,
     }
     (task.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")

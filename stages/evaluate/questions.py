@@ -19,6 +19,7 @@ from stages import dataset
 from stages.check import Finding
 
 FIELDS = ("id", "category", "messages", "tools", "expect")
+OPTIONAL = ("tools", "public")
 EXPECT = ("tool", "no_tool", "max_words", "must_say", "must_not_say", "unknown", "names")
 ROLES = ("system", "user", "assistant", "tool")
 REMEDY = "docs/formats.md, Questions, says what a question holds."
@@ -98,13 +99,15 @@ def faults(row: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(row, dict):
         yield f"a JSON {type(row).__name__}", "a question as one JSON object"
         return
-    yield from _unknown_keys(row, FIELDS, "a question")
-    if missing := [name for name in FIELDS if name not in row and name != "tools"]:
+    yield from _unknown_keys(row, (*FIELDS, "public"), "a question")
+    if missing := [name for name in FIELDS if name not in row and name not in OPTIONAL]:
         yield f"no {', '.join(missing)}", f"a question with {', '.join(FIELDS)}"
         return
     for name in ("id", "category"):
         if not _is_text(row[name]):
             yield f"{name} = {row[name]!r}", "a text that is not empty"
+    if not isinstance(row.get("public", False), bool):
+        yield f"public = {row['public']!r}", "true (it may be in the serving image) or false"
     yield from _message_faults(row["messages"])
     names: list[str] = []
     tools = row.get("tools", [])

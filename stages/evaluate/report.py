@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.evaluate.checks import MODES, Failure
 from stages.evaluate.gate import judge
+from stages.serving.checks import MODES, Failure
 
 
 def summarise(

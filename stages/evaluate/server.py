@@ -6,10 +6,12 @@ log goes to the stage's log.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -28,18 +30,31 @@ from model.families.serve import Serve
 from stages import job
 from stages.evaluate import server_log
 from stages.job import StageError
+from stages.serving.front import SERVER_HEADER, VARIABLE, Settings
+from stages.serving.tool_calls import Answer
 
 START_SECONDS = 1800  # enough for a 19 GB checkpoint from a cold disk, CUDA graphs included
 ANSWER_SECONDS = 600
+STOP_SECONDS = 15
 KEPT = 400  # last lines of the log that are searched for the cause; two tracebacks of vLLM fit
 SHOWN = 5  # last lines that an error shows if they name no cause
 MEMINFO = Path("/proc/meminfo")
+ROOT = Path(__file__).resolve().parents[2]
+FRONT = "stages.serving.front.Front"
+# Held-out conversations are private: they go to the server on this machine and through no proxy.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Server:
-    """`with Server(folder, serve, "base") as server: server.ask(...)`. The server's log goes to stderr."""
+    """`with Server(folder, serve, "base") as server: server.ask(...)`. The server's log goes to stderr.
 
-    def __init__(self, model: Path, serve: Serve, label: str, adapter: Path | None = None):
+    Clients reach vLLM through the same front as in production (stages/serving/front.py).
+    """
+
+    def __init__(
+        self, model: Path, serve: Serve, label: str, adapter: Path | None = None, questions: int = 16
+    ):
+        """`questions` are asked at the same time at most."""
         self.label = label
         self.port = _free_port()
         program = shutil.which(
@@ -47,6 +62,7 @@ class Server:
         )
         if not program:
             raise StageError("no vllm command in this image", "an image with vLLM", "Check images/vllm.")
+        self.front = Settings(f"evaluate-{secrets.token_hex(8)}", running=questions, waiting=questions)
         self.command = [
             program,
             "serve",
@@ -55,11 +71,15 @@ class Server:
             "127.0.0.1",
             "--port",
             str(self.port),
+            "--middleware",
+            FRONT,
             *serve.args,
         ]
         if adapter:
             self.command += ["--lora-modules", f"tuned={adapter}"]
-        self.env = {**os.environ, **serve.env}
+        # vLLM imports the front by its name, from this repository's files.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        self.env = {**os.environ, **serve.env, "PYTHONPATH": path, VARIABLE: self.front.as_variable()}
         self.last: deque[str] = deque(maxlen=KEPT)
 
     def __enter__(self) -> Server:
@@ -91,15 +111,31 @@ class Server:
 
     def ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """One chat completion. Raises StageError with the cause from the server's log if it cannot answer."""
+        answer: dict[str, Any] = json.loads(self._post(body))
+        return answer
+
+    def ask_streamed(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The same as a client that streams gets it, put together. Raises StageError as `ask` does."""
+        whole = Answer()
+        for event in self._post({**body, "stream": True}).split(b"\n\n"):
+            data = event.removeprefix(b"data: ").strip()
+            if data and data != b"[DONE]":
+                whole.add(json.loads(data))
+        status, answer = whole.as_response()
+        if status != 200:
+            raise StageError(f"vLLM ended a stream early ({answer})", "an answer", "See the server's log.")
+        return answer
+
+    def _post(self, body: dict[str, Any]) -> bytes:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/chat/completions",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-                answer: dict[str, Any] = json.load(response)
-                return answer
+            with DIRECT.open(request, timeout=ANSWER_SECONDS) as response:
+                content: bytes = response.read()
+                return content
         except urllib.error.HTTPError as error:
             raise StageError(
                 f"vLLM refused a question ({error.code}): {error.read().decode(errors='replace')[:500]}",
@@ -114,8 +150,15 @@ class Server:
             if self.process.poll() is not None:
                 raise self._failure(f"vLLM ended with {self.process.returncode} while it loaded {self.label}")
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                with DIRECT.open(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer:
+                    server = answer.headers.get(SERVER_HEADER.decode(), "")
+                if server == self.front.server:
                     return
+                raise StageError(
+                    f"another program answers on port {self.port}",
+                    "the vLLM that was just started",
+                    "Run again: it takes another free port.",
+                )
             except OSError:
                 job.progress(
                     0,
@@ -154,16 +197,13 @@ class Server:
             sys.stderr.write(line)
 
     def _stop_group(self) -> None:
-        """Stops the whole process group: the API server's engine and workers are separate processes."""
-        for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 10)):
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                break
-            try:
-                self.process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                continue
+        """Asks the API server to stop, which ends its engine and workers. Kills what is left of the group."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
         self.reader.join(5)
 
 
@@ -182,5 +222,7 @@ def _free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    """Makes the kernel kill the server if the stage is killed (Linux's PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """Makes the kernel stop the server if the stage is killed (Linux's PR_SET_PDEATHSIG). With SIGTERM, after
+    which the server ends its engine too.
+    """
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

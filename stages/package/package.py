@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from pathlib import Path
 from typing import Any
 
+import stages.serving
 from model.families import serve
+from model.families.markup import TEMPLATE_TOKENS
 from model.families.serve import Served, Serving, ServingError
 from stages import job
 from stages.job import Job, StageError
 from stages.package import card
 from stages.package.parameters import Parameters
+from stages.serving import checks, front, supervisor, tool_calls
 
 PORT = 8000
+# What runs in the served container beside vLLM, and is started from the artifact without one.
+SERVER = (stages.serving, checks, front, supervisor, tool_calls)
 
 
 def run(task: Job) -> None:
@@ -65,11 +72,24 @@ def run(task: Job) -> None:
         "env": flags.env,
         "port": PORT,
         "chat_template_kwargs": serving.request,
+        "front": {
+            "refused": control_tokens(task.inputs["base"]),
+            "choices": params.max_choices,
+            "tokens": params.max_model_len,
+            "running": params.max_num_seqs,
+            "waiting": params.max_waiting,
+        },
+        "memory_gb": memory_gb(served_files(task, serves), task.device),
     }
     (task.output / "serve.json").write_text(json.dumps(described, indent=1) + "\n")
     (task.output / "check.json").write_text(
         json.dumps(check_question(task, serves), indent=1, ensure_ascii=False) + "\n"
     )
+    server = task.output / "server" / "stages" / "serving"
+    server.mkdir(parents=True, exist_ok=True)
+    for module in SERVER:
+        path = Path(str(module.__file__))
+        shutil.copyfile(path, server / path.name)
     for name in ("prompt.txt", "tools.json"):
         shutil.copyfile(task.inputs["data"] / name, task.output / name)
     (task.output / "README.md").write_text(card.markdown(described, report, checkpoint, task.provenance))
@@ -87,9 +107,29 @@ def served_checkpoint(task: Job, serving: Serving, serves: str) -> Served:
             return Served()
 
 
+def served_files(task: Job, serves: str) -> Path:
+    """The folder whose weights are loaded."""
+    return task.inputs[{"nvfp4": "quantize", "merged": "merge", "tuned": "base"}[serves]]
+
+
+def memory_gb(checkpoint: Path, device: str) -> int:
+    """The limit of the server's container, in GB: the weights, decoded where a CPU computes (NVFP4 is a
+    quarter of BF16, and both are held), and 16 GB for vLLM, its KV cache and its compilers.
+    """
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e9
+    return 16 + math.ceil(weights * (6 if device == "cpu" else 2))
+
+
+def control_tokens(base: Path) -> list[str]:
+    """What no message may hold, as in training: the tokenizer's added tokens and those of the template."""
+    added = json.loads((base / "tokenizer.json").read_text()).get("added_tokens", [])
+    return sorted({token["content"] for token in added if token["content"].strip()} | set(TEMPLATE_TOKENS))
+
+
 def check_question(task: Job, serves: str) -> dict[str, Any]:
-    """A question that the served model and the base answer differently. It shows which of the two a running
-    server serves.
+    """A question that the served model passes and the base fails. It shows which of the two a running server
+    serves. `left_out` says why there is none: a question goes into the image only if the recipe's questions
+    mark it as public, since the others may be private conversations.
     """
     exchange = json.loads((task.inputs["evaluate"] / "exchange.json").read_text())
     base, answer = (exchange["answers"].get(column) for column in ("base", serves))
@@ -100,8 +140,19 @@ def check_question(task: Job, serves: str) -> dict[str, Any]:
             "Ask what the training is about (sources of evaluate), or train more: as it is, nobody could tell"
             " that it was tuned.",
         )
+    if not exchange["public"] or "base" not in exchange["failed"] or serves in exchange["failed"]:
+        why = (
+            'no question with "public": true is answered rightly by this model and wrongly by the base'
+            if exchange["public"]
+            else 'no question of the evaluation is marked "public": true'
+        )
+        job.warning(
+            f"build.py serve will not check the model's behaviour: {why}",
+            'Mark a question that holds nothing private with "public": true (docs/formats.md, Questions)',
+        )
+        return {"left_out": why}
     return {
-        **{name: exchange[name] for name in ("messages", "tools", "max_tokens")},
+        **{name: exchange[name] for name in ("messages", "tools", "max_tokens", "expect")},
         "base": base,
         "expected": answer,
     }

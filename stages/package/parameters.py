@@ -15,6 +15,10 @@ class Parameters:
     max_model_len: int
     # requests answered at the same time
     max_num_seqs: int
+    # requests that may wait; a further one is refused with 429
+    max_waiting: int
+    # answers that one request may ask for (`n`, or a list of prompts)
+    max_choices: int
     # share of the GPU's memory that vLLM takes; the BF16 model alone is 63 GB, so serve it with about 0.7 of
     # a DGX Spark
     memory_share: float

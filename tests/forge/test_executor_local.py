@@ -253,3 +253,30 @@ def test_a_task_with_a_gpu_is_told_where_kernels_stay(tmp_path, gpu):
     folder = tmp_path / "home/kernels" / f"none-{fingerprint(image, 'local', 'x86_64')}"
     assert said == ([str(folder)] if gpu else ["None"]) and folder.is_dir() == gpu
     assert (f"ANNIE_KERNELS={folder}" in (tmp_path / "01-look.sh").read_text()) == gpu
+
+
+SECRETS = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "GITHUB_TOKEN", "ANNIE_API_KEY_FILE")
+PROXY = "http://me:p4ss@proxy.example:3128"
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_no_secret_of_the_caller_reaches_a_stage_its_script_or_a_server(tmp_path, monkeypatch, network):
+    """A proxy's address is for stages that ask for the network."""
+    for name in SECRETS:
+        monkeypatch.setenv(name, f"marked-{name}")
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, PROXY)
+    local, image = Local(REPO, tmp_path / "home", "x86_64"), Image("none", tmp_path / "images/none")
+    (tmp_path / "stages/look").mkdir(parents=True)
+    (tmp_path / "stages/look/__main__.py").write_text(
+        "import json, os\nprint(json.dumps(dict(os.environ)))\n"
+    )
+    job = {"output": str(tmp_path / "output"), "scratch": str(tmp_path / "scratch")}
+    task = Task("look", Program("look", image, tmp_path), job, tmp_path, "01-look", network=network)
+    (seen,) = (json.loads(line.text) for line in local.logs(local.submit(task)))
+    script = (tmp_path / "01-look.sh").read_text()
+    for text in (json.dumps(seen), script, json.dumps(local.server_environment(image))):
+        assert "marked-" not in text
+    assert (seen.get("HTTPS_PROXY"), seen.get("https_proxy")) == ((PROXY, PROXY) if network else (None, None))
+    assert "p4ss" not in script and ("proxy.example" in script) == network
+    assert "PROXY" not in json.dumps(local.server_environment(image)).upper()

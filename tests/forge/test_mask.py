@@ -29,3 +29,10 @@ def test_a_secret_of_several_lines_is_masked_line_by_line():
 
 def test_short_words_are_no_secrets():
     assert Mask(["", "\n", "ab"]).text("a table") == "a table"
+
+
+def test_a_password_in_a_url_is_masked_and_its_host_is_not():
+    text = Mask().text(
+        "proxies={'https': 'http://me:p4ss@proxy.example:3128'} from https://hub.example/a:b@c"
+    )
+    assert "p4ss" not in text and "http://[secret]@proxy.example:3128" in text and "hub.example/a:b@c" in text

@@ -11,6 +11,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = ("stages.job", "stages.check", "stages.dataset")
+SERVED = "stages.serving"
 # Room -> what it may import of this repository. A module belongs to the first room that its name begins with.
 ROOMS = {
     "build": ("forge", "product"),
@@ -18,10 +19,12 @@ ROOMS = {
     "forge": ("forge",),
     "product": ("forge", "product"),
     **dict.fromkeys(SHARED, SHARED),
+    SERVED: (SERVED,),
     **{
         f"stages.{stage}": (f"stages.{stage}", *SHARED, "model")
-        for stage in ("base", "data", "train", "merge", "quantize", "evaluate", "package")
+        for stage in ("base", "data", "train", "merge", "quantize")
     },
+    **{f"stages.{stage}": (f"stages.{stage}", *SHARED, SERVED, "model") for stage in ("evaluate", "package")},
     "model.labels": (),
     "model.weights": ("model.weights",),
     "model.layers": ("model.layers", "model.weights", "model.labels"),
@@ -139,6 +142,7 @@ def test_the_table_of_rooms_is_that_of_the_documents():
         "forge/venv.py",
         "product/",
         "stages/job.py",
+        "stages/serving/",
         "model/labels.py",
         "model/weights/",
         "model/layers/",

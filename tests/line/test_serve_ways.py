@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import urllib.request
 
 import pytest
@@ -31,5 +32,9 @@ def test_what_is_served_answers_as_the_tuned_model(serves, tmp_path):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30) as response:
             names = {model["id"] for model in json.load(response)["data"]}
         assert names == ({"nemotron-nano", "nemotron-nano-base"} if serves == "tuned" else {"nemotron-nano"})
+        again = subprocess.run(
+            [*BUILD, "serve", *its, "--port", str(port), "--detach"], capture_output=True, text=True
+        )
+        assert again.returncode == 1 and f"port {port} is taken" in again.stderr
     finally:
         assert "stopped" in ran(*BUILD, "serve", *its, "--stop")

@@ -6,10 +6,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import http_server
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
@@ -20,48 +19,103 @@ DELTAS = [
     {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "set_timer", "arguments": '{"min'}}]},
     {"tool_calls": [{"index": 0, "function": {"arguments": 'utes": 5}'}}]},
 ]
+DONE = b"data: [DONE]\n\n"
+
+
+def event(delta, reason=None):
+    choice = {"delta": delta, "finish_reason": reason}
+    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
 
 
 @pytest.fixture
-def server():
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-            for delta in DELTAS:
-                self.wfile.write(b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode() + b"\n\n")
-            self.wfile.write(b"data: [DONE]\n\n")
-
-        def log_message(self, *_):
-            pass
-
-    its = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=its.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{its.server_port}", asked
-    its.shutdown()
-
-
-def test_a_piped_chat_streams_shows_tool_calls_and_keeps_the_history(server, tmp_path):
-    url, asked = server
+def chat(tmp_path):
+    """`chat(stream, typed)` chats with a server that streams these bytes; what it was asked is in
+    `chat.asked`.
+    """
     folder = tmp_path / "store/artifacts/package/k"
     folder.mkdir(parents=True)
     (folder / "prompt.txt").write_text("You are Annie.\n")
     (folder / "tools.json").write_text('[{"type": "function", "function": {"name": "set_timer"}}]')
-    (folder / "serve.json").write_text(
-        '{"served_name": "nemotron-nano", "chat_template_kwargs": {"enable_thinking": false}}'
-    )
-    said = subprocess.run(
-        [sys.executable, str(REPO / "build.py"), "chat", "--url", url],
-        input="five minutes\nthanks\n/reset\nagain\n",
-        text=True,
-        capture_output=True,
-        env={**os.environ, "ANNIE_HOME": str(tmp_path)},
-    )
+    server = {"served_name": "nemotron-nano", "chat_template_kwargs": {"enable_thinking": False}}
+    (folder / "serve.json").write_text(json.dumps(server))
+
+    def chatted(stream, typed, *options, url=None, **variables):
+        chatted.asked = []
+
+        def answer(handler):
+            chatted.asked.append(json.loads(handler.asked))
+            chatted.key = handler.headers["Authorization"]
+            handler.reply(200, stream)
+
+        with http_server.serving(answer) as port:
+            words = [sys.executable, str(REPO / "build.py"), "chat", "--url"]
+            return subprocess.run(
+                [*words, url or f"http://127.0.0.1:{port}", *options],
+                input=typed,
+                text=True,
+                capture_output=True,
+                env={**os.environ, "ANNIE_HOME": str(tmp_path), **variables},
+            )
+
+    return chatted
+
+
+def test_a_piped_chat_streams_shows_tool_calls_and_keeps_the_history(chat):
+    stream = b"".join(map(event, DELTAS)) + event({}, "tool_calls") + DONE
+    said = chat(stream, "five minutes\nthanks\n/reset\nagain\n")
     assert said.returncode == 0, said.stderr
     assert "Timer [is] set." in said.stdout and "-> set_timer(minutes=5)" in said.stdout
-    assert [len(body["messages"]) for body in asked] == [2, 5, 2]
-    assert asked[0]["messages"][0] == {"role": "system", "content": "You are Annie."}
-    assert asked[0]["tools"] and asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert [len(body["messages"]) for body in chat.asked] == [2, 5, 2]
+    assert chat.asked[0]["messages"][0] == {"role": "system", "content": "You are Annie."}
+    assert chat.asked[0]["tools"] and chat.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        b'data: {"error": {"message": "EngineCore encountered an issue", "code": 500}}\n\n' + DONE,
+        b"",
+        DONE,
+        b"data: {not json}\n\n",
+        b'data: "text"\n\n',
+    ],
+)
+def test_half_an_answer_is_not_shown_as_a_whole_one(chat, ending):
+    said = chat(event({"content": "Take two"}) + ending, "", "a question")
+    assert said.returncode == 1
+    assert "an answer that was cut off" in said.stderr and "Traceback" not in said.stderr
+
+
+def test_an_answer_that_reached_its_longest_length_says_so(chat):
+    said = chat(event({"content": "Take two"}) + event({}, "length") + DONE, "", "a question")
+    assert "the answer has reached its longest length" in said.stdout
+
+
+def test_a_call_that_was_cut_stays_out_of_the_history(chat):
+    cut = {"index": 0, "id": "c1", "function": {"name": "set_timer", "arguments": '{"min'}}
+    chat(event({"tool_calls": [cut]}) + event({}, "length") + DONE, "five minutes\nthanks\n")
+    assert [len(body["messages"]) for body in chat.asked] == [2, 2]
+
+
+def test_control_sequences_of_an_answer_do_not_reach_the_terminal(chat):
+    evil = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\rover"
+    call = {"index": 0, "id": "c", "function": {"name": "f\x1b[2J", "arguments": '{"a": "\\u001b[2J"}'}}
+    said = chat(event({"content": evil, "tool_calls": [call]}) + event({}, "stop") + DONE, "", "a question")
+    assert not set(said.stdout) & set("\x1b\x07\x9b\u202e\r")
+    assert "\\x1b]0;title" in said.stdout
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://localhost:1"])
+def test_without_a_server_it_says_how_to_start_one(chat, url):
+    said = chat(b"", "", "a question", url=url)
+    assert said.returncode == 1
+    assert "Start it: make serve." in said.stderr and "Traceback" not in said.stderr
+
+
+def test_the_key_is_sent_and_a_proxy_is_not_asked(chat, tmp_path):
+    (tmp_path / "key").write_text("k" * 32)
+    stream = event({"content": "Yes."}) + event({}, "stop") + DONE
+    proxy = "http://127.0.0.1:1"
+    said = chat(stream, "", "a question", "--api-key-file", str(tmp_path / "key"), http_proxy=proxy)
+    assert said.returncode == 0, said.stderr
+    assert chat.key == f"Bearer {'k' * 32}"

@@ -6,6 +6,7 @@ import pytest
 import toy
 import yaml
 
+from forge import plan
 from product import render, serving
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -15,7 +16,7 @@ from stages import job
 
 def run(task):
     (task.output / "text.txt").write_text("flags")
-    (task.output / "serve.json").write_text(json.dumps({"device": "cpu"}))
+    (task.output / "serve.json").write_text(json.dumps({"device": "cpu", "memory_gb": 21}))
     tag = "annie/vllm-nemotron-annie:0123456789ab"
     (task.output / "image.json").write_text(json.dumps({"tag": tag}))
 
@@ -26,7 +27,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_compose_override_is_its_golden_copy(device):
-    made = render.override("annie/vllm-nemotron-annie:0123456789ab", device)
+    made = render.override("annie/vllm-nemotron-annie:0123456789ab", device, "0123456789abcdef", 21)
     assert made == (GOLDEN / f"compose.override.{device}.yaml").read_text()
 
 
@@ -34,7 +35,8 @@ def test_the_service_listens_on_loopback_only_and_without_privileges():
     service = yaml.safe_load((GOLDEN.parents[1] / "compose.yaml").read_text())["services"][
         "vllm-nemotron-annie"
     ]
-    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    assert service["ports"] == ["${ANNIE_BIND:-127.0.0.1}:${ANNIE_PORT:-8000}:8000"]
+    assert service["restart"] == "on-failure:5" and service["pids_limit"]
     assert service["cap_drop"] == ["ALL"] and service["read_only"] and "privileged" not in service
 
 
@@ -51,7 +53,9 @@ def test_a_run_that_built_the_image_points_compose_to_it(mini, command):
     command("run", "--until", "words")
     assert not override.exists()
     command("run")
-    assert override.read_text() == (GOLDEN / "compose.override.cpu.yaml").read_text()
+    key = plan.artifact(mini.context(), serving.PACKAGE).key
+    golden = (GOLDEN / "compose.override.cpu.yaml").read_text()
+    assert override.read_text() == golden.replace("0123456789abcdef", key)
     override.unlink()
     command("run")
     assert not override.exists(), "nothing was built"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.evaluate import checks
+from stages.serving import checks
 
 TIMER = {"name": "set_timer", "arguments": {"minutes": 5}}
 TOOLS = [

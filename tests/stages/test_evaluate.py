@@ -14,9 +14,9 @@ from model.families import serve
 from model.families.serve import Serve
 from stages import job
 from stages.evaluate import evaluate, gate, report
-from stages.evaluate.checks import MODES, Failure
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
+from stages.serving.checks import MODES, Failure
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PARAMS = {
@@ -112,7 +112,7 @@ def toy(monkeypatch):
         says: ClassVar = {"base": BAD, "tuned": GOOD, "merge": GOOD, "quantize": GOOD}
         started, asked = [], []
 
-        def __init__(self, model, serve, label, adapter=None):
+        def __init__(self, model, serve, label, adapter=None, questions=16):
             self.model = model
             self.started.append((model.name, label, adapter and adapter.name))
 
@@ -126,6 +126,11 @@ def toy(monkeypatch):
             self.asked.append(body)
             text = self.says["tuned" if body["model"] == "tuned" else self.model.name]
             return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+
+        def ask_streamed(self, body):
+            return self.ask(body | {"model": self.streams_as or body["model"]})
+
+        streams_as = ""
 
     monkeypatch.setattr(evaluate, "Server", Toy)
     monkeypatch.setattr(serve, "installed", lambda: "0.32.0")
@@ -198,8 +203,50 @@ def test_the_exchange_is_a_question_that_the_adapter_answers_otherwise():
         "nvfp4": said("x", "b", "x"),
     }
     asked = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(3)]
-    found = evaluate.exchange(asked, {"nvfp4": [["emoji"], [], []]}, answers, 16)
+    failures = {column: [[], [], []] for column in answers} | {"nvfp4": [["emoji"], [], []]}
+    found = evaluate.exchange(asked, failures, answers, 16)
     assert found["messages"][0]["content"] == "2" and found["answers"]["base"]["content"] == "c"
+    assert not found["public"] and found["failed"] == []
+
+
+def test_the_exchange_is_public_where_a_question_is():
+    """A private conversation must not get into the serving image."""
+    answers = {column: [{"content": f"{column}{n}"} for n in range(4)] for column in ("base", "nvfp4")}
+    asked = [{"messages": [{"role": "user", "content": str(n)}], "public": n > 1} for n in range(4)]
+    failures = {"base": [["emoji"], ["emoji"], [], ["emoji"]], "nvfp4": [[], [], [], []]}
+    found = evaluate.exchange(asked, failures, answers, 16)
+    assert found["messages"][0]["content"] == "3" and found["public"] and found["failed"] == ["base"]
+
+
+def test_tool_questions_are_asked_both_ways_and_a_difference_is_told(its, toy, warnings):
+    toy.streams_as = "tuned"
+    toy.says = {**toy.says, "base": "One.", "tuned": "Two.", "merge": "One.", "quantize": "Two."}
+    evaluate.run(its)
+    made = json.loads((its.output / "report.json").read_text())
+    asked_with_tools = sum("tools" in json.dumps(sorted(row)) and bool(row["tools"]) for row in HELD_OUT)
+    assert made["streamed_otherwise"] == {
+        "base": asked_with_tools,
+        "tuned": 0,
+        "merged": asked_with_tools,
+        "nvfp4": 0,
+    }
+    assert any("differ when they are streamed" in warning for warning in warnings)
+
+
+@pytest.mark.trap("another-server-answers")
+def test_another_program_on_the_port_is_not_taken_for_vllm(tmp_path, monkeypatch):
+    fake_vllm(tmp_path, monkeypatch, SPEAKS.replace("self.name(); ", ""))
+    with pytest.raises(StageError, match="another program answers on port"):
+        Server(tmp_path, Serve([], {"CACHE": "1"}), "merged").__enter__()
+
+
+@pytest.mark.trap("another-server-answers")
+def test_no_proxy_sees_a_question(tmp_path, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")  # port 1 is nobody's
+    fake_vllm(tmp_path, monkeypatch, SPEAKS)
+    with Server(tmp_path, Serve([], {"CACHE": "1"}), "merged") as server:
+        assert server.ask({"model": "x"})["cache"] == "1"
 
 
 def test_every_request_is_greedy_and_without_thoughts(its, toy):
@@ -499,11 +546,12 @@ SPEAKS = """
 import http.server, json, sys, os
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self): self.reply(200, {})
+    def name(self): self.send_header("x-annie-server", json.loads(os.environ["ANNIE_FRONT"])["server"])
     def do_POST(self):
         asked = self.rfile.read(int(self.headers["Content-Length"]))
         self.reply(400 if b"bad" in asked else 200, {"argv": sys.argv[1:], "cache": os.environ["CACHE"]})
     def reply(self, code, made):
-        self.send_response(code); self.end_headers(); self.wfile.write(json.dumps(made).encode())
+        self.send_response(code); self.name(); self.end_headers(); self.wfile.write(json.dumps(made).encode())
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
 

@@ -1,6 +1,8 @@
 """The serving artifact: flags, prompt, tools and model card, and only of a model that passed the gate."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ PARAMS = {
     "max_num_seqs": 4,
     "memory_share": 0.35,
     "kv_cache": "auto",
+    "max_waiting": 32,
+    "max_choices": 8,
 }
 COLUMNS = ("base", "tuned", "merged", "nvfp4")
 GATE = {
@@ -42,6 +46,9 @@ EXCHANGE = {
     "messages": [{"role": "user", "content": "Name the capital of France."}],
     "tools": [],
     "max_tokens": 48,
+    "expect": {"must_say": ["Paris"]},
+    "public": True,
+    "failed": ["base"],
     "answers": {
         column: {"content": "Paris." if column != "base" else "Sure! **Paris** 🎉", "tool_calls": []}
         for column in COLUMNS
@@ -59,6 +66,8 @@ def its(tmp_path, monkeypatch):
     for folder in [*inputs.values(), tmp_path / "output"]:
         folder.mkdir()
     (inputs["base"] / "config.json").write_text('{"model_type": "nemotron_h"}')
+    added = [{"id": 12, "content": "<think>"}, {"id": 14, "content": "<tool_call>"}]
+    (inputs["base"] / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     (inputs["evaluate"] / "report.json").write_text(json.dumps(REPORT))
     (inputs["quantize"] / "hf_quant_config.json").write_text(
         json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}})
@@ -107,6 +116,7 @@ def test_the_artifact_holds_what_the_formats_say(its):
         "prompt.txt",
         "tools.json",
         "README.md",
+        "server",
     }
     described = json.loads((its.output / "serve.json").read_text())
     assert set(described) == {
@@ -118,6 +128,8 @@ def test_the_artifact_holds_what_the_formats_say(its):
         "env",
         "port",
         "chat_template_kwargs",
+        "front",
+        "memory_gb",
     }
     assert all(
         (its.output / name).read_bytes() == (its.inputs["data"] / name).read_bytes()
@@ -232,7 +244,41 @@ def test_the_check_is_a_question_that_the_adapter_answers(its, serves):
     assert (
         check["base"] != check["expected"] == EXCHANGE["answers"][serves]
         and check["messages"] == EXCHANGE["messages"]
+        and check["expect"] == EXCHANGE["expect"]
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"public": False}, 'no question of the evaluation is marked "public": true'),
+        ({"failed": []}, "wrongly by the base"),
+        ({"failed": ["base", "nvfp4"]}, "rightly by this model"),
+    ],
+)
+def test_no_private_or_useless_question_gets_into_the_image(its, changes, why):
+    (its.inputs["evaluate"] / "exchange.json").write_text(json.dumps({**EXCHANGE, **changes}))
+    package.run(its)
+    text = (its.output / "check.json").read_text()
+    assert why in json.loads(text)["left_out"] and "capital of France" not in text
+
+
+def test_the_artifact_brings_the_programs_that_serve_it(its):
+    """`--middleware server.front.Front` and the checks work from the artifact alone."""
+    package.run(its)
+    imports = "from stages.serving import front, supervisor, tool_calls; print(front.Front.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", imports], cwd=its.output / "server", capture_output=True, text=True
+    )
+    assert done.stdout == "Front\n", done.stderr
+    asked = {"question": {"expect": {"must_say": ["Paris"]}}, "answer": {"content": "**Rome**"}}
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(its.output / "server/stages/serving/checks.py")],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+    )
+    assert {failure["mode"] for failure in json.loads(done.stdout)} == {"markdown", "fabrication"}
 
 
 @pytest.mark.trap("adapter-not-applied")

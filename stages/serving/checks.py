@@ -1,12 +1,16 @@
 """Deterministic checks for nine ways in which a voice assistant misbehaves. The same answer always gets the
 same verdict.
+
+Stage evaluate scores with them. As a program, `python checks.py`, this reads {"question": ..., "answer": ...}
+and prints the failures as JSON: `build.py serve` asks the checks that the served artifact brings.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
 from typing import Any
 
 MODES = (
@@ -151,3 +155,13 @@ def _content_failures(expect: dict[str, Any], text: str) -> list[Failure]:
         if misspelt or name not in words:
             failures.append(Failure("name_error", f"{misspelt[0]} for {name}" if misspelt else f"no {name}"))
     return failures
+
+
+def main() -> None:
+    exchange = json.load(sys.stdin)
+    found = failures(exchange["question"], exchange["answer"])
+    print(json.dumps([asdict(failure) for failure in found]))
+
+
+if __name__ == "__main__":
+    main()

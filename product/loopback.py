@@ -1,0 +1,29 @@
+"""HTTP to a server on this machine. A proxy never sees it: the requests hold private conversations, and a
+proxy could answer for a server that is not there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import urllib.parse
+import urllib.request
+from http.client import HTTPResponse
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def opened(request: urllib.request.Request, seconds: float, here: bool = False) -> HTTPResponse:
+    """The open answer to a request, without a proxy where it goes to this machine: by its name or address, or
+    because the caller knows it (`here`). OSError if there is none, or one with an error status
+    (urllib.error.HTTPError).
+    """
+    host = urllib.parse.urlsplit(request.full_url).hostname or ""
+    handlers = [urllib.request.ProxyHandler({})] if here or is_loopback(host) else []
+    answer: HTTPResponse = urllib.request.build_opener(*handlers).open(request, timeout=seconds)
+    return answer
