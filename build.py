@@ -272,6 +272,25 @@ def path(stage: str, recipe: str, executor: str | None) -> None:
     print(plan.artifact(open_session(recipe, executor).context, stage).folder)
 
 
+@command(click.argument("stages", nargs=-1, metavar="[STAGE]..."), as_json)
+def verify(recipe: str, executor: str | None, stages: tuple[str, ...], as_json: bool) -> None:
+    """Reads every byte of the artifacts, or of those of STAGE, and exits with 1 if one is not what it was."""
+    from forge import plan, report, verify
+
+    context = open_session(recipe, executor).context
+    names = plan.Selection(only=stages).stages(context.recipe)
+    with report.reading(verify.size(context, names)) as on_bytes:
+        verdicts = verify.verify(context, names, on_bytes)
+    findings = verify.findings(context, verdicts)
+    if as_json:
+        print(json.dumps({"stages": [verdict.as_json() for verdict in verdicts]}, indent=1))
+    else:
+        show(report.of_verdicts(verdicts))
+    if findings:
+        show(report.of_findings(findings), to_stderr=True)
+        sys.exit(1)
+
+
 @command(as_json)
 def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
     """What this machine lacks for the recipe. Exit 1 if that stops it."""

@@ -17,9 +17,9 @@ TAIL = 12  # log lines that a failure shows
 
 
 class StageFailed(Exception):
-    """A stage that ended without an artifact: the finding, and where its log lies."""
+    """A stage that ended without an artifact: the finding, and where its log lies (None: it has none)."""
 
-    def __init__(self, finding: Finding, log: Path, tail: list[str]):
+    def __init__(self, finding: Finding, log: Path | None, tail: list[str]):
         super().__init__(str(finding))
         self.finding, self.log, self.tail = finding, log, tail
 
@@ -37,7 +37,7 @@ class StageFailed(Exception):
 
     def as_event(self) -> dict[str, Any]:
         """The values of the event `failed`, without the stage's name."""
-        return {**self.finding.as_values(), "log": str(self.log), "tail": self.tail}
+        return {**self.finding.as_values(), "log": str(self.log or ""), "tail": self.tail}
 
 
 def follow(executor: Executor, journal: Journal, home: Path, task: Task, log: Log) -> None:

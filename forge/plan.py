@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +89,8 @@ class Estimate:
 @dataclass(frozen=True)
 class Stage:
     """One stage of a plan. `waits`: an input is not built yet, so whether it runs is open. `blocked`: it
-    cannot run, since an input is neither built nor selected."""
+    cannot run, since an input is neither built nor selected. `unread`: files of a cached artifact that are
+    read again before a stage uses them, since they may have changed."""
 
     name: str
     state: Literal["cached", "run", "waits", "blocked"]
@@ -97,12 +98,14 @@ class Stage:
     key: key.Key
     artifact: Artifact | None
     estimate: Estimate
+    unread: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
             "stage": self.name,
             "state": self.state,
             "why": self.why,
+            "unread": len(self.unread),
             "key": self.key.sha256,
             "seconds": round(self.estimate.seconds, 1),
             "disk_gb": round(self.estimate.disk_gb, 3),
@@ -191,7 +194,9 @@ def examine(
             )
         return Stage(step.name, "waits", f"after {', '.join(stage_key.waits)}", stage_key, None, estimate)
     if artifact and not (selection.force and selected):
-        return Stage(step.name, "cached", f"built {age(artifact.created)}", stage_key, artifact, estimate)
+        unread = tuple(context.store.unread(artifact))
+        why = f"built {age(artifact.created)}" + (f"; {_again(unread)}" if unread else "")
+        return Stage(step.name, "cached", why, stage_key, artifact, estimate, unread)
     return Stage(
         step.name, "run", _why(context, step.name, stage_key, newest, artifact), stage_key, artifact, estimate
     )
@@ -213,6 +218,31 @@ def _why(
     else:
         why = "its artifact was deleted"
     return why + (", goes on where it stopped" if context.store.unfinished(name, stage_key.sha256) else "")
+
+
+def _again(unread: Sequence[str]) -> str:
+    more = f" and {len(unread) - 1} more files" if len(unread) > 1 else ""
+    return f"{unread[0]}{more} may have changed, and will be read before use"
+
+
+def recorded(context: Context) -> dict[str, Artifact]:
+    """Stage -> what lies at its present key, whole or damaged. Inputs are what their manifests say, so that
+    one damaged artifact hides none of those that are made from it. Refused as `Store.at` is.
+    """
+    recipe, lying = context.recipe, dict[str, Artifact]()
+    for step in recipe.stages.values():
+        stage_key = key.of_step(
+            step,
+            recipe,
+            context.repo,
+            context.executor,
+            context.store.memo,
+            context.gpu,
+            lambda supplier: lying[supplier].digest if supplier in lying else None,
+        )
+        if stage_key.sha256 and (artifact := context.store.at(step.name, stage_key.sha256)):
+            lying[step.name] = artifact
+    return lying
 
 
 def program(context: Context, step: Step, start: str = "") -> Program:

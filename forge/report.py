@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
 from forge.finding import Finding
 from forge.plan import Context, Explanation, Plan, age
 from forge.store import Artifact
+from forge.verify import Verdict
 
 _STATES = {"cached": "green", "run": "bold cyan", "waits": "cyan", "blocked": "red"}
 # A path that is cut or broken cannot be copied; the terminal itself breaks the line.
@@ -117,6 +121,31 @@ def of_status(
             ),
         )
     return table
+
+
+def of_verdicts(verdicts: list[Verdict]) -> RenderableType:
+    """A line for each stage whose artifact was read: its files, and whether they are what they were."""
+    table = plain_table("stage", ">files", ">size", ">time", "verdict")
+    styles = {"whole": "green", "damaged": "bold red", "not built": "dim"}
+    for verdict in verdicts:
+        read = verdict.state != "not built"
+        table.add_row(
+            verdict.stage,
+            str(verdict.files) if read else "",
+            size(verdict.bytes) if read else "",
+            clock(verdict.seconds) if read else "",
+            Text(verdict.state, style=styles[verdict.state]),
+        )
+    return table
+
+
+@contextlib.contextmanager
+def reading(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr for `total` bytes; gives what is to be told of bytes as they are read."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 def finding_line(finding: dict[str, Any]) -> Text:

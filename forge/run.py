@@ -7,18 +7,19 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge import check, lock, plan, preflight, store
+from forge import check, lock, plan, preflight, store, verify
 from forge.executor import Executor, ProductBuilder, Task
 from forge.finding import Finding, Refused, error
 from forge.follow import StageFailed, disk_finding, follow
 from forge.journal import Event, Journal, Log
 from forge.mask import Mask
-from forge.plan import Context, Plan, Selection, Stage
+from forge.plan import GB, Context, Plan, Selection, Stage
+from forge.recipe import Step
 from forge.store import Artifact
 
 
@@ -118,36 +119,26 @@ class _Run:
         self.numbers = {name: number for number, name in enumerate(context.recipe.stages, 1)}
         self.built: dict[str, Artifact] = {}
         self.ran: list[str] = []
+        self.current = ""  # the stage that is looked at
+        self.damaged: dict[str, str] = {}  # stages to be run again, with what is wrong with their artifacts
 
     def outcome_of(self, planned: Plan) -> Outcome:
         started = time.monotonic()
         self.journal.plan(planned.as_json())
         self.journal.emit("plan", **planned.as_json(), folder=str(self.journal.folder))
-        selected = {stage.name for stage in planned.stages}
-        current = ""
         try:
-            self.prepare(planned)
-            for step in self.recipe.stages.values():
-                stage = plan.examine(self.context, step, self.built, self.selection, step.name in selected)
-                current = step.name
-                if stage.state == "cached":
-                    assert stage.artifact
-                    self.built[step.name] = stage.artifact
-                    if step.name in selected:
-                        self.journal.emit("cached", stage=step.name, why=stage.why)
-                elif step.name in selected:
-                    self.built[step.name] = self.artifact(stage)
-                    self.ran.append(step.name)
+            self.prepare([self.recipe.stages[stage.name] for stage in planned.pending])
+            while not self.passed({stage.name for stage in planned.stages}):
+                pass
         except KeyboardInterrupt:
-            self.journal.emit("interrupted", stage=current, resume=self.resume())
+            self.journal.emit("interrupted", stage=self.current, resume=self.resume())
             return self.outcome(130)
         except StageFailed as failed:
-            self.journal.emit("failed", stage=current, **failed.as_event())
+            self.journal.emit("failed", stage=self.current, **failed.as_event())
             return self.outcome(1)
         except (OSError, sqlite3.Error) as fault:
-            self.journal.emit(
-                "failed", stage=current, **disk_finding(self.store.home, fault).as_values(), log="", tail=[]
-            )
+            finding = disk_finding(self.store.home, fault)
+            self.journal.emit("failed", stage=self.current, **finding.as_values(), log="", tail=[])
             return self.outcome(1)
         self.journal.emit("done", ran=self.ran, seconds=round(time.monotonic() - started, 1))
         return self.outcome(0)
@@ -158,11 +149,93 @@ class _Run:
     def resume(self) -> str:
         return f"python build.py run --recipe {self.recipe.option} --executor {self.executor.name}"
 
-    def prepare(self, planned: Plan) -> None:
+    def passed(self, selected: set[str]) -> bool:
+        """Runs each selected stage that is not cached. False if an input turned out to be damaged: then all
+        is looked at again, the stage that made it runs again, and so do those whose keys that changes.
+        """
+        self.built.clear()
+        for step in self.recipe.stages.values():
+            self.current = step.name
+            forced = step.name in selected and step.name not in self.ran
+            stage = plan.examine(self.context, step, self.built, self.selection, forced)
+            if stage.state == "cached" and step.name in self.damaged and step.name not in self.ran:
+                why = f"its artifact is damaged: {self.damaged[step.name]}"
+                stage = replace(stage, state="run", why=why)
+            if stage.state == "cached":
+                assert stage.artifact
+                self.built[step.name] = stage.artifact
+                if step.name in selected and step.name not in self.ran:
+                    self.journal.emit("cached", stage=step.name, why=stage.why, key=stage.key.sha256)
+            elif step.name in selected:
+                if stage.key.waits:  # an input that was there when the run began
+                    remedy = f"Run again: {self.resume()}"
+                    raise StageFailed(error(step.name, stage.why, "inputs that stay", remedy), None, [])
+                if not self.inputs_are_whole(step, selected):
+                    return False
+                self.built[step.name] = self.artifact(stage)
+                self.ran.append(step.name)
+        return True
+
+    # --- what a stage is given ------------------------------------------------------------------------------
+
+    def inputs_are_whole(self, step: Step, selected: set[str]) -> bool:
+        """Reads what a stage is about to use, as far as it may have changed since it was last read. Before
+        an image is built that is everything: a decayed bit leaves a file's times as they were.
+        """
+        for supplier in dict.fromkeys(step.inputs.values()):
+            artifact = self.built[supplier]
+            names = self.store.readable(artifact) if step.contract.product else self.store.unread(artifact)
+            if damages := self.read(artifact, names):
+                self.make_again(supplier, damages, selected)
+                return False
+        return True
+
+    def read(self, artifact: Artifact, names: list[str]) -> list[str]:
+        """What is wrong with an input, some of whose files are read for that."""
+        if not names:
+            return list(self.store.damages(artifact))
+        stage, began = artifact.stage, time.monotonic()
+        total = sum(artifact.manifest["files"][name]["size"] for name in names)
+        self.journal.emit("reading", stage=stage, files=len(names), bytes=total)
+
+        def say(done: int) -> None:
+            values = {"done": round(done / GB, 1), "total": round(total / GB, 1), "unit": "GB"}
+            self.journal.emit("progress", stage=stage, **values, note="reading it before use")
+
+        damages = verify.read(self.store, artifact, names, verify.summed(say))
+        self.journal.emit(
+            "read",
+            stage=stage,
+            state="done" if stage in self.ran else "cached",
+            bytes=total,
+            seconds=round(time.monotonic() - began, 1),
+            damages=damages,
+        )
+        return damages
+
+    def make_again(self, supplier: str, damages: list[str], selected: set[str]) -> None:
+        """Has the next pass make a damaged input again. StageFailed if it is not selected, or if that did not
+        help.
+        """
+        if supplier in self.damaged or supplier not in selected:
+            remedy = (
+                "It was made again in this run and has changed since: check this machine's disk and memory."
+                if supplier in self.damaged
+                else f"Make it again: {self.resume()} --until {supplier}"
+            )
+            finding = error(supplier, "; ".join(damages), "the artifact as it was accepted", remedy)
+            raise StageFailed(finding, None, [])
+        self.damaged[supplier] = damages[0]
+        if supplier in self.ran:
+            self.ran.remove(supplier)
+        self.prepare(
+            [step for name, step in self.recipe.stages.items() if supplier in self.recipe.upstream(name)]
+        )
+
+    def prepare(self, steps: list[Step]) -> None:
         """Makes every environment and every stage's image that may be used, so that a broken one is found
         before hours of training.
         """
-        steps = [self.recipe.stages[stage.name] for stage in planned.pending]
         for name in dict.fromkeys(step.contract.image for step in steps):
             self.image(name, f"00-{name}", partial(self.executor.prepare, self.recipe.images[name]))
         for step in steps:
@@ -237,8 +310,10 @@ class _Run:
         except OSError as fault:
             raise StageFailed.of_findings([disk_finding(self.store.home, fault)], log) from fault
         finally:
-            log.close()
-            store.remove(output)
+            try:
+                log.close()  # on a full disk this fails, and the output is to go all the same
+            finally:
+                store.remove(output)
         self.journal.emit(
             "stage_done",
             stage=stage.name,

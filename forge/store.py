@@ -12,15 +12,14 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge import hashing
+from forge import hashing, manifest
 from forge.finding import Finding, Refused, error
-
-MANIFEST = "manifest.json"
+from forge.manifest import MANIFEST, Manifest
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Artifact:
     stage: str
     key: str
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def digest(self) -> str:
@@ -62,16 +61,18 @@ class Store:
 
     # --- reading --------------------------------------------------------------------------------------------
 
+    def at(self, stage: str, key: str) -> Artifact | None:
+        """What lies at a key, whole or not. Refused if its manifest is damaged."""
+        return self._read(self.root / "artifacts" / stage / key)
+
     def find(self, stage: str, key: str | None) -> Artifact | None:
         """The artifact of a key, or None. One whose files are not those of its manifest does not count."""
-        if key is None:
-            return None
-        artifact = self._read(self.root / "artifacts" / stage / key)
+        artifact = self.at(stage, key) if key else None
         return artifact if artifact and not self.damage(artifact) else None
 
     def broken(self, stage: str, key: str) -> str:
         """Why the artifact that lies at a key does not count ("" if none lies there, or it does)."""
-        artifact = self._read(self.root / "artifacts" / stage / key)
+        artifact = self.at(stage, key)
         return self.damage(artifact) if artifact else ""
 
     def unfinished(self, stage: str, key: str) -> bool:
@@ -82,15 +83,39 @@ class Store:
         return scratch.is_dir() and any(p.name != "home" for p in scratch.iterdir())
 
     def damage(self, artifact: Artifact) -> str:
-        """What is wrong with an artifact's files by name and size ("" if nothing); reads no content."""
-        for name, entry in artifact.manifest["files"].items():
-            try:
-                size = os.stat(artifact.folder / name).st_size
-            except FileNotFoundError:
-                return f"{name} is missing"
-            if size != entry["size"]:
-                return f"{name} has {size} bytes of {entry['size']}"
-        return ""
+        """The first of `damages`, "" if there is none."""
+        return next(self.damages(artifact), "")
+
+    def damages(self, artifact: Artifact) -> Iterator[str]:
+        """What is wrong with an artifact's files, each by name. Reads no content: what a file holds is known
+        if it was read since it last changed, see `unread`.
+        """
+        expected, present = artifact.manifest["files"], _files(artifact.folder)
+        for name, entry in expected.items():
+            status = present.pop(name, None)
+            if status is None:
+                yield f"{name} is missing"
+            elif not stat.S_ISREG(status.st_mode):
+                yield f"{name} is no plain file"
+            elif status.st_size != entry["size"]:
+                yield f"{name} has {status.st_size} bytes of {entry['size']}"
+            elif self.memo.known(status) not in (None, entry["sha256"]):
+                yield f"{name} has other content than when it was made"
+        present.pop(MANIFEST, None)
+        yield from (f"{name} is there, and no file of it" for name in sorted(present))
+
+    def readable(self, artifact: Artifact) -> list[str]:
+        """The files of an artifact that are there, and are files."""
+        present = _files(artifact.folder)
+        named = [name for name in artifact.manifest["files"] if name in present]
+        return [name for name in named if stat.S_ISREG(present[name].st_mode)]
+
+    def unread(self, artifact: Artifact) -> list[str]:
+        """Those of `readable` that were not read since they last changed. Whether they were copied, touched
+        or edited only their content tells.
+        """
+        names = self.readable(artifact)
+        return [name for name in names if self.memo.known(os.lstat(artifact.folder / name)) is None]
 
     def newest(self, stage: str, recipe: str, executor: str | None = None) -> Artifact | None:
         """The last accepted artifact of a stage under a recipe, rather one of the same executor than
@@ -104,20 +129,8 @@ class Store:
         )
 
     def _read(self, folder: Path) -> Artifact | None:
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except ValueError as fault:
-            raise Refused(
-                error(
-                    str(folder / MANIFEST),
-                    f"a manifest that is not JSON ({fault})",
-                    "the manifest as it was accepted",
-                    "Delete that folder; the stage runs again.",
-                )
-            ) from fault
-        return Artifact(folder.parent.name, folder.name, folder, manifest)
+        read = manifest.read(folder)
+        return Artifact(folder.parent.name, folder.name, folder, read) if read is not None else None
 
     # --- writing --------------------------------------------------------------------------------------------
 
@@ -148,15 +161,16 @@ class Store:
         """
         if findings := faults(output, kind, patterns):
             raise Refused(findings)
-        files: dict[str, dict[str, Any]] = {}
-        for path in sorted(p for p in output.rglob("*") if not p.is_dir()):
+        paths = sorted(p for p in output.rglob("*") if not p.is_dir())
+        for path in paths:
             _seal(path)
-            files[str(path.relative_to(output))] = {
-                "size": path.stat().st_size,
-                "sha256": self.memo.file(path),
-            }
+        hashing.settle(paths)
+        files: dict[str, dict[str, Any]] = {
+            str(path.relative_to(output)): {"size": path.stat().st_size, "sha256": self.memo.file(path)}
+            for path in paths
+        }
         digest = hashing.of_entries((name, entry["sha256"]) for name, entry in files.items())
-        manifest = {
+        accepted = {
             "stage": stage,
             "key": key,
             "type": kind,
@@ -167,7 +181,7 @@ class Store:
         }
         target = self.root / "artifacts" / stage / key
         path = output / MANIFEST
-        path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(accepted, indent=1, sort_keys=True) + "\n")
         _seal(path)
         for folder in [p for p in output.rglob("*") if p.is_dir()] + [output]:
             _sync(folder)
@@ -177,7 +191,7 @@ class Store:
         if output.exists():  # the artifact that was there before
             remove(output)
         remove(self.root / "scratch" / stage / key)
-        return Artifact(stage, key, target, manifest)
+        return Artifact(stage, key, target, accepted)
 
 
 def faults(output: Path, kind: str, patterns: Sequence[str]) -> list[Finding]:
@@ -202,11 +216,34 @@ def faults(output: Path, kind: str, patterns: Sequence[str]) -> list[Finding]:
                     subject, f"{name}, which is no plain file", "files and folders", "Write the file itself."
                 )
             )
+        elif not manifest.plain_name(str(name)):
+            findings.append(
+                error(
+                    subject,
+                    f"the file name {str(name)!r}",
+                    "a name of characters that can be printed",
+                    "Mend the stage.",
+                )
+            )
     if (output / MANIFEST).exists():
         findings.append(
             error(subject, MANIFEST, "no file of that name", "It is forge's; name yours otherwise.")
         )
     return findings
+
+
+def _files(folder: Path) -> dict[str, os.stat_result]:
+    """Everything in a folder but its folders, by its path from there; links are not followed."""
+    found: dict[str, os.stat_result] = {}
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+                else:
+                    found[os.path.relpath(entry.path, folder)] = os.lstat(entry.path)
+    return found
 
 
 def remove(path: Path) -> None:

@@ -92,6 +92,13 @@ class Progress:
                 if kind == "stage_done"
                 else clock(event["seconds"])
             )
+        elif kind == "reading":
+            row.state, row.started, row.phase = "running", now, now
+            row.why = f"reading {event['files']} files before they are used, {size(event['bytes'])}"
+        elif kind == "read":
+            row.state, row.seconds = event["state"], event["seconds"]
+            whole = f"its files are what they were, {size(event['bytes'])} read in {clock(event['seconds'])}"
+            row.note = "; ".join(event["damages"]) or whole
         elif kind == "cached":
             row.state, row.note = "cached", event["why"]
         elif kind == "progress":
@@ -160,9 +167,9 @@ class Lines:
         if announce(event, self.console) or row is None:
             return
         kind = event["event"]
-        if kind == "stage" or event.get("state") == "preparing":
+        if kind in ("stage", "reading") or event.get("state") == "preparing":
             self.say(f"{row.name}: {row.why or 'preparing'}")
-        elif kind in ("stage_done", "cached") or event.get("state") == "ready":
+        elif kind in ("stage_done", "cached", "read") or event.get("state") == "ready":
             self.say(f"{row.name}: {row.state}, {row.note}")
         elif kind in ("progress", "log", "metric") and row.state == "running" and now - self.last >= _EVERY:
             parts = [

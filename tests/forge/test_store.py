@@ -12,7 +12,7 @@ from forge.finding import Refused
 from forge.store import Store
 
 FACTS = {"components": {"seed": "1"}, "seconds": 1.0, "recipe": "toy", "executor": "local"}
-KEY = "a" * 64
+KEY = hashing.of_value(FACTS["components"])
 FILES = ("text.txt",)
 
 
@@ -76,7 +76,7 @@ def test_leftovers_of_a_killed_run_go(store):
 
 def test_the_digest_is_that_of_names_and_content(store):
     one = store.accept("words", KEY, written(store, "same"), "text", FILES, FACTS)
-    two = store.accept("count", "b" * 64, written(store, "same"), "text", FILES, {**FACTS, "seconds": 9.0})
+    two = store.accept("count", KEY, written(store, "same"), "text", FILES, {**FACTS, "seconds": 9.0})
     assert one.digest == two.digest == hashing.of_entries([("text.txt", hashing.of_text("same"))])
 
 
@@ -87,8 +87,8 @@ def test_a_file_is_read_again_only_when_it_has_changed(store, tmp_path, monkeypa
     time.sleep(0.15)  # a file that was touched a moment ago is not remembered yet
     first = store.memo.file(path)
     reads = []
-    real = hashing.hashlib.file_digest
-    monkeypatch.setattr(hashing.hashlib, "file_digest", lambda *a: reads.append(1) or real(*a))
+    real = hashing.of_content
+    monkeypatch.setattr(hashing, "of_content", lambda *a: reads.append(1) or real(*a))
     assert store.memo.file(path) == first and Store(store.home).memo.file(path) == first and not reads
     path.write_text("two")  # the same size and, a moment later, the same mtime
     os.utime(path, (1, 1))
