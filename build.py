@@ -70,10 +70,12 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
 
         try:
             function(*args, **values)
-        except Refused as refused:
-            from forge import report
+        except BrokenPipeError:  # of what reads the output, such as head
+            raise
+        except (Refused, OSError) as fault:
+            from forge import report, trouble
 
-            show(report.of_findings(refused.findings), to_stderr=True)
+            show(report.of_findings(trouble.findings(home(), fault)), to_stderr=True)
             sys.exit(1)
 
     return wrapper

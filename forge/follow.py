@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from forge import preflight
+from forge import preflight, trouble
 from forge.executor import Executor, Task
 from forge.finding import Finding, error
 from forge.journal import Journal, Log
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TAIL = 12  # log lines that a failure shows
 
 
@@ -68,26 +70,14 @@ def follow(executor: Executor, journal: Journal, home: Path, task: Task, log: Lo
     raise StageFailed(_failure(home, journal, task, code, last_error, log), log.path, tail)
 
 
-def disk_finding(home: Path, fault: Exception) -> Finding:
-    """What a failed read or write of the store means, and what to do."""
-    remedy = "What was built before is as it was; run again to go on."
-    if getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(fault):
-        free = preflight.disk_gb(home)
-        return error(
-            "store",
-            f"the disk is full ({free:.1f} GB free at {home})",
-            "room for what the stage writes",
-            f"Free some space. {remedy}",
-        )
-    return error("store", f"{type(fault).__name__}: {fault}", "to write what the stage made", remedy)
-
-
 def _failure(
     home: Path, journal: Journal, task: Task, code: int | None, last_error: dict[str, str], log: Log
 ) -> Finding:
-    """Why a task failed: a full disk, the error that it reported, or its exit status."""
-    if preflight.disk_gb(home) < 0.05 or "No space left on device" in "\n".join(log.tail(60)):
-        return disk_finding(home, OSError(errno.ENOSPC, "the disk is full", str(home)))
+    """Why a task failed: no room to write, the error that it reported, or its exit status."""
+    said = "\n".join([*log.tail(60), str(last_error.get("found", ""))])
+    code_of_room = next((code for code in _NO_ROOM if os.strerror(code) in said), None)
+    if code_of_room or preflight.disk_gb(home) < 0.05:
+        return trouble.of_fault(home, OSError(code_of_room or errno.ENOSPC, "", str(home)))
     if last_error:
         mask = journal.mask.text
         return error(task.stage, *(mask(str(last_error.get(k, ""))) for k in ("found", "expected", "remedy")))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -36,9 +37,9 @@ def of_entries(entries: Iterable[tuple[str, str]]) -> str:
     return of_value(sorted(entries))
 
 
-def identity(stat: os.stat_result) -> Identity:
+def identity(status: os.stat_result) -> Identity:
     """What changes when a file's content may have: device, inode, size, mtime and ctime."""
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def of_content(
@@ -60,9 +61,9 @@ def of_content(
     return digest.hexdigest(), after if identity(before) == identity(after) else None
 
 
-def _settled(stat: os.stat_result) -> bool:
+def _settled(status: os.stat_result) -> bool:
     """Whether a write from now on would show in the file's times (a time to come differs from now, too)."""
-    return abs(time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns)) > _SETTLE_NS
+    return abs(time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)) > _SETTLE_NS
 
 
 def settle(paths: Iterable[Path]) -> None:
@@ -93,11 +94,11 @@ class Memo:
         self._own: dict[Identity, str] = {}
         self._db = self._connect()
 
-    def known(self, stat: os.stat_result) -> str | None:
+    def known(self, status: os.stat_result) -> str | None:
         """The SHA-256 that a file with this stat had when it was last read; None if it was not read since
         it changed.
         """
-        key = identity(stat)
+        key = identity(status)
         if key in self._own:
             return self._own[key]
         rows = self._execute("select sha256, mark from content where file = ? and state = ?", _row(key))
@@ -109,15 +110,15 @@ class Memo:
 
     def read(self, path: Path) -> str:
         """The same, of content that is read now."""
-        sha256, stat = of_content(path)
-        self.remember(stat, sha256)
+        sha256, status = of_content(path)
+        self.remember(status, sha256)
         return sha256
 
-    def remember(self, stat: os.stat_result | None, sha256: str) -> None:
+    def remember(self, status: os.stat_result | None, sha256: str) -> None:
         """Remembers what `of_content` gave, unless the file may yet change without a sign."""
-        if stat is None or not _settled(stat):
+        if status is None or not _settled(status):
             return
-        key = identity(stat)
+        key = identity(status)
         self._own[key] = sha256
         values = (*_row(key), sha256, _mark(key, sha256))
         self._execute("insert or replace into content values (?, ?, ?, ?)", values)
@@ -148,6 +149,8 @@ class Memo:
     def _connect(self) -> sqlite3.Connection:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not stat.S_ISREG(self.path.lstat().st_mode):
+                return self._rebuilt()  # SQLite would wait for the other end of a FIFO
         try:
             return _opened(str(self.path))
         except sqlite3.Error as fault:

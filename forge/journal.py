@@ -35,9 +35,9 @@ class Journal:
     def emit(self, event: str, **values: Any) -> None:
         whole = {"event": event, "time": datetime.datetime.now().isoformat(timespec="milliseconds"), **values}
         masked = json.loads(self.mask.text(json.dumps(whole, default=str)))
+        self._listener(masked)  # first: how a run failed is told even where it cannot be written
         if event != "log":  # log lines have a file of their own
             self._events.write(json.dumps(masked) + "\n")
-        self._listener(masked)
 
     def log(self, prefix: str) -> Log:
         return Log(self.folder / f"{prefix}.log", self.mask)
@@ -98,27 +98,40 @@ def last_log(home: Path, recipe: str, stage: str, executor: str | None = None) -
         for path in folder.glob(f"[0-9][0-9]-{stage}.log")
         if not path.name.startswith("00-")
     )
-    return next((path for path in logs if executor in (None, _plan(path.parent)["executor"])), None)
+    return next((path for path in logs if executor in (None, _plan(path.parent).get("executor"))), None)
 
 
 def _plan(folder: Path) -> dict[str, Any]:
-    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
-    return plan
+    """The plan of a run; an empty one where a crash or a full disk left none."""
+    try:
+        plan = json.loads((folder / "plan.json").read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
 
 
 def last_ending(home: Path, recipe: str) -> Event | None:
     """How the newest run of a recipe ended: its `done`, `failed` or `interrupted` event; None if it did
-    not say.
+    not say. `stage`, `found` and `resume` are there in each.
     """
     newest = runs(home, recipe)[:1]
-    return next((e for folder in newest for e in events(folder) if e["event"] in ENDINGS), None)
+    endings = (e for folder in newest for e in events(folder) if e["event"] in ENDINGS)
+    return next(({"stage": "", "found": "", "resume": "", **ending} for ending in endings), None)
 
 
 def events(folder: Path) -> list[Event]:
-    """What has happened so far in a run; a last line that is still being written is left out."""
+    """What has happened so far in a run; lines that are torn or still being written are left out."""
     path = folder / "events.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [event for line in lines if (event := _event(line)) is not None]
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def read_log(
@@ -146,11 +159,14 @@ def read_log(
 def _over(folder: Path, stage: str) -> bool:
     """Whether a stage of a run has ended, or its run's process is gone."""
     for event in events(folder):
-        if event["event"] in ENDINGS or (event["event"] == "stage_done" and event["stage"] == stage):
+        if event["event"] in ENDINGS or (event["event"] == "stage_done" and event.get("stage") == stage):
             return True
+    pid = _plan(folder).get("pid")
+    if type(pid) is not int or pid <= 0:
+        return True
     try:
-        os.kill(_plan(folder)["pid"], 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:  # it lives, and is another user's
         return False

@@ -18,13 +18,13 @@ from forge.finding import Refused, error
 
 
 def holder(path: Path) -> dict[str, Any] | None:
-    """Who holds the lock: `pid`, `host`, `command`, `since`; None if it is free."""
+    """Who holds the lock: `pid`, `host`, `command`, `since`; None if it is free. Needs to read it only."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
         return _read(path)
@@ -32,16 +32,22 @@ def holder(path: Path) -> dict[str, Any] | None:
         os.close(descriptor)
 
 
+_FIELDS: dict[str, type | tuple[type, ...]] = {"pid": int, "host": str, "command": str, "since": (int, float)}
+
+
 def _read(path: Path) -> dict[str, Any]:
+    """What the holder has signed with; who that is stays open where it has not signed yet."""
     try:
-        signed: dict[str, Any] = json.loads(path.read_text())
+        signed = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        signed = None
+    if isinstance(signed, dict) and all(isinstance(signed.get(n), kind) for n, kind in _FIELDS.items()):
         return signed
-    except ValueError:  # taken a moment ago, not signed yet
-        return {"pid": 0, "host": "?", "command": "a run that has just started", "since": time.time()}
+    return {"pid": 0, "host": "?", "command": "a run that has just started", "since": time.time()}
 
 
 def describe(owner: dict[str, Any]) -> str:
-    minutes = max(0, int((time.time() - owner["since"]) / 60))
+    minutes = int(min(max(0.0, time.time() - owner["since"]), 1e9) / 60)
     return f"process {owner['pid']} on {owner['host']}, for {minutes} min: {owner['command']}"
 
 

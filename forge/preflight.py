@@ -52,8 +52,8 @@ def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Fi
         lacking.append(
             error(
                 "disk",
-                f"{free:.1f} GB free at {home}",
-                f"{plan.disk_gb:.1f} GB",
+                f"{free:.3g} GB free at {home}",
+                f"{plan.disk_gb:.3g} GB",
                 "Free some space, or set ANNIE_HOME to a larger disk.",
             )
         )

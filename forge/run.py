@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge import check, lock, plan, preflight, store, verify
+from forge import check, lock, plan, preflight, store, trouble, verify
 from forge.executor import Executor, ProductBuilder, Task
 from forge.finding import Finding, Refused, error
-from forge.follow import StageFailed, disk_finding, follow
+from forge.follow import StageFailed, follow
 from forge.journal import Event, Journal, Log
 from forge.mask import Mask
 from forge.plan import GB, Context, Plan, Selection, Stage
@@ -136,8 +135,8 @@ class _Run:
         except StageFailed as failed:
             self.journal.emit("failed", stage=self.current, **failed.as_event())
             return self.outcome(1)
-        except (OSError, sqlite3.Error) as fault:
-            finding = disk_finding(self.store.home, fault)
+        except OSError as fault:
+            finding = trouble.of_fault(self.store.home, fault)
             self.journal.emit("failed", stage=self.current, **finding.as_values(), log="", tail=[])
             return self.outcome(1)
         self.journal.emit("done", ran=self.ran, seconds=round(time.monotonic() - started, 1))
@@ -308,7 +307,7 @@ class _Run:
         except Refused as refused:
             raise StageFailed.of_findings(refused.findings, log) from refused
         except OSError as fault:
-            raise StageFailed.of_findings([disk_finding(self.store.home, fault)], log) from fault
+            raise StageFailed.of_findings([trouble.of_fault(self.store.home, fault)], log) from fault
         finally:
             try:
                 log.close()  # on a full disk this fails, and the output is to go all the same
