@@ -23,8 +23,7 @@ class Journal:
     """Writes every event of a run to its folder, masked, and passes it on to `listener`."""
 
     def __init__(self, home: Path, recipe: str, mask: Mask, listener: Callable[[Event], None]):
-        started = datetime.datetime.now()
-        self.folder = _new_folder(home / "runs", f"{started:%Y%m%d-%H%M%S}-{recipe}")
+        self.folder = _new_folder(home / "runs", recipe, _now())
         self.mask = mask
         self._listener = listener
         self._events = open(self.folder / "events.jsonl", "a", buffering=1)
@@ -33,7 +32,7 @@ class Journal:
         (self.folder / "plan.json").write_text(json.dumps({"pid": os.getpid(), **plan}, indent=1) + "\n")
 
     def emit(self, event: str, **values: Any) -> None:
-        whole = {"event": event, "time": datetime.datetime.now().isoformat(timespec="milliseconds"), **values}
+        whole = {"event": event, "time": _now().isoformat(timespec="milliseconds"), **values}
         masked = json.loads(self.mask.text(json.dumps(whole, default=str)))
         self._listener(masked)  # first: how a run failed is told even where it cannot be written
         if event != "log":  # log lines have a file of their own
@@ -69,24 +68,37 @@ class Log:
         self._file.close()
 
 
-def _new_folder(runs: Path, name: str) -> Path:
-    """Creates `runs/name`; a second run of the same second gets a number."""
-    for number in range(1, 100):
-        folder = runs / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-    raise FileExistsError(f"{runs / name}: a hundred runs in one second")
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+# A second in UTC, and a number where the clock was not past the newest folder: names sort as runs began.
+_NAME = re.compile(r"(\d{8}-\d{6})(?:\.(\d{4}))?-(.+)")
+
+
+def _new_folder(runs: Path, recipe: str, now: datetime.datetime) -> Path:
+    """Creates the folder of a new run. Its name comes after all that are there, also if the clock went
+    back. For the holder of the lock.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    newest = max((name[1], int(name[2] or 0)) for name in _names(runs)) if _names(runs) else ("", 0)
+    stamp = f"{now:%Y%m%d-%H%M%S}"
+    if stamp <= newest[0]:
+        stamp = f"{newest[0]}.{newest[1] + 1:04d}"
+    folder = runs / f"{stamp}-{recipe}"
+    folder.mkdir()
+    return folder
+
+
+def _names(runs: Path) -> list[re.Match[str]]:
+    """The names of the run folders, taken apart."""
+    return [name for path in runs.glob("*") if (name := _NAME.fullmatch(path.name))]
 
 
 def runs(home: Path, recipe: str) -> list[Path]:
     """The run folders of a recipe, newest first."""
-    named = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe)}(-\d+)?")
-    return sorted(
-        (p for p in (home / "runs").glob("*") if named.fullmatch(p.name)), key=lambda p: p.name, reverse=True
-    )
+    named = (name[0] for name in _names(home / "runs") if name[3] == recipe)
+    return [home / "runs" / name for name in sorted(named, reverse=True)]
 
 
 def last_log(home: Path, recipe: str, stage: str, executor: str | None = None) -> Path | None:
