@@ -23,7 +23,7 @@ if __name__ == "__main__" and Path(sys.prefix) != REPO / ".venv":
 
 import click  # noqa: E402
 
-from forge import VERSION  # noqa: E402
+from forge import VERSION, modes  # noqa: E402
 from forge.executors import EXECUTORS  # noqa: E402
 
 if TYPE_CHECKING:
@@ -300,6 +300,7 @@ def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
 
     session = open_session(recipe, executor)
     findings = run.lacking(session.context, session.executor, plan.make(session.context))
+    findings += modes.findings(home())
     if as_json:
         print(json.dumps([f.__dict__ for f in findings], indent=1))
     else:
@@ -382,4 +383,5 @@ def chat(url: str, prompt: str | None, api_key_file: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    os.umask(modes.umask())  # what stages, uv and vLLM write is private too
     cli()

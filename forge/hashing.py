@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from forge import modes
+
 # A file that was written within this time of being hashed may be written again with the same timestamps
 # (the kernel's clock ticks every few milliseconds), so its digest is not remembered.
 _SETTLE_NS = 100_000_000
@@ -148,7 +150,8 @@ class Memo:
 
     def _connect(self) -> sqlite3.Connection:
         with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            modes.make_folder(self.path.parent)
+            os.close(os.open(self.path, os.O_CREAT | os.O_NONBLOCK, modes.file_mode()))
             if not stat.S_ISREG(self.path.lstat().st_mode):
                 return self._rebuilt()  # SQLite would wait for the other end of a FIFO
         try:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from forge import modes
 from forge.contract import nearest
 from forge.finding import Refused, error
 from forge.mask import Mask
@@ -26,10 +27,10 @@ class Journal:
         self.folder = _new_folder(home / "runs", recipe, _now())
         self.mask = mask
         self._listener = listener
-        self._events = open(self.folder / "events.jsonl", "a", buffering=1)
+        self._events = modes.open_file(self.folder / "events.jsonl", "a", buffering=1)
 
     def plan(self, plan: dict[str, Any]) -> None:
-        (self.folder / "plan.json").write_text(json.dumps({"pid": os.getpid(), **plan}, indent=1) + "\n")
+        modes.write(self.folder / "plan.json", json.dumps({"pid": os.getpid(), **plan}, indent=1) + "\n")
 
     def emit(self, event: str, **values: Any) -> None:
         whole = {"event": event, "time": _now().isoformat(timespec="milliseconds"), **values}
@@ -53,7 +54,7 @@ class Log:
     def __init__(self, path: Path, mask: Mask):
         self.path = path
         self._mask = mask
-        self._file = open(path, "a", buffering=1, errors="replace")
+        self._file = modes.open_file(path, "a", buffering=1, errors="replace")
 
     def line(self, text: str) -> str:
         """Writes one line and returns it as it was written."""
@@ -80,14 +81,12 @@ def _new_folder(runs: Path, recipe: str, now: datetime.datetime) -> Path:
     """Creates the folder of a new run. Its name comes after all that are there, also if the clock went
     back. For the holder of the lock.
     """
-    runs.mkdir(parents=True, exist_ok=True)
+    modes.make_folder(runs)
     newest = max((name[1], int(name[2] or 0)) for name in _names(runs)) if _names(runs) else ("", 0)
     stamp = f"{now:%Y%m%d-%H%M%S}"
     if stamp <= newest[0]:
         stamp = f"{newest[0]}.{newest[1] + 1:04d}"
-    folder = runs / f"{stamp}-{recipe}"
-    folder.mkdir()
-    return folder
+    return modes.make_folder(runs / f"{stamp}-{recipe}")
 
 
 def _names(runs: Path) -> list[re.Match[str]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from forge import modes
 from forge.finding import Refused, error
 
 
@@ -56,8 +57,8 @@ def held(path: Path, wait: bool, on_wait: Callable[[dict[str, Any]], None]) -> I
     """Holds the lock. If another run has it: calls `on_wait` once with its holder and waits, or is
     refused.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    modes.make_folder(path.parent)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, modes.file_mode())
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

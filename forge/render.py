@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 
+from forge import modes
 from forge.mask import Mask
 
 _TEMPLATES = jinja2.Environment(
@@ -28,5 +29,4 @@ def script(stage: str, note: str, commands: list[list[str]]) -> str:
 
 
 def write_script(path: Path, stage: str, note: str, commands: list[list[str]]) -> None:
-    path.write_text(script(stage, note, commands))
-    path.chmod(0o755)
+    modes.write(path, script(stage, note, commands), executable=True)

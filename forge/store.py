@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge import hashing, manifest
+from forge import hashing, manifest, modes
 from forge.finding import Finding, Refused, error
 from forge.manifest import MANIFEST, Manifest
 
@@ -144,11 +144,10 @@ class Store:
         """An empty output folder, and the key's scratch folder with whatever an earlier attempt left
         there.
         """
-        self.tmp.mkdir(parents=True, exist_ok=True)
-        scratch = self.root / "scratch" / stage / key
-        scratch.mkdir(parents=True, exist_ok=True)
+        modes.make_folder(self.tmp)
+        scratch = modes.make_folder(self.root / "scratch" / stage / key)
         output = Path(tempfile.mkdtemp(prefix=f"{stage}-{key[:12]}-", dir=self.tmp))
-        output.chmod(0o755)  # mkdtemp's 0700 would shut out a container's user
+        output.chmod(modes.folder_mode())
         return output, scratch
 
     def accept(
@@ -181,11 +180,12 @@ class Store:
         }
         target = self.root / "artifacts" / stage / key
         path = output / MANIFEST
-        path.write_text(json.dumps(accepted, indent=1, sort_keys=True) + "\n")
+        modes.write(path, json.dumps(accepted, indent=1, sort_keys=True) + "\n")
         _seal(path)
         for folder in [p for p in output.rglob("*") if p.is_dir()] + [output]:
+            folder.chmod(modes.folder_mode())  # a container wrote with a umask of its own
             _sync(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        modes.make_folder(target.parent)
         _place(output, target)
         _sync(target.parent)
         if output.exists():  # the artifact that was there before
@@ -255,11 +255,9 @@ def remove(path: Path) -> None:
 
 
 def _seal(path: Path) -> None:
-    """Syncs a file and makes it read-only, unless it is a hard link to a file that may be the user's."""
+    """Syncs a file and makes it read-only."""
     _sync(path)
-    status = path.stat()
-    if status.st_nlink == 1 and status.st_uid == os.geteuid():
-        path.chmod(stat.S_IMODE(status.st_mode) & ~0o222)
+    modes.seal(path)
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
-from forge import VERSION, render
+from forge import VERSION, modes, render
 from forge import image as images
 from forge.executor import KERNELS, Line, Task, kernel_folder, run_logged
 from forge.executor.container import SCRATCH, ContainerSpec, container_job
@@ -244,13 +244,13 @@ class Docker:
         self._remove_orphans()
         scratch = Path(task.job["scratch"])
         kernels = self.kernels(task)
-        for folder in (Path(task.job["output"]), scratch, scratch / "home", *([kernels] if kernels else [])):
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.user != (os.getuid(), os.getgid()):
-                os.chown(folder, *self.user)
+        folders = [Path(task.job["output"]), scratch, scratch / "home", *([kernels] if kernels else [])]
         job = task.folder / f"{task.prefix}.json"
         inside, mounts = container_job(task)
-        job.write_text(json.dumps(inside, indent=1) + "\n")
+        modes.write(job, json.dumps(inside, indent=1) + "\n")
+        for path in [job, *map(modes.make_folder, folders)]:
+            if self.user != (os.getuid(), os.getgid()):
+                os.chown(path, *self.user)
         spec = self.spec(task, job, mounts)
         render.write_script(
             task.folder / f"{task.prefix}.sh",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge import image as images
-from forge import render
+from forge import modes, render
 from forge.executor import KERNELS, Line, Task, kernel_folder, merged, run_logged
 from forge.executor.uv import Uv
 from forge.finding import Finding, Refused, error
@@ -175,9 +175,8 @@ class Local:
 
     def submit(self, task: Task) -> Running:
         job = task.folder / f"{task.prefix}.json"
-        job.write_text(json.dumps(task.job, indent=1) + "\n")
-        home = Path(task.job["scratch"]) / "home"
-        home.mkdir(parents=True, exist_ok=True)
+        modes.write(job, json.dumps(task.job, indent=1) + "\n")
+        home = modes.make_folder(Path(task.job["scratch"]) / "home")
         python = self.interpreter(task.program.environment)
         command = [str(python), "-m", task.program.module, str(job)]
         environment = {
@@ -186,7 +185,7 @@ class Local:
         }
         folders = [task.job["output"], str(home)]
         if kernels := self.kernels(task):
-            kernels.mkdir(parents=True, exist_ok=True)
+            modes.make_folder(kernels)
             environment[KERNELS] = str(kernels)
             folders.append(str(kernels))
         render.write_script(
@@ -209,6 +208,7 @@ class Local:
             text=True,
             errors="replace",
             start_new_session=True,
+            umask=modes.umask(),
             preexec_fn=_die_with_parent,
         )
         return Running(process)

@@ -1,0 +1,91 @@
+"""What forge writes is for its user alone, whatever the umask; for a group too where the machine says so."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+import toy
+
+from forge import lock, modes
+from forge.store import Store
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def entries(home):
+    return {p: stat.S_IMODE(p.lstat().st_mode) for p in [home, *home.rglob("*")]}
+
+
+def run(mini):
+    """A run of every stage; a stage leaves scratch and a folder, as a container's umask would."""
+    toy.edit(
+        mini.repo / "stages/words/__main__.py",
+        "(task.output",
+        '(task.output / "deep").mkdir(); (task.output / "deep/a").touch()\n    '
+        'for p in (task.output / "deep", task.output / "deep/a"): p.chmod(0o777)\n    (task.output',
+    )
+    toy.edit(mini.recipe, "steps: 3", "steps: 3\n    how: badly")
+    assert mini.run().code == 1
+
+
+def test_nothing_in_the_home_can_be_read_by_others(mini, umask, monkeypatch):
+    monkeypatch.delenv("ANNIE_SHARED", raising=False)
+    run(mini)
+    written = entries(mini.home)
+    assert {p: oct(mode) for p, mode in written.items() if mode & 0o077} == {}
+    names = {p.name for p in written}
+    assert {"events.jsonl", "plan.json", "03-slow.sh", "03-slow.log", "memo.sqlite", "lock", "done"} <= names
+    scripts = [mode for p, mode in written.items() if p.suffix == ".sh"]
+    assert set(scripts) == {0o700}
+    assert {written[p] for p in written if "artifacts" in p.parts and p.is_file()} == {0o400}
+    assert modes.findings(mini.home) == []
+
+
+def test_a_group_may_read_and_not_write_where_the_machine_is_shared(mini, umask, monkeypatch):
+    monkeypatch.setenv("ANNIE_SHARED", "1")
+    run(mini)
+    written = entries(mini.home)
+    assert {p: oct(mode) for p, mode in written.items() if mode & 0o027} == {}
+    forges = [p for p in written if "scratch" not in p.parts and "tmp" not in p.parts]
+    assert {p: oct(written[p]) for p in forges if not written[p] & 0o040} == {}
+    assert {written[p] for p in written if p.suffix == ".log"} == {0o640}
+    assert modes.findings(mini.home) == []
+
+
+def test_the_lock_and_memo_of_a_new_store(tmp_path, umask, monkeypatch):
+    monkeypatch.delenv("ANNIE_SHARED", raising=False)
+    with lock.held(tmp_path / "home/store/lock", False, print):
+        assert Store(tmp_path / "home").memo.known(tmp_path.stat()) is None
+    assert {oct(mode) for p, mode in entries(tmp_path / "home").items()} == {"0o700", "0o600"}
+
+
+def test_doctor_says_what_others_can_read(mini, command, monkeypatch):
+    monkeypatch.delenv("ANNIE_SHARED", raising=False)
+    assert "has what it takes" in command("doctor")
+    mini.home.chmod(0o755)
+    (mini.home / "envs").mkdir()
+    (mini.home / "envs/numpy.py").touch()
+    (mini.home / "notes").write_text("private")
+    (mini.home / "notes").chmod(0o640)
+    said = command("doctor")
+    assert "1 file in" in said and "that others can read: notes" in said
+    assert f"chmod -R go-rwx {mini.home}" in said
+    monkeypatch.setenv("ANNIE_SHARED", "1")
+    assert "has what it takes" in command("doctor")
+    monkeypatch.setenv("ANNIE_SHARED", "yes")
+    assert "ANNIE_SHARED: found 'yes'" in command("doctor")
+
+
+def test_a_file_behind_a_closed_folder_is_not_named(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o700)
+    (tmp_path / "closed/file").write_text("private")
+    (tmp_path / "closed/file").chmod(0o644)
+    tmp_path.chmod(0o755)
+    assert modes.findings(tmp_path) == []
