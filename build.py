@@ -293,6 +293,44 @@ def verify(recipe: str, executor: str | None, stages: tuple[str, ...], as_json: 
         sys.exit(1)
 
 
+keeping = click.option("--keep", default=3, show_default=True, type=click.IntRange(0), metavar="N")
+
+
+@command(keeping, as_json)
+def ls(recipe: str, executor: str | None, keep: int, as_json: bool) -> None:
+    """What takes space, and which recipe uses it: artifacts, scratch, environments and images."""
+    from forge import space
+
+    session = open_session(recipe, executor)
+    items, findings = space.items(session.context, session.executor, keep)
+    show_items(items, findings, as_json, "in all", removed=False)
+
+
+@command(keeping, click.option("--yes", is_flag=True, help="Remove it; else it is only listed."), as_json)
+def gc(recipe: str, executor: str | None, keep: int, yes: bool, as_json: bool) -> None:
+    """Removes what no recipe of this repository, no server and none of the last N runs of a recipe uses."""
+    from forge import space
+
+    session = open_session(recipe, executor)
+    if yes:
+        items, findings = space.remove(session.context, session.executor, keep)
+    else:
+        items, findings = space.items(session.context, session.executor, keep)
+    unused = [item for item in items if not item.users]
+    show_items(unused, findings, as_json, "removed" if yes else "to be removed with --yes", removed=yes)
+
+
+def show_items(items: list[Any], findings: list[Any], as_json: bool, words: str, removed: bool) -> None:
+    from forge import report
+
+    if as_json:
+        print(json.dumps({"removed": removed, "items": [item.as_json() for item in items]}, indent=1))
+    else:
+        show(report.of_items(items, words))
+    if findings:
+        show(report.of_findings(findings), to_stderr=True)
+
+
 @command(as_json)
 def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
     """What this machine lacks for the recipe. Exit 1 if that stops it."""

@@ -100,6 +100,19 @@ def runs(home: Path, recipe: str) -> list[Path]:
     return [home / "runs" / name for name in sorted(named, reverse=True)]
 
 
+def recipes(home: Path) -> list[str]:
+    """The recipes that have runs."""
+    return sorted({name[3] for name in _names(home / "runs")})
+
+
+def places(folder: Path) -> set[tuple[str, str]]:
+    """Stage and key of everything that a run made, used or meant to make, as far as its folder says."""
+    stages = _plan(folder).get("stages")
+    told = [*(stages if isinstance(stages, list) else []), *events(folder)]
+    pairs = [(entry.get("stage"), entry.get("key")) for entry in told if isinstance(entry, dict)]
+    return {(stage, key) for stage, key in pairs if isinstance(stage, str) and isinstance(key, str)}
+
+
 def last_log(home: Path, recipe: str, stage: str, executor: str | None = None) -> Path | None:
     """The newest log of a stage under a recipe, by one executor or by any."""
     # An image may have a stage's name; the logs of images are numbered 00.

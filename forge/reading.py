@@ -77,3 +77,12 @@ class Reading:
         except TypeError:
             self.fault(where, f"{'.'.join(where)} = {value!r}", kind, "")
             return None
+
+
+def raw_name(path: Path) -> str:
+    """The name that a recipe gives itself, whatever else is wrong with it; its file's name if it has none."""
+    try:
+        raw = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError):
+        raw = None
+    return str(raw.get("name") or path.stem) if isinstance(raw, dict) else path.stem

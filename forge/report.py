@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -16,6 +16,9 @@ from forge.finding import Finding
 from forge.plan import Context, Explanation, Plan, age
 from forge.store import Artifact
 from forge.verify import Verdict
+
+if TYPE_CHECKING:
+    from forge.space import Item
 
 _STATES = {"cached": "green", "run": "bold cyan", "waits": "cyan", "blocked": "red"}
 # A path that is cut or broken cannot be copied; the terminal itself breaks the line.
@@ -137,6 +140,16 @@ def of_verdicts(verdicts: list[Verdict]) -> RenderableType:
             Text(verdict.state, style=styles[verdict.state]),
         )
     return table
+
+
+def of_items(items: list[Item], words: str) -> RenderableType:
+    """A line for each thing that takes space, the largest first, and their sum in `words`."""
+    table = plain_table("what", "name", ">size", "made", "used by")
+    for item in sorted(items, key=lambda item: -item.bytes):
+        users = Text(", ".join(item.users) or "nothing", style="" if item.users else "dim")
+        table.add_row(item.kind, item.name, size(item.bytes), age(item.created), users)
+    total = f"{len(items)} {words}, {size(sum(item.bytes for item in items))}"
+    return Group(table, Text(f"\n{total}", style="bold")) if items else Text(total, style="bold")
 
 
 @contextlib.contextmanager

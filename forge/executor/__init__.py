@@ -7,6 +7,7 @@ run notices it.
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import queue
 import subprocess
@@ -111,6 +112,30 @@ class ProductBuilder(Protocol):
         """Builds it from `output` on `environment`, which is prepared, calls it `tag` (REPOSITORY:VERSION)
         and also REPOSITORY:latest, and writes output/image.json. A context of None is empty.
         """
+
+
+@dataclass(frozen=True)
+class KeptImage:
+    """An image that an executor made. `key`: of the artifact that it was built from, if of one."""
+
+    tag: str
+    bytes: int
+    created: datetime.datetime
+    key: str = ""
+
+
+@runtime_checkable
+class ImageKeeper(Protocol):
+    """An executor whose images stay in an engine."""
+
+    def kept(self) -> list[KeptImage]:
+        """Every image that forge made there, by each of its tags but `latest`."""
+
+    def tags(self, environments: list[Image], programs: list[Program]) -> list[str]:
+        """What the images of these environments and programs are called."""
+
+    def remove(self, tag: str) -> Finding | None:
+        """Removes an image; why not, if it is still used."""
 
 
 def make(name: str | None, repo: Path, home: Path) -> Executor:

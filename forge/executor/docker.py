@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -16,17 +17,18 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from forge import VERSION, modes, render
 from forge import image as images
-from forge.executor import KERNELS, Line, Task, kernel_folder, run_logged
+from forge.executor import KERNELS, KeptImage, Line, Task, kernel_folder, run_logged
 from forge.executor.container import SCRATCH, ContainerSpec, container_job
 from forge.executor.engine import has_plugin, machine_findings, no_engine, unanswered
 from forge.executor.local import stage_environment
-from forge.finding import Finding, Refused, error
+from forge.finding import Finding, Refused, error, warning
 from forge.image import Image
 from forge.program import Program
 
 REPOSITORY = "annie"
 # the same in every container: Triton writes the absolute path of what it compiled beside it
 KERNELS_INSIDE = "/kernels"
+_MADE, _BUILT = "io.annie.environment", "io.annie.key"  # labels: of environments and stages; of the product
 _OWNER = "io.annie.home"  # label: the store whose run started a container
 _STREAM_SECONDS = 30 * 24 * 3600  # a stage may be silent for as long as it trains
 _EPOCH = "0"  # SOURCE_DATE_EPOCH: the same files give the same image
@@ -237,6 +239,39 @@ class Docker:
         except ImageNotFound:
             return False
         return True
+
+    def kept(self) -> list[KeptImage]:
+        """The images with forge's labels, by each of their tags but `latest`."""
+        listed = [self.client.images.list(filters={"label": label}) for label in (_MADE, _BUILT)]
+        images = {image.id: image for images in listed for image in images}
+        return [
+            KeptImage(
+                tag,
+                image.attrs.get("Size", 0),
+                datetime.datetime.fromisoformat(image.attrs["Created"]),
+                image.labels.get(_BUILT, ""),
+            )
+            for image in images.values()
+            for tag in image.tags
+            if not tag.endswith(":latest")
+        ]
+
+    def tags(self, environments: list[Image], programs: list[Program]) -> list[str]:
+        baked = [self.baked(program) for program in programs if program.dockerfile.is_file()]
+        return [*map(self.tag, environments), *baked]
+
+    def remove(self, tag: str) -> Finding | None:
+        """Removes a tag, and `latest` where it names the same image. A container that uses it keeps it."""
+        latest = f"{tag.rpartition(':')[0]}:latest"
+        try:
+            image = self.client.images.get(tag)
+            for name in (tag, *(name for name in image.tags if name == latest)):
+                self.client.images.remove(name)
+        except NotFound:
+            return None
+        except APIError as fault:
+            return warning(tag, f"{fault.explanation or fault}", "an image that nothing uses", "")
+        return None
 
     # --- a stage --------------------------------------------------------------------------------------------
 
