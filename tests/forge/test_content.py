@@ -139,13 +139,6 @@ def test_a_damaged_input_that_is_not_selected_stops_the_run(built):
     assert stage(built, "words").why.startswith("its artifact is damaged: text.txt has other content")
 
 
-def test_a_forced_run_forces_each_stage_once(built):
-    flip(text(built, "count"))
-    assert built.run(first="count", force=True).ran == ("count", "slow")
-    flip(text(built))
-    assert built.run(force=True).ran == ("words", "count", "slow")
-
-
 def product(mini):
     toy.edit(
         mini.repo / "stages/slow/stage.toml",
@@ -179,17 +172,30 @@ def test_decayed_bits_are_found_before_an_image_is_built(built):
 def test_a_disk_that_changes_what_was_just_made_stops_the_run(built, monkeypatch):
     rot(built, text(built, "count"))
     product(built)
-    real = Store.accept
-
-    def accept_and_rot(self, stage, *rest):
-        artifact = real(self, stage, *rest)
-        if stage == "count":
-            rot(built, artifact.folder / "text.txt")
-        return artifact
-
-    monkeypatch.setattr(Store, "accept", accept_and_rot)
+    rot_when_accepted(built, monkeypatch, "count", times=2)
     assert built.run().code == 1
     assert "check this machine's disk and memory" in built.event("failed")["remedy"]
+
+
+def rot_when_accepted(mini, monkeypatch, name, times):
+    """The next `times` artifacts of a stage decay as soon as they are accepted."""
+    real, left = Store.accept, [None] * times
+
+    def accept(self, stage, *rest):
+        artifact = real(self, stage, *rest)
+        if stage == name and left:
+            left.pop()
+            rot(mini, artifact.folder / "text.txt")
+        return artifact
+
+    monkeypatch.setattr(Store, "accept", accept)
+
+
+def test_a_forced_run_forces_each_stage_once_also_where_an_input_is_made_again(built, monkeypatch):
+    product(built)
+    rot_when_accepted(built, monkeypatch, "count", times=1)
+    assert built.run(force=True).ran == ("words", "count", "slow")
+    assert [e["stage"] for e in built.events if e["event"] == "stage"] == ["words", "count", "count", "slow"]
 
 
 def test_verify_reads_every_byte(built, command):
@@ -226,7 +232,21 @@ def test_verify_of_what_is_not_built(mini, command):
     assert command("verify").count("not built") == 3
 
 
-@pytest.mark.parametrize("bits", range(0, 4096 * 8, 601))
+def test_a_digest_that_changed_in_the_memo_is_not_believed(tmp_path):
+    path, place = tmp_path / "file", tmp_path / "memo.sqlite"
+    path.write_text("content")
+    os.utime(path, (1, 1))
+    time.sleep(0.12)
+    memo = hashing.Memo(place)
+    sha256 = memo.file(path)
+    memo.close()
+    content = place.read_bytes()
+    assert content.count(sha256.encode()) == 1
+    place.write_bytes(content.replace(sha256.encode(), b"0" * 64))
+    assert hashing.Memo(place).known(path.stat()) is None
+
+
+@pytest.mark.parametrize("bits", range(0, 8192 * 8, 1201))
 def test_a_flipped_bit_of_the_memo_never_makes_a_file_count_as_changed(mini, bits, tmp_path, capsys):
     path = tmp_path / "file"
     path.write_text("content")

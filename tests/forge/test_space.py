@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,17 @@ def test_what_a_run_used_and_did_not_make_is_kept(two):
         "slow",
         "words",
     ]
+
+
+def test_what_turned_out_to_be_built_in_a_run_is_kept(two):
+    shutil.rmtree(stage_folder(two, "words"))
+    assert two.run().ran == ("words",)  # its plan knew no key of the others
+    toy.edit(two.recipe, "times: 2", "times: 3")
+    assert len(unused(two, 1)) == 3
+
+
+def stage_folder(mini, name):
+    return next(s.artifact.folder for s in mini.plan().stages if s.name == name)
 
 
 def test_what_is_served_is_kept_with_all_that_it_was_made_from(two):
