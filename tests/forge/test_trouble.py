@@ -9,6 +9,8 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import toy
@@ -204,11 +206,12 @@ build.cli(words)
 
 @needs_root
 @pytest.mark.parametrize("readable", [True, False])
-def test_the_store_of_another_user(mini, readable):
+def test_the_store_of_another_user(readable, request):
+    place = tempfile.TemporaryDirectory()  # pytest's own folders are closed to others whenever one starts
+    request.addfinalizer(place.cleanup)
+    mini = toy.Toy(Path(place.name))
     mini.run()
-    for folder in mini.home.parents:
-        folder.chmod(folder.stat().st_mode | 0o055)
-    subprocess.run(["chmod", "-R", "a+rX", str(mini.repo)], check=True)
+    subprocess.run(["chmod", "-R", "a+rX", place.name], check=True)
     changing = ["run", "--force"]
     for words in [["plan"], ["status"], ["path", "count"], ["logs", "slow"], ["verify"], changing]:
         subprocess.run(["chmod", "-R", "a+rX" if readable else "go-rwx", str(mini.home)], check=True)
