@@ -18,11 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge import plan, preflight
+from forge import modes, plan, preflight, verify
 from forge.executor import Executor
 from forge.executor.local import Local
 from forge.finding import Refused, error
 from forge.plan import Context
+from forge.store import Artifact
 from product import PACKAGE, SERVER, loopback, render, serving_check, serving_record
 from product.serving_check import Endpoint
 from product.serving_record import Record
@@ -103,7 +104,7 @@ def _stop_compose(context: Context) -> int:
 
 def _compose(context: Context, address: Address, detach: bool) -> int:
     key = address.key()
-    artifact = plan.artifact(context, PACKAGE)
+    artifact = _whole(context, PACKAGE)
     tag = image_tag(artifact.folder)
     if not tag or subprocess.run(["docker", "image", "inspect", tag], capture_output=True).returncode:
         raise Refused(
@@ -176,12 +177,12 @@ def _local(context: Context, executor: Local, address: Address, detach: bool) ->
     ours = " (build.py serve --stop ends what was started from here)" if earlier and earlier.alive() else ""
     remedy = f"Stop what listens there{ours}, or name another --port."
     serving_check.refuse_taken(address.bind, address.port, remedy)
-    artifact, step = plan.artifact(context, PACKAGE), context.recipe.stages[PACKAGE]
+    artifact, step = _whole(context, PACKAGE), context.recipe.stages[PACKAGE]
     if not (product := step.contract.product):
         raise Refused(
             error(PACKAGE, "a stage without [build]", "what its image is made of", "See docs/formats.md.")
         )
-    parts = product.folders(step.params, lambda name: plan.artifact(context, step.inputs[name]).folder)
+    parts = product.folders(step.params, lambda name: _whole(context, step.inputs[name]).folder)
     model = parts["checkpoint"]
     image = context.recipe.images["vllm"]
     executor.prepare(image, print)
@@ -198,7 +199,7 @@ def _local(context: Context, executor: Local, address: Address, detach: bool) ->
         "ANNIE_ADAPTER": str(parts["adapter"] or ""),
     }
     log = home / "serving.log"
-    with log.open("w") as opened:
+    with modes.open_file(log, "w") as opened:
         process = subprocess.Popen(
             [str(executor.interpreter(image)), str(artifact.folder / SERVER / "supervisor.py")],
             env=environment,
@@ -275,6 +276,25 @@ def _reap(pid: int) -> None:
 
 
 # --- both ---------------------------------------------------------------------------------------------------
+
+
+def _whole(context: Context, stage: str) -> Artifact:
+    """A stage's artifact. Files that may have changed since it was stored are read first. Refused if it is
+    not built, or is not what its manifest says.
+    """
+    artifact = plan.artifact(context, stage)
+    if unread := context.store.unread(artifact):
+        print(f"reading the artifact of {stage} again: {len(unread)} files may have changed", flush=True)
+        if damages := verify.read(context.store, artifact, unread, lambda count: None):
+            raise Refused(
+                error(
+                    stage,
+                    "; ".join(damages),
+                    "the artifact as it was accepted",
+                    f"Build it again: python build.py run --recipe {context.recipe.option} --until {stage}",
+                )
+            )
+    return artifact
 
 
 def _come_up(endpoint: Endpoint, folder: Path, why_dead: Callable[[], str | None]) -> None:

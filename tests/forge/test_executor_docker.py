@@ -23,6 +23,7 @@ from forge.executor.engine import answers, machine_findings, no_engine
 from forge.finding import Refused
 from forge.image import Image, fingerprint, machine_type
 from forge.program import Program
+from product import SERVER
 
 BASE = "python:3.11-slim-bookworm"
 REPO = Path(__file__).resolve().parents[2]
@@ -444,6 +445,10 @@ def test_the_serving_image_holds_the_checkpoint_and_an_adapter_if_there_is_one(t
         (toy / name).mkdir()
         for file in files:
             (toy / name / file).write_text(name)
+    server = toy / "output" / SERVER
+    server.mkdir(parents=True)
+    for name in ("front.py", "supervisor.py"):
+        (server / name).write_text("")
     image, tag = Image("serve", REPO / "images/serve", {}), "annie/toy-serving:test"
     contexts = {
         "checkpoint": toy / "checkpoint",
@@ -471,7 +476,7 @@ def test_the_serving_image_holds_the_checkpoint_and_an_adapter_if_there_is_one(t
             text=True,
             check=True,
         ).stdout
-        assert len(shown.split()) == 8
+        assert len(shown.split()) == 10
         found = subprocess.run(
             ["docker", "run", "--rm", "--entrypoint", "ls", tag, "/adapter"], capture_output=True, text=True
         )
