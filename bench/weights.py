@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from model.families.nemotron_h import names
-from model.weights.checkpoint import DTYPES, Checkpoint, Entry, Slot, Work, shards
+from model.weights.checkpoint import Checkpoint, Slot, Work, shards
+from model.weights.header import DTYPES, Entry
 
 BLOCK = 2**26  # random numbers, of which every tensor is a cut
 

@@ -14,7 +14,8 @@ from model.families import registry
 from model.families.family import Spec
 from model.faults import Finding, not_finite, unreadable
 from model.weights import quant_config
-from model.weights.checkpoint import Checkpoint, CheckpointError
+from model.weights.checkpoint import Checkpoint
+from model.weights.paths import CheckpointError
 from model.weights.quant_config import FILE as QUANT
 
 __all__ = ["QUANT", "UNREADABLE", "Finding", "bf16", "not_finite", "nvfp4", "packed_modules"]

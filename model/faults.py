@@ -14,8 +14,10 @@ import torch
 from model.families.family import Spec
 from model.families.unknown import UnknownFamily
 from model.layouts import PARTS
-from model.weights.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, CheckpointError, header, weight_map
+from model.weights.checkpoint import INDEX, SINGLE, Checkpoint, weight_map
+from model.weights.header import DTYPES, header
 from model.weights.nvfp4 import GROUP
+from model.weights.paths import CheckpointError, member
 from model.weights.quant_config import ALGORITHMS, CONFIG, CONFIG_KEY, ONLY_IN_CONFIG, QuantConfig, covers
 
 _AGAIN = "Copy or download it again."
@@ -38,7 +40,7 @@ class Finding:
 
 
 def unreadable(subject: str, error: Exception) -> Finding:
-    if isinstance(error, UnknownFamily):
+    if isinstance(error, UnknownFamily | CheckpointError):
         return Finding(subject, error.found, error.expected, error.remedy)
     problem = f"no {error.args[0]} in config.json" if isinstance(error, KeyError) else str(error)
     return Finding(subject, problem, "a whole checkpoint with its config", _AGAIN)
@@ -53,7 +55,7 @@ def files(folder: Path) -> Iterator[Finding]:
     """Finds shards that are missing, truncated or not named by the index, and tensors that lie in another
     file than the index says. Raises CheckpointError on a broken index.
     """
-    index = weight_map(folder) if (folder / INDEX).exists() else {}
+    index = weight_map(folder) if member(folder, INDEX).exists() else {}
     named = list(dict.fromkeys(index.values())) or [SINGLE]
     readable: set[str] = set()
     file_of: dict[str, str] = {}  # tensor -> the file that has it
@@ -66,7 +68,7 @@ def files(folder: Path) -> Iterator[Finding]:
         try:
             entries, _ = header(folder / file)
         except (CheckpointError, OSError) as error:
-            yield Finding(file, str(error), "a whole safetensors file", _AGAIN)
+            yield unreadable(file, error)
             continue
         readable.add(file)
         for name in entries:

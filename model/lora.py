@@ -21,8 +21,10 @@ import torch
 from model.families import registry
 from model.families.family import Linear
 from model.weights import lora_config
-from model.weights.checkpoint import NAMES, Checkpoint, CheckpointError, Entry, Tensors, header, read_json
+from model.weights.checkpoint import Checkpoint, Tensors, indexed
+from model.weights.header import header
 from model.weights.lora_config import CONFIG, AdapterError
+from model.weights.paths import CheckpointError, member
 
 __all__ = ["Adapter", "AdapterError", "Change", "Pair"]
 
@@ -102,22 +104,6 @@ class Change:
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """`applied`, rounded once to the weight's dtype. A zero change returns the weight bit for bit."""
         return weight if self.zero else self.applied(weight).to(weight.dtype)  # -0.0 + 0.0 would be 0.0
-
-
-class _Loaded(Tensors):
-    """The tensors of a pickled file, all in memory."""
-
-    def __init__(self, file: Path, values: dict[str, torch.Tensor]):
-        super().__init__(
-            {
-                name: Entry(file, NAMES[value.dtype], tuple(value.shape), 0, value.nbytes)
-                for name, value in values.items()
-            }
-        )
-        self._values = values
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._values[name]
 
 
 class Adapter:
@@ -329,45 +315,22 @@ class Adapter:
 
 
 def _tensors(folder: Path) -> Tensors:
-    """The tensors of an adapter folder: a safetensors file, shards with an index, or PyTorch's format, which
-    is read without running its code.
+    """The tensors of an adapter folder: a safetensors file, or shards with an index. A pickle is refused:
+    reading one safely depends on the version of PyTorch.
     """
-    if (folder / WEIGHTS).exists():
+    if member(folder, WEIGHTS).exists():
         return Tensors(header(folder / WEIGHTS)[0])
-    if (folder / INDEX).exists():
-        table = read_json(folder / INDEX).get("weight_map")
-        named = table if isinstance(table, dict) else {}
-        files = sorted(set(named.values())) if all(isinstance(name, str) for name in named.values()) else []
-        if missing := [name for name in files if not (folder / name).is_file()] or (
-            [] if files else ["any file"]
-        ):
-            raise AdapterError(
-                f"{INDEX} names {missing[0]}, which is not there",
-                "every file of the index",
-                "Copy the adapter again.",
-            )
-        return Tensors({key: entry for name in files for key, entry in header(folder / name)[0].items()})
-    if not (folder / PICKLED).exists():
+    if member(folder, INDEX).exists():
+        return Tensors(indexed(folder, INDEX)[0])
+    if (folder / PICKLED).exists():
         raise AdapterError(
-            f"there is no {WEIGHTS} or {PICKLED} beside {CONFIG}",
-            "the folder that PEFT's save_pretrained writes",
-            "Copy the file there.",
+            f"{PICKLED} is a pickle, which can run code and is never loaded",
+            f"{WEIGHTS}, the safetensors file",
+            "Load it with PEFT where you trust it, and save it with save_pretrained, which writes"
+            " safetensors.",
         )
-    try:
-        values = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch.load raises many types: a broken zip, an end of file, a pickle that runs code
-        raise AdapterError(
-            f"{PICKLED} cannot be read safely ({type(error).__name__})",
-            "tensors and nothing else",
-            "Load it with PEFT where you trust it, and save it with save_pretrained, which writes "
-            "safetensors.",
-        ) from error
-    if not isinstance(values, dict) or not all(
-        isinstance(value, torch.Tensor) and value.dtype in NAMES for value in values.values()
-    ):
-        raise AdapterError(
-            f"{PICKLED} holds something other than named tensors", "tensors and nothing else", SAVE_AGAIN
-        )
-    return _Loaded(folder / PICKLED, values)
+    raise AdapterError(
+        f"there is no {WEIGHTS} beside {CONFIG}",
+        "the folder that PEFT's save_pretrained writes",
+        "Copy the file there.",
+    )

@@ -5,7 +5,6 @@ model's size.
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections import deque
@@ -18,110 +17,58 @@ from typing import Any
 
 import torch
 
+from model.weights.header import DTYPES, NAMES, Entry, header
+from model.weights.paths import CheckpointError, member, read_json, shard
+
 PIECE = 2**20  # bytes
 THREADS = 4  # that read and compute while the main thread writes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OF_THE_FOLDER = ("manifest.json", "merge.json")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
 Work = Callable[[], torch.Tensor]  # makes a tensor, or a piece of one
 
 
-class CheckpointError(ValueError):
-    """A file that is not valid for a checkpoint; the message names it."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Location of one tensor. `start` and `end` are byte offsets in `file`."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def bytes(self) -> int:
-        return self.end - self.start
-
-
-def header(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Name -> Entry of one safetensors file, and its metadata. Raises CheckpointError on a truncated file or
-    another format.
+def weight_map(folder: Path, index: str = INDEX) -> dict[str, str]:
+    """The index of a folder: tensor -> name of a file of this folder. Raises CheckpointError if it is not a
+    valid index.
     """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        head = opened.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= size - 8:
-            raise CheckpointError(
-                f"{file.name} is not a safetensors file, or was cut off in its header ({size} bytes)"
-            )
-        try:
-            raw = json.loads(opened.read(length))
-            metadata = raw.pop("__metadata__", {})
-            entries = {
-                name: Entry(
-                    file,
-                    value["dtype"],
-                    tuple(value["shape"]),
-                    *(8 + length + offset for offset in value["data_offsets"]),
-                )
-                for name, value in raw.items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file.name} has a broken header: {type(error).__name__}: {error}"
-            ) from error
-    for name, entry in entries.items():
-        if entry.end > size:
-            raise CheckpointError(
-                f"{file.name} is truncated: {name} ends at byte {entry.end}, the file at {size}"
-            )
-        if entry.dtype in DTYPES and entry.bytes != (
-            needed := math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-        ):
-            raise CheckpointError(
-                f"{file.name} has a broken header: {name} takes {needed} bytes as {entry.dtype}"
-                f" {entry.shape}, and has {entry.bytes}"
-            )
-    return entries, metadata
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError, with the file's name, on anything else."""
-    try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file.name} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file.name} holds a {type(value).__name__}, not an object")
-    return value
-
-
-def weight_map(folder: Path) -> dict[str, str]:
-    """The index of a folder: tensor -> file. Raises CheckpointError if it is not a valid index."""
-    files = read_json(folder / INDEX).get("weight_map")
+    files = read_json(folder / index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise CheckpointError(f"{INDEX} has no weight_map of tensor names to file names")
+        raise CheckpointError(
+            f"{index} has no weight_map of tensor names to file names",
+            "the index that belongs to the safetensors files",
+        )
+    for file in set(files.values()):
+        shard(folder, file)
     return files
+
+
+def indexed(folder: Path, index: str = INDEX) -> tuple[dict[str, Entry], dict[str, dict[str, Any]]]:
+    """Name -> Entry of all shards that an index names, and the metadata of each shard by file name, both in
+    the order of the index. Raises CheckpointError unless every tensor is in the shard that the index says.
+    """
+    table = weight_map(folder, index)
+    entries: dict[str, Entry] = {}
+    metadata: dict[str, dict[str, Any]] = {}
+    for file in dict.fromkeys(table.values()):
+        if not (folder / file).exists():
+            raise CheckpointError(f"{file} is in {index} but not in the folder", "every shard of the index")
+        found, metadata[file] = header(folder / file)
+        if astray := [name for name in found if table.get(name) != file]:
+            raise CheckpointError(
+                f"{astray[0]} is in {file}, and {index} says {table.get(astray[0], 'nothing of it')}",
+                "every tensor once, in the shard that the index says",
+                "Download the index and the shards again, all of one commit.",
+            )
+        entries |= found
+    if missing := [name for name in table if name not in entries]:
+        raise CheckpointError(
+            f"{missing[0]} is not in {table[missing[0]]}, where {index} says it is",
+            "every tensor in the shard that the index says",
+            "Download the index and the shards again, all of one commit.",
+        )
+    return entries, metadata
 
 
 class Tensors:
@@ -193,19 +140,18 @@ class Checkpoint(Tensors):
     def __init__(self, folder: str | Path):
         super().__init__({})
         self.folder = Path(folder)
-        index = self.folder / INDEX
-        if index.exists():
-            self.files = list(dict.fromkeys(weight_map(self.folder).values()))
-        elif (self.folder / SINGLE).exists():
-            self.files = [SINGLE]
-        else:
-            raise CheckpointError(f"{self.folder} holds neither {INDEX} nor {SINGLE}")
         self.metadata: dict[str, dict[str, Any]] = {}
-        for name in self.files:
-            if not (self.folder / name).exists():
-                raise CheckpointError(f"{name} is in {INDEX} but not in the folder")
-            entries, self.metadata[name] = header(self.folder / name)
-            self.entries |= entries
+        if member(self.folder, INDEX).exists():
+            self.entries, self.metadata = indexed(self.folder)
+        elif member(self.folder, SINGLE).exists():
+            self.entries, self.metadata[SINGLE] = header(self.folder / SINGLE)
+        else:
+            raise CheckpointError(
+                f"{self.folder} holds neither {INDEX} nor {SINGLE}{_pickles(self.folder)}",
+                "weights in safetensors files",
+                "Take the repository's safetensors files, or have its author convert them.",
+            )
+        self.files = list(self.metadata)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -220,6 +166,12 @@ class Checkpoint(Tensors):
                 (n for n, e in self.entries.items() if e.file == path), key=lambda n: self.entries[n].start
             )
         )
+
+
+def _pickles(folder: Path) -> str:
+    """Words about the pickled weights of a folder, if it has any."""
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    return f"; it has {pickles[0]}, a pickle, which can run code and is never loaded" if pickles else ""
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -333,12 +285,15 @@ def shards(slots: list[Slot], limit: int) -> list[tuple[str, list[Slot]]]:
 
 def files_beside(folder: Path) -> list[Path]:
     """Files next to the weights that belong to them, sorted: settings, tokenizer, the index. Not those about
-    this folder alone: a manifest or a merge's report.
+    this folder alone: a manifest or a merge's report. Raises CheckpointError for anything else than regular
+    files and folders (paths.py has the rule for links).
     """
     return [
-        path
+        member(folder, path.name)
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in _OF_THE_FOLDER
+        if (path.is_symlink() or not path.is_dir())
+        and path.suffix != ".safetensors"
+        and path.name not in _OF_THE_FOLDER
     ]
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.weights.paths import CheckpointError, member, read_json
+
 CONFIG = "adapter_config.json"
 
 # Fields that this module reads.
@@ -152,9 +154,10 @@ def adapter_folder(folder: Path) -> Path:
     """The folder that holds the adapter: `folder`, or its only subfolder with an adapter_config.json (PEFT
     saves a named adapter there).
     """
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).exists():
         return folder
-    named = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+    found = sorted(folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+    named = [member(folder, path.relative_to(folder).as_posix()).parent for path in found]
     if len(named) == 1:
         return named[0]
     if named:
@@ -176,19 +179,11 @@ def read(folder: Path) -> LoraSettings:
     Raises AdapterError if a merge would differ from PEFT's merge.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
+        config = read_json(folder / CONFIG)
+    except CheckpointError as error:
         raise AdapterError(
-            f"{CONFIG} cannot be read as JSON: {error}",
-            "the file that PEFT's save_pretrained writes",
-            "Copy it again.",
+            error.found, "the file that PEFT's save_pretrained writes", "Copy it again."
         ) from error
-    if not isinstance(config, dict):
-        raise AdapterError(
-            f"{CONFIG} holds a {type(config).__name__}, not an object",
-            "the file that PEFT's save_pretrained writes",
-            "Copy it again.",
-        )
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"peft_type in {CONFIG} is {kind!r}", "LORA", PLAIN)

@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from model.weights.checkpoint import CheckpointError, read_json
 from model.weights.nvfp4 import GROUP
+from model.weights.paths import CheckpointError, member, read_json
 
 FILE, CONFIG, CONFIG_KEY = "hf_quant_config.json", "config.json", "quantization_config"
 # quant_algo -> whether activations are quantised too; each linear then needs an input_scale.
@@ -79,7 +79,7 @@ def read(folder: Path, config: dict[str, Any]) -> list[QuantConfig]:
     configs = []
     if quantization := config.get(CONFIG_KEY):
         configs.append(_parsed(CONFIG, quantization, "ignore"))
-    if (folder / FILE).exists():
+    if member(folder, FILE).exists():
         configs.append(_parsed(FILE, read_json(folder / FILE).get("quantization"), "exclude_modules"))
     return configs
 

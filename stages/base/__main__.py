@@ -1,14 +1,19 @@
 """The base checkpoint: `hub`, `folder` or `tiny` (stage.toml)."""
 
+from model.weights.paths import CheckpointError
 from stages import job
 from stages.base import folder, hub, make
 from stages.base.parameters import Parameters
-from stages.job import Job
+from stages.job import Job, StageError
 
 
 def run(task: Job) -> None:
     """Writes the base checkpoint from the source that the recipe names."""
-    {"hub": hub.run, "folder": folder.run, "tiny": make.run}[task.parameters(Parameters).source](task)
+    run_source = {"hub": hub.run, "folder": folder.run, "tiny": make.run}[task.parameters(Parameters).source]
+    try:
+        run_source(task)
+    except CheckpointError as error:
+        raise StageError(error.found, error.expected, error.remedy) from error
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from model import audit
 from model.families import registry
 from model.families.unknown import UnknownFamily
 from model.weights.checkpoint import Checkpoint
+from model.weights.paths import member, members, read_json
 from stages import job
 from stages.job import Job, StageError
 
@@ -33,29 +33,24 @@ def run(task: Job) -> None:
 
 def check(folder: Path) -> None:
     """Raises StageError unless `folder` is a whole checkpoint of a known family in BF16 and hub layout, with
-    finite values.
+    finite values. Raises CheckpointError for a name, link or file that is not allowed.
 
     Stage merge runs the same audit again. Running it here too refuses a bad base before the training, not
     after it.
     """
     for name in NEEDED:
-        if not (folder / name).exists():
+        if not member(folder, name).exists():
             raise StageError(
                 f"{folder.name} has no {name}",
                 "a checkpoint folder with " + ", ".join(NEEDED),
                 "Download the whole repository",
             )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise StageError(
-            f"config.json is not JSON: {error}", "the published config.json", "Download it again"
-        ) from error
+    config = read_json(folder / "config.json")
     try:
         registry.of(config)
     except UnknownFamily as error:
         raise StageError(error.found, error.expected, error.remedy) from error
-    if config.get("quantization_config") or (folder / audit.QUANT).exists():
+    if config.get("quantization_config") or member(folder, audit.QUANT).exists():
         raise StageError(
             "a checkpoint that is already quantised",
             "the BF16 checkpoint it was made from",
@@ -86,12 +81,10 @@ def refuse(faults: list[audit.Finding]) -> NoReturn:
 
 
 def link_files(source: Path, output: Path) -> None:
-    """Puts every file of `source` into `output`: a hard link, or a copy on another file system."""
-    files = [
-        file
-        for file in sorted(source.rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(source).parts)
-    ]
+    """Puts every file of `source` into `output`: a hard link, or a copy on another file system. A link
+    becomes the file that it leads to. Raises CheckpointError before anything is written.
+    """
+    files = list(members(source))
     for number, file in enumerate(files, 1):
         target = output / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

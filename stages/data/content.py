@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import io
 import re
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from stages import dataset
 from stages.job import StageError
 
 HEAD = 1 << 16  # bytes of a file that are read to recognise it
+TEXT_BYTES = 100_000_000  # the largest prompt or file of tools
 HEAD_OF_ROW = 800  # bytes of a row that are kept to show it in a reject
 _BLANK = re.compile(r"[ \t\r\n]*")
 JSON, TEXT, PARQUET, EMPTY = "JSON", "text", "Parquet", "an empty file"
@@ -98,6 +100,7 @@ def recognise(path: Path) -> Kind:
     """The kind of a file. Raises Foreign if that kind is not read, and StageError if the file is torn or
     cannot be opened.
     """
+    refuse_special(path)
     with as_stage_errors(path.name):
         with path.open("rb") as opened:
             head = opened.read(HEAD)
@@ -125,6 +128,16 @@ def recognise(path: Path) -> Kind:
     return Kind(
         TEXT if is_text else JSON, packed, encoding, "\r" if "\r" in text and "\n" not in text else "\n"
     )
+
+
+def refuse_special(path: Path) -> None:
+    """Raises StageError for a FIFO, a socket or a device, which is not opened: it may have no end."""
+    with as_stage_errors(path.name):
+        mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StageError(
+            f"{path.name} is a FIFO, a socket or a device", "a regular file", "Save what it gives as a file."
+        )
 
 
 def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
@@ -180,6 +193,11 @@ def read_text(path: Path, purpose: str) -> str:
     expected = f"{purpose}, as a text file in UTF-8"
     if path.is_dir():
         raise StageError(f"{path.name} is a folder", expected, "Name the file in the recipe.")
+    refuse_special(path)
+    if (size := path.stat().st_size) > TEXT_BYTES:
+        raise StageError(
+            f"{path.name} has {size} bytes", f"{expected} of at most {TEXT_BYTES}", "Name the right file."
+        )
     with as_stage_errors(path.name):
         raw = path.read_bytes()
         encoding = _encoding(raw)

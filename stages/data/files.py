@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from model.weights.paths import leads_out
 from stages.data import content
 from stages.job import StageError
 
@@ -139,7 +140,7 @@ def _folder_files(source: Path, listing: Listing) -> list[tuple[Path, str]]:
                 folders.remove(name)
                 listing.left_out[f"{_path_text((directory / name).relative_to(source.parent))}/"] = reason
         for name in sorted(files):
-            if reason := _reason_left_out(directory / name, files):
+            if reason := _reason_left_out(source, directory / name, files):
                 listing.left_out[_path_text((directory / name).relative_to(source.parent))] = reason
             else:
                 chosen.append(directory / name)
@@ -175,8 +176,8 @@ def _refuse_unreadable(error: OSError) -> None:
     )
 
 
-def _reason_left_out(path: Path, names: list[str]) -> str:
-    """Why a file of a folder is not read; "" if it is read. `names` are the files of the folder."""
+def _reason_left_out(source: Path, path: Path, names: list[str]) -> str:
+    """Why a file below `source` is not read; "" if it is read. `names` are the files of its folder."""
     name = path.name
     if name.startswith("."):
         return "is hidden"
@@ -188,6 +189,8 @@ def _reason_left_out(path: Path, names: list[str]) -> str:
         return "is a link to nothing"
     if not path.is_file():
         return "is no file"
+    if leads_out(source, path):
+        return "is a link out of the folder, which is not followed"
     if not name.lower().removesuffix(PACKED).endswith(ENDINGS):
         try:
             kind = content.recognise(path)

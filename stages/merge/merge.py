@@ -18,7 +18,8 @@ import torch
 
 from model import audit
 from model.lora import Adapter, AdapterError, Change
-from model.weights.checkpoint import Checkpoint, CheckpointError, Slot, Work, files_beside, write
+from model.weights.checkpoint import Checkpoint, Slot, Work, files_beside, write
+from model.weights.paths import CheckpointError, shard
 from stages import job
 from stages.job import Job, StageError
 from stages.merge import proof
@@ -39,14 +40,8 @@ def run(task: Job) -> None:
         reading = PeftReading(adapter.folder, adapter.tensors, base.config, task.device)
         check_names(adapter, reading)
         changed = stream(base, adapter, task.output)
-    except AdapterError as error:
+    except (AdapterError, CheckpointError) as error:
         raise StageError(error.found, error.expected, error.remedy) from error
-    except CheckpointError as error:
-        raise StageError(
-            str(error),
-            "a BF16 checkpoint and an adapter made on it",
-            "Copy the files again, or train again on this base.",
-        ) from error
     merged = Checkpoint(task.output)
     facts = {
         "rank": adapter.rank,
@@ -122,12 +117,13 @@ def stream(base: Checkpoint, adapter: Adapter, output: Path) -> dict[str, int]:
         )
         return after
 
+    beside = files_beside(base.folder)  # refuses links before anything is written
     for file in base.files:
         slots = [
             Slot(name, base.entries[name].dtype, base.entries[name].shape)
             for name in base.names_in_file(file)
         ]
-        write(output / file, slots, produce, base.metadata[file])
-    for path in files_beside(base.folder):
+        write(shard(output, file), slots, produce, base.metadata[file])
+    for path in beside:
         shutil.copyfile(path, output / path.name)
     return {name: sum(counts) for name, counts in changed.items()}

@@ -22,6 +22,7 @@ from model import audit, layouts
 from model.families.family import Spec
 from model.weights import nvfp4, quant_config
 from model.weights.checkpoint import INDEX, Checkpoint, Slot, Work, files_beside, write, write_index
+from model.weights.paths import shard
 from stages import dataset, job
 from stages.job import Job, StageError
 from stages.quantize import calibrate, fidelity
@@ -177,6 +178,7 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
             )
         return [partial(current.part, part)]
 
+    beside = files_beside(source.folder)  # refuses links before anything is written
     for file in source.files:
         slots = []
         for name in source.names_in_file(file):
@@ -187,9 +189,9 @@ def stream(source: Checkpoint, modules: list[str], maxima: dict[str, torch.Tenso
                 for n in (name, *(f"{module}.{part}" for part in parts))
                 if n in specs
             ]
-        write(output / file, slots, produce, source.metadata[file])
+        write(shard(output, file), slots, produce, source.metadata[file])
         written.append((file, slots))
-    for path in files_beside(source.folder):
+    for path in beside:
         if path.name != INDEX:
             shutil.copyfile(path, output / path.name)
     # A single shard can have an index too (model-00001-of-00001). Without the index no loader finds it.

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.weights import checkpoint
-from model.weights.checkpoint import Checkpoint, CheckpointError, Slot, shards, write, write_index
+from model.weights.checkpoint import Checkpoint, Slot, shards, write, write_index
+from model.weights.paths import CheckpointError
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),

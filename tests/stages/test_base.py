@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import audit
-from model.weights.checkpoint import Checkpoint
+from model.weights.checkpoint import INDEX, Checkpoint
 from stages import job
 from stages.base import __main__ as base
 from stages.base import tokenizer as words
@@ -152,6 +152,10 @@ def test_folder_refuses_a_bad_tensor_by_name(made, tmp_path, fault):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+    index = json.loads((broken / INDEX).read_text())
+    others = {other: shard for other, shard in index["weight_map"].items() if shard != file.name}
+    index["weight_map"] = others | dict.fromkeys(tensors, file.name)
+    (broken / INDEX).write_text(json.dumps(index))
     with pytest.raises(StageError, match=f"{name}: .*{found}"):
         take(broken, tmp_path)
 
@@ -175,7 +179,7 @@ WHOLES = {
     "quantised by modelopt": (lambda f: (f / audit.QUANT).write_text("{}"), "already quantised"),
     "another model": (lambda f: edited(f, model_type="llama"), "model_type 'llama'"),
     "native config": (lambda f: edited(f, hybrid_override_pattern=None), "no hybrid_override_pattern"),
-    "config cut off": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+    "config cut off": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "file cut off": (cut, r"model-\d+-of-\d+.safetensors is truncated"),
     "shard missing": (
         lambda f: sorted(f.glob("*.safetensors"))[0].unlink(),
