@@ -10,11 +10,13 @@ import hashlib
 import os
 import re
 import shutil
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from model.weights.paths import member
 from stages import job
-from stages.base import folder
+from stages.base import folder, patience
 from stages.base.parameters import Parameters
 from stages.job import Job, StageError
 
@@ -25,15 +27,14 @@ if TYPE_CHECKING:
 
 PATTERNS = ("*.json", "*.jinja", "*.safetensors", "*.py", "*.model", "LICENSE*", "README.md")
 BLOCK = 16 * 1024 * 1024
+LISTING_BYTES = 10_000_000  # of the list of files; a thousand files take 500,000
 
 
 def run(task: Job) -> None:
     """Downloads into the scratch folder, which the next attempt reuses, then links the checked files into the
     output.
     """
-    from fnmatch import fnmatch
-
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     # The transport's own class. A refused connection raises it, and not HfHubHTTPError.
     from huggingface_hub.errors import HTTPError
@@ -49,12 +50,13 @@ def run(task: Job) -> None:
             "Branches and tags move; take the commit from the repository's history",
         )
     token = task.secrets["hf_token"].read_text().strip() if "hf_token" in task.secrets else False
+    patience.count_bytes()
     # Left by a killed run. huggingface_hub uses a new name for every try, so it never resumes these.
     for part in task.scratch.rglob("*.incomplete"):
         part.unlink()
     try:
-        info = HfApi().model_info(repository, revision=commit, files_metadata=True, token=token)
-        files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in PATTERNS)]
+        files = listing(repository, commit, token)
+        check_names(files, task)
         total, done = sum(f.size or 0 for f in files), 0
         for file in files:
             job.progress(done, total, "bytes", file.rfilename)
@@ -74,10 +76,78 @@ def run(task: Job) -> None:
         ) from None
     job.progress(total, total, "bytes", "checked")
     for file in files:
-        target = task.output / file.rfilename
+        target = member(task.output, file.rfilename)
         target.parent.mkdir(parents=True, exist_ok=True)
         link(task.scratch / file.rfilename, target)
     folder.check(task.output)
+
+
+def listing(repository: str, commit: str, token: str | bool) -> list[RepoSibling]:
+    """The files of the commit that a checkpoint consists of. Raises StageError if the hub answers with
+    another commit, or with something other than a list of files with sizes and digests.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        info = patience.within(
+            f"the list of files of {repository}",
+            LISTING_BYTES,
+            lambda: 0,
+            lambda: HfApi().model_info(repository, revision=commit, files_metadata=True, token=token),
+        )
+        files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in PATTERNS)]
+        bad = [f.rfilename for f in files if not is_announced(f)]
+    except (HTTPError, OSError):
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StageError(
+            f"the hub's answer about {repository} is no list of files ({type(error).__name__})",
+            "the JSON of a repository",
+            "Something between here and the hub changes answers, such as a login page: try another network.",
+        ) from error
+    if info.sha != commit:
+        raise StageError(
+            f"the hub answers with commit {str(info.sha)[:40]!r}",
+            f"{commit}, as asked",
+            "Take the commit from the repository's history.",
+        )
+    if bad:
+        raise StageError(
+            f"the hub announces {bad[0]!a} without its size and digest",
+            "both for every file",
+            "Run again; if it comes back, something between here and the hub changes answers.",
+        )
+    return files
+
+
+def is_announced(file: RepoSibling) -> bool:
+    """Whether the hub says of a file how large it is, and its digest in hex digits."""
+    known = announced_digest(file)
+    return (
+        type(file.size) is int
+        and file.size >= 0
+        and isinstance(known, str)
+        and bool(re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", known))
+    )
+
+
+def check_names(files: list[RepoSibling], task: Job) -> None:
+    """Raises CheckpointError for a name that leads out of the folders of the stage, and StageError for two
+    files of one name, or a file and a folder. Nothing has been written by then.
+    """
+    names: set[str] = set()
+    for file in files:
+        member(task.scratch, file.rfilename)
+        member(task.output, file.rfilename)
+        if file.rfilename in names:
+            raise StageError(f"the hub lists {file.rfilename} twice", "every file once", "Run again.")
+        names.add(file.rfilename)
+    for name in names:
+        if both := [str(folder) for folder in PurePosixPath(name).parents if str(folder) in names]:
+            raise StageError(
+                f"the hub lists {both[0]} as a file and as a folder", "one of them", "Run again."
+            )
 
 
 def take_earlier(file: RepoSibling, previous: Path | None, scratch: Path) -> bool:
@@ -119,7 +189,12 @@ def fetch(
     path = scratch / file.rfilename
     if is_whole(path, file):
         return
-    download(repository, file.rfilename, revision=commit, local_dir=scratch, token=token)
+    patience.within(
+        file.rfilename,
+        file.size or 0,
+        lambda: sum(part.stat().st_size for part in scratch.rglob("*.incomplete")),
+        lambda: download(repository, file.rfilename, revision=commit, local_dir=scratch, token=token),
+    )
     found, expected = digest(path, file), announced_digest(file) or "none"
     if found != expected:
         path.unlink()

@@ -59,10 +59,14 @@ class Hub:
 
     `breaks` is what happens once in the middle of the large file: "stall" (silence, and `stalled` is set)
     or "drop" (the connection ends).
+
+    `change` alters the list of files before it is sent. `status` is what every request for a file gets:
+    a status and headers. `page` is the body of every answer. With `drips` bodies come a byte at a time.
     """
 
     def __init__(self, folder):
         self.folder, self.requests, self.breaks, self.altered = folder, [], None, None
+        self.change, self.status, self.page, self.drips = lambda info: None, None, None, False
         self.stalled, self.closing = threading.Event(), threading.Event()
         hub = self
 
@@ -102,6 +106,9 @@ class Hub:
             body = body.replace(b" ", b"\t") if name == self.altered else body
         else:
             return request.send_error(404)
+        if self.status and name:
+            return self.refuse(request)
+        body = self.page or body
         whole = len(body)
         if wanted := request.headers["Range"]:
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
@@ -112,6 +119,8 @@ class Hub:
         request.end_headers()
         if request.command == "HEAD":
             return None
+        if self.drips and name:
+            return self.drip(request, body[start:])
         breaks, self.breaks = (self.breaks, None) if name == LARGE else (None, self.breaks)
         request.wfile.write(body[start : CUT if breaks else whole])
         if breaks == "stall":
@@ -119,12 +128,27 @@ class Hub:
             self.closing.wait()
         return None
 
+    def refuse(self, request):
+        status, headers = self.status
+        request.send_response(status)
+        for key, value in {**headers, "Content-Length": "0"}.items():
+            request.send_header(key, value)
+        request.end_headers()
+
+    def drip(self, request, body):
+        for byte in body:
+            if self.closing.wait(0.05):
+                break
+            request.wfile.write(bytes([byte]))
+
     def info(self):
-        return {
+        info = {
             "id": REPOSITORY,
             "sha": COMMIT,
             "siblings": [announced(p, p.name) for p in sorted(self.folder.iterdir())],
         }
+        self.change(info)
+        return info
 
 
 def announced(path, name):
@@ -145,7 +169,7 @@ class Download:
     imported.
     """
 
-    def __init__(self, folder, params, endpoint, **job):
+    def __init__(self, folder, params, endpoint, patience=None, **job):
         self.output, self.scratch = folder / "output", folder / "scratch"
         shutil.rmtree(self.output, ignore_errors=True)
         for made in (self.output, self.scratch):
@@ -168,8 +192,18 @@ class Download:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
+        # `patience`: seconds that a call of the hub may bring too few bytes
+        program = (
+            ["-m", "stages.base"]
+            if patience is None
+            else [
+                "-c",
+                f"from stages.base import __main__, patience; patience.WINDOW = {patience}\n"
+                "__main__.job.main(__main__.run)",
+            ]
+        )
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "stages.base", folder / "job.json"],
+            [sys.executable, *program, folder / "job.json"],
             cwd=REPO,
             env={**os.environ, "PYTHONPATH": str(REPO), **hub},
             text=True,
