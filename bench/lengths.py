@@ -119,9 +119,9 @@ def count_sample() -> list[int]:
         for folder in folders:
             folder.mkdir()
         make.make_tokenizer(make.read_lessons([data / "lessons.jsonl"]), vocabulary, folders[0])
-        (folders[0] / "config.json").write_text(
-            '{"model_type": "nemotron_h"}'
-        )  # stage data asks for its chat
+        # stage data asks for its chat, and whether the model has a row for every token
+        config = {"model_type": "nemotron_h", "vocab_size": vocabulary}
+        (folders[0] / "config.json").write_text(json.dumps(config))
         prepare.run(
             Job(
                 "data",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from model.families.family import Spec
-from model.families.unknown import UnknownFamily
+from model.families.unknown import ConfigError
 from model.layouts import PARTS
 from model.weights.checkpoint import INDEX, SINGLE, Checkpoint, weight_map
 from model.weights.header import DTYPES, header
@@ -40,7 +40,7 @@ class Finding:
 
 
 def unreadable(subject: str, error: Exception) -> Finding:
-    if isinstance(error, UnknownFamily | CheckpointError):
+    if isinstance(error, ConfigError | CheckpointError):
         return Finding(subject, error.found, error.expected, error.remedy)
     problem = f"no {error.args[0]} in config.json" if isinstance(error, KeyError) else str(error)
     return Finding(subject, problem, "a whole checkpoint with its config", _AGAIN)
@@ -48,7 +48,7 @@ def unreadable(subject: str, error: Exception) -> Finding:
 
 def printable(name: str) -> str:
     """A tensor's name in a form that can be printed."""
-    return name if name.isprintable() else repr(name)
+    return name if name and name.isprintable() else ascii(name)
 
 
 def files(folder: Path) -> Iterator[Finding]:
@@ -150,7 +150,7 @@ def structure(checkpoint: Checkpoint, expected: dict[str, Spec]) -> Iterator[Fin
     for name in sorted(entries.keys() - expected.keys()):
         remedy = "A loader would stop at it or ignore it: remove it, or mend its name."
         if not name.isprintable():
-            yield Finding(repr(name), "a control character in its name", "the model's own names", remedy)
+            yield Finding(printable(name), "a control character in its name", "the model's own names", remedy)
         else:
             yield Finding(
                 name, "a tensor that the config has no place for", "only the model's own tensors", remedy

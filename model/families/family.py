@@ -99,6 +99,7 @@ class Family:
     """
 
     model_type: str
+    check: Callable[[Config], None]  # raises ConfigError for a value that no model has
 
     # Tensors and linears
     tensors: Callable[[Config], dict[str, Spec]]  # of the BF16 repository, in checkpoint order

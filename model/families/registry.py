@@ -18,5 +18,9 @@ FAMILIES = {family.model_type: family for family in (NEMOTRON_H,)}
 
 
 def of(config: dict[str, Any]) -> Family:
-    """The family of a config.json. Raises UnknownFamily for any other `model_type`."""
-    return for_model_type(FAMILIES, config)
+    """The family of a config.json. Raises UnknownFamily for any other `model_type`, and ConfigError for a
+    value that no model of the family can have.
+    """
+    family = for_model_type(FAMILIES, config)
+    family.check(config)
+    return family

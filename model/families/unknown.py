@@ -1,4 +1,6 @@
-"""The error for a model without a family."""
+"""The errors for a config.json that cannot be used: of a model without a family, or with values that no model
+has.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,16 @@ from typing import Any, TypeVar
 Value = TypeVar("Value")
 
 
-class UnknownFamily(ValueError):
-    """A `model_type` without a family: what was found, what was expected, what to do."""
+class ConfigError(ValueError):
+    """A config.json that cannot be used: what was found, what was expected, what to do."""
 
     def __init__(self, found: str, expected: str, remedy: str):
         super().__init__(f"found {found}; expected {expected}. {remedy}")
         self.found, self.expected, self.remedy = found, expected, remedy
+
+
+class UnknownFamily(ConfigError):
+    """A `model_type` without a family."""
 
 
 def for_model_type(known: Mapping[str, Value], config: dict[str, Any]) -> Value:

@@ -104,6 +104,8 @@ def _metadata(raw: dict[str, Any]) -> dict[str, str]:
 def _entry(file: Path, name: str, value: Any, start: int) -> Entry:
     """One tensor of the header, whose offsets count from byte `start`. Raises ValueError with its name."""
     shown = name if name.isprintable() else ascii(name)
+    if not name:
+        raise ValueError("a tensor has no name")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown} has not dtype, shape and data_offsets alone")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

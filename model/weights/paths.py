@@ -33,6 +33,11 @@ _KINDS = {
 }
 
 
+def printable(text: str) -> str:
+    """`text` with escapes in place of all that cannot be printed, such as a terminal's control sequences."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class CheckpointError(ValueError):
     """A file that is not valid for a checkpoint: what was found, what was expected, what to do."""
 
@@ -42,8 +47,8 @@ class CheckpointError(ValueError):
         expected: str = "a whole checkpoint",
         remedy: str = "Copy or download it again.",
     ):
-        super().__init__(found)
-        self.found, self.expected, self.remedy = found, expected, remedy
+        self.found, self.expected, self.remedy = printable(found), expected, remedy
+        super().__init__(self.found)
 
 
 def member(folder: Path, name: str) -> Path:

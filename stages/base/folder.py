@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from model import audit
-from model.families import registry
-from model.families.unknown import UnknownFamily
+from model.families import registry, tokens
+from model.families.unknown import ConfigError
 from model.weights.checkpoint import Checkpoint
 from model.weights.paths import member, members, read_json
 from stages import job
@@ -48,7 +48,7 @@ def check(folder: Path) -> None:
     config = read_json(folder / "config.json")
     try:
         registry.of(config)
-    except UnknownFamily as error:
+    except ConfigError as error:
         raise StageError(error.found, error.expected, error.remedy) from error
     if config.get("quantization_config") or member(folder, audit.QUANT).exists():
         raise StageError(
@@ -59,6 +59,7 @@ def check(folder: Path) -> None:
         )
     if faults := audit.bf16(folder, values=False):
         refuse(faults)
+    tokens.load(folder)
     check_finite(Checkpoint(folder))
 
 

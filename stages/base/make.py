@@ -126,7 +126,9 @@ def make_tokenizer(
     )
     texts = [template_text(template_tokenizer, row["messages"], row.get("tools")) for row in conversations]
     small_tokenizer.write(small_tokenizer.train(texts, vocabulary), folder)
-    tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
     return tokenizer
 
 

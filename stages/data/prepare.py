@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from model.families import calls, chat
+from model.families import calls, chat, tokens
 from model.families.chat import Chat
 from model.families.messages import ChatError
+from model.weights.paths import CheckpointError
 from stages import dataset, job
 from stages.data import files, formats, picture, production, rows, stats
 from stages.data.parameters import Parameters
@@ -61,9 +62,14 @@ def run(task: Job) -> None:
     chosen, thinking = apply_reasoning_policy(chosen, params.reasoning)
     chosen, duplicates, overlap = rows.without_duplicates(chosen)
     undeclared = undeclared_calls(chosen, params.undeclared_calls)
-    tokenizer = AutoTokenizer.from_pretrained(task.inputs["base"])
     chat_format = chat.of_folder(task.inputs["base"])
-    prepared, refused = render(chat_format, tokenizer, chosen, params.max_tokens, params.reasoning == "train")
+    try:
+        tokenizer = tokens.load(task.inputs["base"])
+        prepared, refused = render(
+            chat_format, tokenizer, chosen, params.max_tokens, params.reasoning == "train"
+        )
+    except CheckpointError as error:
+        raise StageError(error.found, error.expected, error.remedy) from error
     rejects = gathered.rejects + refused
     refuse_many(task, rejects, gathered.total, params.max_reject_share)
     for reject in rejects[:SHOWN]:

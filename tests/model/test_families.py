@@ -11,9 +11,9 @@ import pytest
 from model import layouts
 from model.families import registry, serve
 from model.families.family import FamilyError
-from model.families.nemotron_h import targets
+from model.families.nemotron_h import fields, targets
 from model.families.nemotron_h.family import NEMOTRON_H
-from model.families.unknown import UnknownFamily
+from model.families.unknown import ConfigError, UnknownFamily
 
 REPO = Path(__file__).resolve().parents[2]
 NANO = json.loads((Path(__file__).parent / "golden" / "nano-config.json").read_text())
@@ -98,6 +98,34 @@ def test_a_model_of_no_family_is_refused_by_name(of, config, found):
     with pytest.raises(UnknownFamily) as error:
         of(config)
     assert found in error.value.found and error.value.expected == "'nemotron_h'" and error.value.remedy
+
+
+WRONG = (0, -1, 1.5, 1e12, 10**30, "2688", True, None, [1], float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize("name", fields.SIZES)
+def test_a_size_that_no_model_has_is_refused_by_name(name):
+    for value in WRONG:
+        with pytest.raises(ConfigError, match=f"{name} in config.json is") as error:
+            registry.of({**NANO, name: value})
+        assert error.value.expected and error.value.remedy
+
+
+@pytest.mark.parametrize("name", fields.NUMBERS)
+def test_a_number_that_no_model_has_is_refused_by_name(name):
+    for value in (-1, "1", True, None, [1], float("nan"), float("inf"), 10**400):
+        with pytest.raises(ConfigError, match=f"{name} in config.json is"):
+            registry.of({**NANO, name: value})
+
+
+def test_a_config_that_names_tensors_without_end_is_refused_before_they_are_listed():
+    for changes in (
+        {"hybrid_override_pattern": "M" * 10**6},
+        {"hybrid_override_pattern": ["M"]},
+        {"hybrid_override_pattern": "E" * 500, "n_routed_experts": 2000},
+    ):
+        with pytest.raises(ConfigError, match="hybrid_override_pattern|n_routed_experts"):
+            registry.of({**NANO, **changes})
 
 
 def test_a_layout_is_worked_out_once(monkeypatch):

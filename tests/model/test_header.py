@@ -44,6 +44,7 @@ TABLES = {
     "metadata of numbers": ({**GOOD, "__metadata__": {"a": 1}}, "__metadata__"),
     "metadata as a list": ({**GOOD, "__metadata__": ["a"]}, "__metadata__"),
     "metadata of null": ({**GOOD, "__metadata__": None}, "__metadata__"),
+    "a name without a letter": ({**GOOD, "": GOOD["a"]}, "a tensor has no name"),
     "an entry of null": ({**GOOD, "a": None}, "a has not dtype"),
     "an entry without dtype": ({**GOOD, "a": {"shape": [2], "data_offsets": [0, 8]}}, "a has not dtype"),
     "an entry with more keys": (changed(more=1), "a has not dtype"),

@@ -60,7 +60,7 @@ def base(tmp_path_factory):
     make.make_tokenizer(
         [talk(f"Is it {word}?") for word in ("late", "warm", "far")] + [timer({"minutes": 5})], 512, folder
     )
-    (folder / "config.json").write_text('{"model_type": "nemotron_h"}')
+    (folder / "config.json").write_text('{"model_type": "nemotron_h", "vocab_size": 512}')
     return folder
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from model.families import markup
+import jinja2
+
+from model.families import limits, markup
 from model.families.chat import Chat, Rendered
 from model.families.messages import CALL_AS_TEXT, ROLES, ChatError, normalise, served_tools
 from model.labels import IGNORED
+from model.weights.paths import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,14 +80,31 @@ def _text(
         )
         for number, message in enumerate(messages)
     ]
-    text = tokenizer.apply_chat_template(
-        history,
-        tools=cast("list[dict[Any, Any] | Callable[..., Any]] | None", tools or None),
-        tokenize=False,
-        add_generation_prompt=generation,
-        enable_thinking=reasoning,
-    )
-    return cast(str, text)  # since tokenize is false
+    with limits.rendering():
+        try:
+            text = tokenizer.apply_chat_template(
+                history,
+                tools=cast("list[dict[Any, Any] | Callable[..., Any]] | None", tools or None),
+                tokenize=False,
+                add_generation_prompt=generation,
+                enable_thinking=reasoning,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"the chat template cannot be read: {error}",
+                "a template of Jinja",
+                "Take chat_template.jinja from the model's own repository.",
+            ) from error
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
+            raise ChatError(f"the chat template fails: {type(error).__name__}: {error}") from error
+    return limits.check_length(cast(str, text))  # a text, since tokenize is false
 
 
 def _last_user(messages: list[dict[str, Any]]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from model.families.family import Config, Family, Spec
-from model.families.nemotron_h import layout, linears, names, operations, targets
+from model.families.nemotron_h import fields, layout, linears, names, operations, targets
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +78,7 @@ def _initial(name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
 
 NEMOTRON_H = Family(
     model_type="nemotron_h",
+    check=fields.check,
     tensors=names.tensors,
     precisions=tuple(_PRECISIONS),
     in_precision=_in_precision,

@@ -69,7 +69,12 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     import transformers
 
     check_version(transformers.__version__)
-    model = cast(nn.Module, transformers.NemotronHForCausalLM.from_pretrained(folder, dtype=dtype)).to(device)
+    model = cast(
+        nn.Module,
+        transformers.NemotronHForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        ),
+    ).to(device)
     restore_float32(model, Checkpoint(folder))
     return repair(model).eval()
 
