@@ -267,7 +267,9 @@ def _refuse_foreign_text(text: str) -> None:
 def _json_records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
     """The records of JSON text: one per line, the elements of an array, or objects over several lines."""
     lines = _numbered_lines(path, kind)
-    first = next(lines)[1]
+    if (numbered := next(lines, None)) is None:  # blank beyond its first bytes, or in its own encoding
+        return
+    first = numbered[1]
     following = next(lines, None)
     try:
         value = dataset.parse(first)

@@ -431,3 +431,9 @@ def test_a_hundred_thousand_rows_are_read_in_linear_time(tmp_path):
 
     small, large = seconds(2_500), seconds(25_000)
     assert large < 30 * small
+
+
+@pytest.mark.parametrize("text", ["\ufeff", "\ufeff \n\n", "\u2003\n"])
+def test_a_file_that_is_blank_in_its_own_encoding_has_no_rows(tmp_path, text):
+    (tmp_path / "a.jsonl").write_bytes(text.encode("utf-16-le"))
+    assert not rows.gather(files.list_files([tmp_path / "a.jsonl"])).rows
