@@ -11,13 +11,14 @@ EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
 
-.PHONY: help demo test lint long model warm serve chat plan status doctor arm64 requirements parameters clean FORCE
+.PHONY: help demo test lint long chaos model warm serve chat plan status doctor arm64 requirements parameters clean FORCE
 
 help:
 	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 10 minutes)"
 	@echo "make test    every test this machine can run"
 	@echo "make lint    ruff (rules and format) and mypy, as .ci/run does"
 	@echo "make long    what make test leaves out: other CPUs' numerics, the line in containers (an hour)"
+	@echo "make chaos   a served model under bad requests, hang-ups, kills and signals (10 minutes)"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"
 	@echo "make warm    compiles what stage train of RECIPE runs on this GPU, so that it starts at once"
 	@echo "make serve   the newest serving image of RECIPE, on 127.0.0.1:$(PORT); BIND and KEY open it to others"
@@ -35,6 +36,10 @@ lint: .venv/.ready .venv/.lint
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/python tests/lint.py
+
+# Needs what make demo has built.
+chaos: .venv/.ready .venv/.tests
+	@.venv/bin/python tests/chaos/run.py $(CHAOS)
 
 # Not in .ci/run either: the small line once for each kind of CPU that torch can be held to, and once more in containers.
 long: .venv/.ready .venv/.tests
