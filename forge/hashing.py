@@ -45,15 +45,17 @@ def identity(status: os.stat_result) -> Identity:
 
 
 def of_content(
-    path: Path, on_bytes: Callable[[int], None] = lambda count: None
+    path: Path, on_bytes: Callable[[int], None] = lambda count: None, from_disk: bool = False
 ) -> tuple[str, os.stat_result | None]:
-    """SHA-256 of what the disk holds of a file, read now, and the file's stat: None if it changed on the way.
+    """SHA-256 of a file's content, read now, and the file's stat: None if it changed on the way.
 
-    `on_bytes` is told of every block. What the system's memory still holds of the file is not taken for it.
+    `on_bytes` is told of every block. `from_disk`: what the system's memory still holds of the file is not
+    taken for it, which costs the next reader of the file the same again.
     """
     with open(path, "rb", buffering=0) as stream:
         before = os.fstat(stream.fileno())
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if from_disk:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         digest, block = hashlib.sha256(), bytearray(min(_BLOCK, max(1, before.st_size)))
         view = memoryview(block)
         while count := stream.readinto(block):

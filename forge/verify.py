@@ -32,7 +32,7 @@ def read(store: Store, artifact: Artifact, names: Iterable[str], on_bytes: OnByt
 
     def content(name: str) -> tuple[str, os.stat_result | None] | str:
         try:
-            sha256, stat = hashing.of_content(artifact.folder / name, on_bytes)
+            sha256, stat = hashing.of_content(artifact.folder / name, on_bytes, from_disk=True)
         except PermissionError:
             raise
         except OSError as fault:  # a bad block of the disk

@@ -179,12 +179,14 @@ class Front:
             return None, 1
         prompts = request.get("prompt")
         batch = len(prompts) if isinstance(prompts, list) and prompts and not _is_tokens(prompts) else 1
-        each = max((n for n in (request.get("n"), request.get("best_of")) if _is_whole(n)), default=1)
+        each = max(1, _number(request.get("n")), _number(request.get("best_of")))
         if (weight := batch * each) > self.settings.choices:
-            raise Refusal(400, f"{weight} answers in one request; this server gives {self.settings.choices}.")
+            raise Refusal(
+                400, f"{weight:,} answers in one request; this server gives {self.settings.choices:,}."
+            )
         for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
-            if _is_whole(request.get(name)) and request[name] > self.settings.tokens:
-                raise Refusal(400, f"{name} is {request[name]}; this server allows {self.settings.tokens}.")
+            if (asked := _number(request.get(name))) > self.settings.tokens:
+                raise Refusal(400, f"{name} is {asked:,}; this server allows {self.settings.tokens:,}.")
         # A raw prompt is whole turns by its nature; everything else is text of one.
         texts = {key: value for key, value in request.items() if key != "prompt"}
         for text in _strings(texts):
@@ -195,7 +197,7 @@ class Front:
                         f"A text holds the control token {token}, which would be read as the conversation's"
                         " own markup. Leave it out, or write it another way.",
                     )
-        return request, max(1, weight)
+        return request, weight
 
     # --- one answer -----------------------------------------------------------------------------------------
 
@@ -302,13 +304,20 @@ def _local_name(host: str) -> bool:
         return "." not in name or name.endswith((".local", ".localhost", ".internal"))
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _number(value: object) -> int:
+    """A whole number as vLLM reads it, which takes "2000" and 2000.0 for 2000; 0 for what is none. Beyond
+    10**18 they are all one.
+    """
+    try:
+        number = value if isinstance(value, int) else float(value) if isinstance(value, float | str) else 0
+    except ValueError:
+        return 0
+    return int(min(number, 10**18)) if number > 0 else 0  # not a number is not above 0
 
 
 def _is_tokens(prompts: list[Any]) -> bool:
     """Whether a list is one prompt in token ids, not several prompts."""
-    return all(_is_whole(prompt) for prompt in prompts)
+    return all(isinstance(prompt, int) for prompt in prompts)
 
 
 def _strings(value: Any) -> Iterator[str]:

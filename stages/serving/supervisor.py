@@ -11,7 +11,7 @@ the environment:
 | ANNIE_SERVING | the folder with serve.json | the artifact that this file is part of |
 | ANNIE_MODEL, ANNIE_ADAPTER | the checkpoint, and an adapter that is added at run time | /model, /adapter |
 | ANNIE_HOST, ANNIE_PORT | the address to listen on | 0.0.0.0, port of serve.json |
-| ANNIE_BIND | the address that clients reach it under, where it is another (a published port) | 127.0.0.1 |
+| ANNIE_BIND | the address that clients reach it under, where it is another (a published port) | ANNIE_HOST |
 | ANNIE_API_KEY_FILE | a file with the key that clients must send | /run/secrets/annie_api_key if there |
 | ANNIE_SERVER | the name by which its starter knows it again | empty |
 | ANNIE_VLLM | the vllm program | vllm |
@@ -60,15 +60,20 @@ def main(arguments: list[str]) -> int:
         key = api_key()
         if arguments == ["--healthy"]:
             return 0 if healthy(port(serve), key) else 1
-        if not key and not is_loopback(os.environ.get("ANNIE_BIND", "127.0.0.1")):
+        if not key and not is_loopback(os.environ.get("ANNIE_BIND") or host()):
             raise Unfit(
                 "found no key for a server that other machines reach; expected one. Put it into a file that"
-                " ANNIE_API_KEY_FILE names, or listen on 127.0.0.1."
+                " ANNIE_API_KEY_FILE names, or publish the port on 127.0.0.1 alone and say so with"
+                " ANNIE_BIND=127.0.0.1."
             )
     except Unfit as unfit:
         print(f"serve: {unfit}", file=sys.stderr)
         return 2
     return supervise(command(serve, arguments), environment(serve, key))
+
+
+def host() -> str:
+    return os.environ.get("ANNIE_HOST", "0.0.0.0")
 
 
 def port(serve: dict[str, Any]) -> int:
@@ -122,7 +127,7 @@ def command(serve: dict[str, Any], arguments: list[str]) -> list[str]:
         "serve",
         os.environ.get("ANNIE_MODEL", "/model"),
         "--host",
-        os.environ.get("ANNIE_HOST", "0.0.0.0"),
+        host(),
         "--port",
         str(port(serve)),
         "--middleware",

@@ -56,6 +56,7 @@ def start(tmp_path):
             "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(tmp_path / "home"),
             "ANNIE_SERVING": str(tmp_path),
+            "ANNIE_BIND": "127.0.0.1",
             **variables,
         }
         processes.append(
@@ -162,7 +163,7 @@ def test_the_key_reaches_vllm_as_a_digest_alone(start, tmp_path):
     assert KEY not in json.dumps(vllm)
 
 
-@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "192.168.1.4", "spark.local"])
+@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "192.168.1.4", "spark.local", ""])
 def test_a_server_for_other_machines_without_a_key_is_refused(start, bind):
     process = start(ANNIE_BIND=bind)
     assert process.wait(30) == 2

@@ -177,9 +177,12 @@ def test_a_control_token_is_named_and_opens_no_turn(served, messages):
 @pytest.mark.parametrize(
     ("changes", "status", "said"),
     [
-        ({"n": 2000}, 400, "2000 answers in one request"),
-        ({"max_tokens": 100_000}, 400, "max_tokens is 100000"),
-        ({"max_completion_tokens": 100_000}, 400, "max_completion_tokens is 100000"),
+        ({"n": 2000}, 400, "2,000 answers in one request"),
+        ({"n": "2000"}, 400, "2,000 answers in one request"),
+        ({"n": 2000.0}, 400, "2,000 answers in one request"),
+        ({"max_tokens": 100_000}, 400, "max_tokens is 100,000"),
+        ({"max_tokens": "100000"}, 400, "max_tokens is 100,000"),
+        ({"max_completion_tokens": 100_000}, 400, "max_completion_tokens is 100,000"),
         ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, 413, "4,194,304 bytes"),
     ],
 )
