@@ -206,7 +206,7 @@ def compare(recipe: str, executor: str | None, as_json: bool) -> None:
 
     Each is trained, merged, quantised and asked; then come one table with a verdict, and a picture.
     """
-    from forge import plan, run, watch
+    from forge import modes, plan, run, watch
     from product import EVALUATE, compare, picture, report
 
     session = open_session(recipe, executor)
@@ -217,8 +217,9 @@ def compare(recipe: str, executor: str | None, as_json: bool) -> None:
             if code := run.run(context, session.executor, plan.Selection(last=EVALUATE), watcher).code:
                 sys.exit(code)
     rows, picture_file = compare.rows(variants), home() / f"compare-{session.context.recipe.name}.svg"
-    picture_file.write_text(
-        picture.svg(rows, f"{session.context.recipe.name}: what survives four bits", compare.verdict(rows))
+    modes.write(
+        picture_file,
+        picture.svg(rows, f"{session.context.recipe.name}: what survives four bits", compare.verdict(rows)),
     )
     (
         print(json.dumps({"event": "compared", "variants": rows, "picture": str(picture_file)}))

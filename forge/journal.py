@@ -18,6 +18,8 @@ from forge.mask import Mask
 
 Event = dict[str, Any]
 ENDINGS = ("done", "failed", "interrupted")
+# Events that status, gc and a person look for later: a power cut is not to take them.
+_LASTING = (*ENDINGS, "stage", "stage_done")
 
 
 class Journal:
@@ -38,6 +40,8 @@ class Journal:
         self._listener(masked)  # first: how a run failed is told even where it cannot be written
         if event != "log":  # log lines have a file of their own
             self._events.write(json.dumps(masked) + "\n")
+        if event in _LASTING:
+            os.fsync(self._events.fileno())
 
     def log(self, prefix: str) -> Log:
         return Log(self.folder / f"{prefix}.log", self.mask)
@@ -66,7 +70,10 @@ class Log:
         return self.path.read_text(errors="replace").splitlines()[-count:]
 
     def close(self) -> None:
-        self._file.close()
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        modes.sync(self.path.parent)
 
 
 def _now() -> datetime.datetime:

@@ -1,6 +1,7 @@
-"""Who may read what forge writes: its user alone, or with ANNIE_SHARED=1 the user's group too.
+"""Files and folders that forge writes: who may read them, and that they outlast a power cut.
 
-Artifacts, logs and scripts hold conversations, so modes are set whatever the umask is.
+Artifacts, logs and scripts hold conversations. So they are their user's alone, or with ANNIE_SHARED=1 the
+user's group may read them too, whatever the umask is.
 """
 
 from __future__ import annotations
@@ -35,12 +36,24 @@ def file_mode() -> int:
 
 
 def make_folder(folder: Path) -> Path:
-    """Makes a folder, and those above it that are missing, for those who may read. Gives it back."""
+    """Makes a folder, and those above it that are missing, for those who may read. Gives it back. A power
+    cut leaves what was made.
+    """
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(folder_mode(), exist_ok=True)
         folder.chmod(folder_mode())
+        sync(folder.parent)
     return folder
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk holds a file's content and mode, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_file(path: Path, mode: str, **options: Any) -> IO[Any]:
@@ -51,18 +64,29 @@ def open_file(path: Path, mode: str, **options: Any) -> IO[Any]:
 
 
 def write(path: Path, text: str, executable: bool = False) -> None:
-    """Writes a whole file for those who may read, and run it if it is `executable`."""
-    with open_file(path, "w") as stream:
-        stream.write(text)
-    _set(path, folder_mode() if executable else file_mode())
+    """Writes a whole file for those who may read, and run it if it is `executable`. A crash, a full disk or a
+    power cut leaves the file that was there before, or the new one.
+    """
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        with open_file(beside, "w") as stream:
+            stream.write(text)
+        _set(beside, folder_mode() if executable else file_mode())
+        sync(beside)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def seal(path: Path) -> None:
     """Makes a file read-only for those who may read, unless it is a hard link to a file that may be the
-    user's.
+    user's. A power cut leaves its content and its mode.
     """
     if path.stat().st_nlink == 1:
         _set(path, file_mode() & ~0o222)
+    sync(path)
 
 
 def _set(path: Path, mode: int) -> None:

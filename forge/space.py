@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -287,8 +286,7 @@ def remove(context: Context, executor: Executor, keep: int) -> tuple[list[Item],
 def _remove_folder(whole: Store, kind: str, folder: Path) -> None:
     if kind == "environment":  # may lie on another disk; without this file it counts as not made
         (folder / ".ready").unlink(missing_ok=True)
+        modes.sync(folder)
         store.remove(folder)
         return
-    tombstone = Path(tempfile.mkdtemp(prefix="gc-", dir=modes.make_folder(whole.tmp)))
-    os.rename(folder, tombstone / folder.name)
-    store.remove(tombstone)
+    whole.discard(folder)

@@ -162,7 +162,7 @@ class Store:
             raise Refused(findings)
         paths = sorted(p for p in output.rglob("*") if not p.is_dir())
         for path in paths:
-            _seal(path)
+            modes.seal(path)
         hashing.settle(paths)
         files: dict[str, dict[str, Any]] = {
             str(path.relative_to(output)): {"size": path.stat().st_size, "sha256": self.memo.file(path)}
@@ -181,17 +181,26 @@ class Store:
         target = self.root / "artifacts" / stage / key
         path = output / MANIFEST
         modes.write(path, json.dumps(accepted, indent=1, sort_keys=True) + "\n")
-        _seal(path)
+        modes.seal(path)
         for folder in [p for p in output.rglob("*") if p.is_dir()] + [output]:
             folder.chmod(modes.folder_mode())  # a container wrote with a umask of its own
-            _sync(folder)
+            modes.sync(folder)
         modes.make_folder(target.parent)
         _place(output, target)
-        _sync(target.parent)
+        modes.sync(target.parent)
         if output.exists():  # the artifact that was there before
             remove(output)
-        remove(self.root / "scratch" / stage / key)
+        self.discard(self.root / "scratch" / stage / key)
         return Artifact(stage, key, target, accepted)
+
+    def discard(self, folder: Path) -> None:
+        """Deletes a folder of the store if it is there. A crash or a power cut leaves it whole or gone."""
+        if not folder.is_dir():
+            return
+        tombstone = Path(tempfile.mkdtemp(prefix="gone-", dir=modes.make_folder(self.tmp)))
+        os.rename(folder, tombstone / folder.name)
+        modes.sync(folder.parent)
+        remove(tombstone)
 
 
 def faults(output: Path, kind: str, patterns: Sequence[str]) -> list[Finding]:
@@ -254,27 +263,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _seal(path: Path) -> None:
-    """Syncs a file and makes it read-only."""
-    _sync(path)
-    modes.seal(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
 def _place(output: Path, target: Path) -> None:
     """Renames `output` to `target`. A folder already there changes places with it in one step, so that
-    there is never none.
+    there is never none. What it held is the caller's to remove, once the disk knows of the change.
     """
     if not target.exists():
         os.rename(output, target)
@@ -286,6 +281,7 @@ def _place(output: Path, target: Path) -> None:
             raise OSError(code, os.strerror(code), str(target))
         # A file system without exchange (NFS): two steps, and a crash between them leaves the stage to be run
         # again.
-        os.rename(target, output.with_name(output.name + "-old"))
+        aside = output.with_name(output.name + "-old")
+        os.rename(target, aside)
         os.rename(output, target)
-        remove(output.with_name(output.name + "-old"))
+        os.rename(aside, output)

@@ -168,7 +168,8 @@ class Local:
         step([python, str(folder / "apply_patches.py"), str(image.folder / "patches")])
         if (image.folder / "install.py").exists():
             step([python, str(image.folder / "install.py")])
-        (target / ".ready").write_text(f"{target}\n")
+        os.sync()  # what the steps above wrote, and what uv linked from its cache
+        modes.write(target / ".ready", f"{target}\n")
 
     def bake(self, program: Program, on_line: Callable[[str], None]) -> None:
         """Nothing: stages run from the repository's own files."""

@@ -129,7 +129,7 @@ def test_kill_9_in_the_middle_and_the_next_run_goes_on(mini):
 
 
 @pytest.mark.trap("half-written-artifact")
-@pytest.mark.parametrize("moment", ["_seal", "_sync", "_place"])
+@pytest.mark.parametrize("moment", ["modes.seal", "hashing.settle", "_place"])
 def test_kill_9_while_an_artifact_is_taken(mini, moment):
     process = mini.start(
         "from forge import store",
