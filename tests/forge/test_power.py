@@ -12,7 +12,7 @@ import power
 import pytest
 import toy
 
-from forge import hashing, journal, lock, modes, store, verify
+from forge import hashing, journal, lock, modes, space, store, verify
 from forge.executor import local
 from forge.image import Image
 from forge.mask import Mask
@@ -50,7 +50,7 @@ def accepted(whole: Store, output: Path) -> store.Artifact:
 
 def left(disk: power.Disk, tmp_path: Path) -> Iterator[tuple[power.Cut, Path]]:
     """Each cut, laid out as the folder that `disk` recorded."""
-    assert len(disk.cuts) > 5
+    assert len(disk.cuts) > 2
     for cut in disk.cuts.values():
         folder = cut.laid_out(tmp_path / "cut")
         yield cut, folder
@@ -204,6 +204,18 @@ def test_an_environment_that_is_marked_ready_is_whole(home, tmp_path, monkeypatc
         ready = list(folder.glob("home/envs/*/.ready"))
         assert ready or not cut.marks, cut.moment
         assert all((path.parent / "lib.py").read_text() == "x = 1" for path in ready), cut.moment
+
+
+def test_an_environment_that_gc_removes_is_whole_or_not_ready(home, tmp_path):
+    environment = modes.make_folder(home / "envs" / "train-0123456789ab")
+    modes.make_folder(environment / "lib")
+    for name in (".ready", "lib/lib.py"):
+        modes.write(environment / name, "x = 1")
+    with power.recorded(home.parent) as disk:
+        space._remove_folder(Store(home), "environment", environment)
+    for cut, folder in left(disk, tmp_path):
+        left_over = folder / "home/envs" / environment.name
+        assert not (left_over / ".ready").exists() or (left_over / "lib/lib.py").exists(), cut.moment
 
 
 def test_the_lock_and_the_memo_of_a_run_that_lost_its_power(home, tmp_path):
