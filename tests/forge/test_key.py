@@ -150,6 +150,32 @@ def test_a_file_apart_that_is_not_there_is_named(mini):
         mini.context()
 
 
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [("images/plain/note.txt", "an image", "another"), ("recipes/toy.yaml", "base: none", "base: other")],
+)
+@pytest.mark.parametrize("executor", ["local", "docker"])
+def test_the_image_of_a_stage_is_in_its_key(mini, path, old, new, executor):
+    def key():
+        return plan.planned_stage(replace(mini.context(), executor=executor), "words").key.sha256
+
+    before = key()
+    toy.edit(mini.repo / path, old, new)
+    assert key() != before
+
+
+def test_the_gpus_architecture_is_in_the_key_of_a_stage_that_uses_it(mini):
+    toy.edit(mini.repo / "stages/count/stage.toml", "[needs]", "[needs]\ngpu = true")
+    toy.edit(mini.recipe, "seed: 3", "seed: 3\ngpu: cuda")
+
+    def gpu(stage, architecture):
+        context = replace(mini.context(), gpu=architecture)
+        return plan.planned_stage(context, stage).key.components["gpu"]
+
+    assert [gpu("count", name) for name in ("sm_90", "sm_121")] == ["sm_90", "sm_121"]
+    assert [gpu("words", name) for name in ("sm_90", "sm_121")] == ["none", "none"]
+
+
 def test_a_stages_dockerfile_is_in_the_keys_of_containers_alone(mini):
     (mini.repo / "stages/count/Dockerfile").write_text("FROM x\n")
     in_containers = plan.planned_stage(replace(mini.context(), executor="docker"), "count").key.components

@@ -89,6 +89,12 @@ def test_a_forced_stage_keeps_an_artifact_in_place_all_the_time(mini):
     )
 
 
+def test_what_depends_on_a_forced_stage_waits_for_it(mini):
+    mini.run()
+    assert mini.states(only=("words", "count"), force=True) == {"words": "run", "count": "waits"}
+    assert mini.states(force=True) == {"words": "run", "count": "waits", "slow": "waits"}
+
+
 def test_a_failure_says_found_expected_remedy_and_where_the_log_is(mini):
     toy.edit(mini.recipe, "steps: 3", "steps: 3\n    how: badly")
     assert mini.run().code == 1
@@ -107,6 +113,16 @@ def test_an_output_that_lacks_what_its_type_needs_is_not_taken(mini):
     assert mini.run().code == 1
     assert mini.event("failed")["found"] == "no text.txt"
     assert mini.states()["slow"] == "run"
+
+
+def test_a_stage_that_reports_an_error_and_exits_with_0_has_failed(mini):
+    toy.edit(
+        mini.repo / "stages/slow/__main__.py",
+        'if how == "badly":',
+        'job._emit("error", found="a bad thing", expected="", remedy="")\n    if how == "badly":',
+    )
+    assert mini.run().code == 1
+    assert mini.event("failed")["found"] == "a bad thing" and mini.states()["slow"] == "run"
 
 
 def test_a_stage_that_is_killed_says_so(mini):
@@ -188,11 +204,12 @@ def test_two_runs_at_once(mini):
     assert process.wait() == 0
 
 
-def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(mini):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_stage_and_says_how_to_go_on(mini, number):
     toy.edit(mini.recipe, "steps: 3", "steps: 200\n    seconds: 0.05")
     process = mini.start()
     wait_for(lambda: list(mini.home.glob("store/scratch/slow/*/done")))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(10) == 130
     events = journal.events(max(mini.home.glob("runs/*")))
     assert events[-1]["event"] == "interrupted" and "build.py run --recipe toy" in events[-1]["resume"]

@@ -244,6 +244,13 @@ def test_an_adapter_that_bf16_rounds_away_is_refused(made, tmp_path):
         merged(tmp_path, made, scaled(saved(tmp_path, trained(made["base"], **ALL)), 1e-20, ""))
 
 
+def test_an_adapter_that_changes_no_logit_is_refused():
+    """Its weights may change all the same: where no token of the sample goes."""
+    logits = [torch.randn(3, 8), torch.randn(2, 8)]
+    with pytest.raises(StageError, match="an adapter that changes no logit"):
+        proof.judge_logits(logits, logits, logits, logits)
+
+
 def test_the_order_of_a_sum_decides_next_to_the_middle_of_two_numbers_only():
     weight = torch.ones(2, 3).bfloat16()
     applied = torch.full(
