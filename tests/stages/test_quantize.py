@@ -12,7 +12,7 @@ from model import audit, layouts
 from model.families.nemotron_h import names, native
 from model.families.nemotron_h.layout import LAYOUTS
 from model.weights import quant_config
-from model.weights.checkpoint import Checkpoint
+from model.weights.checkpoint import INDEX, Checkpoint
 from stages.job import StageError
 from stages.quantize import calibrate, fidelity, quantize, reference
 
@@ -183,6 +183,9 @@ def broken(made, folder, module, change):
     tensors = load_file(file)
     change(tensors, module)
     save_file(tensors, file, metadata={"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    others = {name: shard for name, shard in index["weight_map"].items() if shard != file.name}
+    (folder / INDEX).write_text(json.dumps({"weight_map": others | dict.fromkeys(tensors, file.name)}))
     return folder
 
 
