@@ -30,7 +30,7 @@ import json
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from stages.serving import tool_calls
@@ -93,7 +93,6 @@ class Exchange:
     started: bool = False
     streams: bool = False
     finished: bool = False
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
 class Front:
@@ -144,6 +143,9 @@ class Front:
             raise Refusal(403, "Without a key this server answers to its address or a local name alone.")
         if scope["path"] not in ROUTES:
             raise Refusal(404, f"Not served here. What is: {', '.join(ROUTES)}.")
+        self._refuse_while_draining()
+
+    def _refuse_while_draining(self) -> None:
         if self.draining:
             raise Refusal(503, "This server is ending.", ((b"retry-after", b"30"), (b"connection", b"close")))
 
@@ -205,6 +207,7 @@ class Front:
         """Passes a request on, and its answer back, unless the server ends first."""
         path = scope["path"]
         request, weight = self._checked(path, body)
+        self._refuse_while_draining()  # it may have begun while the body came
         exchange = Exchange(weight if path in GENERATES else 0)
         room = self.settings.running + self.settings.waiting
         if exchange.weight and sum(e.weight for e in self.under_way) + exchange.weight > room:
@@ -235,7 +238,8 @@ class Front:
         if request and scope["path"] == CHAT and request.get("tools"):
             send = tool_calls.repaired(request, send)
             body = json.dumps(tool_calls.streamed(request)).encode()
-        headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+        sizes = (b"content-length", b"transfer-encoding")
+        headers = [(name, value) for name, value in scope["headers"] if name not in sizes]
         headers.append((b"content-length", str(len(body)).encode()))
         await self.app({**scope, "headers": headers}, _replayed(body, receive), send)
 

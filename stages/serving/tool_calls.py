@@ -17,11 +17,22 @@ Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
 
+def wants_stream(request: dict[str, Any]) -> bool | None:
+    """Whether a request asks for a stream, in any form that vLLM reads as a boolean; None for what it
+    refuses.
+    """
+    stream = request.get("stream")
+    word = str(stream).lower()
+    if stream is None or word in ("false", "0", "0.0", "f", "n", "no", "off"):
+        return False
+    return True if word in ("true", "1", "1.0", "t", "y", "yes", "on") else None
+
+
 def streamed(request: dict[str, Any]) -> dict[str, Any]:
     """The request as it is sent to vLLM. One that asks for the whole answer gets its usage at the end."""
-    if request.get("stream"):
-        return request
-    return {**request, "stream": True, "stream_options": {"include_usage": True}}
+    if wants_stream(request) is False:
+        return {**request, "stream": True, "stream_options": {"include_usage": True}}
+    return request
 
 
 def forced(request: dict[str, Any]) -> bool:
@@ -39,7 +50,7 @@ class _Stream:
     """vLLM's messages in, the client's out. An answer that is no stream (an error) passes as it is."""
 
     def __init__(self, request: dict[str, Any], send: Send):
-        self.whole, self.forced, self.send = not request.get("stream"), forced(request), send
+        self.whole, self.forced, self.send = wants_stream(request) is False, forced(request), send
         self.start: Message | None = None
         self.passes = False
         self.rest = b""

@@ -208,11 +208,11 @@ def test_beyond_what_may_wait_there_is_a_429(served):
 
 
 def asked(served, stream, **changes):
-    """Content, calls and finish_reason of an answer."""
+    """Content, calls and finish_reason of an answer. `stream` is what the client says."""
     more = {"tools": [TOOL], "structured_outputs": {"choice": [CALL, CALL + "x"]}} | changes
     status, headers, body = served.chat(stream=stream, **more)
     assert status == 200, body
-    if stream:
+    if stream is True:
         whole = Answer()
         for event in body.split(b"\n\n"):
             if (data := event.removeprefix(b"data: ").strip()) and data != b"[DONE]":
@@ -239,6 +239,12 @@ def test_a_call_that_was_cut_does_not_look_whole(served, tokens):
         assert name == "set_timer"
         with pytest.raises(ValueError):
             json.loads(arguments)
+
+
+@pytest.mark.parametrize("stream", [None, 0, "false", "off", "False"])
+def test_a_call_is_put_together_however_the_client_says_that_it_streams_not(served, stream):
+    _, calls, reason = asked(served, stream, max_tokens=25)
+    assert reason == "length" and [arguments for _, arguments in calls] == [""]
 
 
 def test_a_whole_call_arrives_whole_both_ways(served):
