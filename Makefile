@@ -11,7 +11,7 @@ EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
 
-.PHONY: help demo test lint long chaos model warm serve chat plan status doctor arm64 requirements parameters clean FORCE
+.PHONY: help demo test lint long chaos mutants model warm serve chat plan status doctor arm64 requirements parameters clean FORCE
 
 help:
 	@echo "make demo    the whole line on a small model, from nothing to an answer from vLLM (CPU, about 10 minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint    ruff (rules and format) and mypy, as .ci/run does"
 	@echo "make long    what make test leaves out: other CPUs' numerics, the line in containers (an hour)"
 	@echo "make chaos   a served model under bad requests, hang-ups, kills and signals (10 minutes)"
+	@echo "make mutants breaks the most critical lines one by one, and sees that a test notices each (15 minutes)"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"
 	@echo "make warm    compiles what stage train of RECIPE runs on this GPU, so that it starts at once"
 	@echo "make serve   the newest serving image of RECIPE, on 127.0.0.1:$(PORT); BIND and KEY open it to others"
@@ -44,6 +45,10 @@ chaos: .venv/.ready .venv/.tests
 # Not in .ci/run either: the small line once for each kind of CPU that torch can be held to, and once more in containers.
 long: .venv/.ready .venv/.tests
 	@ANNIE_TEST_LONG=1 .venv/bin/python tests/run.py tests/line/test_numerics.py tests/line/test_docker_line.py
+
+# Not in .ci/run either. WORDS chooses entries of tests/mutants.toml: make mutants WORDS=forge/store.py
+mutants: .venv/.ready .venv/.tests
+	@.venv/bin/python tests/mutants.py $(WORDS)
 
 model: .venv/.ready
 	@$(BUILD) run --recipe $(RECIPE) --executor docker
