@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jinja2
+
+from forge import modes
 
 OVERRIDE = "compose.override.yaml"
 _TEMPLATES = jinja2.Environment(
@@ -25,9 +26,7 @@ def override(image: str, device: str, server: str, memory_gb: int) -> str:
 
 
 def write_override(repo: Path, image: str, device: str, server: str, memory_gb: int) -> Path:
-    """Writes it into the clone's root, whole or not at all."""
+    """Writes it into the clone's root, whole or not at all, also in a power cut."""
     path = repo / OVERRIDE
-    beside = path.with_suffix(".tmp")
-    beside.write_text(override(image, device, server, memory_gb))
-    os.replace(beside, path)
+    modes.write(path, override(image, device, server, memory_gb))
     return path

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from forge import modes
 from forge.finding import Refused, error
 from product import PACKAGE
 
@@ -38,10 +38,8 @@ class Record:
 
 
 def write(home: Path, record: Record) -> None:
-    """Whole or not at all."""
-    beside = home / f"{FILE}.tmp"
-    beside.write_text(json.dumps(asdict(record)) + "\n")
-    os.replace(beside, home / FILE)
+    """Whole or not at all, also in a power cut."""
+    modes.write(home / FILE, json.dumps(asdict(record)) + "\n")
 
 
 def read(home: Path) -> Record | None:
