@@ -16,6 +16,13 @@ from forge.journal import Journal, Log
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TAIL = 12  # log lines that a failure shows
+# The events of the stage protocol (docs/formats.md), and the fields that are texts.
+_FIELDS = {
+    "progress": (),
+    "metric": ("name", "value"),
+    "warning": ("message", "remedy"),
+    "error": ("found", "expected", "remedy"),
+}
 
 
 class StageFailed(Exception):
@@ -100,8 +107,10 @@ def _protocol_event(text: str) -> dict[str, Any] | None:
         event = json.loads(text)
     except ValueError:
         return None
-    known = ("progress", "metric", "warning", "error")
-    return event if isinstance(event, dict) and event.get("event") in known else None
+    if not isinstance(event, dict) or event.get("event") not in _FIELDS:
+        return None
+    # A stage that leaves out a field has said less, and must not end forge.
+    return dict.fromkeys(_FIELDS[event["event"]], "") | event
 
 
 def _on_host(event: dict[str, Any], inside: str, scratch: str) -> dict[str, Any]:

@@ -280,3 +280,10 @@ def test_a_stage_that_asks_for_it_is_given_its_newest_artifact(mini):
     toy.edit(contract, "previous = true", "")
     toy.edit(mini.recipe, "upper: true", "upper: false\n    times: 2")
     assert "previous" not in job(mini.run(last="words"))
+
+
+@pytest.mark.parametrize("event", ["error", "warning", "metric", "progress"])
+def test_an_event_that_lacks_its_fields_ends_the_stage_and_not_forge(mini, event):
+    code = f"def run(task):\n    job._emit({event!r})\n"
+    toy.edit(mini.repo / "stages/count/__main__.py", "def run(task):\n", code)
+    assert mini.run().code == (1 if event == "error" else 0)
