@@ -26,6 +26,9 @@ IN_TESTS = {  # what a command prints here, the demo having been made
     "python build.py status": "cached",
     "python build.py logs train": "loss",
     "python build.py path quantize": "/quantize/",
+    "python build.py verify": "whole",
+    "python build.py ls": "artifact",
+    "python build.py gc": "to be removed",
 }
 ELSEWHERE = {
     'python build.py audit "$(python build.py path quantize)" --vllm 0.31.0': "test_audit",
