@@ -106,15 +106,16 @@ def _verdict(store: Store, stage: str, artifact: Artifact | None, on_bytes: OnBy
 
 
 def findings(context: Context, verdicts: Iterable[Verdict]) -> list[Finding]:
-    """An error for each damaged artifact, with all that is wrong with it."""
+    """An error for each damaged artifact."""
+    return [finding(context, verdict.stage, verdict.damages) for verdict in verdicts if verdict.damages]
+
+
+def finding(context: Context, stage: str, damages: Iterable[str]) -> Finding:
+    """What is wrong with a stage's artifact, and how to have it again."""
     command = f"python build.py run --recipe {context.recipe.option} --executor {context.executor}"
-    return [
-        error(
-            verdict.stage,
-            "; ".join(verdict.damages),
-            "the artifact as it was accepted",
-            f"To make it again: {command} --until {verdict.stage}. Or put the file back from a copy.",
-        )
-        for verdict in verdicts
-        if verdict.damages
-    ]
+    return error(
+        stage,
+        "; ".join(damages),
+        "the artifact as it was accepted",
+        f"To make it again: {command} --until {stage}. Or put the file back from a copy.",
+    )

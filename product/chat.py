@@ -158,7 +158,7 @@ def chat(url: str, prompt: str | None = None, key_file: Path | None = None) -> i
     """Chats until /exit or the end of stdin; with `prompt` asks that and nothing else. Returns the exit
     status.
     """
-    key = _key(key_file)
+    key = loopback.read_key("chat", key_file) if key_file else ""
     folder = serving_record.served_artifact(Path(os.environ.get("ANNIE_HOME", REPO / ".annie")))
     server = json.loads((folder / "serve.json").read_text())
     conversation = Conversation(
@@ -206,15 +206,6 @@ def chat(url: str, prompt: str | None = None, key_file: Path | None = None) -> i
                     say(console, conversation, None)
     except (EOFError, KeyboardInterrupt):
         return 0
-
-
-def _key(key_file: Path | None) -> str:
-    try:
-        return key_file.read_text().strip() if key_file else ""
-    except (OSError, ValueError) as fault:
-        raise Refused(
-            error("chat", f"no readable key ({fault})", "a file with the server's key", "")
-        ) from fault
 
 
 def _input(console: Console, label: str, interactive: bool) -> str:

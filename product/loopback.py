@@ -8,6 +8,9 @@ import ipaddress
 import urllib.parse
 import urllib.request
 from http.client import HTTPResponse
+from pathlib import Path
+
+from forge.finding import Refused, error
 
 
 def is_loopback(host: str) -> bool:
@@ -27,3 +30,12 @@ def opened(request: urllib.request.Request, seconds: float, here: bool = False) 
     handlers = [urllib.request.ProxyHandler({})] if here or is_loopback(host) else []
     answer: HTTPResponse = urllib.request.build_opener(*handlers).open(request, timeout=seconds)
     return answer
+
+
+def read_key(subject: str, file: Path) -> str:
+    """The key that clients send, from its file. Refused, for the command `subject`, if it cannot be read."""
+    try:
+        return file.read_text().strip()
+    except (OSError, ValueError) as fault:
+        finding = error(subject, f"no readable key ({fault})", "a file with one line of text")
+        raise Refused(finding) from fault

@@ -6,7 +6,6 @@ all of its processes with itself.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import secrets
@@ -15,12 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from forge import modes, plan, preflight, verify
 from forge.executor import Executor
-from forge.executor.local import Local
+from forge.executor.local import Local, end_with_parent
 from forge.finding import Refused, error
 from forge.plan import Context
 from forge.store import Artifact
@@ -30,7 +30,6 @@ from product.serving_record import Record
 
 SERVICE = "vllm-nemotron-annie"
 STOP_SECONDS = 60  # the supervisor's grace period and vLLM's own end
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,7 @@ class Address:
                     )
                 )
             return ""
-        try:
-            return self.key_file.read_text().strip()
-        except (OSError, ValueError) as fault:
-            raise Refused(
-                error("serve", f"no readable key ({fault})", "a file with one line of text", "")
-            ) from fault
+        return loopback.read_key("serve", self.key_file)
 
     def variables(self) -> dict[str, str]:
         """What the supervisor and compose.yaml read."""
@@ -207,9 +201,10 @@ def _local(context: Context, executor: Local, address: Address, detach: bool) ->
             stdout=opened,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=None if detach else _end_with_parent,
+            # In the foreground it is asked to stop when this process is gone, however that ended.
+            preexec_fn=None if detach else partial(end_with_parent, signal.SIGTERM),
         )
-    serving_record.write(home, Record(record.folder, record.port, record.server, process.pid))
+    serving_record.write(home, replace(record, pid=process.pid))
 
     def why_dead() -> str | None:
         return None if process.poll() is None else f"vLLM ended with {process.returncode}; see {log}"
@@ -233,13 +228,6 @@ def _local(context: Context, executor: Local, address: Address, detach: bool) ->
     finally:
         if process.poll() is not None:
             serving_record.remove(home)
-
-
-def _end_with_parent() -> None:
-    """In the supervisor, before it starts: it is asked to stop when the process that started it is gone,
-    however that ended.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stop_local(home: Path) -> int:
@@ -286,14 +274,7 @@ def _whole(context: Context, stage: str) -> Artifact:
     if unread := context.store.unread(artifact):
         print(f"reading the artifact of {stage} again: {len(unread)} files may have changed", flush=True)
         if damages := verify.read(context.store, artifact, unread, lambda count: None):
-            raise Refused(
-                error(
-                    stage,
-                    "; ".join(damages),
-                    "the artifact as it was accepted",
-                    f"Build it again: python build.py run --recipe {context.recipe.option} --until {stage}",
-                )
-            )
+            raise Refused(verify.finding(context, stage, damages))
     return artifact
 
 

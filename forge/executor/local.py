@@ -210,7 +210,7 @@ class Local:
             errors="replace",
             start_new_session=True,
             umask=modes.umask(),
-            preexec_fn=_die_with_parent,
+            preexec_fn=end_with_parent,
         )
         return Running(process)
 
@@ -304,6 +304,8 @@ def _listed(installed: list[str]) -> str:
     return "no Python" if not installed else f"Python {', '.join(installed)}"
 
 
-def _die_with_parent() -> None:
-    """A stage must not outlive a forge that was killed: the kernel ends it then (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """In a process before its program starts: the kernel sends it a signal when the process that started it
+    is gone, however that ended (Linux).
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -116,12 +116,7 @@ class Server:
 
     def ask_streamed(self, body: dict[str, Any]) -> dict[str, Any]:
         """The same as a client that streams gets it, put together. Raises StageError as `ask` does."""
-        whole = Answer()
-        for event in self._post({**body, "stream": True}).split(b"\n\n"):
-            data = event.removeprefix(b"data: ").strip()
-            if data and data != b"[DONE]":
-                whole.add(json.loads(data))
-        status, answer = whole.as_response()
+        status, answer = Answer.of_stream(self._post({**body, "stream": True})).as_response()
         if status != 200:
             raise StageError(f"vLLM ended a stream early ({answer})", "an answer", "See the server's log.")
         return answer

@@ -41,13 +41,10 @@ def forced(request: dict[str, Any]) -> bool:
     return choice == "required" or isinstance(choice, dict)
 
 
-def repaired(request: dict[str, Any], send: Send) -> Send:
-    """An ASGI `send` for vLLM's stream, which passes on what the client asked for."""
-    return _Stream(request, send)
-
-
-class _Stream:
-    """vLLM's messages in, the client's out. An answer that is no stream (an error) passes as it is."""
+class Repaired:
+    """An ASGI `send` for vLLM's stream, which passes on what the client asked for. An answer that is no
+    stream (an error) passes as it is.
+    """
 
     def __init__(self, request: dict[str, Any], send: Send):
         self.whole, self.forced, self.send = wants_stream(request) is False, forced(request), send
@@ -114,6 +111,16 @@ class Answer:
         self.head: dict[str, Any] = {}
         self.choices: dict[int, dict[str, Any]] = {}
         self.error: dict[str, Any] | None = None
+
+    @classmethod
+    def of_stream(cls, body: bytes) -> Answer:
+        """The answer that a whole stream holds."""
+        answer = cls()
+        for event in body.split(b"\n\n"):
+            data = event.removeprefix(b"data: ").strip()
+            if data and data != b"[DONE]":
+                answer.add(json.loads(data))
+        return answer
 
     def add(self, chunk: dict[str, Any]) -> None:
         if "error" in chunk:

@@ -28,6 +28,7 @@ from typing import Any
 from model.families import serve
 from model.families.serve import Served
 from stages.serving import supervisor
+from stages.serving.tool_calls import Answer
 
 RUNNING, WAITING = 4, 28
 TOOL = {
@@ -45,6 +46,7 @@ CALL = (
     "<tool_call>\n<function=set_timer>\n<parameter=minutes>\n12\n</parameter>\n<parameter=name>\ntea pot\n"
     "</parameter>\n</function>\n</tool_call>"
 )
+ARGUMENTS = {"minutes": 12, "name": "tea pot"}  # of CALL
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -233,28 +235,23 @@ def hang_ups(server: Server, count: int, chance: random.Random) -> tuple[bool, s
 
 def cut_calls(server: Server) -> tuple[bool, str]:
     """Each length of a call, streamed and whole."""
-    differing = looks_whole = 0
+    differing = looks_whole = 0  # one whose call was whole before the cut does no harm
     more = {"tools": [TOOL], "structured_outputs": {"choice": [CALL, CALL + "x"]}}
     for tokens in range(2, 62, 2):
         given = [server.chat(max_tokens=tokens, stream=stream, **more) for stream in (True, False)]
         if any(status != 200 for status, _ in given):
             return False, f"status {given[0][0]} and {given[1][0]}: {given[0][1][:200]!r}"
-        streamed, whole = answer_of_stream(given[0][1]), json.loads(given[1][1])["choices"][0]
+        streamed, whole = (
+            Answer.of_stream(given[0][1]).as_response()[1]["choices"][0],
+            json.loads(given[1][1])["choices"][0],
+        )
         differing += shown(streamed) != shown(whole)
         if whole["finish_reason"] == "length":
-            looks_whole += sum(is_json(call["function"]["arguments"]) for call in calls_of(whole))
-    return not differing, f"{differing} differ, {looks_whole} that were cut hold whole arguments"
-
-
-def answer_of_stream(body: bytes) -> dict[str, Any]:
-    from stages.serving.tool_calls import Answer
-
-    answer = Answer()
-    for event in body.split(b"\n\n"):
-        if (data := event.removeprefix(b"data: ").strip()) and data != b"[DONE]":
-            answer.add(json.loads(data))
-    choice: dict[str, Any] = answer.as_response()[1]["choices"][0]
-    return choice
+            looks_whole += sum(
+                is_json(arguments) and json.loads(arguments) != ARGUMENTS
+                for arguments in (call["function"]["arguments"] for call in calls_of(whole))
+            )
+    return not (differing or looks_whole), f"{differing} differ, {looks_whole} cut calls look whole"
 
 
 def calls_of(choice: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 
 import pytest
 import toy
@@ -114,7 +113,7 @@ def test_a_check_is_a_module_of_its_own_stage(checked):
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "annie"])
-def test_the_recipes_of_this_repository_pass_their_checks_quickly(recipe, tmp_path):
+def test_the_recipes_of_this_repository_pass_their_checks(recipe, tmp_path):
     from forge import plan
     from forge import recipe as recipes
     from forge.store import Store
@@ -122,12 +121,10 @@ def test_the_recipes_of_this_repository_pass_their_checks_quickly(recipe, tmp_pa
     context = plan.Context(
         recipes.load(recipes.find(recipe, toy.REPO), toy.REPO), Store(tmp_path), toy.REPO, "local"
     )
-    began = time.process_time()
     (note,) = check.findings(context, plan.make(context))
     assert (note.level, str(note.subject)) == ("note", "evaluate.kv_cache") and note.found.startswith(
         "BF16 for the quantised model, since "
     )
-    assert time.process_time() - began < 1, "the checks' own time is their children's; forge's share is small"
     gates = context.recipe.stages["evaluate"].params["gate"]
     assert (
         gates["tuned"]["above"] == "base"

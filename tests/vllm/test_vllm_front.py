@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,29 +23,14 @@ from model.families import serve
 from model.families.nemotron_h.serving import NEMOTRON_H, SERVED_NAME
 from model.families.serve import Served
 from stages.evaluate.server import DIRECT, _free_port
-from stages.serving import supervisor
+from stages.serving import front, supervisor
 from stages.serving.front import ROUTES
 from stages.serving.tool_calls import Answer
+from tests.chaos.served import ARGUMENTS, CALL, TOOL
 
 KEY = "k" * 32
 NAME = "its-own-name"
 RUNNING, WAITING = 2, 3
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "set_timer",
-        "description": "Start a timer.",
-        "parameters": {
-            "type": "object",
-            "properties": {"minutes": {"type": "integer"}, "name": {"type": "string"}},
-        },
-    },
-}
-CALL = (
-    "<tool_call>\n<function=set_timer>\n<parameter=minutes>\n12\n</parameter>\n<parameter=name>\ntea pot\n"
-    "</parameter>\n</function>\n</tool_call>"
-)
-ARGUMENTS = {"minutes": 12, "name": "tea pot"}
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +160,19 @@ def test_a_control_token_is_named_and_opens_no_turn(served, messages):
     assert status == 400 and "control token <|im_" in json.loads(body)["error"]["message"]
 
 
+def test_one_expression_finds_every_control_token_and_nothing_else():
+    chance = random.Random(0)
+    for _ in range(2000):
+        tokens = [
+            "".join(chance.choices("ab<.", k=chance.randint(1, 4))) for _ in range(chance.randint(0, 5))
+        ]
+        text = "".join(chance.choices("ab<.", k=8))
+        found = front._any_of(tokens).search(text)
+        assert bool(found) == any(token in text for token in tokens), (tokens, text)
+        assert not found or found[0] in tokens
+    assert front._any_of(["<a>", "<a>b"]).search("<a>bc")[0] == "<a>b"
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "said"),
     [
@@ -213,11 +212,7 @@ def asked(served, stream, **changes):
     status, headers, body = served.chat(stream=stream, **more)
     assert status == 200, body
     if stream is True:
-        whole = Answer()
-        for event in body.split(b"\n\n"):
-            if (data := event.removeprefix(b"data: ").strip()) and data != b"[DONE]":
-                whole.add(json.loads(data))
-        status, answer = whole.as_response()
+        status, answer = Answer.of_stream(body).as_response()
         assert status == 200
     else:
         assert headers["Content-Type"] == "application/json"
@@ -252,6 +247,37 @@ def test_a_whole_call_arrives_whole_both_ways(served):
     content, calls, reason = whole
     assert streamed == whole and reason == "tool_calls" and not (content or "").strip()
     assert [(name, json.loads(arguments)) for name, arguments in calls] == [("set_timer", ARGUMENTS)]
+
+
+WHOLE = json.dumps(ARGUMENTS)
+# What the model says, and the arguments of the calls that arrive. All but the first are vLLM's own mistakes.
+FORMS = {
+    "text around calls": (f"Of course.\n{CALL}\nAnd another:\n{CALL}\nDone.", [WHOLE, WHOLE]),
+    "a parameter given twice": (
+        CALL.replace("</function>", "<parameter=minutes>\n15\n</parameter>\n</function>"),
+        [WHOLE.removesuffix('"}')],
+    ),
+    "</parameter> in a value": (
+        CALL.replace("tea pot", "tea</parameter>pot"),
+        [WHOLE.replace("tea pot", "tea")],
+    ),
+    "Hermes' form": ('<tool_call>\n{"name": "set_timer", "arguments": {"minutes": 12}}\n</tool_call>', []),
+    "a Python value": (
+        CALL.replace("tea pot", "{'tea': True}"),
+        [WHOLE.replace("tea pot", "{'tea': True}")],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_of_another_form_arrives_the_same_both_ways(served, form):
+    said, arguments = FORMS[form]
+    more = {"max_tokens": 400, "structured_outputs": {"choice": [said, said + "x"]}}
+    streamed, whole = (asked(served, stream, **more) for stream in (True, False))
+    assert streamed == whole
+    assert [given for _, given in whole[1]] == arguments
+    if form == "text around calls":
+        assert all(text in whole[0] for text in ("Of course.", "And another:", "Done."))
 
 
 def test_a_forced_call_says_no_markup(served):
