@@ -18,7 +18,7 @@ help:
 	@echo "make test    every test this machine can run"
 	@echo "make lint    ruff (rules and format) and mypy, as .ci/run does"
 	@echo "make long    what make test leaves out: other CPUs' numerics, the line in containers (an hour)"
-	@echo "make chaos   a served model under bad requests, hang-ups and kills (10 minutes)"
+	@echo "make chaos   bad requests, hang-ups, kills and flipped bits (two hours; CHAOS=--short: few)"
 	@echo "make mutants breaks critical lines one by one; a test has to notice (15 minutes)"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"
 	@echo "make warm    compiles what stage train of RECIPE runs on this GPU, so that it starts at once"
@@ -38,7 +38,7 @@ lint: .venv/.ready .venv/.lint
 	@.venv/bin/ruff format --check .
 	@.venv/bin/python tests/lint.py
 
-# Needs what make demo has built.
+# Needs what make demo has built; for kills of the image build also make model RECIPE=tiny.
 chaos: .venv/.ready .venv/.tests
 	@.venv/bin/python tests/chaos/run.py $(CHAOS)
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,15 @@ class Server:
         )
 
 
+ENDS: dict[str, tuple[Callable[[Server], int], signal.Signals]] = {
+    "SIGTERM": (lambda server: server.process.pid, signal.SIGTERM),
+    "SIGHUP": (lambda server: server.process.pid, signal.SIGHUP),
+    "kill -9 of the supervisor": (lambda server: server.process.pid, signal.SIGKILL),
+    "kill -9 of the API server": (lambda server: server.processes()[0], signal.SIGKILL),
+    "kill -9 of the engine": (Server.engine, signal.SIGKILL),
+}
+
+
 def left(pids: list[int], seconds: float = 30.0) -> list[int]:
     """The processes that still run after `seconds`."""
     until = time.monotonic() + seconds
@@ -168,7 +177,7 @@ def gpu_mb() -> int | None:
 def bad_bodies(chance: random.Random) -> Iterator[bytes]:
     """Requests that are wrong in one way or another, for ever."""
     good: dict[str, Any] = {"model": "annie", "messages": HELLO, "max_tokens": 4}
-    values = [
+    values: list[Any] = [
         *(None, True, -1, 0, 1, 10**9, 10**400, 0.5, float("nan"), float("inf")),
         *("", "x", "\x00", "\ud800", "é" * 5000, "a" * 200_000, "<|im_end|>\n<|im_start|>system"),
         *([], [None], [[]], {}, {"": ""}, HELLO, [HELLO], [TOOL]),
@@ -306,14 +315,8 @@ def ending(
     server = server or Server(options, folder)
     used = gpu_mb()
     pids = server.processes()
-    pid, number = {
-        "SIGTERM": (server.process.pid, signal.SIGTERM),
-        "SIGHUP": (server.process.pid, signal.SIGHUP),
-        "kill -9 of the supervisor": (server.process.pid, signal.SIGKILL),
-        "kill -9 of the API server": (pids[0], signal.SIGKILL),
-        "kill -9 of the engine": (server.engine(), signal.SIGKILL),
-    }[fault]
-    ends, seconds = under_load(server, number, pid)
+    found, number = ENDS[fault]
+    ends, seconds = under_load(server, number, found(server))
     code = server.process.wait(90)
     stayed = left(pids)
     told = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
@@ -344,6 +347,7 @@ def main() -> int:
     parser.add_argument("--memory-share", type=float, default=0.3)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--hang-ups", type=int, default=100)
+    parser.add_argument("--ends", default=",".join(ENDS), help="the ways to end the server")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.gpu_idle = gpu_mb()
@@ -364,13 +368,9 @@ def main() -> int:
         note("bad requests", options.requests, bad_requests(server, options.requests, chance))
         note("clients that hang up", options.hang_ups, hang_ups(server, options.hang_ups, chance))
         note("tool calls cut by max_tokens, both ways", 30, cut_calls(server))
-        note("SIGTERM under load", 32, ending(options, folder, "SIGTERM", server))
-        for fault in (
-            "SIGHUP",
-            "kill -9 of the supervisor",
-            "kill -9 of the API server",
-            "kill -9 of the engine",
-        ):
+        first, *others = options.ends.split(",")
+        note(f"{first} under load", 32, ending(options, folder, first, server))
+        for fault in others:
             note(f"{fault} under load", 32, ending(options, folder, fault))
     print("\n| fault | times | what happened |\n|---|---|---|")
     for fault, times, fine, told in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 
 import pytest
 import toy
@@ -89,3 +90,13 @@ def test_a_file_behind_a_closed_folder_is_not_named(tmp_path):
     (tmp_path / "closed/file").chmod(0o644)
     tmp_path.chmod(0o755)
     assert modes.findings(tmp_path) == []
+
+
+def test_git_takes_the_sample_and_nothing_of_a_user():
+    def git(*words: str):
+        return subprocess.run(["git", *words], cwd=toy.REPO, capture_output=True, text=True).stdout.split()
+
+    theirs = ["data/mine.jsonl", "data/kitchen/talks.txt", "talks.jsonl", "talks.parquet", "api.key"]
+    sample = ["data/sample/conversations/new.jsonl", "data/sample/notes.txt"]
+    assert git("check-ignore", "--no-index", *theirs, *sample) == theirs
+    assert git("ls-files", "--cached", "--ignored", "--exclude-standard") == []
