@@ -256,14 +256,34 @@ def status(recipe: str, executor: str | None, as_json: bool) -> None:
         show(report.of_status(planned, newest, lock.describe(holder) if holder else "", ending))
 
 
-@command(on_stage, click.option("--follow", "-f", is_flag=True, help="Go on until the stage ends."))
-def logs(stage: str, recipe: str, executor: str | None, follow: bool) -> None:
+@command(as_json)
+def runs(recipe: str, executor: str | None, as_json: bool) -> None:
+    """Earlier runs of the recipe: what each made and why, and what came out."""
+    from forge import history
+    from forge import recipe as recipes
+    from forge.store import Store
+    from product import report
+
+    store = Store(home())
+    past = list(history.of_recipe(store, recipes.load(recipes.find(recipe, REPO), REPO).name))
+    past = [run for run in past if executor in (None, run.executor)]
+    print(json.dumps([run.as_json() for run in past], indent=1)) if as_json else show(
+        report.of_runs(store, past)
+    )
+
+
+@command(
+    on_stage,
+    click.option("--follow", "-f", is_flag=True, help="Go on until the stage ends."),
+    click.option("--run", default="", metavar="RUN", help="Of this run; see: build.py runs."),
+)
+def logs(stage: str, recipe: str, executor: str | None, follow: bool, run: str) -> None:
     """STAGE's newest log, by --executor or by any."""
     from forge import journal
     from forge import recipe as recipes
 
     parsed = recipes.load(recipes.find(recipe, REPO), REPO)
-    for text in journal.read_log(home(), parsed.name, stage, list(parsed.stages), follow, executor):
+    for text in journal.read_log(home(), parsed.name, stage, list(parsed.stages), follow, executor, run):
         print(text, end="", flush=True)
 
 

@@ -107,6 +107,20 @@ def runs(home: Path, recipe: str) -> list[Path]:
     return [home / "runs" / name for name in sorted(named, reverse=True)]
 
 
+def began(folder: Path) -> datetime.datetime:
+    """When a run began, by the name of its folder."""
+    name = _NAME.fullmatch(folder.name)
+    assert name, folder
+    return datetime.datetime.strptime(name[1] + "+0000", "%Y%m%d-%H%M%S%z")
+
+
+def stamp(name: str) -> str:
+    """The name of a run's folder without its recipe."""
+    parts = _NAME.fullmatch(name)
+    assert parts, name
+    return name.removesuffix(f"-{parts[3]}")
+
+
 def recipes(home: Path) -> list[str]:
     """The recipes that have runs."""
     return sorted({name[3] for name in _names(home / "runs")})
@@ -114,25 +128,28 @@ def recipes(home: Path) -> list[str]:
 
 def places(folder: Path) -> set[tuple[str, str]]:
     """Stage and key of everything that a run made, used or meant to make, as far as its folder says."""
-    stages = _plan(folder).get("stages")
+    stages = plan_of(folder).get("stages")
     told = [*(stages if isinstance(stages, list) else []), *events(folder)]
     pairs = [(entry.get("stage"), entry.get("key")) for entry in told if isinstance(entry, dict)]
     return {(stage, key) for stage, key in pairs if isinstance(stage, str) and isinstance(key, str)}
 
 
-def last_log(home: Path, recipe: str, stage: str, executor: str | None = None) -> Path | None:
-    """The newest log of a stage under a recipe, by one executor or by any."""
+def last_log(home: Path, recipe: str, stage: str, executor: str | None = None, run: str = "") -> Path | None:
+    """The newest log of a stage under a recipe, by one executor or by any, of the runs whose name begins
+    with `run`.
+    """
     # An image may have a stage's name; the logs of images are numbered 00.
     logs = (
         path
         for folder in runs(home, recipe)
+        if folder.name.startswith(run)
         for path in folder.glob(f"[0-9][0-9]-{stage}.log")
         if not path.name.startswith("00-")
     )
-    return next((path for path in logs if executor in (None, _plan(path.parent).get("executor"))), None)
+    return next((path for path in logs if executor in (None, plan_of(path.parent).get("executor"))), None)
 
 
-def _plan(folder: Path) -> dict[str, Any]:
+def plan_of(folder: Path) -> dict[str, Any]:
     """The plan of a run; an empty one where a crash or a full disk left none."""
     try:
         plan = json.loads((folder / "plan.json").read_bytes())
@@ -166,17 +183,27 @@ def _event(line: bytes) -> Event | None:
 
 
 def read_log(
-    home: Path, recipe: str, stage: str, stages: list[str], follow: bool, executor: str | None = None
+    home: Path,
+    recipe: str,
+    stage: str,
+    stages: list[str],
+    follow: bool,
+    executor: str | None = None,
+    run: str = "",
 ) -> Iterator[str]:
-    """The newest log of a stage in pieces; with `follow`, until the stage or its run ends."""
-    path = last_log(home, recipe, stage, executor)
+    """The newest log of a stage in pieces, or that of the run `run`; with `follow`, until the stage or its
+    run ends.
+    """
+    path = last_log(home, recipe, stage, executor, run)
     if path is None:
-        remedy = (
-            nearest(stage, stages)
-            if stage not in stages
-            else f"python build.py run --recipe {recipe} --until {stage}"
-        )
-        raise Refused(error(stage, f"no log under recipe {recipe}", "a stage that has run", remedy))
+        if stage not in stages:
+            remedy = nearest(stage, stages)
+        elif run:
+            remedy = f"See python build.py runs --recipe {recipe}"
+        else:
+            remedy = f"python build.py run --recipe {recipe} --until {stage}"
+        where = f"in run {run} of recipe {recipe}" if run else f"under recipe {recipe}"
+        raise Refused(error(stage, f"no log {where}", "a stage that has run", remedy))
     with open(path, errors="replace") as stream:
         while True:
             # asked before the rest is read, so that nothing is lost
@@ -192,13 +219,18 @@ def _over(folder: Path, stage: str) -> bool:
     for event in events(folder):
         if event["event"] in ENDINGS or (event["event"] == "stage_done" and event.get("stage") == stage):
             return True
-    pid = _plan(folder).get("pid")
+    return not alive(folder)
+
+
+def alive(folder: Path) -> bool:
+    """Whether the process of a run lives."""
+    pid = plan_of(folder).get("pid")
     if type(pid) is not int or pid <= 0:
-        return True
+        return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:  # it lives, and is another user's
         return False
-    return False
+    except PermissionError:  # it lives, and is another user's
+        return True
+    return True

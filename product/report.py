@@ -12,9 +12,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from forge.history import PastRun
 from forge.plan import Context, Plan
-from forge.report import WHOLE, finding_line, near, plain_table, size
-from product import REPORT
+from forge.report import WHOLE, clock, finding_line, near, plain_table, size
+from forge.store import Store
+from product import EVALUATE, REPORT
 from product.compare import verdict
 
 _VERDICTS = {"kept": "green", "lost": "red", "control": "dim"}
@@ -125,6 +127,40 @@ def of_reports(context: Context, plan: Plan) -> list[RenderableType]:
 
 def _shade(share: float) -> str:
     return "green" if share >= 0.9 else "yellow" if share >= 0.5 else "red"
+
+
+def of_runs(store: Store, runs: list[PastRun]) -> RenderableType:
+    """A line for each run, newest first, and what its model passed of the questions."""
+    table = plain_table("run", "ended", ">took", ">size", ">passed", "made, and why")
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    for run in runs:
+        report = store.find(EVALUATE, run.keys.get(EVALUATE))
+        made = f"{_from_to(run.made)}: {run.why}" if run.made else ""
+        if run.gone:
+            made += f" ({_from_to(run.gone)} removed since)"
+        table.add_row(
+            run.stamp,
+            Text(run.ending, style="green" if run.ending == "done" else "yellow"),
+            "" if run.seconds is None else clock(run.seconds),
+            size(run.bytes),
+            _passed(report.folder) if report else "",
+            made,
+        )
+    return table if runs else Text("no run yet", style="dim")
+
+
+def _from_to(stages: tuple[str, ...]) -> str:
+    return " to ".join(dict.fromkeys([stages[0], stages[-1]]))
+
+
+def _passed(folder: Path) -> Text:
+    """The share of questions that the last column of a `report` artifact passed."""
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        share = report["pass"][report["columns"][-1]]
+        return Text(f"{share:.0%}", style=_shade(share))
+    except (ValueError, LookupError, TypeError, RecursionError):  # edited since; verify says more
+        return Text("damaged", style="red")
 
 
 def of_warm(kernels: dict[str, Any]) -> RenderableType:

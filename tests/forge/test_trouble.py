@@ -20,7 +20,7 @@ import build
 from forge import journal, lock, trouble
 from forge.finding import Refused
 
-READING = [["plan"], ["status"], ["logs", "slow"], ["path", "count"], ["explain", "slow"]]
+READING = [["plan"], ["status"], ["runs"], ["logs", "slow"], ["path", "count"], ["explain", "slow"]]
 COMMANDS = [*READING, ["plan", "--json"], ["status", "--json"], ["verify"], ["doctor"]]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting, and being another user, takes root")
 

@@ -25,6 +25,7 @@ IN_TESTS = {  # what a command prints here, the demo having been made
     "python build.py explain train": "train: cached",
     "python build.py status": "cached",
     "python build.py logs train": "loss",
+    "python build.py runs": "base to package: never built",
     "python build.py path quantize": "/quantize/",
     "python build.py verify": "whole",
     "python build.py ls": "artifact",
