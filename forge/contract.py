@@ -30,16 +30,28 @@ class Secret:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one run takes; `gpu` says that the stage uses the GPU where the recipe has one."""
+    """What one run takes; `gpu` says that the stage uses the GPU where the recipe has one.
+
+    `memory_gb` and `pids` (processes and threads) are also the limits of its container.
+    """
 
     gpu: bool = False
     network: bool = False
     memory_gb: float = 1.0
+    pids: int = 4096
     disk_gb: float = 0.1
     minutes: float = 1.0
 
 
-NEEDS_TYPES = {"gpu": "bool", "network": "bool", "memory_gb": "float", "disk_gb": "float", "minutes": "float"}
+# key -> its type, and the smallest value. To an engine a limit of 0 is none.
+NEEDS: dict[str, tuple[str, float]] = {
+    "gpu": ("bool", 0),
+    "network": ("bool", 0),
+    "memory_gb": ("float", 0.1),
+    "pids": ("int", 64),
+    "disk_gb": ("float", 0),
+    "minutes": ("float", 0),
+}
 
 
 @dataclass(frozen=True)

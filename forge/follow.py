@@ -15,6 +15,10 @@ from forge.finding import Finding, error
 from forge.journal import Journal, Log
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What Python, OpenMP and the C library say where a process or a thread cannot be started.
+_NO_PROCESS = re.compile(
+    rf".*(?:can't start new thread|[Tt]hread creation failed|pthread_create|{os.strerror(errno.EAGAIN)}).*"
+)
 TAIL = 12  # log lines that a failure shows
 # The events of the stage protocol (docs/formats.md), and the fields that are texts.
 _FIELDS = {
@@ -74,27 +78,50 @@ def follow(executor: Executor, journal: Journal, home: Path, task: Task, log: Lo
     # A stage that says why it failed is shown with that alone; what led to it, tracebacks too, is in the
     # log.
     tail = [] if last_error else log.tail(TAIL)
-    raise StageFailed(_failure(home, journal, task, code, last_error, log), log.path, tail)
+    told = {name: journal.mask.text(str(value)) for name, value in last_error.items()}
+    if executor.out_of_memory(running):
+        raise StageFailed(_out_of_memory(task, told.get("found", "")), log.path, tail)
+    raise StageFailed(_failure(home, task, code, told, log), log.path, tail)
 
 
-def _failure(
-    home: Path, journal: Journal, task: Task, code: int | None, last_error: dict[str, str], log: Log
-) -> Finding:
-    """Why a task failed: no room to write, the error that it reported, or its exit status."""
-    said = "\n".join([*log.tail(60), str(last_error.get("found", ""))])
+def _out_of_memory(task: Task, said: str) -> Finding:
+    """What it means that the kernel killed a process of the task; `said` is the error that the task reported
+    then, if it did.
+    """
+    return error(
+        task.stage,
+        f"a process that the kernel killed, because it reached the stage's memory limit of"
+        f" {task.memory_gb:g} GB" + (f"; the stage said: {said}" if said else ""),
+        "a stage that stays within needs.memory_gb of the recipe, or else of its contract",
+        f"Raise it in the recipe ({task.program.stage}: {{needs: {{memory_gb: {task.memory_gb * 2:g}}}}}),"
+        " or give the stage less to do. Run again to go on where it stopped.",
+    )
+
+
+def _failure(home: Path, task: Task, code: int | None, told: dict[str, str], log: Log) -> Finding:
+    """Why a task failed: no room to write, the error that it reported (`told`), or its exit status."""
+    said = "\n".join([*log.tail(60), told.get("found", "")])
     code_of_room = next((code for code in _NO_ROOM if os.strerror(code) in said), None)
     if code_of_room or preflight.disk_gb(home) < 0.05:
         return trouble.of_fault(home, OSError(code_of_room or errno.ENOSPC, "", str(home)))
-    if last_error:
-        mask = journal.mask.text
-        return error(task.stage, *(mask(str(last_error.get(k, ""))) for k in ("found", "expected", "remedy")))
+    if told:
+        return error(task.stage, *(told.get(name, "") for name in ("found", "expected", "remedy")))
+    if refused := _NO_PROCESS.search(said):
+        return error(
+            task.stage,
+            refused[0].strip(),
+            "processes and threads within the limits, of which the stage's own is needs.pids of the recipe"
+            f" ({task.pids})",
+            f"Raise it in the recipe ({task.program.stage}: {{needs: {{pids: {task.pids * 2}}}}}), or the"
+            " machine's (ulimit -u).",
+        )
     if code in (-9, 137):
         return error(
             task.stage,
             "the stage was killed (signal 9)",
             "the stage to end by itself",
-            f"Most often memory ran out: it needs about {task.memory_gb:g} GB. Run again to go on where"
-            " it stopped.",
+            f"Most often this machine's memory ran out, of which the stage takes about {task.memory_gb:g} GB:"
+            " stop what else runs here, and run again to go on where it stopped.",
         )
     return error(task.stage, f"exit status {code}", "0", "The last lines of its log say more.")
 

@@ -290,6 +290,7 @@ class _Run:
                 gpu=self.recipe.on_gpu(stage.name),
                 network=step.needs.network,
                 memory_gb=step.needs.memory_gb,
+                pids=step.needs.pids,
             )
             follow(self.executor, self.journal, self.store.home, task, log)
             if step.contract.product:

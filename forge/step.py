@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forge.contract import NEEDS_TYPES, Contract, Needs, nearest
+from forge.contract import NEEDS, Contract, Needs, nearest
 from forge.parameter import Fault, Unfit, renamed
 from forge.reading import Reading
 
@@ -138,16 +138,18 @@ def _needs(reading: Reading, name: str, contract: Contract, values: dict[str, An
     where = ("stages", name, "needs")
     changed = {}
     for key, value in (reading.typed(where, values.get("needs") or {}, "map") or {}).items():
-        if key not in NEEDS_TYPES:
+        if key not in NEEDS:
             reading.fault(
                 (*where, key),
                 f"unknown key {name}.needs.{key}",
                 "a key of needs",
-                nearest(key, NEEDS_TYPES),
+                nearest(key, NEEDS),
             )
-        elif (checked := reading.typed((*where, key), value, NEEDS_TYPES[key])) is not None:
-            if checked < 0:
-                reading.fault((*where, key), f"{name}.needs.{key} = {checked:g}", "0 or more")
+            continue
+        kind, least = NEEDS[key]
+        if (checked := reading.typed((*where, key), value, kind)) is not None:
+            if checked < least:
+                reading.fault((*where, key), f"{name}.needs.{key} = {checked:g}", f"{least:g} or more")
             changed[key] = checked
     return replace(contract.needs, **changed)
 

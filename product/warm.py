@@ -168,4 +168,5 @@ class _Warming:
             prefix=f"01-{MODULE}",
             gpu=True,
             memory_gb=step.needs.memory_gb,
+            pids=step.needs.pids,
         )

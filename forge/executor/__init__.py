@@ -1,5 +1,6 @@
 """Where stages run. Five calls: prepare an environment, submit a task, poll it, read its logs, cancel it.
-A sixth, `bake`, is for executors whose stages have images of their own.
+A sixth, `bake`, is for executors whose stages have images of their own; a seventh, `out_of_memory`, for
+those that limit a stage's memory.
 
 And `command` is for what only reads and answers on stdout: it takes no lock, leaves nothing, and no
 run notices it.
@@ -26,7 +27,8 @@ from forge.program import Program
 @dataclass(frozen=True)
 class Task:
     """One run of one stage, under the name `stage`. `job` holds the host's paths; the files
-    `<folder>/<prefix>.{json,sh}` are written by `submit`.
+    `<folder>/<prefix>.{json,sh}` are written by `submit`. `memory_gb` and `pids` (processes and threads) are
+    what the stage may take at most.
     """
 
     stage: str
@@ -37,9 +39,14 @@ class Task:
     gpu: bool = False
     network: bool = False
     memory_gb: float = 1.0
+    pids: int = 4096
 
 
 KERNELS = "ANNIE_KERNELS"  # tells a stage where compiled kernels stay (model/layers/kernel_cache.py)
+
+# oom_score_adj of a stage: where the machine's memory runs out the kernel kills the stage, and not the server
+# or the user's session. On a GB10 no limit of a container counts what CUDA takes, so this is what is left.
+FIRST_TO_GO = 1000
 
 
 def kernel_folder(home: Path, image: Image, fingerprint: str) -> Path:
@@ -80,6 +87,9 @@ class Executor(Protocol):
 
     def logs(self, running: Any) -> Iterator[Line]:
         """Its lines as they come; ends when the task has ended."""
+
+    def out_of_memory(self, running: Any) -> bool:
+        """Whether the kernel killed a process of a task that has ended, at the task's limit of memory."""
 
     def cancel(self, running: Any) -> None:
         """Ends the task and everything it started."""

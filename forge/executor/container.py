@@ -8,7 +8,7 @@ from typing import Any
 
 from docker.types import DeviceRequest, Mount
 
-from forge.executor import Task
+from forge.executor import FIRST_TO_GO, Task
 
 SCRATCH = "/scratch"  # a task's scratch folder, in its container
 
@@ -26,6 +26,8 @@ class ContainerSpec:
     labels: dict[str, str] = field(default_factory=dict)
     gpu: bool = False
     entrypoint: str | None = None  # None: the image's own
+    memory: int | None = None  # bytes, tmpfs and shared memory included; None: no limit
+    pids: int | None = None  # processes and threads; None: no limit
 
     def as_api(self) -> dict[str, Any]:
         return {
@@ -45,6 +47,10 @@ class ContainerSpec:
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             "entrypoint": self.entrypoint,
+            "mem_limit": self.memory,
+            "memswap_limit": self.memory,  # of memory and swap together: it does not swap
+            "pids_limit": self.pids,
+            "oom_score_adj": FIRST_TO_GO,
             "device_requests": [DeviceRequest(count=-1, capabilities=[["gpu"]])] if self.gpu else [],
         }
 
@@ -61,7 +67,12 @@ class ContainerSpec:
             "--shm-size=2g",
             "--cap-drop=ALL",
             "--security-opt=no-new-privileges",
+            f"--oom-score-adj={FIRST_TO_GO}",
         ]
+        if self.memory:
+            command += [f"--memory={self.memory}", f"--memory-swap={self.memory}"]
+        if self.pids:
+            command.append(f"--pids-limit={self.pids}")
         if self.gpu:
             command.append("--gpus=all")
         command += [f"--env={name}={value}" for name, value in self.environment.items()]

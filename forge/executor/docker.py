@@ -19,10 +19,11 @@ from forge import VERSION, modes, render
 from forge import image as images
 from forge.executor import KERNELS, KeptImage, Line, Task, kernel_folder, run_logged
 from forge.executor.container import SCRATCH, ContainerSpec, container_job
-from forge.executor.engine import has_plugin, machine_findings, no_engine, unanswered
+from forge.executor.engine import gpu_findings, machine_findings, no_engine, plugin_findings, unanswered
 from forge.executor.local import stage_environment
 from forge.finding import Finding, Refused, error, warning
 from forge.image import Image
+from forge.plan import GB
 from forge.program import Program
 
 REPOSITORY = "annie"
@@ -32,16 +33,18 @@ _MADE, _BUILT = "io.annie.environment", "io.annie.key"  # labels: of environment
 _OWNER = "io.annie.home"  # label: the store whose run started a container
 _STREAM_SECONDS = 30 * 24 * 3600  # a stage may be silent for as long as it trains
 _EPOCH = "0"  # SOURCE_DATE_EPOCH: the same files give the same image
-_BUILDX = (0, 11)  # named build contexts with folders, and --load from any driver
 
 
 @dataclass
 class Running:
-    """A started container. `code` is its exit status once its output has ended."""
+    """A started container. Once its output has ended, `code` is its exit status, and `out_of_memory` says
+    whether the kernel killed a process of it at its limit.
+    """
 
     container: Any
     output: Iterator[tuple[bytes | None, bytes | None]]
     code: int | None = None
+    out_of_memory: bool = False
 
 
 class Docker:
@@ -81,36 +84,8 @@ class Docker:
     def check(self, environments: list[Image], gpu: bool) -> list[Finding]:
         if lacking := no_engine():
             return [lacking]
-        findings = []
-        if not has_plugin("buildx", _BUILDX):
-            findings.append(
-                error(
-                    "docker buildx",
-                    "no buildx, or one that is too old",
-                    f"buildx {_BUILDX[0]}.{_BUILDX[1]} or newer",
-                    "Install docker-buildx-plugin (docker-buildx on Debian).",
-                )
-            )
-        if not has_plugin("compose", (2, 20)):
-            findings.append(
-                error(
-                    "docker compose",
-                    "no compose, or one that is too old",
-                    "compose 2.20 or newer",
-                    "Install docker-compose-plugin (docker-compose on Debian).",
-                )
-            )
         info = self.client.info()
-        if gpu and "nvidia" not in info.get("Runtimes", {}) and not info.get("CDISpecDirs"):
-            findings.append(
-                error(
-                    "docker",
-                    "an engine without the NVIDIA runtime",
-                    "one that gives containers the GPU",
-                    "Install nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker`,"
-                    " and restart the engine.",
-                )
-            )
+        findings = [*plugin_findings(), *(gpu_findings(info) if gpu else [])]
         findings += machine_findings(environments, images.machine_type(info.get("Architecture")))
         root = Path(info.get("DockerRootDir", "/"))
         needed = 5.0 * sum(not self._there(self.tag(image)) for image in environments)
@@ -330,6 +305,8 @@ class Docker:
             labels={_OWNER: str(self.home), "io.annie.stage": task.stage},
             gpu=task.gpu,
             entrypoint=None if program.own else "python3",
+            memory=int(task.memory_gb * GB),
+            pids=task.pids,
         )
 
     def kernels(self, task: Task) -> Path | None:
@@ -380,9 +357,14 @@ class Docker:
                 yield Line(stream, text.decode(errors="replace"))
         try:
             running.code = running.container.wait()["StatusCode"]
+            running.container.reload()
+            running.out_of_memory = running.container.attrs["State"]["OOMKilled"]
             running.container.remove(force=True)
         except NotFound:  # somebody removed it: the stage has not finished
             running.code = 137
+
+    def out_of_memory(self, running: Running) -> bool:
+        return running.out_of_memory
 
     def cancel(self, running: Running) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import docker
 from docker.errors import DockerException
@@ -12,6 +13,12 @@ from forge import image as images
 from forge.finding import Finding, error
 from forge.image import Image
 
+# The plugins of the docker command: its oldest version, and Debian's and Docker's names of its package.
+_PLUGINS = {
+    # named build contexts with folders, and --load from any driver
+    "buildx": ((0, 11), "docker-buildx-plugin (docker-buildx on Debian)"),
+    "compose": ((2, 20), "docker-compose-plugin (docker-compose on Debian)"),
+}
 _ENGINE = "Start a Docker engine (its context must be the current one), or run with --executor local."
 
 
@@ -68,6 +75,35 @@ def machine_findings(environments: list[Image], machine: str) -> list[Finding]:
             f"torch: cpu on {machine}",
             f"{' or '.join(machines)}, for which images/torch-*.lock hold torch",
             "Take a base with its own torch and `torch: base`.",
+        )
+    ]
+
+
+def plugin_findings() -> list[Finding]:
+    """The plugins of the docker command that are missing or too old."""
+    return [
+        error(
+            f"docker {name}",
+            f"no {name}, or one that is too old",
+            f"{name} {oldest[0]}.{oldest[1]} or newer",
+            f"Install {package}.",
+        )
+        for name, (oldest, package) in _PLUGINS.items()
+        if not has_plugin(name, oldest)
+    ]
+
+
+def gpu_findings(info: dict[str, Any]) -> list[Finding]:
+    """Why the engine that describes itself as `info` cannot give containers the GPU."""
+    if "nvidia" in info.get("Runtimes", {}) or info.get("CDISpecDirs"):
+        return []
+    return [
+        error(
+            "docker",
+            "an engine without the NVIDIA runtime",
+            "one that gives containers the GPU",
+            "Install nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker`,"
+            " and restart the engine.",
         )
     ]
 

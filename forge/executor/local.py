@@ -4,6 +4,7 @@ requirements.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from forge import image as images
 from forge import modes, render
-from forge.executor import KERNELS, Line, Task, kernel_folder, merged, run_logged
+from forge.executor import FIRST_TO_GO, KERNELS, Line, Task, kernel_folder, merged, run_logged
 from forge.executor.uv import Uv
 from forge.finding import Finding, Refused, error
 from forge.image import Image
@@ -210,7 +211,7 @@ class Local:
             errors="replace",
             start_new_session=True,
             umask=modes.umask(),
-            preexec_fn=end_with_parent,
+            preexec_fn=_become_stage,
         )
         return Running(process)
 
@@ -221,6 +222,12 @@ class Local:
         assert running.process.stdout and running.process.stderr
         yield from merged({"stdout": running.process.stdout, "stderr": running.process.stderr})
         running.process.wait()
+
+    def out_of_memory(self, running: Running) -> bool:
+        """Never: a process has no limit of memory here. RLIMIT_AS would count what torch only reserves, and
+        a cgroup needs rights that a user may lack.
+        """
+        return False
 
     def cancel(self, running: Running) -> None:
         """SIGTERM to the whole process group, SIGKILL to what is left of it after ten seconds."""
@@ -302,6 +309,12 @@ def _locked(image: Image) -> bool:
 
 def _listed(installed: list[str]) -> str:
     return "no Python" if not installed else f"Python {', '.join(installed)}"
+
+
+def _become_stage() -> None:
+    end_with_parent()
+    with contextlib.suppress(OSError):  # a sandbox whose /proc is read-only: then it is as likely as others
+        Path("/proc/self/oom_score_adj").write_text(str(FIRST_TO_GO))
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:

@@ -21,7 +21,10 @@ from forge.executor.container import container_job
 from forge.executor.docker import Docker
 from forge.executor.engine import answers, machine_findings, no_engine
 from forge.finding import Refused
+from forge.follow import StageFailed, follow
 from forge.image import Image, fingerprint, machine_type
+from forge.journal import Journal
+from forge.mask import Mask
 from forge.program import Program
 from product import SERVER
 
@@ -367,6 +370,71 @@ def test_cancel_ends_a_container(toy):
     began = time.monotonic()
     its.cancel(running)
     assert time.monotonic() - began < 15 and its.poll(running) not in (None, 0)
+
+
+GREEDY = """\
+    import json, subprocess, sys
+    words = [sys.executable, "-c", "held = b'x' * 400_000_000"]
+    if json.load(open("/job.json"))["params"]["child"]:
+        print(json.dumps({"event": "error", "found": f"{subprocess.run(words).returncode}"}))
+        sys.exit(1)
+    held = b"x" * 400_000_000
+    """
+
+
+def ended(toy, wanted):
+    """What a run says of a task that fails."""
+    its, lines = Docker(toy / "repo", toy / "home"), []
+    journal = Journal(toy / "home", "toy", Mask(()), lines.append)
+    with pytest.raises(StageFailed) as failed:
+        follow(its, journal, toy / "home", made(its, wanted), journal.log("01-toy"))
+    journal.close()
+    assert its.client.containers.list(all=True, filters={"label": f"io.annie.home={toy / 'home'}"}) == []
+    return failed.value.finding
+
+
+@engine
+@pytest.mark.parametrize("child", [False, True])
+def test_a_stage_that_its_memory_limit_killed_is_told_so(toy, child):
+    """Also where a process of it was killed, and the stage itself said something else."""
+    (toy / "repo/stages/toy/__main__.py").write_text(textwrap.dedent(GREEDY))
+    finding = ended(toy, replace(task(toy, child=child), memory_gb=0.2))
+    assert "reached the stage's memory limit of 0.2 GB" in finding.found
+    assert ("the stage said: -9" in finding.found) == child
+    assert "toy: {needs: {memory_gb: 0.4}}" in finding.remedy
+
+
+@engine
+def test_a_stage_within_its_limit_is_not_killed_and_another_fault_is_no_lack_of_memory(toy):
+    (toy / "repo/stages/toy/__main__.py").write_text(textwrap.dedent(GREEDY) + "sys.exit(3)\n")
+    assert ended(toy, replace(task(toy, child=False), memory_gb=0.6)).found == "exit status 3"
+
+
+@engine
+def test_a_stage_has_no_more_threads_than_its_limit(toy):
+    (toy / "repo/stages/toy/__main__.py").write_text(
+        textwrap.dedent("""\
+        import threading
+        for number in range(200):
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+        """)
+    )
+    finding = ended(toy, replace(task(toy), pids=100))
+    assert "can't start new thread" in finding.found and "toy: {needs: {pids: 200}}" in finding.remedy
+
+
+@engine
+@pytest.mark.trap("limits-that-cuda-passes")
+def test_a_container_has_the_limits_of_its_stage_and_goes_first(toy):
+    its = Docker(toy / "repo", toy / "home")
+    running = its.submit(made(its, replace(task(toy, sleep=600), memory_gb=1.5, pids=77)))
+    host = its.client.api.inspect_container(running.container.id)["HostConfig"]
+    its.cancel(running)
+    assert [host[name] for name in ("Memory", "MemorySwap", "PidsLimit")] == [1_500_000_000] * 2 + [77]
+    assert host["OomScoreAdj"] == 1000
+    script = (toy / "run/01-toy.sh").read_text()
+    for flag in ("memory=1500000000", "memory-swap=1500000000", "pids-limit=77", "oom-score-adj=1000"):
+        assert f"--{flag} " in script
 
 
 def test_a_user_who_is_not_in_the_group_docker_is_told_so(tmp_path):

@@ -255,6 +255,18 @@ def test_a_task_with_a_gpu_is_told_where_kernels_stay(tmp_path, gpu):
     assert (f"ANNIE_KERNELS={folder}" in (tmp_path / "01-look.sh").read_text()) == gpu
 
 
+@pytest.mark.trap("limits-that-cuda-passes")
+def test_where_memory_runs_out_the_stage_goes_first_and_not_the_session(tmp_path):
+    (tmp_path / "stages/look").mkdir(parents=True)
+    (tmp_path / "stages/look/__main__.py").write_text("print(open('/proc/self/oom_score_adj').read())\n")
+    job = {"output": str(tmp_path / "output"), "scratch": str(tmp_path / "scratch")}
+    program = Program("look", Image("none", tmp_path / "images/none"), tmp_path)
+    local = Local(REPO, tmp_path / "home")
+    running = local.submit(Task("look", program, job, tmp_path, "01-look"))
+    assert next(line.text for line in local.logs(running)) == "1000"
+    assert Path("/proc/self/oom_score_adj").read_text() != "1000\n"
+
+
 SECRETS = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "GITHUB_TOKEN", "ANNIE_API_KEY_FILE")
 PROXY = "http://me:p4ss@proxy.example:3128"
 

@@ -347,10 +347,15 @@ def test_a_gate_that_can_be_held_is_accepted(tmp_path, gate):
 
 def test_seeds_and_needs_have_ranges_too(mini):
     toy.edit(mini.recipe, "seed: 3", "seed: -3")
-    toy.edit(mini.recipe, "{minutes: 0.5}", "{memory_gb: -1}")
+    toy.edit(mini.recipe, "{minutes: 0.5}", "{memory_gb: 0, pids: 1, minutes: -1}")
     with pytest.raises(Refused) as refused:
         mini.plan()
-    assert [f.found for f in refused.value.findings] == ["seed = -3", "slow.needs.memory_gb = -1"]
+    assert [(f.found, f.expected) for f in refused.value.findings[1:]] == [
+        ("slow.needs.memory_gb = 0", "0.1 or more"),
+        ("slow.needs.pids = 1", "64 or more"),
+        ("slow.needs.minutes = -1", "0 or more"),
+    ]
+    assert refused.value.findings[0].found == "seed = -3"
 
 
 @pytest.mark.parametrize(
