@@ -5,6 +5,7 @@ content.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import tomllib
 from dataclasses import dataclass, field
@@ -90,3 +91,9 @@ def components(image: Image, executor: str, machine: str | None = None) -> dict[
 def fingerprint(image: Image, executor: str, machine: str | None = None) -> str:
     """Twelve hex digits that name an environment or an image's tag."""
     return hashing.of_value(components(image, executor, machine))[:12]
+
+
+def wheels() -> Path | None:
+    """A folder of wheels on this machine that a build may take torch from."""
+    folder = os.environ.get("ANNIE_WHEELS") or os.environ.get("PIP_FIND_LINKS")
+    return Path(folder) if folder and Path(folder).is_dir() else None

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
+from forge.executor import Executor, Neighbour
 from forge.finding import Finding, error, warning
 from forge.plan import GB, Plan
 from forge.recipe import Recipe
 
 MEMINFO = Path("/proc/meminfo")
+SETTLE_SECONDS = 10  # how long a stage waits for memory that is about to be free
+SERVING = "serving.json"  # in the home of a store from which a model is served
 
 
 def memory_gb(meminfo: Path = MEMINFO) -> tuple[float, float]:
@@ -44,8 +48,44 @@ def gpu_architecture() -> str | None:
     return f"sm_{answer[0].replace('.', '')}" if answer else None
 
 
-def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Finding]:
-    """What stands in the way of `plan` on this machine, apart from what the executor itself finds."""
+def memory_finding(stage: str, needed: float, home: Path, neighbours: list[Neighbour]) -> Finding | None:
+    """Why `needed` GB of memory are not free for a stage: other programs hold them, or `neighbours` may yet
+    take them.
+    """
+    available, total = memory_gb()
+    if needed <= min(available, total - sum(neighbour.memory_gb for neighbour in neighbours)):
+        return None
+    found = f"{available:.1f} GB of memory available of {total:.1f}"
+    if neighbours:
+        found += ", and containers that may take some: " + ", ".join(
+            f"{each.what} ({each.container}) up to {each.memory_gb:g} GB" for each in neighbours
+        )
+    if (home / SERVING).exists():
+        remedy = "Stop the server with python build.py serve --stop"
+    elif neighbours:
+        remedy = f"Let it end, or stop it with docker stop {neighbours[0].container}"
+    else:
+        remedy = "Stop what else is running on this machine"
+    return error(stage, found, f"{needed:g} GB", f"{remedy}, or take a smaller recipe.")
+
+
+def memory_taken(stage: str, needed: float, home: Path, executor: Executor) -> Finding | None:
+    """The same in the middle of a run, right before a stage starts. What the stage before it held may come
+    back a little after its end, and is waited for.
+    """
+    for seconds in range(SETTLE_SECONDS, -1, -1):
+        if (finding := memory_finding(stage, needed, home, executor.neighbours())) is None:
+            return None
+        time.sleep(min(seconds, 1))
+    return finding
+
+
+def findings(
+    recipe: Recipe, plan: Plan, home: Path, gpu: str | None, neighbours: list[Neighbour]
+) -> list[Finding]:
+    """What stands in the way of `plan` on this machine, apart from what the executor itself finds.
+    `neighbours` run beside it.
+    """
     lacking = []
     free = disk_gb(home)
     if free < plan.disk_gb:
@@ -57,18 +97,9 @@ def findings(recipe: Recipe, plan: Plan, home: Path, gpu: str | None) -> list[Fi
                 "Free some space, or set ANNIE_HOME to a larger disk.",
             )
         )
-    available, total = memory_gb()
     for stage in plan.pending:
-        if stage.estimate.memory_gb > available:
-            what = f"{available:.1f} GB of memory available of {total:.1f}"
-            lacking.append(
-                error(
-                    stage.name,
-                    what,
-                    f"{stage.estimate.memory_gb:g} GB",
-                    "Stop what else is running on this machine, or take a smaller recipe.",
-                )
-            )
+        if crowded := memory_finding(stage.name, stage.estimate.memory_gb, home, neighbours):
+            lacking.append(crowded)
     if gpu is None and any(recipe.on_gpu(s.name) for s in plan.pending):
         lacking.append(
             error(

@@ -51,6 +51,7 @@ def run(
         lambda who: listener({"event": "waiting", "holder": lock.describe(who)}),
     ):
         context.store.clean()
+        executor.end_orphans()
         planned = plan.make(context, selection)  # another run may have built some of it while this one waited
         _refuse_lacking(context, executor, planned, listener)
         mask = Mask.of_files(context.recipe.secrets.values())
@@ -88,9 +89,8 @@ def lacking(context: Context, executor: Executor, planned: Plan) -> list[Finding
     contracts = [recipe.stages[s.name].contract for s in planned.pending]
     names = dict.fromkeys([c.image for c in contracts] + [c.product.image for c in contracts if c.product])
     gpu = any(recipe.on_gpu(s.name) for s in planned.pending)
-    findings = preflight.findings(
-        recipe, planned, context.store.home, None if context.gpu == "none" else context.gpu
-    )
+    gpu_here = None if context.gpu == "none" else context.gpu
+    findings = preflight.findings(recipe, planned, context.store.home, gpu_here, executor.neighbours())
     findings += executor.check([recipe.images[name] for name in names], gpu)
     return findings + [finding for finding in check.findings(context, planned) if finding.level != "note"]
 
@@ -271,6 +271,8 @@ class _Run:
         key = stage.key.sha256
         assert key
         step = self.recipe.stages[stage.name]
+        if taken := preflight.memory_taken(step.name, step.needs.memory_gb, self.store.home, self.executor):
+            raise StageFailed(taken, None, [])
         number = self.numbers[stage.name]
         prefix = f"{number:02d}-{stage.name}"
         self.journal.emit(

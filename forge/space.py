@@ -146,7 +146,7 @@ def _recent_runs(home: Path, keep: int) -> list[Path]:
 def _served(whole: Store, built: list[Artifact]) -> list[Place]:
     """The artifacts that serving.json names, whatever else it holds."""
     try:
-        text = json.dumps(json.loads((whole.home / "serving.json").read_bytes()))
+        text = json.dumps(json.loads((whole.home / preflight.SERVING).read_bytes()))
     except (FileNotFoundError, ValueError, RecursionError):
         return []
     return [(artifact.stage, artifact.key) for artifact in built if artifact.key in text]

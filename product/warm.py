@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forge import lock, plan, store
+from forge import lock, plan, preflight, store
 from forge.executor import Executor, Task
 from forge.finding import Finding, Refused, error
 from forge.follow import StageFailed, follow
@@ -78,6 +78,9 @@ def lacking(context: Context, executor: Executor, step: Step | None) -> list[Fin
             )
         ]
     findings = executor.check([context.recipe.images[step.contract.image]], gpu=True)
+    needed, home = step.needs.memory_gb, context.store.home
+    if crowded := preflight.memory_finding(MODULE, needed, home, executor.neighbours()):
+        findings.append(crowded)
     if context.gpu == "none":
         findings.append(
             error(

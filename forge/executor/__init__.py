@@ -1,6 +1,6 @@
 """Where stages run. Five calls: prepare an environment, submit a task, poll it, read its logs, cancel it.
-A sixth, `bake`, is for executors whose stages have images of their own; a seventh, `out_of_memory`, for
-those that limit a stage's memory.
+A sixth, `bake`, is for executors whose stages have images of their own. `out_of_memory`, `neighbours` and
+`end_orphans` are for those whose stages have limits of memory and outlive a killed forge.
 
 And `command` is for what only reads and answers on stdout: it takes no lock, leaves nothing, and no
 run notices it.
@@ -57,6 +57,15 @@ def kernel_folder(home: Path, image: Image, fingerprint: str) -> Path:
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """A container of ours that runs beside a stage. `memory_gb` is the most that it may take."""
+
+    container: str
+    what: str
+    memory_gb: float
+
+
+@dataclass(frozen=True)
 class Line:
     stream: Literal["stdout", "stderr"]
     text: str
@@ -93,6 +102,12 @@ class Executor(Protocol):
 
     def cancel(self, running: Any) -> None:
         """Ends the task and everything it started."""
+
+    def neighbours(self) -> list[Neighbour]:
+        """The stages of any store and the served models that run here in containers with a limit."""
+
+    def end_orphans(self) -> None:
+        """Ends what a killed run of this store left running. For the holder of the store's lock."""
 
     def kernels(self, task: Task) -> Path | None:
         """The folder, on this machine, where kernels stay that `task` compiles; None for a task without a

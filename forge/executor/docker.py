@@ -17,9 +17,16 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from forge import VERSION, modes, render
 from forge import image as images
-from forge.executor import KERNELS, KeptImage, Line, Task, kernel_folder, run_logged
+from forge.executor import KERNELS, KeptImage, Line, Neighbour, Task, kernel_folder, run_logged
 from forge.executor.container import SCRATCH, ContainerSpec, container_job
-from forge.executor.engine import gpu_findings, machine_findings, no_engine, plugin_findings, unanswered
+from forge.executor.engine import (
+    gpu_findings,
+    machine_findings,
+    neighbours,
+    no_engine,
+    plugin_findings,
+    unanswered,
+)
 from forge.executor.local import stage_environment
 from forge.finding import Finding, Refused, error, warning
 from forge.image import Image
@@ -30,6 +37,7 @@ REPOSITORY = "annie"
 # the same in every container: Triton writes the absolute path of what it compiled beside it
 KERNELS_INSIDE = "/kernels"
 _MADE, _BUILT = "io.annie.environment", "io.annie.key"  # labels: of environments and stages; of the product
+_STAGE = "io.annie.stage"  # label, of stages' images and containers
 _OWNER = "io.annie.home"  # label: the store whose run started a container
 _STREAM_SECONDS = 30 * 24 * 3600  # a stage may be silent for as long as it trains
 _EPOCH = "0"  # SOURCE_DATE_EPOCH: the same files give the same image
@@ -115,7 +123,7 @@ class Docker:
                 image.folder / "Dockerfile",
                 tag,
                 image.folder.parent,
-                {"wheels": _wheels()},
+                {"wheels": images.wheels()},
                 arguments,
                 {"io.annie.environment": image.name},
                 on_line,
@@ -142,7 +150,7 @@ class Docker:
                     Path(context),
                     {},
                     {"ENVIRONMENT": environment},
-                    {"io.annie.stage": program.stage, "io.annie.environment": environment},
+                    {_STAGE: program.stage, "io.annie.environment": environment},
                     on_line,
                 )
         self.client.images.get(tag).tag(f"{REPOSITORY}/{program.stage}", "latest")
@@ -157,9 +165,8 @@ class Docker:
         labels: dict[str, str],
         on_line: Callable[[str], None],
     ) -> None:
-        """Builds the serving image with `output` as context (a named context of None is empty), on the base
-        that its arguments name or else on `environment`, calls it `tag` (REPOSITORY:VERSION) and also
-        REPOSITORY:latest, and writes output/image.json.
+        """As ProductBuilder says, with `output` as context. The base that the image's arguments name goes
+        before `environment`.
         """
         base = image.args.get("base") or self.environment(environment)
         repository = tag.rpartition(":")[0]
@@ -251,7 +258,7 @@ class Docker:
     # --- a stage --------------------------------------------------------------------------------------------
 
     def submit(self, task: Task) -> Running:
-        self._remove_orphans()
+        self.end_orphans()
         scratch = Path(task.job["scratch"])
         kernels = self.kernels(task)
         folders = [Path(task.job["output"]), scratch, scratch / "home", *([kernels] if kernels else [])]
@@ -273,7 +280,7 @@ class Docker:
             output = container.attach(stdout=True, stderr=True, stream=True, logs=True, demux=True)
             container.start()
         except (APIError, NotFound) as fault:
-            self._remove_orphans()
+            self.end_orphans()
             raise Refused(
                 error(
                     task.stage,
@@ -302,7 +309,7 @@ class Docker:
             network="bridge" if task.network else "none",
             environment=environment,
             mounts=[(str(job), "/job.json", True), *mounts],
-            labels={_OWNER: str(self.home), "io.annie.stage": task.stage},
+            labels={_OWNER: str(self.home), _STAGE: task.stage},
             gpu=task.gpu,
             entrypoint=None if program.own else "python3",
             memory=int(task.memory_gb * GB),
@@ -374,18 +381,18 @@ class Docker:
             pass
         running.code = running.code if running.code is not None else 130
 
-    def _remove_orphans(self) -> None:
+    def neighbours(self) -> list[Neighbour]:
+        """By their labels. Without an engine there is none; `check` says that no engine answers."""
+        return [] if no_engine() else neighbours(self.client, _STAGE, _BUILT)
+
+    def end_orphans(self) -> None:
         """Ends containers that a killed run of this store left: its lock is ours, so nobody waits for
         them.
         """
+        if no_engine():
+            return
         for container in self.client.containers.list(all=True, filters={"label": f"{_OWNER}={self.home}"}):
             try:
                 container.remove(force=True)
             except NotFound:
                 continue
-
-
-def _wheels() -> Path | None:
-    """A folder of wheels on this machine that a build may take torch from."""
-    folder = os.environ.get("ANNIE_WHEELS") or os.environ.get("PIP_FIND_LINKS")
-    return Path(folder) if folder and Path(folder).is_dir() else None

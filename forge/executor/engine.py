@@ -10,8 +10,10 @@ import docker
 from docker.errors import DockerException
 
 from forge import image as images
+from forge.executor import Neighbour
 from forge.finding import Finding, error
 from forge.image import Image
+from forge.plan import GB
 
 # The plugins of the docker command: its oldest version, and Debian's and Docker's names of its package.
 _PLUGINS = {
@@ -106,6 +108,20 @@ def gpu_findings(info: dict[str, Any]) -> list[Finding]:
             " and restart the engine.",
         )
     ]
+
+
+def neighbours(client: Any, stage: str, served: str) -> list[Neighbour]:
+    """The running containers of stages and served models, by the labels `stage` and `served`, that have a
+    limit of memory. A model that a CPU serves takes far less than its limit, and is none of them.
+    """
+    found = {}
+    for label in (stage, served):
+        for container in client.containers.list(filters={"label": label}):
+            host = container.attrs["HostConfig"]
+            if host["Memory"] and (label == stage or host["DeviceRequests"]):
+                what = f"stage {container.labels[stage]}" if label == stage else "the served model"
+                found[container.name] = Neighbour(container.name, what, host["Memory"] / GB)
+    return [found[name] for name in sorted(found)]
 
 
 def has_plugin(name: str, oldest: tuple[int, int]) -> bool:

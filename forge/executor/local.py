@@ -18,7 +18,7 @@ from pathlib import Path
 
 from forge import image as images
 from forge import modes, render
-from forge.executor import FIRST_TO_GO, KERNELS, Line, Task, kernel_folder, merged, run_logged
+from forge.executor import FIRST_TO_GO, KERNELS, Line, Neighbour, Task, kernel_folder, merged, run_logged
 from forge.executor.uv import Uv
 from forge.finding import Finding, Refused, error
 from forge.image import Image
@@ -239,6 +239,13 @@ class Local:
                 return
             except subprocess.TimeoutExpired:
                 continue
+
+    def neighbours(self) -> list[Neighbour]:
+        """None: processes have no limits; what they hold is not available."""
+        return []
+
+    def end_orphans(self) -> None:
+        """Nothing: a stage ends with the process that started it."""
 
     def kernels(self, task: Task) -> Path | None:
         environment = task.program.environment

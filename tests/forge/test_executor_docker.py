@@ -13,13 +13,14 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from forge.executor import Task
+from forge.executor import Neighbour, Task
 from forge.executor.container import container_job
 from forge.executor.docker import Docker
-from forge.executor.engine import answers, machine_findings, no_engine
+from forge.executor.engine import answers, machine_findings, neighbours, no_engine
 from forge.finding import Refused
 from forge.follow import StageFailed, follow
 from forge.image import Image, fingerprint, machine_type
@@ -361,6 +362,46 @@ def test_a_container_that_a_killed_run_left_is_removed_by_the_next(toy):
     list(its.logs(left))
     assert its.poll(left) == 137
     assert running.client.containers.list(all=True, filters={"label": f"io.annie.home={toy / 'home'}"}) == []
+
+
+@engine
+def test_what_runs_beside_a_stage_is_known_by_what_it_may_take(toy):
+    """Stages of every store; not the containers of others, what has no limit, or what a CPU serves."""
+    its, other = Docker(toy / "repo", toy / "home"), Docker(toy / "repo", toy / "elsewhere")
+    image = its.baked(made(its, task(toy)).program)
+    running = other.submit(replace(task(toy, sleep=600), memory_gb=0.5))
+    command = ["docker", "run", "--rm", "--detach", "--network=none", "--entrypoint=sleep"]
+    limited = ["--memory=300000000", "--memory-swap=300000000"]
+    started = [
+        subprocess.run([*command, *words, "600"], capture_output=True, text=True, check=True).stdout.strip()
+        for words in (
+            [*limited, "--name=annie-toy-served", "--label=io.annie.key=1", BASE],
+            [*limited, "--name=annie-toy-stranger", BASE],
+            ["--name=annie-toy-unlimited", image],
+        )
+    ]
+    try:
+        ours = Neighbour(running.container.name, "stage toy", 0.5)
+        seen = its.neighbours()
+        assert ours in seen and not [each for each in seen if each.container.startswith("annie-toy")]
+        its.end_orphans()  # of its own store alone
+        assert ours in its.neighbours()
+        other.end_orphans()
+        assert ours not in its.neighbours()
+    finally:
+        subprocess.run(["docker", "rm", "--force", *started], capture_output=True, check=True)
+        other.end_orphans()
+
+
+def test_a_model_that_a_gpu_serves_may_take_its_limit():
+    """The engines of the tests have no GPU to give: a container as docker's client shows it."""
+    host = {"Memory": 54_000_000_000, "DeviceRequests": [{"Driver": "nvidia", "Count": -1}]}
+    shown = SimpleNamespace(name="annie-vllm-1", labels={"served": "1"}, attrs={"HostConfig": host})
+    containers = SimpleNamespace(list=lambda filters: [shown] if filters["label"] in shown.labels else [])
+    client = SimpleNamespace(containers=containers)
+    assert neighbours(client, "stage", "served") == [Neighbour("annie-vllm-1", "the served model", 54.0)]
+    host["DeviceRequests"] = None
+    assert neighbours(client, "stage", "served") == []
 
 
 @engine

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import toy
 
-from forge import preflight
+from forge import plan, preflight, run
+from forge.executor import Neighbour
+from forge.executor.local import Local
 from forge.finding import Refused
+from product import serving_record
 
 GB10 = """\
 MemTotal:       127535336 kB
@@ -33,6 +38,81 @@ def test_too_little_of_something_is_named_with_its_remedy(mini, need, subject):
     finding = refused.value.findings[0]
     assert finding.subject == subject and finding.remedy
     assert not list(mini.home.glob("runs/*"))
+
+
+SPARK = (100.0, 130.6)
+SERVER = Neighbour("annie-vllm-1", "the served model", 54.0)
+
+
+@pytest.mark.parametrize(
+    ("needed", "neighbours", "room"),
+    [
+        (100.0, [], True),
+        (100.1, [], False),  # others hold it
+        (76.6, [SERVER], True),
+        (76.7, [SERVER], False),  # a server that has just started may take it yet
+        (30.0, [SERVER, replace(SERVER, memory_gb=46.7)], False),
+    ],
+)
+def test_a_stage_has_room_beside_what_is_held_and_what_may_be_taken(
+    tmp_path, monkeypatch, needed, neighbours, room
+):
+    monkeypatch.setattr(preflight, "memory_gb", lambda: SPARK)
+    finding = preflight.memory_finding("train", needed, tmp_path, neighbours)
+    assert (finding is None) == room
+    if finding:
+        assert "100.0 GB of memory available of 130.6" in finding.found and finding.expected.startswith(
+            f"{needed:g} GB"
+        )
+        assert ("the served model (annie-vllm-1) up to 54 GB" in finding.found) == bool(neighbours)
+
+
+def test_the_remedy_names_what_can_be_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "memory_gb", lambda: (1.0, 2.0))
+
+    def remedy(*neighbours):
+        return preflight.memory_finding("train", 90, tmp_path, list(neighbours)).remedy
+
+    assert remedy().startswith("Stop what else is running")
+    assert "docker stop annie-vllm-1" in remedy(SERVER)
+    (tmp_path / serving_record.FILE).touch()
+    assert "python build.py serve --stop" in remedy(SERVER) and "serve --stop" in remedy()
+
+
+def test_a_stage_whose_memory_was_taken_since_the_run_began_does_not_start(mini, monkeypatch):
+    """The next run goes on there; what comes back in time is waited for."""
+    asked, real = [], preflight.memory_gb
+
+    def memory():
+        asked.append(len(mini.events))
+        busy = any(event.get("stage") == "count" for event in mini.events)
+        return (0.05, 24.0) if busy and len(asked) < until else real()
+
+    monkeypatch.setattr(preflight, "memory_gb", memory)
+    monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
+    until = 1000
+    assert mini.run().code == 1
+    failed = mini.event("failed")
+    assert (failed["stage"], failed["found"]) == ("slow", "0.1 GB of memory available of 24.0")
+    until = len(asked) + 8
+    assert mini.run().ran == ("slow",)
+
+
+def test_what_a_killed_run_left_is_ended_before_memory_is_looked_at(mini):
+    class Containers(Local):
+        """Holds a container of a killed run, as an engine would."""
+
+        left = True
+
+        def neighbours(self):
+            return [replace(SERVER, memory_gb=1e6)] if self.left else []
+
+        def end_orphans(self):
+            self.left = False
+
+    executor = Containers(mini.repo, mini.home)
+    assert [f.subject for f in run.lacking(mini.context(), executor, mini.plan())][:1] == ["words"]
+    assert run.run(mini.context(), executor, plan.Selection(last="words"), mini.events.append).code == 0
 
 
 def test_a_missing_gpu_is_named_where_the_recipe_wants_one(mini):
