@@ -14,7 +14,7 @@ from typing import Any
 
 from forge import journal, lock, modes, plan, preflight, store
 from forge import recipe as recipes
-from forge.executor import Executor, ImageKeeper
+from forge.executor import Executor, ImageKeeper, KeptImage
 from forge.executor.local import Local
 from forge.executors import EXECUTORS
 from forge.finding import Finding, Refused, warning
@@ -78,8 +78,9 @@ def items(context: Context, executor: Executor, keep: int) -> tuple[list[Item], 
     """
     needed, built = Needed(), _artifacts(context.store)
     _by_recipes(needed, context, executor)
+    kept = executor.kept() if isinstance(executor, ImageKeeper) else []
     for folder in _recent_runs(context.store.home, keep):
-        needed.add(RECENT, journal.places(folder))
+        needed.add(RECENT, journal.places(folder), _started(folder, kept))
     needed.add(SERVED, _served(context.store, built))
     for artifact in built:
         name = str(artifact.manifest["recipe"])
@@ -88,8 +89,7 @@ def items(context: Context, executor: Executor, keep: int) -> tuple[list[Item], 
     _with_inputs(needed, built)
     listed = [*_of_artifacts(needed, built), *_of_scratch(context.store, needed)]
     listed += _of_environments(context, needed)
-    if isinstance(executor, ImageKeeper):
-        listed += _of_images(executor, needed)
+    listed += _of_images(kept, needed)
     return listed, needed.findings
 
 
@@ -141,6 +141,12 @@ def _names(context: Context, executor: Executor) -> list[str]:
 
 def _recent_runs(home: Path, keep: int) -> list[Path]:
     return [folder for name in journal.recipes(home) for folder in journal.runs(home, name)[:keep]]
+
+
+def _started(folder: Path, kept: list[KeptImage]) -> list[str]:
+    """The images whose containers a run started, by its scripts, which can start them again."""
+    scripts = [path.read_text(errors="replace") for path in folder.glob("*.sh") if path.is_file()]
+    return [image.tag for image in kept if any(image.tag in script for script in scripts)]
 
 
 def _served(whole: Store, built: list[Artifact]) -> list[Place]:
@@ -230,7 +236,7 @@ def _of_environments(context: Context, needed: Needed) -> list[Item]:
     ]
 
 
-def _of_images(keeper: ImageKeeper, needed: Needed) -> list[Item]:
+def _of_images(kept: list[KeptImage], needed: Needed) -> list[Item]:
     """The images that forge made. One that holds an artifact is needed as long as that is."""
     users = {key: names for (_, key), names in needed.places.items()}
     return [
@@ -242,7 +248,7 @@ def _of_images(keeper: ImageKeeper, needed: Needed) -> list[Item]:
             tuple(sorted(users.get(image.key, set()) | needed.names.get(image.tag, set()))),
             tag=image.tag,
         )
-        for image in keeper.kept()
+        for image in kept
     ]
 
 

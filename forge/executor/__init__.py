@@ -141,7 +141,9 @@ class ProductBuilder(Protocol):
 
 @dataclass(frozen=True)
 class KeptImage:
-    """An image that an executor made. `key`: of the artifact that it was built from, if of one."""
+    """An image that an executor made, by one of its tags, or by its id if it has none. `key`: of the artifact
+    that it was built from, if of one.
+    """
 
     tag: str
     bytes: int
@@ -154,7 +156,7 @@ class ImageKeeper(Protocol):
     """An executor whose images stay in an engine."""
 
     def kept(self) -> list[KeptImage]:
-        """Every image that forge made there, by each of its tags but `latest`."""
+        """Every image that forge made there, by each of its tags."""
 
     def tags(self, environments: list[Image], programs: list[Program]) -> list[str]:
         """What the images of these environments and programs are called."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from forge import VERSION, modes, render
 from forge import image as images
-from forge.executor import KERNELS, KeptImage, Line, Neighbour, Task, kernel_folder, run_logged
+from forge.executor import KERNELS, KeptImage, Line, Neighbour, Task, kept, kernel_folder, run_logged
 from forge.executor.container import SCRATCH, ContainerSpec, container_job
 from forge.executor.engine import (
     gpu_findings,
@@ -28,7 +27,7 @@ from forge.executor.engine import (
     unanswered,
 )
 from forge.executor.local import stage_environment
-from forge.finding import Finding, Refused, error, warning
+from forge.finding import Finding, Refused, error
 from forge.image import Image
 from forge.plan import GB
 from forge.program import Program
@@ -36,7 +35,6 @@ from forge.program import Program
 REPOSITORY = "annie"
 # the same in every container: Triton writes the absolute path of what it compiled beside it
 KERNELS_INSIDE = "/kernels"
-_MADE, _BUILT = "io.annie.environment", "io.annie.key"  # labels: of environments and stages; of the product
 _STAGE = "io.annie.stage"  # label, of stages' images and containers
 _OWNER = "io.annie.home"  # label: the store whose run started a container
 _STREAM_SECONDS = 30 * 24 * 3600  # a stage may be silent for as long as it trains
@@ -111,8 +109,8 @@ class Docker:
     # --- images ---------------------------------------------------------------------------------------------
 
     def prepare(self, image: Image, on_line: Callable[[str], None]) -> None:
-        """Builds `annie/env-<image>:<fingerprint>`; a folder without a Dockerfile stands for its base image
-        as it is.
+        """Builds `annie/env-<image>:<fingerprint>`, which `annie/env-<image>:latest` names too; a folder
+        without a Dockerfile stands for its base image as it is.
         """
         if not (image.folder / "Dockerfile").exists():
             return
@@ -125,9 +123,10 @@ class Docker:
                 image.folder.parent,
                 {"wheels": images.wheels()},
                 arguments,
-                {"io.annie.environment": image.name},
+                {kept.ENVIRONMENT: image.name},
                 on_line,
             )
+        self.client.images.get(tag).tag(tag.rpartition(":")[0], "latest")
 
     def bake(self, program: Program, on_line: Callable[[str], None]) -> None:
         """Builds `annie/<stage>:<fingerprint>`, which `annie/<stage>:latest` names too."""
@@ -150,7 +149,7 @@ class Docker:
                     Path(context),
                     {},
                     {"ENVIRONMENT": environment},
-                    {_STAGE: program.stage, "io.annie.environment": environment},
+                    {_STAGE: program.stage, kept.ENVIRONMENT: environment},
                     on_line,
                 )
         self.client.images.get(tag).tag(f"{REPOSITORY}/{program.stage}", "latest")
@@ -223,37 +222,14 @@ class Docker:
         return True
 
     def kept(self) -> list[KeptImage]:
-        """The images with forge's labels, by each of their tags but `latest`."""
-        listed = [self.client.images.list(filters={"label": label}) for label in (_MADE, _BUILT)]
-        images = {image.id: image for images in listed for image in images}
-        return [
-            KeptImage(
-                tag,
-                image.attrs.get("Size", 0),
-                datetime.datetime.fromisoformat(image.attrs["Created"]),
-                image.labels.get(_BUILT, ""),
-            )
-            for image in images.values()
-            for tag in image.tags
-            if not tag.endswith(":latest")
-        ]
+        return kept.kept(self.client)
 
     def tags(self, environments: list[Image], programs: list[Program]) -> list[str]:
         baked = [self.baked(program) for program in programs if program.dockerfile.is_file()]
         return [*map(self.tag, environments), *baked]
 
-    def remove(self, tag: str) -> Finding | None:
-        """Removes a tag, and `latest` where it names the same image. A container that uses it keeps it."""
-        latest = f"{tag.rpartition(':')[0]}:latest"
-        try:
-            image = self.client.images.get(tag)
-            for name in (tag, *(name for name in image.tags if name == latest)):
-                self.client.images.remove(name)
-        except NotFound:
-            return None
-        except APIError as fault:
-            return warning(tag, f"{fault.explanation or fault}", "an image that nothing uses", "")
-        return None
+    def remove(self, name: str) -> Finding | None:
+        return kept.remove(self.client, name)
 
     # --- a stage --------------------------------------------------------------------------------------------
 
@@ -383,7 +359,7 @@ class Docker:
 
     def neighbours(self) -> list[Neighbour]:
         """By their labels. Without an engine there is none; `check` says that no engine answers."""
-        return [] if no_engine() else neighbours(self.client, _STAGE, _BUILT)
+        return [] if no_engine() else neighbours(self.client, _STAGE, kept.KEY)
 
     def end_orphans(self) -> None:
         """Ends containers that a killed run of this store left: its lock is ours, so nobody waits for

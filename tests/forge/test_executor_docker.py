@@ -131,6 +131,7 @@ def test_a_stages_image_is_its_own_layer_on_its_environment(toy):
     described = executor.client.images.get(executor.baked(program)).attrs
     below = executor.client.images.get(executor.tag(program.environment)).attrs["RootFS"]["Layers"]
     layers = described["RootFS"]["Layers"]
+    assert "annie/env-toy:latest" in executor.client.images.get(executor.tag(program.environment)).tags
     assert layers[: len(below)] == below and len(layers) > len(below)
     assert described["Config"]["Labels"] == {
         "io.annie.stage": "toy",

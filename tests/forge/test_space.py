@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import toy
-from docker.errors import APIError
 
 from forge import space
+from forge.executor import kept
 from forge.executor.docker import Docker
+from forge.executor.engine import answers
 from forge.executor.local import Local
 
 
@@ -179,52 +180,142 @@ def test_gc_waits_for_no_run(two, command):
         command("gc")
 
 
-class Engine:
-    """Images as docker's client shows them; the one called `busy` runs in a container."""
-
-    def __init__(self, *images):
-        self.all = {image.id: image for image in images}
-        self.images, self.removed = self, []
-
-    def list(self, filters):
-        return [image for image in self.all.values() if filters["label"] in image.labels]
-
-    def get(self, tag):
-        return next(image for image in self.all.values() if tag in image.tags)
-
-    def remove(self, tag):
-        if "busy" in tag:
-            response = SimpleNamespace(status_code=409, reason="conflict", url="")
-            raise APIError("conflict", response, "a container uses it")
-        self.removed.append(tag)
+BASE = "python:3.11-slim-bookworm"
+engine = pytest.mark.skipif(not answers(), reason="no Docker engine answers here")
 
 
-def image(number, tags, **labels):
-    return SimpleNamespace(
-        id=str(number),
-        tags=tags,
-        labels={f"io.annie.{name}": value for name, value in labels.items()},
-        attrs={"Size": 1000, "Created": "2026-01-01T00:00:00.123456789Z"},
-    )
-
-
-def test_images_of_no_recipe_and_no_artifact_go(two):
+@pytest.fixture
+def images(two, monkeypatch):
+    """`images.make(tag, latest=False, **labels)` makes a real image, `images.run(tag)` a container of it, and
+    `images.there()` says which tags there are. With labels of its own: gc removes what has forge's, and the
+    engine may hold images that somebody needs.
+    """
+    labels = {"environment": "io.annie.test.environment", "key": "io.annie.test.key"}
+    monkeypatch.setattr(kept, "ENVIRONMENT", labels["environment"])
+    monkeypatch.setattr(kept, "KEY", labels["key"])
     executor = Docker(two.repo, two.home)
-    context = two.context()
-    (kept,) = [s.artifact for s in two.plan().stages if s.name == "slow"]
-    environment = executor.tag(context.recipe.images["plain"])
-    executor._client = engine = Engine(
-        image(1, [environment], environment="plain"),
-        image(2, ["annie/env-plain:old"], environment="plain"),
-        image(3, ["annie/toy:1", "annie/toy:latest"], key="0" * 64),
-        image(4, ["annie/toy:2"], key=kept.key),
-        image(5, ["annie/busy:1"], stage="words", environment="x"),
-        image(6, ["somebody/else:1"], theirs="x"),
+    dockerfile = two.home.parent / "Dockerfile"
+    dockerfile.write_text(f"FROM {BASE}\nARG CONTENT\nENV CONTENT=$CONTENT\n")
+    (empty := two.home.parent / "empty").mkdir()
+    containers = []
+
+    def shown():
+        filters = [{"label": label} for label in labels.values()]
+        return [image for each in filters for image in executor.client.images.list(filters=each)]
+
+    def make(tag, latest=False, content="", **given):
+        arguments, named = {"CONTENT": content or tag}, {labels[key]: value for key, value in given.items()}
+        executor._build(dockerfile, tag, empty, {}, arguments, named, lambda line: None)
+        if latest:
+            executor.client.images.get(tag).tag(tag.partition(":")[0], "latest")
+
+    def run(tag):
+        containers.append(executor.client.containers.run(tag, ["sleep", "300"], detach=True))
+        return containers[-1].name
+
+    yield SimpleNamespace(
+        executor=executor, make=make, run=run, there=lambda: {tag for image in shown() for tag in image.tags}
     )
-    gone, findings = space.remove(context, executor, 3)
-    assert engine.removed == ["annie/env-plain:old", "annie/toy:1", "annie/toy:latest"]
-    assert [item.name for item in gone if item.kind == "image"] == ["annie/env-plain:old", "annie/toy:1"]
-    assert [(f.subject, f.found) for f in findings] == [("annie/busy:1", "a container uses it")]
-    assert {item.created for item in gone if item.kind == "image"} == {
-        datetime.datetime(2026, 1, 1, 0, 0, 0, 123456, tzinfo=datetime.UTC)
+    for container in containers:
+        container.remove(force=True)
+    for image in shown():
+        executor.client.images.remove(image.id, force=True)
+
+
+def of_images(items):
+    return {item.name for item in items if item.kind == "image"}
+
+
+@engine
+def test_images_of_no_recipe_and_no_artifact_go(two, images):
+    context, executor = two.context(), images.executor
+    (built,) = [s.artifact for s in two.plan().stages if s.name == "slow"]
+    environment = executor.tag(context.recipe.images["plain"])
+    images.make(environment, environment="plain")
+    images.make("annie/test-env:old", environment="plain")
+    images.make("annie/test-product:1", latest=True, key="0" * 64)
+    images.make("annie/test-product:2", key=built.key)
+    images.make("annie/test-busy:1", latest=True, environment="x")
+    images.make("annie/test-theirs:1")
+    name = images.run("annie/test-busy:1")
+    try:
+        gone, findings = space.remove(context, executor, 3)
+        stranger = executor.client.images.get("annie/test-theirs:1")
+    finally:
+        executor.client.images.remove("annie/test-theirs:1")
+    assert of_images(gone) == {"annie/test-env:old", "annie/test-product:1"} and stranger
+    assert images.there() == {
+        environment,
+        "annie/test-product:2",
+        "annie/test-busy:1",  # with both tags: without the first nothing would find it again
+        "annie/test-busy:latest",
     }
+    assert [(f.subject, name in f.found, f"docker rm --force {name}" in f.remedy) for f in findings] == [
+        ("annie/test-busy:1", True, True)
+    ]
+
+
+@engine
+def test_an_image_is_as_old_as_its_tag_here_and_as_large_as_docker_says(two, images):
+    """Builds have no date of their own, so that equal files give equal images."""
+    images.make("annie/test-env:1", latest=True, environment="x")
+    (item,) = [item for item in space.items(two.context(), images.executor, 0)[0] if item.kind == "image"]
+    assert abs(datetime.datetime.now(datetime.UTC) - item.created) < datetime.timedelta(minutes=10)
+    assert item.bytes > 1e8 and item.users == ()
+
+
+@engine
+def test_images_that_the_last_runs_started_stay_for_their_scripts(two, images):
+    images.make("annie/test-words:1", environment="x")
+    newest = max(two.home.glob("runs/*"))
+    (newest / "01-words.sh").write_text("exec docker run --rm annie/test-words:1 /job.json\n")
+    (newest / "02-odd.sh").mkdir()
+    for keep, gone in ((1, set()), (0, {"annie/test-words:1"})):
+        assert of_images(space.remove(two.context(), images.executor, keep)[0]) == gone
+
+
+@engine
+def test_an_image_without_a_tag_of_its_own_is_found_and_removed(two, images):
+    """Another took its tag; or its own was removed by hand, and `latest` is left."""
+    client = images.executor.client
+    images.make("annie/test-product:1", content="one", key="1")
+    replaced = client.images.get("annie/test-product:1").id
+    images.make("annie/test-other:1", content="two", key="2")
+    client.images.get("annie/test-other:1").tag("annie/test-product", "1")
+    images.make("annie/test-env:1", latest=True, environment="x")
+    client.images.remove("annie/test-env:1")
+    gone, findings = space.remove(two.context(), images.executor, 3)
+    names = {replaced[:19], "annie/test-product:1", "annie/test-other:1", "annie/test-env:latest"}
+    assert (of_images(gone), findings, images.there()) == (names, [], set())
+
+
+@engine
+def test_an_image_that_is_removed_by_hand_breaks_neither_ls_nor_gc(two, images, monkeypatch):
+    client = images.executor.client
+    for number in range(2):
+        images.make(f"annie/test-env:{number}", environment="x")
+    client.images.remove("annie/test-env:0")
+    assert of_images(space.items(two.context(), images.executor, 0)[0]) == {"annie/test-env:1"}
+    real = client.api.images
+
+    def images_of_before(**options):
+        """As if it were removed right after it was listed."""
+        listed = real(**options)
+        if listed:
+            client.images.remove("annie/test-env:1")
+            monkeypatch.setattr(client.api, "images", real)
+        return listed
+
+    monkeypatch.setattr(client.api, "images", images_of_before)
+    gone, findings = space.remove(two.context(), images.executor, 0)
+    assert (of_images(gone), findings) == ({"annie/test-env:1"}, [])
+
+
+@engine
+def test_an_image_that_a_container_took_in_that_moment_is_kept_by_the_engine(two, images, monkeypatch):
+    images.make("annie/test-env:1", environment="x")
+    images.run("annie/test-env:1")
+    monkeypatch.setattr(images.executor.client.api, "containers", lambda **options: [])
+    gone, findings = space.remove(two.context(), images.executor, 0)
+    assert not of_images(gone) and [f.subject for f in findings] == ["annie/test-env:1"]
+    assert images.there() == {"annie/test-env:1"}
