@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import power
 import pytest
 import toy
 
-from forge import hashing, journal, lock, modes, space, store, verify
-from forge.executor import local
+from forge import hashing, journal, lock, modes, plan, run, space, store, verify
+from forge.executor import docker, local
+from forge.executor.engine import answers
 from forge.image import Image
 from forge.mask import Mask
 from forge.store import Store
@@ -250,3 +253,70 @@ def test_after_a_power_cut_every_command_works_and_a_run_ends(mini, command, tmp
             assert set(mini.states().values()) == {"cached"}, cut.moment
             assert {v["state"] for v in json.loads(command("verify", "--json"))["stages"]} == {"whole"}
         shutil.rmtree(mini.home)
+
+
+BASE = "python:3.11-slim-bookworm"
+PRODUCT = """\
+    [build]
+    image = "product"
+    tag = "annie/test-power"
+    by = "how"
+    [build.contexts]
+    """
+
+
+@pytest.fixture
+def contained(mini):
+    """The miniature repository for the docker executor: stages with images, of which the last one builds a
+    product from its output.
+    """
+    toy.edit(mini.recipe, "{base: none}", f"{{base: '{BASE}'}}")
+    toy.edit(mini.recipe, "images: {", "images: {product: {base: '" + BASE + "'}, ")
+    (mini.repo / "images/product").mkdir()
+    (mini.repo / "images/product/Dockerfile").write_text("ARG BASE\nFROM ${BASE}\nCOPY text.txt /\n")
+    dockerfile = (REPO / "stages/quantize/Dockerfile").read_text()
+    for name in ("words", "count", "slow"):
+        (mini.repo / "stages" / name / "Dockerfile").write_text(dockerfile.replace("quantize", name))
+    contexts = "".join(f"{way} = {{}}\n" for way in ("well", "badly", "empty", "crash", "large"))
+    with (mini.repo / "stages/slow/stage.toml").open("a") as contract:
+        contract.write(textwrap.dedent(PRODUCT) + contexts)
+    yield mini
+    client = docker.Docker(mini.repo, mini.home).client
+    for label in ("io.annie.recipe=toy", f"io.annie.environment={BASE}"):
+        for image in client.images.list(filters={"label": label}):
+            client.images.remove(image.id, force=True)
+
+
+def run_in_containers(mini):
+    executor = docker.Docker(mini.repo, mini.home)
+    context = replace(mini.context(), executor="docker")
+    assert run.run(context, executor, plan.Selection(), mini.events.append).code == 0, mini.events[-1]
+    return context, executor
+
+
+@pytest.mark.skipif(not answers(), reason="no Docker engine answers here")
+def test_after_a_power_cut_what_the_docker_executor_wrote_is_whole_or_made_again(contained, tmp_path):
+    """Jobs and scripts of its containers, its folders, and image.json, which names the image that the engine
+    has.
+    """
+    with power.recorded(contained.home.parent, PLACE) as disk:
+        _, executor = run_in_containers(contained)
+    cuts, home = list(disk.cuts.values()), contained.home.name
+    described = set()
+    for number, cut in enumerate(cuts[:: -(-len(cuts) // 60)] + cuts[-1:]):
+        folder = cut.laid_out(tmp_path / "cut")
+        for path in folder.glob(f"{home}/runs/*/[0-9]*.json"):
+            assert json.loads(path.read_text())["stage"] in path.name, cut.moment
+        for path in folder.glob(f"{home}/runs/*/*.sh"):
+            assert "docker run" in path.read_text() and path.stat().st_mode & 0o777 == 0o700, cut.moment
+        for path in folder.glob(f"{home}/store/artifacts/slow/*/image.json"):
+            image = json.loads(path.read_text())
+            assert executor.client.images.get(image["tag"]).id == image["id"], cut.moment
+            described.add(image["tag"])
+        if number % 40 == 0:
+            contained.home = folder / home
+            context, _ = run_in_containers(contained)
+            assert {stage.state for stage in plan.make(context).stages} == {"cached"}, cut.moment
+            assert list(contained.home.glob("store/artifacts/slow/*/image.json")), cut.moment
+        shutil.rmtree(folder)
+    assert len(described) == 1
