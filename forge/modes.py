@@ -49,7 +49,13 @@ def make_folder(folder: Path) -> Path:
 
 def sync(path: Path) -> None:
     """Waits until the disk holds a file's content and mode, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if not path.is_dir():
+            raise
+        os.sync()  # a folder that one may enter, and not list, cannot be opened: all disks are waited for
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -61,14 +61,16 @@ def _inodes_are_gone(place: Path) -> bool:
 
 
 def _forbidden(home: Path, place: Path) -> Finding:
-    owner, user = _existing(place).lstat().st_uid, os.geteuid()
-    subject = "store" if place.is_relative_to(home) else str(place)
+    of_home = place.is_relative_to(home) or home.is_relative_to(place)
+    place = _existing(place)
+    owner, user = place.lstat().st_uid, os.geteuid()
+    subject = "store" if of_home else str(place)
     if owner == user:
         found = f"{place}, which {_name(user)} may not use although it is theirs"
-        return error(subject, found, "a file that its owner may read", f"chmod -R u+rX {_existing(place)}")
+        return error(subject, found, "a file that its owner may read", f"chmod -R u+rX {place}")
     found, expected = f"{place}, which belongs to {_name(owner)}", f"one that {_name(user)} may use"
     remedy = f"Have {_name(owner)} let you read it, or name another."
-    if place.is_relative_to(home):
+    if of_home:
         remedy = (
             "Set ANNIE_HOME to a folder of your own. plan, status, logs and path work on another user's if"
             " they set ANNIE_SHARED=1 and you are in their group."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 
 import pytest
 import toy
@@ -65,6 +66,41 @@ def test_the_lock_and_memo_of_a_new_store(tmp_path, umask, monkeypatch):
     with lock.held(tmp_path / "home/store/lock", False, print):
         assert Store(tmp_path / "home").memo.known(tmp_path.stat()) is None
     assert {oct(mode) for p, mode in entries(tmp_path / "home").items()} == {"0o700", "0o600"}
+
+
+MAKE = """
+import os, pathlib, sys
+from forge import modes
+calls, real = [], os.sync
+os.sync = lambda: calls.append(real())
+modes.make_folder(pathlib.Path(sys.argv[1]) / "a/b")
+modes.write(pathlib.Path(sys.argv[1]) / "file", "x")
+print(len(calls))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to another user takes root")
+@pytest.mark.parametrize(("mode", "syncs"), [(0o777, 0), (0o733, 2)])
+def test_a_folder_that_may_not_be_listed_is_synced_with_all_of_the_disk(tmp_path, mode, syncs):
+    """As root without its right to open what is not its own. Only an open folder can be synced by itself."""
+    (shared := tmp_path / "shared").mkdir()
+    shared.chmod(mode)
+    os.chown(shared, 65534, 65534)
+    ordinary = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", sys.executable, "-c", MAKE]
+    variables = {**os.environ, "PYTHONPATH": str(toy.REPO)}
+    done = subprocess.run([*ordinary, str(shared)], env=variables, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{syncs}\n", "")
+    assert stat.S_IMODE((shared / "a").stat().st_mode) == 0o700 and (shared / "file").read_text() == "x"
+
+
+def test_a_file_that_may_not_be_read_is_no_folder_to_sync(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "file"))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(modes.os, "open", refuse)
+    with pytest.raises(PermissionError):
+        modes.sync(tmp_path / "file")
 
 
 def test_doctor_says_what_others_can_read(mini, command, monkeypatch):

@@ -227,3 +227,45 @@ def test_the_store_of_another_user(readable, request):
             assert done.returncode == 0, said
         else:
             assert done.returncode == 1 and "belongs to root" in said and "ANNIE_HOME" in said, said
+
+
+COMMAND = """
+import pathlib, sys, build
+build.REPO = pathlib.Path(sys.argv[1])
+build.cli([*sys.argv[2:], "--recipe=toy", "--executor=local"])
+"""
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mode", "works"),
+    [
+        (0o777, True),
+        (0o733, True),  # may be entered and written, and not listed: a drop box
+        (0o711, False),
+        (0o744, False),  # may be listed and not entered
+        (0o700, False),
+    ],
+)
+@pytest.mark.parametrize("first", [["run"], ["plan"]], ids=" ".join)
+def test_a_home_that_is_new_in_a_folder_of_another_user(mini, tmp_path, mode, works, first):
+    """As root without its right to open what is not its own: another user may not run this Python."""
+    (shared := tmp_path / "shared").mkdir(mode)
+    shared.chmod(mode)
+    os.chown(shared, 65534, 65534)
+    for words in [first, ["run"], ["doctor"]]:
+        ordinary = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", sys.executable, "-c", COMMAND]
+        done = subprocess.run(
+            [*ordinary, str(mini.repo), *words],
+            env={**os.environ, "ANNIE_HOME": str(shared / "deep/home"), "PYTHONPATH": str(toy.REPO)},
+            capture_output=True,
+            text=True,
+        )
+        said = done.stdout + done.stderr
+        assert "Traceback" not in said, said
+        if works:
+            assert done.returncode == 0, (words, said)
+        elif words == ["run"]:
+            assert done.returncode == 1 and f"found {shared}, which belongs to nobody" in said, said
+            assert "ANNIE_HOME" in said
+    assert not works or {oct((shared / name).stat().st_mode) for name in ("deep", "deep/home")} == {"0o40700"}
