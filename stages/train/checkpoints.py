@@ -1,5 +1,5 @@
-"""Training checkpoints that record whether they are whole, because a run must not resume from one that was
-cut off.
+"""Training checkpoints that are whole or not there: a kill or a power cut at any moment leaves the one before
+or the new one. A run must never resume from one that was damaged later, so each records its digests.
 """
 
 from __future__ import annotations
@@ -7,35 +7,49 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SEAL = "whole.json"
+UNFINISHED = "unfinished-checkpoint"
+KEPT = 2  # checkpoints that stay in scratch
 
 
-def seal(folder: Path) -> None:
-    """Writes the digest of every file of a finished checkpoint into it, as the last file and atomically."""
-    table = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != SEAL:
-            table[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    temporary = folder / f"{SEAL}.new"
-    with temporary.open("w") as opened:
-        json.dump(table, opened, indent=1)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.rename(folder / SEAL)
+@contextmanager
+def saving(scratch: Path, step: int) -> Iterator[Path]:
+    """A folder for the files of the checkpoint after `step`. On leaving it they are on the disk and get their
+    place, and only then the older checkpoints are deleted.
+    """
+    unfinished, target = scratch / UNFINISHED, scratch / f"checkpoint-{step}"
+    _remove(unfinished)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    (unfinished / SEAL).write_text(json.dumps(_digests(unfinished), indent=1))
+    for path in unfinished.iterdir():
+        sync(path)
+    _remove(target)  # it was damaged, or the run would have gone on from it
+    put(unfinished, target)
+    _prune(scratch, step)
+
+
+def newest(scratch: Path) -> tuple[Path | None, list[Path]]:
+    """The newest whole checkpoint in `scratch`, and the newer ones that are damaged."""
+    damaged: list[Path] = []
+    for folder in reversed(_all(scratch)):
+        if is_whole(folder):
+            return folder, damaged
+        damaged.append(folder)
+    return None, damaged
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder has its seal and every file has the digest of the seal."""
+    """Whether the folder holds exactly the files of its seal, with their digests."""
     try:
-        table = json.loads((folder / SEAL).read_text())
-        return all(
-            hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-            for name, digest in table.items()
-        )
-    except (OSError, ValueError):
+        return bool(json.loads((folder / SEAL).read_text()) == _digests(folder) != {})
+    except (OSError, ValueError, RecursionError):
         return False
 
 
@@ -44,23 +58,50 @@ def step_number(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
 
 
-def newest(scratch: Path) -> tuple[Path | None, list[Path]]:
-    """The newest whole checkpoint in `scratch`, and the newer ones that are torn."""
-    torn: list[Path] = []
-    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=step_number, reverse=True):
-        if is_whole(folder):
-            return folder, torn
-        torn.append(folder)
-    return None, torn
+def put(path: Path, target: Path) -> None:
+    """Renames a file or folder so that a power cut leaves all of it at `target`, or what was there before."""
+    sync(path)
+    path.rename(target)
+    sync(target.parent)
 
 
-def clear(folder: Path) -> None:
-    """Makes `folder` an empty folder, whatever a killed run left in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def sync(path: Path) -> None:
+    """Waits until the disk holds a file's content, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def prune(scratch: Path, count: int) -> None:
-    """Deletes all but the `kept` newest checkpoints."""
-    for folder in sorted(scratch.glob("checkpoint-[0-9]*"), key=step_number)[:-count]:
-        shutil.rmtree(folder)
+def _all(scratch: Path) -> list[Path]:
+    """Every checkpoint of `scratch`, by its step."""
+    folders = [path for path in scratch.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=step_number)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file by its name, without the seal."""
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != SEAL:
+            with path.open("rb") as opened:
+                digests[path.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
+def _prune(scratch: Path, step: int) -> None:
+    """Deletes all but the KEPT newest checkpoints up to `step`. Later ones are damaged: the run began before
+    them.
+    """
+    kept = [folder for folder in _all(scratch) if step_number(folder) <= step][-KEPT:]
+    for folder in _all(scratch):
+        if folder not in kept:
+            _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -211,12 +211,13 @@ def rounding_schedule(
 
 
 def newest_checkpoint(scratch: Path) -> Path | None:
-    """The checkpoint to resume from, or None. Warns of torn ones and skips them."""
-    newest, torn = checkpoints.newest(scratch)
-    for folder in torn:
+    """The checkpoint to resume from, or None. Warns of damaged ones and skips them."""
+    newest, damaged = checkpoints.newest(scratch)
+    for folder in damaged:
         job.warning(
-            f"{folder.name} was torn by a kill in the middle of its save",
-            f"Going on from {newest.name if newest else 'the start'}",
+            f"{folder.name} is damaged: its files are not those that were saved",
+            f"Training goes on from {newest.name if newest else 'the start'}, with the same result. If nobody"
+            " changed the files, the disk may be failing: see dmesg.",
         )
     return newest
 

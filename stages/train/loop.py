@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from model.layers.structure import Model
     from stages.train.watch import Watch
 
-KEPT = 2  # checkpoints that stay in scratch
-
 
 @dataclass
 class History:
@@ -263,17 +261,14 @@ class Loop:
         return self.task.scratch / "best.safetensors"
 
     def save(self, done: int) -> None:
-        """Writes a checkpoint after step `done`, seals it, and deletes the oldest ones."""
+        """Writes a checkpoint after step `done`, and deletes the oldest ones."""
         if self.ranks.first:
-            folder = self.task.scratch / f"checkpoint-{done}"
-            checkpoints.clear(folder)
-            save_file(adapter.state(self.model), folder / adapter.WEIGHTS)
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-            if self.history.best:
-                (folder / "best.safetensors").write_bytes(self.best_file.read_bytes())
-            (folder / "history.json").write_text(json.dumps(self.history.as_json()))
-            checkpoints.seal(folder)
-            checkpoints.prune(self.task.scratch, KEPT)
+            with checkpoints.saving(self.task.scratch, done) as folder:
+                save_file(adapter.state(self.model), folder / adapter.WEIGHTS)
+                torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+                if self.history.best:
+                    (folder / "best.safetensors").write_bytes(self.best_file.read_bytes())
+                (folder / "history.json").write_text(json.dumps(self.history.as_json()))
         self.ranks.wait()
 
     def resume(self, folder: Path) -> None:

@@ -6,9 +6,11 @@ token are recorded once. So later steps cost no more than others, and no second 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model import assemble
@@ -16,6 +18,7 @@ from model.families import registry
 from model.labels import IGNORED
 from stages import job
 from stages.job import Job, StageError
+from stages.train import checkpoints
 from stages.train.pack import Pack, rank_packs
 from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
@@ -50,15 +53,11 @@ class Teacher:
         }
         if not files or complete != {file.name for file in files}:
             if not begins:
-                raise StageError(
-                    "no teacher in scratch",
-                    "what was written when rounding set in",
-                    "Delete this stage's scratch folder and train anew",
-                )
+                raise _lost("no teacher in scratch")
             self._write(model, rows)
             self.ranks.wait()
         for file in self.task.scratch.glob("teacher-*-of-*.safetensors"):
-            for name, value in load_file(file).items():
+            for name, value in _read(file).items():
                 number, part = name.split(".")
                 self.recorded.setdefault(int(number), {})[part] = value
 
@@ -87,7 +86,7 @@ class Teacher:
             job.progress(number, len(packs), "sequences", "asking the teacher")
         file = self.task.scratch / f"teacher-{self.ranks.rank}-of-{self.ranks.world}.safetensors"
         save_file({name: value.contiguous() for name, value in tensors.items()}, file.with_suffix(".new"))
-        file.with_suffix(".new").rename(file)
+        checkpoints.put(file.with_suffix(".new"), file)
         model.train()
 
     def targets(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,3 +98,16 @@ class Teacher:
             torch.cat([row[part] for row in rows]).to(self.task.device) for part in ("index", "logs")
         )
         return index, logs
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise _lost(f"{file.name} is damaged ({error})") from error
+
+
+def _lost(found: str) -> StageError:
+    return StageError(
+        found, "what was written when rounding set in", "Delete this stage's scratch folder and train anew"
+    )

@@ -267,7 +267,11 @@ def test_a_distilling_run_that_is_resumed_asks_no_teacher_that_has_moved_on(
     fit.run(again)
     assert short.losses(again.output) == pytest.approx(short.losses(distilled.output), abs=1e-5)
     shutil.rmtree(scratch / "checkpoint-40")
-    (scratch / "teacher-0-of-1.safetensors").unlink()
+    said = scratch / "teacher-0-of-1.safetensors"
+    said.write_bytes(said.read_bytes()[:-100])
+    with pytest.raises(job.StageError, match="teacher-0-of-1.safetensors is damaged"):
+        fit.run(again)
+    said.unlink()
     with pytest.raises(job.StageError, match="no teacher in scratch"):
         fit.run(again)
 

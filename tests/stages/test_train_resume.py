@@ -81,13 +81,35 @@ def a_missing_file(folder):
     (folder / "history.json").unlink()
 
 
+def a_missing_file_that_no_seal_names(folder):
+    seal = folder / checkpoints.SEAL
+    digests = json.loads(seal.read_text())
+    seal.write_text(json.dumps({name: digest for name, digest in digests.items() if name != "history.json"}))
+
+
+def another_seal(folder):
+    (folder / checkpoints.SEAL).write_text("[]")
+
+
+def a_seal_alone(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / checkpoints.SEAL).write_text("{}")
+
+
+DAMAGES = [
+    *(without_seal, half_a_seal, another_seal, a_seal_alone),
+    *(half_a_file, a_changed_byte, a_missing_file, a_missing_file_that_no_seal_names),
+]
+
+
 @pytest.mark.trap("damaged-checkpoint-resumed")
-@pytest.mark.parametrize("tear", [without_seal, half_a_seal, half_a_file, a_changed_byte, a_missing_file])
-def test_a_torn_checkpoint_is_passed_over_by_name(again, monkeypatch, tear):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_by_name(again, monkeypatch, damage):
     warnings = short.warnings(monkeypatch)
-    tear(again.scratch / "checkpoint-15")
+    damage(again.scratch / "checkpoint-15")
     assert fit.newest_checkpoint(again.scratch) == again.scratch / "checkpoint-10"
-    assert warnings == ["checkpoint-15 was torn by a kill in the middle of its save"]
+    assert warnings == ["checkpoint-15 is damaged: its files are not those that were saved"]
 
 
 @pytest.mark.trap("damaged-checkpoint-resumed")
@@ -107,12 +129,18 @@ def test_with_no_whole_checkpoint_training_starts_over(again, whole, monkeypatch
     without_seal(again.scratch / "checkpoint-10")
     half_a_file(again.scratch / "checkpoint-15")
     fit.run(again)
-    assert [w.split()[0] for w in warnings if "torn" in w] == ["checkpoint-15", "checkpoint-10"]
+    assert [w.split()[0] for w in warnings if "damaged" in w] == ["checkpoint-15", "checkpoint-10"]
     assert_same(again.output, whole)
-    assert checkpoints.newest(again.scratch) == (
-        again.scratch / "checkpoint-15",
-        [],
-    ), "what was torn has been saved anew"
+    assert checkpoints.newest(again.scratch) == (again.scratch / "checkpoint-15", []), "not saved anew"
+
+
+def test_later_damaged_checkpoints_take_no_place_of_whole_ones(again, monkeypatch):
+    short.warnings(monkeypatch)
+    for step in (20, 25):
+        (again.scratch / f"checkpoint-{step}").mkdir()
+    without_seal(again.scratch / "checkpoint-15")
+    fit.run(again)
+    assert {path.name for path in again.scratch.glob("*checkpoint*")} == {"checkpoint-10", "checkpoint-15"}
 
 
 def test_a_run_killed_after_its_last_step_has_nothing_left_to_train(again, whole):
@@ -196,14 +224,14 @@ def test_a_killed_run_goes_on_to_the_same_adapter(made, whole, tmp_path):
 
 
 DIES_IN_ITS_SAVE = """
-import os, signal, sys, torch
+import os, pathlib, signal, sys, torch
 from stages import job
 from stages.train import fit
 
 right = torch.save
 def save(value, path, *arguments, **keywords):
     right(value, path, *arguments, **keywords)
-    if str(path).endswith("checkpoint-10/optimizer.pt"):
+    if pathlib.Path(path).parent.parent.joinpath("checkpoint-5").is_dir():
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = save
@@ -220,9 +248,15 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(
         [sys.executable, "-c", DIES_IN_ITS_SAVE, str(tmp_path / "job.json")], cwd=REPO, capture_output=True
     ).returncode
     assert code == -signal.SIGKILL
+    assert {path.name for path in task.scratch.glob("*checkpoint*")} == {
+        "checkpoint-5",
+        checkpoints.UNFINISHED,
+    }
     warnings = short.warnings(monkeypatch)
+    assert fit.newest_checkpoint(task.scratch) == task.scratch / "checkpoint-5"
+    assert not warnings, "nothing was damaged"
     fit.run(task)
-    assert "checkpoint-10 was torn by a kill in the middle of its save" in warnings
+    assert not (task.scratch / checkpoints.UNFINISHED).exists()
     assert_same(task.output, whole)
 
 
