@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model.families.unknown import for_model_type
+from model.weights.paths import TRUST
 
 KV_CACHES = ("auto", "bfloat16", "fp8")
 CPUINFO = Path("/proc/cpuinfo")
@@ -63,13 +64,15 @@ class Serving:
     """How one family is served.
 
     `name` is the model's name for clients. If an adapter is added at run time, the adapter has that name and
-    the base is called `base_name`. `request`: the chat_template_kwargs of every request.
+    the base is called `base_name`. `request`: the chat_template_kwargs of every request. A vLLM before
+    `without_code` runs Python code of the checkpoint's folder.
     """
 
     model_type: str
     name: str
     base_name: str
     request: dict[str, Any]
+    without_code: str
     limits: Callable[[str, Served], list[ServingError]]  # what a version cannot serve correctly
     flags: Callable[[str, str, Served, str], Serve]  # by version, device, checkpoint and KV cache
     attention: frozenset[str]  # LoRA targets that vLLM can add at run time everywhere
@@ -85,14 +88,23 @@ class Serving:
         memory_share: float = 0.35,
         name: str | None = None,
         kv_cache: str = "auto",
+        trusted: bool = False,
     ) -> Serve:
         """All flags for one vLLM version on `cpu` or `cuda`.
 
         They include name, sizes and (on cuda) the share of the GPU's memory. `kv_cache` is one of KV_CACHES.
-        Raises ServingError for what that version cannot serve correctly.
+        Raises ServingError for what that version cannot serve correctly, and for one that runs code of the
+        checkpoint's folder unless that is `trusted`.
         """
         if faults := self.limits(vllm, checkpoint):
             raise faults[0]
+        if version(vllm) < version(self.without_code) and not trusted:
+            raise ServingError(
+                f"vLLM {vllm} runs Python code of the checkpoint's folder (--trust-remote-code), and stage"
+                " base has trust: false",
+                f"serve with {self.without_code} or newer, or set trust: true if you trust the"
+                " repository's authors",
+            )
         family_flags = self.flags(vllm, device, checkpoint, kv_cache)
         args = [
             "--served-model-name",
@@ -126,6 +138,11 @@ def of_folder(checkpoint: Path) -> Serving:
     """`of` the config.json of a checkpoint folder."""
     config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
     return of(config)
+
+
+def trusted(base: Path) -> bool:
+    """Whether stage base wrote its artifact `base` with trust: true."""
+    return (base / TRUST).is_file()
 
 
 def installed() -> str:

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from model.weights.header import DTYPES, NAMES, Entry, header
-from model.weights.paths import CheckpointError, member, read_json, shard
+from model.weights.paths import TRUST, CheckpointError, member, read_json, shard
 
 PIECE = 2**20  # bytes
 THREADS = 4  # that read and compute while the main thread writes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_OF_THE_FOLDER = ("manifest.json", "merge.json")
+_OF_THE_FOLDER = ("manifest.json", "merge.json", TRUST)
 Work = Callable[[], torch.Tensor]  # makes a tensor, or a piece of one
 
 

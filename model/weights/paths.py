@@ -23,6 +23,7 @@ JSON_BYTES = 100_000_000  # the largest JSON file that is read
 NAME_BYTES = 1024  # of a name with its folders; a part of it may have 255, as file systems allow
 PART_BYTES = 255
 SHARD = ".safetensors"
+TRUST = "trust.json"  # in a base whose code a server may run; stage base alone writes it
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link to nothing",

@@ -1,6 +1,6 @@
 """The base checkpoint: `hub`, `folder` or `tiny` (stage.toml)."""
 
-from model.weights.paths import CheckpointError
+from model.weights.paths import TRUST, CheckpointError
 from stages import job
 from stages.base import folder, hub, make
 from stages.base.parameters import Parameters
@@ -9,11 +9,14 @@ from stages.job import Job, StageError
 
 def run(task: Job) -> None:
     """Writes the base checkpoint from the source that the recipe names."""
-    run_source = {"hub": hub.run, "folder": folder.run, "tiny": make.run}[task.parameters(Parameters).source]
+    params = task.parameters(Parameters)
+    run_source = {"hub": hub.run, "folder": folder.run, "tiny": make.run}[params.source]
     try:
         run_source(task)
     except CheckpointError as error:
         raise StageError(error.found, error.expected, error.remedy) from error
+    if params.trust:
+        (task.output / TRUST).write_text('{"trust": true}\n')
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from model import audit
 from model.families import registry, tokens
 from model.families.unknown import ConfigError
 from model.weights.checkpoint import Checkpoint
-from model.weights.paths import member, members, read_json
+from model.weights.paths import TRUST, member, members, read_json
 from stages import job
 from stages.job import Job, StageError
 
@@ -45,6 +45,12 @@ def check(folder: Path) -> None:
                 "a checkpoint folder with " + ", ".join(NEEDED),
                 "Download the whole repository",
             )
+    if member(folder, TRUST).exists():
+        raise StageError(
+            f"{folder.name} has a {TRUST}",
+            "none: a checkpoint cannot say of itself that its code is trusted",
+            "Copy the checkpoint without this file, and use the copy (source: folder).",
+        )
     config = read_json(folder / "config.json")
     try:
         registry.of(config)

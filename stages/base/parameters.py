@@ -14,6 +14,9 @@ class Parameters:
     repository: str
     # hub: the commit, 40 hex digits; a branch or tag can move and is refused
     commit: str
+    # hub, folder: whether vLLM may run Python code of this checkpoint (--trust-remote-code); only a vLLM
+    # before 0.17.1 needs it, for its parser of reasoning, and is refused otherwise
+    trust: bool
     # tiny: the layers, a letter each: M Mamba-2, * attention, E experts
     pattern: str
     # tiny: hidden size, a multiple of 128

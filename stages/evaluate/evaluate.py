@@ -61,6 +61,7 @@ def run(task: Job) -> None:
                 params.concurrency,
                 params.memory_share,
                 kv_cache=params.kv_cache,
+                trusted=serve.trusted(task.inputs["base"]),
             )
             for plan in plans
         ]

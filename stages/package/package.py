@@ -56,6 +56,7 @@ def run(task: Job) -> None:
             params.memory_share,
             serving.base_name if serves == "tuned" else serving.name,
             params.kv_cache,
+            serve.trusted(task.inputs["base"]),
         )
     except ServingError as error:
         raise StageError(

@@ -15,7 +15,7 @@ RELEASES = ("0.12.0", "0.13.0", "0.15.1", "0.17.0", "0.17.1", "0.18.0", "0.30.2"
 
 
 def served(vllm, checkpoint=CONSERVATIVE, device="cuda", **more):
-    return NEMOTRON_H.serve(vllm, device, checkpoint, 2048, 4, **more)
+    return NEMOTRON_H.serve(vllm, device, checkpoint, 2048, 4, **{"trusted": True, **more})
 
 
 def value(made, flag):
@@ -189,6 +189,16 @@ def test_the_reasoning_parser_is_a_file_before_0_17_1(vllm):
     assert value(made, "--reasoning-parser-plugin") == (None if its_own else "nano_v3_reasoning_parser.py")
     assert ("--trust-remote-code" in made.args) is not its_own
     assert value(made, "--tool-call-parser") == "qwen3_coder" and "--enable-auto-tool-choice" in made.args
+
+
+@pytest.mark.parametrize("vllm", RELEASES)
+def test_code_of_the_checkpoint_runs_only_if_it_is_trusted_and_needed(vllm):
+    if version(vllm) >= (0, 17, 1):
+        assert "--trust-remote-code" not in served(vllm, trusted=False).args
+        assert served(vllm, trusted=False) == served(vllm, trusted=True)
+        return
+    with pytest.raises(ServingError, match=f"vLLM {vllm} runs Python code.*0.17.1 or newer, or set trust"):
+        served(vllm, trusted=False)
 
 
 @pytest.mark.parametrize("vllm", RELEASES)

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import audit
-from model.weights.checkpoint import INDEX, Checkpoint
+from model.families import serve
+from model.weights.checkpoint import INDEX, Checkpoint, files_beside
+from model.weights.paths import TRUST
 from stages import job
 from stages.base import __main__ as base
 from stages.base import tokenizer as words
@@ -185,6 +187,7 @@ WHOLES = {
         lambda f: sorted(f.glob("*.safetensors"))[0].unlink(),
         "model-00001-of-.*not in the folder",
     ),
+    "trust in itself": (lambda f: (f / TRUST).write_text("{}"), "has a trust.json"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat_template.jinja"),
 }
 
@@ -197,6 +200,13 @@ def test_folder_refuses_what_is_no_bf16_checkpoint(made, tmp_path, fault):
     with pytest.raises(StageError, match=found):
         take(broken, tmp_path)
     assert not list((tmp_path / "taken" / "output").iterdir())
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_what_the_recipe_trusts_stands_in_the_base_and_goes_no_further(made, tmp_path, trust):
+    taken = run(tmp_path, {"folder": [made]}, source="folder", trust=trust)
+    assert serve.trusted(taken) is trust and not serve.trusted(made)
+    assert TRUST not in [path.name for path in files_beside(taken)]
 
 
 @pytest.fixture(scope="module")

@@ -332,6 +332,17 @@ def test_a_combination_that_vllm_serves_wrongly_is_refused_before_the_first_serv
     assert not toy.started
 
 
+def test_a_vllm_that_runs_code_of_the_base_is_refused_unless_it_is_trusted(its, toy, monkeypatch):
+    monkeypatch.setattr(serve, "installed", lambda: "0.17.0")
+    (its.inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "conservative"}))
+    with pytest.raises(StageError, match="runs Python code.*trust: true"):
+        evaluate.run(its)
+    assert not toy.started
+    (its.inputs["base"] / "trust.json").write_text("{}")
+    evaluate.run(its)
+    assert toy.started
+
+
 def test_questions_without_a_source_come_from_the_held_out_conversations(its):
     talk, act, result = evaluate.load_questions(its)
     # up to the last answer

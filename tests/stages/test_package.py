@@ -97,6 +97,16 @@ def on_cpu(its):
     return Job(**{**vars(its), "device": "cpu"})
 
 
+def test_a_vllm_that_runs_code_of_the_base_is_refused_unless_it_is_trusted(its, monkeypatch):
+    monkeypatch.setattr(serve, "installed", lambda: "0.17.0")
+    (its.inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "conservative"}))
+    with pytest.raises(StageError, match="runs Python code.*trust: true"):
+        package.run(its)
+    (its.inputs["base"] / "trust.json").write_text("{}")
+    package.run(its)
+    assert "--trust-remote-code" in json.loads((its.output / "serve.json").read_text())["args"]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_serve_json_is_its_golden_copy(its, device):
     package.run(its if device == "cuda" else on_cpu(its))
@@ -140,6 +150,7 @@ def test_the_artifact_holds_what_the_formats_say(its):
 @pytest.mark.trap("think-block-disagrees")
 def test_clients_are_told_that_thinking_is_off(its, monkeypatch):
     monkeypatch.setattr(serve, "installed", lambda: "0.12.0")  # no flag for it there
+    (its.inputs["base"] / "trust.json").write_text("{}")
     (its.inputs["quantize"] / "audit.json").write_text(json.dumps({"layout": "conservative"}))
     package.run(its)
     described = json.loads((its.output / "serve.json").read_text())

@@ -2,7 +2,7 @@
 
 | what | from version | before |
 |---|---|---|
-| `--reasoning-parser nemotron_v3` | 0.17.1 | the plugin file beside the published checkpoint |
+| `--reasoning-parser nemotron_v3` | 0.17.1 | a plugin, code of the published checkpoint |
 | `--default-chat-template-kwargs` (thinking off) | 0.15 | every client says so in its request |
 | LoRA on ungated experts | 0.15 | refused: the model has no expert mapping there |
 | kv_cache_scheme read from the checkpoint | 0.17.1 | `--kv-cache-dtype`, which overrides the file |
@@ -14,7 +14,8 @@
 
 Sources: vLLM's release branches and wheels, pull requests 31343, 39765, 41769 and issue 52308. Prefix
 caching is off on CPU (its engine dies on hybrid models), and float16 is refused everywhere (wrong results
-for this architecture's experts).
+for this architecture's experts). Code of the checkpoint runs (`--trust-remote-code`) only if stage base has
+`trust: true`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SERVED_NAME = "nemotron-nano"
 BASE_NAME = "nemotron-nano-base"  # if an adapter with SERVED_NAME is added at run time
 THINKING_OFF = {"enable_thinking": False}
 OLDEST = (0, 12)
+WITHOUT_CODE = "0.17.1"
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
@@ -85,7 +87,7 @@ def flags(vllm: str, device: str, checkpoint: Served, cache: str = "auto") -> Se
     """
     release, nvfp4 = version(vllm), checkpoint.layout is not None
     args = ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder"]
-    if release >= (0, 17, 1):
+    if release >= version(WITHOUT_CODE):
         args += ["--reasoning-parser", "nemotron_v3"]
     else:
         args += [
@@ -150,6 +152,7 @@ NEMOTRON_H = Serving(
     name=SERVED_NAME,
     base_name=BASE_NAME,
     request=THINKING_OFF,
+    without_code=WITHOUT_CODE,
     limits=limits,
     flags=flags,
     attention=ATTENTION,
