@@ -30,23 +30,19 @@ class _Late(BaseException):
 @contextmanager
 def rendering() -> Iterator[None]:
     """Limits what happens inside to SECONDS and BYTES. Raises CheckpointError beyond, and for a template that
-    calls itself without end. Has no effect outside of the main thread, where no timer can be set.
+    calls itself without end. Raises RuntimeError outside of the main thread, where no timer can be set.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        raise RuntimeError("a chat template is rendered in the main thread alone: others have no timer")
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise _Late
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = min([used + BYTES, *(value for value in (soft, hard) if value != resource.RLIM_INFINITY)])
     before = signal.signal(signal.SIGALRM, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0)  # again, in case a library swallows the first
     try:
-        yield
+        with memory(BYTES):
+            yield
     except _Late:
         raise CheckpointError(f"the chat template ran for {SECONDS:g} seconds", _EXPECTED, _REMEDY) from None
     except (MemoryError, RecursionError) as error:
@@ -56,6 +52,18 @@ def rendering() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def memory(count: int) -> Iterator[None]:
+    """Lets this process grow by `count` bytes at most. Beyond, what happens inside gets a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = min([used + count, *(value for value in (soft, hard) if value != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

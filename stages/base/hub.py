@@ -100,7 +100,7 @@ def listing(repository: str, commit: str, token: str | bool) -> list[RepoSibling
         bad = [f.rfilename for f in files if not is_announced(f)]
     except (HTTPError, OSError):
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StageError(
             f"the hub's answer about {repository} is no list of files ({type(error).__name__})",
             "the JSON of a repository",

@@ -44,10 +44,17 @@ def count_bytes() -> None:
             self.stream.close()
 
     def count(response: httpx2.Response) -> None:
+        if (packing := response.headers.get("content-encoding", "identity")) != "identity":
+            raise StageError(
+                f"an answer of the hub is packed ({packing[:20]!a}), of unknown size",
+                "an answer as it is, which was asked for",
+                "Something between here and the hub changes answers: try another network.",
+            )
         response.stream = Counted(cast(httpx2.SyncByteStream, response.stream))
 
     def client() -> httpx2.Client:
         counting = default_client_factory()
+        counting.headers["Accept-Encoding"] = "identity"
         counting.event_hooks = {**counting.event_hooks, "response": [count]}
         return counting
 

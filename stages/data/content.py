@@ -1,4 +1,4 @@
-"""Recognises what a file holds, by its bytes and not by its name, and reads its records.
+"""Recognises what a file holds, by its bytes and not by its name (records.py reads it).
 
 Readable are Parquet, and JSON Lines and JSON (an array, or objects over several lines) in UTF-8, UTF-16 or
 UTF-32, also as gzip. For any other kind the error names the kind and a way to convert it.
@@ -9,23 +9,17 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
-import io
 import re
 import stat
-import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from stages import dataset
 from stages.job import StageError
 
 HEAD = 1 << 16  # bytes of a file that are read to recognise it
 TEXT_BYTES = 100_000_000  # the largest prompt or file of tools
-HEAD_OF_ROW = 800  # bytes of a row that are kept to show it in a reject
-_BLANK = re.compile(r"[ \t\r\n]*")
 JSON, TEXT, PARQUET, EMPTY = "JSON", "text", "Parquet", "an empty file"
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -71,20 +65,6 @@ class Foreign(Exception):
 
 
 @dataclass(frozen=True)
-class Record:
-    """One row of a file. `line` counts from 1: it is the line in JSON Lines, else the number of the row.
-
-    `value` is the JSON value. If it could not be read, `value` is None and `fault` says why. `head` is the
-    start of the row's text.
-    """
-
-    line: int
-    value: Any
-    fault: str = ""
-    head: bytes = b""
-
-
-@dataclass(frozen=True)
 class Kind:
     """How to read a file. `name` is JSON, PARQUET, EMPTY, or TEXT if the first line is not JSON (its lines
     become rejects). `packed` means gzip. `encoding` and `newline` are those of a text.
@@ -115,7 +95,7 @@ def recognise(path: Path) -> Kind:
             raise Foreign("Parquet inside gzip", "Unpack it (gzip -d): Parquet packs its columns itself.")
         return Kind(PARQUET)
     if head.startswith(b"PK\x03\x04"):
-        raise Foreign(*_zip_kind(path))
+        raise Foreign(*_zip_kind(path, head))
     if head[257:262] == b"ustar":
         raise Foreign("a tar archive", "Unpack it, and name the folder.")
     for magic, kind, remedy in FOREIGN:
@@ -138,17 +118,6 @@ def refuse_special(path: Path) -> None:
         raise StageError(
             f"{path.name} is a FIFO, a socket or a device", "a regular file", "Save what it gives as a file."
         )
-
-
-def records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
-    """Every record of a file whose kind is known. Raises StageError if the rest cannot be read: torn, or in
-    another encoding.
-    """
-    with as_stage_errors(name):
-        if kind.name == PARQUET:
-            yield from _parquet_records(path)
-        elif kind.name in (JSON, TEXT):
-            yield from _json_records(path, name, kind)
 
 
 @contextlib.contextmanager
@@ -233,14 +202,16 @@ def _encoding(head: bytes) -> str:
     return encodings.get(nuls, "utf-8")
 
 
-def _zip_kind(path: Path) -> tuple[str, str]:
-    try:
-        names = zipfile.ZipFile(path).namelist()
-    except (zipfile.BadZipFile, OSError):
-        names = []
-    if any(name.startswith("xl/") for name in names):
+def _zip_kind(path: Path, head: bytes) -> tuple[str, str]:
+    """What a zip file holds, by names that stand in it as they are: at its start or in the list at its end.
+    Nothing is unpacked.
+    """
+    with as_stage_errors(path.name), path.open("rb") as opened:
+        opened.seek(max(0, path.stat().st_size - HEAD))
+        names = head + opened.read(HEAD)
+    if b"xl/workbook" in names:
         return "an Excel workbook", SAVE
-    if any(name.startswith("word/") for name in names):
+    if b"word/document" in names:
         return "a Word document", SAVE
     return "a zip archive", "Unpack it, and name the folder."
 
@@ -262,148 +233,3 @@ def _refuse_foreign_text(text: str) -> None:
         )
     if text.startswith("#"):
         raise Foreign("text (Markdown?)", SAVE)
-
-
-def _json_records(path: Path, name: str, kind: Kind) -> Iterator[Record]:
-    """The records of JSON text: one per line, the elements of an array, or objects over several lines."""
-    lines = _numbered_lines(path, kind)
-    if (numbered := next(lines, None)) is None:  # blank beyond its first bytes, or in its own encoding
-        return
-    first = numbered[1]
-    following = next(lines, None)
-    try:
-        value = dataset.parse(first)
-    except ValueError:
-        multi_line = first[:1] == b"[" or (following is not None and _spans_lines(path, kind))
-    else:
-        multi_line = isinstance(value, list) and following is None
-    if multi_line:
-        yield from _value_records(_full_text(path, kind), name)
-    else:
-        yield from (_line_record(number, raw) for number, raw in _numbered_lines(path, kind))
-
-
-@contextlib.contextmanager
-def _open(path: Path, kind: Kind) -> Iterator[BinaryIO]:
-    with gzip.open(path) if kind.packed else path.open("rb") as opened:
-        yield opened  # type: ignore[misc]
-
-
-def _numbered_lines(path: Path, kind: Kind) -> Iterator[tuple[int, bytes]]:
-    """Number and UTF-8 bytes of every line. UTF-8 is not decoded here, so one bad line is one reject and does
-    not stop the file.
-    """
-    with _open(path, kind) as opened:
-        if kind.encoding.startswith("utf-8") and kind.newline == "\n":
-            yield from dataset.lines(opened)
-        else:
-            text = io.TextIOWrapper(opened, kind.encoding, newline=kind.newline)
-            yield from dataset.lines(line.encode() for line in text)
-
-
-def _full_text(path: Path, kind: Kind) -> str:
-    with _open(path, kind) as opened:
-        return opened.read().decode(kind.encoding)
-
-
-def _spans_lines(path: Path, kind: Kind) -> bool:
-    """Whether the first object of a text is complete over several lines. Its first line alone is not JSON."""
-    try:
-        dataset.DECODER.raw_decode(_full_text(path, kind).lstrip())
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _value_records(text: str, name: str) -> Iterator[Record]:
-    """The elements of an array, or consecutive objects, numbered from 1. Raises StageError if one is not
-    JSON.
-    """
-    array = text.lstrip().startswith("[")
-    position, number = text.index("[") + 1 if array else 0, 0
-    while (position := _after_blanks(text, position)) < len(text):
-        if array and text[position] == "]":
-            break
-        if array and number:
-            if text[position] != ",":
-                raise StageError(
-                    f"{name}: no comma after row {number} of the array, at line"
-                    f" {_line_number(text, position)}",
-                    "JSON throughout",
-                    "Mend it there.",
-                )
-            position = _after_blanks(text, position + 1)
-        number += 1
-        try:
-            value, end = dataset.DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            place = getattr(error, "pos", position)
-            if not text[place:].strip(" \t\r\n") or "Unterminated" in str(
-                error
-            ):  # an unterminated string extends to the end of the text
-                raise StageError(
-                    f"{name}: the text ends inside row {number}: the file was cut off",
-                    "a whole JSON array",
-                    "Copy or write the file again.",
-                ) from error
-            raise StageError(
-                f"{name}: row {number} is no JSON ({dataset.reason(error)}), at line"
-                f" {_line_number(text, place)} of the file",
-                "JSON throughout",
-                "Mend it there. In JSON Lines, one object a line, one bad row does not stop the others.",
-            ) from error
-        yield Record(
-            number, value, "", text[position : min(end, position + HEAD_OF_ROW)].encode("utf-8", "replace")
-        )
-        position = end
-    if array and position == len(text):
-        raise StageError(
-            f"{name}: the array has no end after row {number}: the file was cut off",
-            "a whole JSON array",
-            "Copy or write the file again.",
-        )
-    if array and text[position + 1 :].strip():
-        raise StageError(
-            f"{name}: more text follows the array, at line {_line_number(text, position)}",
-            "one JSON array, or JSON Lines",
-            "Put all rows into one array.",
-        )
-
-
-def _after_blanks(text: str, position: int) -> int:
-    return _BLANK.match(text, position).end()  # type: ignore[union-attr]
-
-
-def _line_number(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
-
-
-def _line_record(number: int, raw: bytes) -> Record:
-    head = raw[:HEAD_OF_ROW]
-    if b"\0" in raw:
-        return Record(number, None, "NUL bytes: the file was cut off while it was written", head)
-    try:
-        return Record(number, dataset.parse(raw), "", head)
-    except ValueError as error:
-        return Record(number, None, str(error), head)
-
-
-def _parquet_records(path: Path) -> Iterator[Record]:
-    """The rows of a Parquet file. Arrow gives all objects of a column the same keys, so here null means an
-    absent key; such keys are removed.
-    """
-    import pyarrow.parquet
-
-    number = 0
-    with pyarrow.parquet.ParquetFile(path) as table:
-        for batch in table.iter_batches(1024):
-            for row in batch.to_pylist(maps_as_pydicts="strict"):
-                number += 1
-                value = _without_nulls(row)
-                yield Record(number, value, "", str(value)[:HEAD_OF_ROW].encode("utf-8", "replace"))
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

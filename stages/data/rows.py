@@ -12,10 +12,12 @@ from typing import Any
 
 from model.families.messages import ChatError, normalise, served_tools
 from stages import job
-from stages.data import content, formats
+from stages.data import formats, records
 from stages.data.files import HELD_OUT, WITH_TRAIN, File, Listing
+from stages.job import StageError
 
 HEAD = 200  # characters of a bad row that rejects.jsonl keeps
+MOST_REJECTS = 1_000_000  # of one file, which are held in memory
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def gather(listing: Listing) -> Gathered:
     """
     gathered = Gathered()
     for number, file in enumerate(listing.files, 1):
-        results = list(read(file))
+        results = list(_within_limit(file))
         if _describes_data_set(file, results):
             listing.left_out[file.name] = "is one JSON object and no conversation"
             continue
@@ -89,9 +91,24 @@ def gather(listing: Listing) -> Gathered:
     return gathered
 
 
+def _within_limit(file: File) -> Iterator[Row | Reject]:
+    """`read`. Raises StageError if a file has more than MOST_REJECTS rejects."""
+    rejects = 0
+    for result in read(file):
+        rejects += isinstance(result, Reject)
+        if rejects > MOST_REJECTS:
+            raise StageError(
+                f"{file.name} has more than {MOST_REJECTS} rows that cannot be used, the last at line"
+                f" {result.line}: {result.reason}",
+                "a file of conversations",
+                "Name the right file, or remove such rows.",
+            )
+        yield result
+
+
 def read(file: File) -> Iterator[Row | Reject]:
     """Every record of one file, as a row or a reject."""
-    for record in content.records(file.path, file.name, file.kind):
+    for record in records.records(file.path, file.name, file.kind):
         head = record.head.decode("utf-8", "replace")[:HEAD]
         try:
             if record.fault:

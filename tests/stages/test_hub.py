@@ -65,6 +65,14 @@ ENDLESS = {
         lambda hub: setattr(hub, "status", (503, {"Retry-After": "86400"})),
         "while downloading|bytes arrived in 3 seconds",
     ),
+    "a list that unpacks to 100 MB": (
+        lambda hub: (setattr(hub, "packed", True), setattr(hub, "page", b"[" * 100_000_000)),
+        "an answer of the hub is packed .'gzip'.",
+    ),
+    "a list that is nested without end": (
+        lambda hub: setattr(hub, "page", b"[" * 100_000),
+        "no list of files .RecursionError.",
+    ),
     "a page instead of the list": (
         lambda hub: setattr(hub, "page", b"<html>Log in</html>"),
         "no list of files",
@@ -81,6 +89,7 @@ def test_a_hub_that_never_delivers_ends_the_stage_in_time(published, tmp_path, f
         code, last, printed = loopback_hub.Download(tmp_path / "job", HUB, hub.url, patience=3).finish()
     assert code == 1 and re.search(found, last["found"]), printed
     assert last["remedy"] and "Traceback" not in printed and time.monotonic() - began < 60
+    assert set(hub.encodings) <= {"identity"}
 
 
 def test_a_page_instead_of_a_file_is_told_by_its_digest(published, tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import contracts
@@ -159,6 +160,12 @@ def test_a_template_ends_stage_data_with_a_sentence(folder, tmp_path, monkeypatc
     with pytest.raises(StageError, match=f"the chat template.*{found}|{found}") as error:
         prepare.run(data_job(folder, tmp_path))
     assert error.value.remedy
+
+
+def test_no_template_is_rendered_where_it_has_no_limits(folder):
+    tokenizer = tokens.load(folder)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="in the main thread alone"):
+        pool.submit(template_text, tokenizer, [{"role": "user", "content": "Hi"}]).result()
 
 
 @pytest.mark.parametrize(
