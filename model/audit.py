@@ -7,18 +7,21 @@ source if there is one. model/checkpoint_audit.py audits checkpoints of any orig
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+
+import torch
 
 from model import faults, layouts
 from model.families import registry
 from model.families.family import Spec
 from model.faults import Finding, not_finite, unreadable
 from model.weights import quant_config
-from model.weights.checkpoint import Checkpoint
+from model.weights.checkpoint import Checkpoint, tensor_bytes
 from model.weights.paths import CheckpointError
 from model.weights.quant_config import FILE as QUANT
 
-__all__ = ["QUANT", "UNREADABLE", "Finding", "bf16", "not_finite", "nvfp4", "packed_modules"]
+__all__ = ["QUANT", "UNREADABLE", "Finding", "bf16", "digest", "not_finite", "nvfp4", "packed_modules"]
 
 UNREADABLE = (CheckpointError, ValueError, KeyError, OSError)
 
@@ -69,12 +72,21 @@ def nvfp4(folder: Path, layout: str, source: Path | None = None, weight_only: bo
         *faults.structure(checkpoint, expected),
         *faults.settings(configs),
         *faults.excludes(checkpoint, family.excludable(config), packed_modules(checkpoint), configs[0]),
-        *faults.scales(checkpoint),
+        *faults.scales(checkpoint, expected),
     ]
     if original:
         unquantised = [n for n in plain if expected[n].dtype != "U8"]
         findings += faults.unchanged(checkpoint, original, unquantised, family.never_cast)
     return findings
+
+
+def digest(values: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of named tensors, in the order of their names."""
+    sha256 = hashlib.sha256()
+    for name in sorted(values):
+        sha256.update(f"{name}\n".encode())
+        sha256.update(tensor_bytes(values[name]))
+    return sha256.hexdigest()
 
 
 def packed_modules(checkpoint: Checkpoint) -> set[str]:

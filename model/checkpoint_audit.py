@@ -1,7 +1,7 @@
 """Audits any checkpoint of a known family: what it is, what is wrong with it, and what a vLLM needs to serve
 it.
 
-    python -m model.checkpoint_audit FOLDER [--base FOLDER] [--vllm VERSION]
+    python -m model.checkpoint_audit FOLDER [--base FOLDER [--deep]] [--vllm VERSION]
 
 prints the audit as JSON (docs/formats.md) and exits with 1 if there are findings. No stage imports this
 module, so a change of what vLLM needs does not make a training run again.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model import faults, layouts
+from model import faults, layouts, packed_audit
 from model.audit import QUANT, UNREADABLE, packed_modules
 from model.families import registry, serve
 from model.families.family import Family
@@ -42,12 +42,19 @@ class Audit:
         return {"facts": self.facts, "serve": needs, "findings": [f.as_json() for f in self.findings]}
 
 
-def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Audit:
+def audit(
+    folder: Path,
+    base: Path | None = None,
+    vllm: str | None = None,
+    deep: bool = False,
+    on_progress: packed_audit.Progress | None = None,
+) -> Audit:
     """Audits a checkpoint of any known family: BF16 or NVFP4, in any recognised layout.
 
     `base` is the checkpoint that this one was made from. In an NVFP4 checkpoint all unquantised tensors must
-    equal the base's. In a BF16 one all tensors but the linears must, because an adapter changes linears only.
-    `vllm` is a version; `0.32.0+cpu` means one without a GPU.
+    equal the base's, and a sample of the packed ones (`deep`: all of them) is compared as packed_audit.py
+    says. In a BF16 one all tensors but the linears must equal the base's, because an adapter changes linears
+    only. `vllm` is a version; `0.32.0+cpu` means one without a GPU.
     """
     findings: list[Finding] = []
     try:
@@ -63,7 +70,7 @@ def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Au
     except UNREADABLE as error:
         return Audit([*findings, unreadable(folder.name, error)])
     packed = packed_modules(checkpoint)
-    facts = {
+    facts: dict[str, Any] = {
         "format": "BF16",
         "layout": None,
         "dtypes": family.precisions[0],
@@ -73,7 +80,10 @@ def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Au
         "bytes": checkpoint.bytes,
         "quantised": len(packed),
         "excludes": 0,
+        "compared": None,
     }
+    chosen: list[str] = []
+    record = packed_audit.Record()
     if packed or configs:
         precision = family.precision({n: e.dtype for n, e in checkpoint.entries.items()})
         plain = family.in_precision(config, precision)
@@ -88,7 +98,17 @@ def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Au
         if facts["format"] not in quant_config.ALGORITHMS:
             return Audit(findings, facts)
         expected = layouts.packed_tensors(plain, chosen, input_scales=has_input_scales(checkpoint))
-        findings += [*faults.structure(checkpoint, expected), *faults.scales(checkpoint)]
+        findings += faults.structure(checkpoint, expected)
+        try:
+            record = packed_audit.record(folder)
+        except UNREADABLE as error:
+            findings.append(unreadable(packed_audit.RECORD, error))
+        try:
+            findings += faults.scales(checkpoint, expected)
+            if record.input_scales and not any(f.subject.endswith(".input_scale") for f in findings):
+                findings += packed_audit.input_scales(checkpoint, chosen, record.input_scales)
+        except UNREADABLE as error:
+            findings.append(unreadable(folder.name, error))
         unchanged = [n for n in plain if expected[n].dtype != "U8"]
     else:
         findings += faults.structure(checkpoint, plain)
@@ -96,13 +116,30 @@ def audit(folder: Path, base: Path | None = None, vllm: str | None = None) -> Au
         unchanged = [n for n in plain if n not in adapted]
     if base:
         try:
-            findings += faults.unchanged(checkpoint, Checkpoint(base), unchanged, family.never_cast)
+            source = Checkpoint(base)
+            findings += faults.unchanged(checkpoint, source, unchanged, family.never_cast)
         except UNREADABLE as error:
             findings.append(unreadable(f"--base {base.name}", error))
+        else:
+            if chosen:
+                found, facts["compared"] = packed_audit.compare(
+                    checkpoint, source, whole(chosen, findings), record.rule, deep, on_progress
+                )
+                findings += found
     if vllm is None:
         return Audit(findings, facts)
     needs, serving_findings = serving_needs(vllm, config, facts, packed)
     return Audit([*findings, *serving_findings], facts, needs)
+
+
+def whole(modules: list[str], findings: list[Finding]) -> list[str]:
+    """Those of the linears `modules` whose codes and scales nothing was found about yet."""
+    reported = {finding.subject for finding in findings}
+    return [
+        module
+        for module in modules
+        if reported.isdisjoint((module, *(f"{module}.{part}" for part in packed_audit.PARTS)))
+    ]
 
 
 def has_input_scales(checkpoint: Checkpoint) -> bool:
@@ -178,12 +215,13 @@ def serving_needs(
     return serving.flags(vllm, "cpu" if "+cpu" in vllm else "cuda", checkpoint, "auto"), []
 
 
-def main() -> None:
+def main(on_progress: packed_audit.Progress | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m model.checkpoint_audit")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", type=Path)
+    parser.add_argument("--deep", action="store_true")
     parser.add_argument("--vllm")
-    result = audit(**vars(parser.parse_args()))
+    result = audit(**vars(parser.parse_args()), on_progress=on_progress)
     print(json.dumps(result.as_json()))
     sys.exit(bool(result.findings))
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,8 @@ SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OF_THE_FOLDER = ("manifest.json", "merge.json", TRUST)
 Work = Callable[[], torch.Tensor]  # makes a tensor, or a piece of one
+Subject = TypeVar("Subject")  # what a piece of work is about
+Result = TypeVar("Result")
 
 
 def weight_map(folder: Path, index: str = INDEX) -> dict[str, str]:
@@ -124,11 +126,18 @@ class Tensors:
 
     def _read(self, name: str, start: int, target: torch.Tensor) -> torch.Tensor:
         file = self.entries[name].file
-        with file.open("rb", buffering=0) as opened:
-            opened.seek(start)
-            remaining = tensor_bytes(target)
-            while remaining and (count := opened.readinto(remaining)):
-                remaining = remaining[count:]
+        remaining = tensor_bytes(target)
+        try:
+            with file.open("rb", buffering=0) as opened:
+                opened.seek(start)
+                while remaining and (count := opened.readinto(remaining)):
+                    remaining = remaining[count:]
+        except (
+            OSError
+        ) as error:  # a failing disk does not say which file, and two folders may be read at once
+            raise CheckpointError(
+                f"{file.parent.name}/{file.name} cannot be read: {error.strerror or error}"
+            ) from error
         if remaining:
             raise CheckpointError(f"{file.name} ended in the middle of {name}")
         return target
@@ -251,7 +260,9 @@ def write(
             )
 
 
-def results_in_order(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, torch.Tensor]]:
+def results_in_order(
+    work: Iterable[tuple[Subject, Callable[[], Result]]],
+) -> Iterator[tuple[Subject, Result]]:
     """The results of work in its order, computed by a few threads. At most twice as many results as threads
     exist or are being computed at once.
     """
@@ -260,9 +271,9 @@ def results_in_order(work: Iterable[tuple[Slot, Work]]) -> Iterator[tuple[Slot, 
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            pending: deque[tuple[Slot, Future[torch.Tensor]]] = deque()
-            for slot, piece in work:
-                pending.append((slot, pool.submit(piece)))
+            pending: deque[tuple[Subject, Future[Result]]] = deque()
+            for subject, piece in work:
+                pending.append((subject, pool.submit(piece)))
                 if len(pending) > 2 * threads:
                     first, result = pending.popleft()
                     yield first, result.result()

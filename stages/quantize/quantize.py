@@ -46,6 +46,9 @@ def run(task: Job) -> None:
             "conversations": len(rows),
             "tokens": sum(map(len, rows)),
             "idle": idle,
+            "input_scales": audit.digest(
+                {f"{module}.input_scale": nvfp4.global_scale(value) for module, value in maxima.items()}
+            ),
         }
         if idle:
             job.warning(

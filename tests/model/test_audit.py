@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from packed import quantised, tensors, written
 
 from model import faults, layouts
 from model.checkpoint_audit import QUANT, audit
@@ -18,8 +19,7 @@ from model.families.nemotron_h import names
 from model.families.nemotron_h.family import NEMOTRON_H
 from model.families.nemotron_h.layout import LAYOUTS
 from model.weights import nvfp4, quant_config
-from model.weights.checkpoint import DTYPES, INDEX, Checkpoint, Slot, shards, write, write_index
-from model.weights.checkpoint import NAMES as DTYPE_NAMES
+from model.weights.checkpoint import DTYPES, INDEX, Checkpoint
 
 REPO, GOLDEN = Path(__file__).resolve().parents[2], Path(__file__).parent / "golden"
 EXPERT, OTHER = "backbone.layers.1.mixer.experts.0", "backbone.layers.1.mixer.experts.2"
@@ -29,40 +29,6 @@ BIAS, EMBEDDINGS = "backbone.layers.1.mixer.gate.e_score_correction_bias", "back
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return small.base(tmp_path_factory.mktemp("source") / "base")
-
-
-def tensors(folder):
-    its = Checkpoint(folder)
-    return {name: its.tensor(name) for name in its.entries}
-
-
-def written(folder, config, values, quant=None):
-    folder.mkdir()
-    slots = [Slot(name, DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in values.items()]
-    files = shards(slots, 300_000)
-    for file, group in files:
-        write(folder / file, group, lambda slot: values[slot.name])
-    write_index(folder, files)
-    (folder / "config.json").write_text(json.dumps(config))
-    if quant:
-        quant_config.write(folder, quant)
-    return folder
-
-
-def quantised(base, folder, chosen, change=lambda values: None, weight_only=False):
-    """`base` in NVFP4, with its tensors changed before they are written."""
-    config, values = Checkpoint(base).config, tensors(base)
-    for name in layouts.quantised(config, chosen):
-        packed = nvfp4.pack(values[f"{name}.weight"])
-        values |= {
-            f"{name}.weight": packed.weight,
-            f"{name}.weight_scale": packed.weight_scale,
-            f"{name}.weight_scale_2": packed.weight_scale_2,
-        }
-        if not weight_only:
-            values[f"{name}.input_scale"] = torch.tensor(0.01)
-    change(values)
-    return written(folder, config, values, layouts.hf_quant_config(config, chosen, "FP8", "0", weight_only))
 
 
 def edited(folder, copy, change, file=QUANT):
@@ -112,6 +78,7 @@ def test_each_layout_passes_and_is_recognised(base, tmp_path, chosen):
         "bytes": 0,
         "quantised": len(layouts.quantised(config, chosen)),
         "excludes": len(layouts.excluded(config, chosen)),
+        "compared": made.facts["compared"],
     }
 
 
@@ -229,7 +196,7 @@ def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_pat
         opened.truncate(8 + len(head) + at)
     for source, target in (("nano-config.json", "config.json"), ("nano-hf_quant_config.json", QUANT)):
         shutil.copyfile(GOLDEN / source, tmp_path / target)
-    monkeypatch.setattr(faults, "scales", lambda checkpoint: [])
+    monkeypatch.setattr(faults, "scales", lambda checkpoint, expected: [])
     made = audit(tmp_path)
     assert made.findings == []
     assert made.facts == {
@@ -242,6 +209,7 @@ def test_the_published_layout_of_the_whole_model_passes_from_its_headers(tmp_pat
         "bytes": 19_339_781_632,
         "quantised": 5968,
         "excludes": 60,
+        "compared": None,
     }
 
 
@@ -515,6 +483,19 @@ def test_a_safetensors_file_that_no_index_names(nvidia, tmp_path):
     assert subjects(folder) == {"adapter_model.safetensors"}
     (folder / "config.json").write_text("{")
     assert subjects(folder) == {"adapter_model.safetensors", "made"}
+
+
+def test_a_scale_that_is_larger_than_any_memory_is_named_and_not_read(nvidia, tmp_path):
+    folder = shutil.copytree(nvidia, tmp_path / "made")
+    name, size = f"{EXPERT}.gate_proj.weight_scale", 2**40
+    head = json.dumps({name: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (folder / "more.safetensors").open("wb") as opened:  # sparse: it takes no space
+        opened.write(struct.pack("<Q", len(head)) + head)
+        opened.truncate(8 + len(head) + size)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][name] = "more.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    assert subjects(folder) == {name}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"hidden_size": 128}', '{"hybrid_override_pattern": "M-"}'])

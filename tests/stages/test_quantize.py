@@ -8,7 +8,7 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import audit, layouts
+from model import audit, checkpoint_audit, layouts, packed_audit
 from model.families.nemotron_h import names, native
 from model.families.nemotron_h.layout import LAYOUTS
 from model.weights import quant_config
@@ -44,6 +44,9 @@ def made(source, tmp_path_factory):
 def test_the_audit_passes_and_the_config_is_the_source_s(source, made):
     assert audit.nvfp4(made, "nvidia", source) == []
     assert json.loads((made / "audit.json").read_text())["findings"] == []
+    whole = checkpoint_audit.audit(made, source, deep=True)
+    assert whole.findings == [] and whole.facts["compared"]["rule"] == "nearest"
+    assert packed_audit.record(made).input_scales
     assert (made / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
@@ -244,6 +247,8 @@ def test_searched_scales_bring_the_model_nearer_to_its_source(source, made, tmp_
         json.loads((folder / "audit.json").read_text())["fidelity"] for folder in (made, its.output)
     )
     assert mse["kl"] < nearest["kl"] and mse["layers"][-1] < nearest["layers"][-1]
+    whole = checkpoint_audit.audit(its.output, source, deep=True)
+    assert whole.findings == [] and whole.facts["compared"]["rule"] == "mse"
 
 
 def test_a_renamed_embedding_is_caught(source, tmp_path):
