@@ -373,8 +373,9 @@ def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
         "--base",
         type=click.Path(path_type=Path),
         metavar="FOLDER",
-        help="What it was made from: the rest has to be equal.",
+        help="What it was made from: a sample of the packed weights has to fit it, the rest has to be equal.",
     ),
+    click.option("--deep", is_flag=True, help="With --base: compares every packed weight, not a sample."),
     click.option(
         "--vllm",
         metavar="VERSION",
@@ -383,7 +384,13 @@ def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
     as_json,
 )
 def audit(
-    recipe: str, executor: str | None, folder: Path, base: Path | None, vllm: str | None, as_json: bool
+    recipe: str,
+    executor: str | None,
+    folder: Path,
+    base: Path | None,
+    deep: bool,
+    vllm: str | None,
+    as_json: bool,
 ) -> None:
     """Checks the checkpoint in FOLDER, and exits with 1 on a fault.
 
@@ -392,7 +399,7 @@ def audit(
     from product import audit, report
 
     session = open_session(recipe, executor)
-    result = audit.audit(session.context, session.executor, folder, base, vllm)
+    result = audit.audit(session.context, session.executor, folder, base, vllm, deep)
     print(json.dumps(result, indent=1)) if as_json else show(report.of_audit(result))
     sys.exit(bool(result["findings"]))
 

@@ -39,6 +39,7 @@ def of_audit(audit: dict[str, Any]) -> RenderableType:
                 f"{facts['quantised']:,} linears, {facts['excludes']:,} excludes" if facts["layout"] else ""
             ),
             "bytes": f"{facts['bytes']:,}",
+            "compared": _compared(facts["compared"]) if facts["compared"] else "",
         }
         for name, value in rows.items():
             if value:
@@ -70,6 +71,14 @@ def of_audit(audit: dict[str, Any]) -> RenderableType:
         )
     )
     return Group(*parts)
+
+
+def _compared(compared: dict[str, Any]) -> str:
+    """How much of the packed weights was compared with the base, and how."""
+    whole = compared["bytes"] == compared["of"]
+    part = "all" if whole else f"{compared['bytes'] / compared['of']:.0%} of"
+    how = ", within rounding" if compared["rule"] == "rounding" else f" quantised again ({compared['rule']})"
+    return f"{part} {size(compared['of'])} packed, with the base{how}{'' if whole else '; --deep: all'}"
 
 
 def of_behaviour(folder: Path) -> RenderableType:

@@ -18,6 +18,12 @@ AUDIT = """\
     faults = [{"subject": f"layers.{n}.input_scale", **scale} for n in range(3)] if "bad" in folder else []
     facts = {"format": "NVFP4", "layout": "nvidia", "dtypes": "router in BF16", "kv_cache": "FP8",
              "tensors": 24147, "files": 5, "bytes": 19339781632, "quantised": 5968, "excludes": 60}
+    compared = {"rule": "nearest", "bytes": 522 * 10**6, "of": 16_900 * 10**6}
+    if "--deep" in more:
+        for done in (8.45, 16.9):
+            print(json.dumps({"event": "progress", "done": done, "total": 16.9, "unit": "GB", "note": ""}))
+        compared |= {"rule": "rounding", "bytes": compared["of"]}
+    facts["compared"] = compared if "--base" in more else None
     serve = {"args": more, "env": {"A_VARIABLE": "1"}}
     print(json.dumps({"facts": facts, "serve": serve if more else None, "findings": faults}))
     sys.exit(bool(faults))
@@ -67,6 +73,19 @@ def test_audit_describes_a_checkpoint_and_the_flags_it_needs(checkpoints, comman
     text = command("audit", good, "--vllm", "0.31.0", "--base", good)
     assert f"A_VARIABLE=1 vllm serve FOLDER --base {good} --vllm=0.31.0\n" in text
     assert json.loads(command("audit", good, "--json"))["facts"]["tensors"] == 24147
+
+
+def test_audit_says_how_much_of_the_packed_weights_it_compared(checkpoints, command):
+    good = str(checkpoints / "good")
+    said = "3% of 16.9 GB packed, with the base quantised again (nearest); --deep: all\n"
+    assert said in command("audit", good, "--base", good)
+    text = command("audit", good, "--base", good, "--deep")
+    assert "compared   all 16.9 GB packed, with the base, within rounding\n" in text
+    assert (
+        json.loads(command("audit", good, "--base", good, "--deep", "--json"))["serve"]["args"][-1]
+        == "--deep"
+    )
+    assert "--deep: found no --base; expected the folder" in command("audit", good, "--deep", code=1)
 
 
 def test_audit_ends_with_1_and_says_what_is_alike_once(checkpoints, command):
