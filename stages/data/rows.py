@@ -95,8 +95,7 @@ def _within_limit(file: File) -> Iterator[Row | Reject]:
     """`read`. Raises StageError if a file has more than MOST_REJECTS rejects."""
     rejects = 0
     for result in read(file):
-        rejects += isinstance(result, Reject)
-        if rejects > MOST_REJECTS:
+        if isinstance(result, Reject) and (rejects := rejects + 1) > MOST_REJECTS:
             raise StageError(
                 f"{file.name} has more than {MOST_REJECTS} rows that cannot be used, the last at line"
                 f" {result.line}: {result.reason}",
