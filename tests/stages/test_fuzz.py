@@ -11,6 +11,7 @@ import fuzz
 import pytest
 import small
 import torch
+from packed import quantised
 from safetensors.torch import save_file
 
 from model import audit, checkpoint_audit
@@ -72,6 +73,23 @@ def test_audits_find_and_never_fail(base, tmp_path, reads):
             raise CheckpointError(str(findings[0]))
 
     fuzz.check(read, folder, [INDEX, *Checkpoint(folder).files, "config.json"], CheckpointError)
+
+
+def test_an_audit_of_packed_weights_beside_their_source_finds_and_never_fails(base, tmp_path):
+    made, source = quantised(base, tmp_path / "made", "nvidia"), shutil.copytree(base, tmp_path / "base")
+    record = {"scales": "nearest", "calibration": {"engine": "own", "input_scales": "0" * 64}}
+    (made / "audit.json").write_text(json.dumps(record))
+
+    def read():
+        findings = checkpoint_audit.audit(made, source, deep=True).findings
+        for finding in findings:
+            assert all(text and text.isprintable() for text in finding.as_json().values()), finding
+        for finding in findings:
+            if finding.subject != "input_scale":  # nothing has the digest above
+                raise CheckpointError(str(finding))
+
+    names = [f"{folder.name}/{file}" for folder in (made, source) for file in Checkpoint(folder).files]
+    fuzz.check(read, tmp_path, [*names, f"made/{INDEX}", "made/audit.json"], CheckpointError)
 
 
 def test_adapter(base, tmp_path):
