@@ -23,16 +23,17 @@ from model import audit
 from model.faults import Finding, unreadable
 from model.weights import nvfp4
 from model.weights.checkpoint import Tensors, results_in_order
-from model.weights.nvfp4 import FP4_MAX, FP8_MAX, GROUP, Packed
+from model.weights.nvfp4 import CHUNK, FP4_MAX, FP8_MAX, GROUP, Packed
 from model.weights.paths import CheckpointError, member, read_json
 
 RECORD = "audit.json"
 ROUNDING = "rounding"  # the rule where none is recorded
 RULES = (*nvfp4.SEARCHES, ROUNDING)
 PARTS = ("weight", "weight_scale", "weight_scale_2")
+THREADS = 16
 SHARE, PLACES = 32, 4  # a sample is a 32nd of the rows of a linear, from four places
 FOREIGN = 1 / 8  # of the groups: with more wrong ones a linear counts as made of other weights
-ROWS = 2**19  # weights that `_beyond_rounding` handles at once
+ROOM = 6.8  # below the least of what `_intervals` gives the code 6 at any scale (6 x 2 / 1.75)
 # Relative, at the ends of a rounding interval: an exporter may have rounded divisor and quotient to BF16.
 TOLERANCE = 2.0**-7
 # The sum of squares depends on the order of its terms: a GPU may find another scale best, by about 2^-16.
@@ -110,7 +111,7 @@ def compare(
     `compared` of docs/formats.md.
 
     `rule` is one of RULES. `deep` compares all rows and tells `on_progress` after every linear; else a sample
-    is compared. A few threads have one linear each in memory.
+    is compared. Each of up to THREADS threads has one linear in memory.
     """
     faults = {module: _source_fault(checkpoint, source, module) for module in modules}
     findings = [finding for finding in faults.values() if finding]
@@ -118,7 +119,7 @@ def compare(
     total = sum(checkpoint.entries[f"{module}.{part}"].bytes for module in there for part in PARTS)
     work = ((module, partial(_compared, checkpoint, source, module, rule, deep)) for module in there)
     done = 0
-    for _, (found, count) in results_in_order(work):
+    for _, (found, count) in results_in_order(work, THREADS):
         findings += found
         done += count
         if deep and on_progress:
@@ -248,11 +249,18 @@ def _squares(packed: Packed, weight: torch.Tensor) -> torch.Tensor:
 
 def _beyond_rounding(rows: Rows) -> Iterator[Finding]:
     """A finding if codes stand for values beyond rounding of the source's, at the scales that are there."""
-    wrong, step = 0, max(1, ROWS // rows.weight.shape[1])
-    parts = (rows.weight, rows.packed.weight, rows.packed.weight_scale)
-    for weight, codes, scale in zip(*(part.split(step) for part in parts), strict=True):
-        wrong += int(_outside(weight, codes, scale, rows.packed.weight_scale_2).sum())
-    total = rows.packed.weight_scale.numel()
+    packed, wrong, total = rows.packed, 0, rows.packed.weight_scale.numel()
+    parts = (
+        rows.weight.reshape(-1, GROUP),
+        packed.weight.reshape(-1, GROUP // 2),
+        packed.weight_scale.reshape(-1),
+    )
+    for weight, codes, scale in zip(*(part.split(CHUNK // GROUP) for part in parts), strict=True):
+        value = weight.float() / (scale.float() * packed.weight_scale_2)[:, None]
+        code = torch.stack([codes & 15, codes >> 4], -1).view(-1, GROUP)
+        # Most groups have the codes that we would give, and need no closer look. NaN is never <= anything.
+        fits = (nvfp4.encode(value) == code).all(-1) & (value.abs().amax(-1) <= ROOM)
+        wrong += int(_outside(value[~fits], code[~fits], scale.view(torch.uint8)[~fits]).sum())
     if wrong:
         yield Finding(
             f"{rows.module}.weight",
@@ -262,18 +270,14 @@ def _beyond_rounding(rows: Rows) -> Iterator[Finding]:
         )
 
 
-def _outside(
-    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, second: torch.Tensor
-) -> torch.Tensor:
-    """Which groups (rows, groups) have a weight outside of the interval that its code stands for. `weight`
-    (rows, in), `codes` uint8 (rows, in / 2), `scale` float8 (rows, groups), `second` float32 ().
+def _outside(value: torch.Tensor, code: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Which groups have a value outside of the interval that its code stands for, bool (groups). `value`
+    (groups, 16) is divided by its scales; `code` uint8 alike; `scale`: the bytes of the groups' scales.
     """
     lowest, highest, room = _intervals()
-    code = torch.stack([codes & 15, codes >> 4], -1).view(*scale.shape, GROUP).int()
-    value = weight.float().view(*scale.shape, GROUP) / (scale.float() * second)[..., None]
-    size, magnitude = torch.where(code >= 8, -value, value), code & 7
+    size, magnitude = torch.where(code >= 8, -value, value), (code & 7).int()
     size = torch.where(magnitude == 0, value.abs(), size)
-    high = highest[magnitude].minimum(room[scale.view(torch.uint8).int()][..., None])
+    high = highest[magnitude].minimum(room[scale.int()][:, None])
     inside = (size >= lowest[magnitude] * (1 - TOLERANCE)) & (size <= high * (1 + TOLERANCE))
     return ~inside.all(-1)
 

@@ -261,12 +261,12 @@ def write(
 
 
 def results_in_order(
-    work: Iterable[tuple[Subject, Callable[[], Result]]],
+    work: Iterable[tuple[Subject, Callable[[], Result]]], limit: int = THREADS
 ) -> Iterator[tuple[Subject, Result]]:
-    """The results of work in its order, computed by a few threads. At most twice as many results as threads
-    exist or are being computed at once.
+    """The results of work in its order, computed by at most `limit` threads. At most twice as many results as
+    threads exist or are being computed at once.
     """
-    threads, previous_threads = min(THREADS, os.cpu_count() or 1), torch.get_num_threads()
+    threads, previous_threads = min(limit, os.cpu_count() or 1), torch.get_num_threads()
     # each thread works on its own piece; nested thread pools would wait for each other
     torch.set_num_threads(1)
     try:

@@ -243,12 +243,13 @@ CODES = [
 
 @pytest.mark.parametrize(("value", "code", "fits"), CODES)
 def test_a_code_stands_for_the_values_that_round_to_it(value, code, fits):
-    weight, codes = torch.zeros(1, 16), torch.zeros(1, 8, dtype=torch.uint8)
-    weight[0, 5], codes[0, 2] = value * 64 * 0.25, code << 4
-    outside = packed_audit._outside(
-        weight, codes, torch.tensor([[64.0]]).to(torch.float8_e4m3fn), torch.tensor(0.25)
+    weight, codes = torch.zeros(2, 32), torch.zeros(2, 16, dtype=torch.uint8)
+    weight[1, 21], codes[1, 10] = value * 64 * 0.25, code << 4
+    scale, second = torch.full((2, 2), 64.0).to(torch.float8_e4m3fn), torch.tensor(0.25)
+    rows = packed_audit.Rows("linear", weight, nvfp4.Packed(codes, scale, second))
+    assert [f.found for f in packed_audit._beyond_rounding(rows)] == (
+        [] if fits else ["weights beyond rounding of the source's, in 1 of 4 groups"]
     )
-    assert outside.tolist() == [[not fits]]
 
 
 # --- other weights, and folders that are broken -------------------------------------------------------------
