@@ -17,7 +17,8 @@ from forge.journal import Journal, Log
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What Python, OpenMP and the C library say where a process or a thread cannot be started.
 _NO_PROCESS = re.compile(
-    rf".*(?:can't start new thread|[Tt]hread creation failed|pthread_create|{os.strerror(errno.EAGAIN)}).*"
+    rf".*(?:can't start new thread|[Tt]hread creation failed|(?:BlockingIOError|fork).*"
+    rf"{os.strerror(errno.EAGAIN)}).*"
 )
 TAIL = 12  # log lines that a failure shows
 # The events of the stage protocol (docs/formats.md), and the fields that are texts.
@@ -104,9 +105,7 @@ def _failure(home: Path, task: Task, code: int | None, told: dict[str, str], log
     code_of_room = next((code for code in _NO_ROOM if os.strerror(code) in said), None)
     if code_of_room or preflight.disk_gb(home) < 0.05:
         return trouble.of_fault(home, OSError(code_of_room or errno.ENOSPC, "", str(home)))
-    if told:
-        return error(task.stage, *(told.get(name, "") for name in ("found", "expected", "remedy")))
-    if refused := _NO_PROCESS.search(said):
+    if refused := _NO_PROCESS.search(told.get("found", "") if told else said):
         return error(
             task.stage,
             refused[0].strip(),
@@ -115,6 +114,8 @@ def _failure(home: Path, task: Task, code: int | None, told: dict[str, str], log
             f"Raise it in the recipe ({task.program.stage}: {{needs: {{pids: {task.pids * 2}}}}}), or the"
             " machine's (ulimit -u).",
         )
+    if told:
+        return error(task.stage, *(told.get(name, "") for name in ("found", "expected", "remedy")))
     if code in (-9, 137):
         return error(
             task.stage,

@@ -60,6 +60,8 @@ def memory_finding(stage: str, needed: float, home: Path, neighbours: list[Neigh
         found += ", and containers that may take some: " + ", ".join(
             f"{each.what} ({each.container}) up to {each.memory_gb:g} GB" for each in neighbours
         )
+    if needed > total:
+        return error(stage, found, f"{needed:g} GB", "Take a smaller recipe, or a machine with more memory.")
     if (home / SERVING).exists():
         remedy = "Stop the server with python build.py serve --stop"
     elif neighbours:

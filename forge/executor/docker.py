@@ -367,7 +367,8 @@ class Docker:
         """
         if no_engine():
             return
-        for container in self.client.containers.list(all=True, filters={"label": f"{_OWNER}={self.home}"}):
+        ours = {"label": f"{_OWNER}={self.home}"}
+        for container in self.client.containers.list(all=True, filters=ours, ignore_removed=True):
             try:
                 container.remove(force=True)
             except NotFound:

@@ -116,7 +116,7 @@ def neighbours(client: Any, stage: str, served: str) -> list[Neighbour]:
     """
     found = {}
     for label in (stage, served):
-        for container in client.containers.list(filters={"label": label}):
+        for container in client.containers.list(filters={"label": label}, ignore_removed=True):
             host = container.attrs["HostConfig"]
             if host["Memory"] and (label == stage or host["DeviceRequests"]):
                 what = f"stage {container.labels[stage]}" if label == stage else "the served model"

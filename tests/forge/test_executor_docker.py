@@ -398,7 +398,9 @@ def test_a_model_that_a_gpu_serves_may_take_its_limit():
     """The engines of the tests have no GPU to give: a container as docker's client shows it."""
     host = {"Memory": 54_000_000_000, "DeviceRequests": [{"Driver": "nvidia", "Count": -1}]}
     shown = SimpleNamespace(name="annie-vllm-1", labels={"served": "1"}, attrs={"HostConfig": host})
-    containers = SimpleNamespace(list=lambda filters: [shown] if filters["label"] in shown.labels else [])
+    containers = SimpleNamespace(
+        list=lambda filters, **options: [shown] if filters["label"] in shown.labels else []
+    )
     client = SimpleNamespace(containers=containers)
     assert neighbours(client, "stage", "served") == [Neighbour("annie-vllm-1", "the served model", 54.0)]
     host["DeviceRequests"] = None
@@ -452,17 +454,29 @@ def test_a_stage_within_its_limit_is_not_killed_and_another_fault_is_no_lack_of_
     assert ended(toy, replace(task(toy, child=False), memory_gb=0.6)).found == "exit status 3"
 
 
+THREADS = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
+FORKS = "os.fork() or time.sleep(60)"
+
+
 @engine
-def test_a_stage_has_no_more_threads_than_its_limit(toy):
-    (toy / "repo/stages/toy/__main__.py").write_text(
-        textwrap.dedent("""\
-        import threading
-        for number in range(200):
-            threading.Thread(target=threading.Event().wait, daemon=True).start()
-        """)
-    )
+@pytest.mark.parametrize(
+    ("starts", "said"), [(THREADS, "can't start new thread"), (FORKS, "Resource temporarily unavailable")]
+)
+@pytest.mark.parametrize("through", ["job.main(run)", "run(None)"])
+def test_a_stage_that_its_limit_of_processes_stopped_is_told_so(toy, starts, said, through):
+    """A stage's own `main` says of any exception that it is a fault of the stage."""
+    shutil.copy(REPO / "stages/job.py", toy / "repo/stages")
+    lines = [
+        "import os, threading, time",
+        "from stages import job",
+        "def run(task):",
+        "    for number in range(200):",
+        f"        {starts}",
+        through,
+    ]
+    (toy / "repo/stages/toy/__main__.py").write_text("\n".join(lines))
     finding = ended(toy, replace(task(toy), pids=100))
-    assert "can't start new thread" in finding.found and "toy: {needs: {pids: 200}}" in finding.remedy
+    assert said in finding.found and "toy: {needs: {pids: 200}}" in finding.remedy
 
 
 @engine

@@ -73,6 +73,8 @@ def test_the_remedy_names_what_can_be_stopped(tmp_path, monkeypatch):
     def remedy(*neighbours):
         return preflight.memory_finding("train", 90, tmp_path, list(neighbours)).remedy
 
+    assert remedy() == "Take a smaller recipe, or a machine with more memory."
+    monkeypatch.setattr(preflight, "memory_gb", lambda: (1.0, 128.0))
     assert remedy().startswith("Stop what else is running")
     assert "docker stop annie-vllm-1" in remedy(SERVER)
     (tmp_path / serving_record.FILE).touch()
