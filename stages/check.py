@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.job import StageError, T, typed
+from stages.job import StageError, T, printable, typed
 
 MOST = 20  # findings of one check that are shown
 
@@ -89,4 +89,4 @@ def main(check_sources: Callable[[PlannedStage], Iterable[Finding]]) -> None:
             )
         ]
     for finding in findings:
-        print(json.dumps(asdict(finding)))
+        print(json.dumps({name: printable(text) for name, text in asdict(finding).items()}))

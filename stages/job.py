@@ -48,8 +48,15 @@ class StageError(Exception):
     """A failure that the user can mend: what was found, what was expected, what to do."""
 
     def __init__(self, found: str, expected: str, remedy: str):
-        super().__init__(f"{found}; expected {expected}. {remedy}")
-        self.found, self.expected, self.remedy = found, expected, remedy
+        self.found, self.expected, self.remedy = map(printable, (found, expected, remedy))
+        super().__init__(f"{self.found}; expected {self.expected}. {self.remedy}")
+
+
+def printable(text: str) -> str:
+    """`text` with escapes in place of all that cannot be printed but line ends, because words of a stranger
+    may hold a terminal's control sequences.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def typed(kind: type[T], params: dict[str, Any]) -> T:
@@ -93,7 +100,8 @@ _events = sys.stdout
 
 
 def _emit(event: str, **values: Any) -> None:
-    _events.write(json.dumps({"event": event, **values}) + "\n")
+    shown = {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
+    _events.write(json.dumps({"event": event, **shown}) + "\n")
     _events.flush()
 
 

@@ -201,6 +201,8 @@ def _results(
             f"message {position + 1 + [bool(value) for value in ids].index(False)} has no tool_call_id, "
             "but other results of the turn have one"
         )
+    if any(isinstance(value, dict | list) for value in [*call_ids, *ids]):
+        raise ChatError(f"an id of the calls of message {position}, or of their results, is no text")
     for owner, values in (("calls", call_ids), ("results", ids)):
         if len(set(values)) < len(values):
             raise ChatError(f"two {owner} of message {position} have the same id")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.weights.paths import CheckpointError, member, read_json
+from model.weights.paths import CheckpointError, member, printable, read_json
 
 CONFIG = "adapter_config.json"
 
@@ -108,8 +108,8 @@ class AdapterError(ValueError):
         expected: str = "an adapter of PEFT made on this base",
         remedy: str = "Train again on this base.",
     ):
-        super().__init__(found)
-        self.found, self.expected, self.remedy = found, expected, remedy
+        self.found, self.expected, self.remedy = printable(found), expected, remedy
+        super().__init__(self.found)
 
 
 @dataclass(frozen=True)

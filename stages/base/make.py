@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from model.layers.structure import Model
+
+
+T = TypeVar("T")
 
 
 def run(task: Job) -> None:
@@ -84,7 +90,8 @@ def read_lessons(paths: list[Path]) -> list[dict[str, Any]]:
         for number, row in dataset.read(file):
             try:
                 row["messages"][0]["role"]
-            except (LookupError, TypeError) as error:
+                json.dumps(row, ensure_ascii=False).encode()  # UnicodeEncodeError for half a surrogate pair
+            except (LookupError, TypeError, UnicodeEncodeError) as error:
                 raise StageError(
                     f"{file.name}:{number} is not a conversation ({error})",
                     'a line such as {"messages": [...]}',
@@ -124,7 +131,10 @@ def make_tokenizer(
     template_tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), chat_template=small_tokenizer.chat_template()
     )
-    texts = [template_text(template_tokenizer, row["messages"], row.get("tools")) for row in conversations]
+    texts = [
+        _of_lesson(number, row, partial(template_text, template_tokenizer))
+        for number, row in enumerate(conversations, 1)
+    ]
     small_tokenizer.write(small_tokenizer.train(texts, vocabulary), folder)
     tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
@@ -132,15 +142,19 @@ def make_tokenizer(
     return tokenizer
 
 
+def _of_lesson(number: int, row: dict[str, Any], rendered: Callable[[Any, Any], T]) -> T:
+    try:
+        return rendered(row["messages"], row.get("tools"))
+    except ChatError as error:
+        raise StageError(
+            f"lesson {number}: {error}", "a conversation the template can render", "Mend or remove it"
+        ) from error
+
+
 def render_lessons(conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
     """The lessons as tokens and labels, shuffled. Raises StageError if one cannot be rendered."""
-    rows = []
-    for number, row in enumerate(conversations, 1):
-        try:
-            rows.append(render(tokenizer, row["messages"], row.get("tools")))
-        except ChatError as error:
-            raise StageError(
-                f"lesson {number}: {error}", "a conversation the template can render", "Mend or remove it"
-            ) from error
+    rows = [
+        _of_lesson(number, row, partial(render, tokenizer)) for number, row in enumerate(conversations, 1)
+    ]
     random.Random(0).shuffle(rows)
     return rows

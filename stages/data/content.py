@@ -28,6 +28,7 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # UTF-32 LE is first, because its mark begins with that of UTF-16 LE
+ANEW = "Copy or download it again, or write it anew."
 SAVE = "Save the conversations as JSON Lines or Parquet."
 FOREIGN = (
     (b"SQLite format 3\0", "an SQLite database", SAVE),
@@ -128,17 +129,12 @@ def as_stage_errors(name: str) -> Iterator[None]:
     # The check before the first stage has only the standard library, and opens no Parquet.
     except ImportError:
         arrow_error = ()
-    remedy = "Copy or download it again, or write it anew."
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise StageError(f"{name} is a torn gzip file: {error}", "a whole one", remedy) from error
+        raise StageError(f"{name} is a torn gzip file: {error}", "a whole one", ANEW) from error
     except arrow_error as error:
-        raise StageError(
-            f"{name} begins as Parquet and cannot be read: {str(error).splitlines()[0]}",
-            "a whole Parquet file",
-            remedy,
-        ) from error
+        raise _torn_parquet(name, error) from error
     except UnicodeDecodeError as error:
         raise StageError(
             f"{name} is no {error.encoding} text ({error.reason} at {error.start})",
@@ -146,11 +142,18 @@ def as_stage_errors(name: str) -> Iterator[None]:
             "Save it as UTF-8.",
         ) from error
     except OSError as error:
+        if error.errno is None:  # Arrow's, not the system's
+            raise _torn_parquet(name, error) from error
         raise StageError(
-            f"{name} cannot be read: {error.strerror or error}",
+            f"{name} cannot be read: {error.strerror}",
             "a file that this user may read",
             "Check the path and its permissions.",
         ) from error
+
+
+def _torn_parquet(name: str, error: Exception) -> StageError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return StageError(f"{name} begins as Parquet and cannot be read: {first}", "a whole Parquet file", ANEW)
 
 
 def read_text(path: Path, purpose: str) -> str:

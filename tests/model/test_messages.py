@@ -56,6 +56,10 @@ def tokenizer(tmp_path_factory):
             "two results of message 2 have the same id",
         ),
         (
+            [user("Go."), several(("stop", {}, "a")), result("x", {"id": "a"})],
+            "an id of the calls of message 2, or of their results, is no text",
+        ),
+        (
             [user("Go."), several(("stop", {}, "a"), ("go", {}, "b")), result("x", "a"), result("y")],
             "message 4 has no tool_call_id",
         ),

@@ -1,7 +1,11 @@
 """A hub that lists what it must not, or never delivers, ends stage base with a sentence."""
 
+import json
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import contracts
 import huggingface_hub
@@ -19,6 +23,7 @@ def published(tmp_path_factory):
     return small.tokenizer(folder)
 
 
+REPO = Path(__file__).resolve().parents[2]
 HUB = contracts.defaults("base", source="hub", repository=loopback_hub.REPOSITORY, commit=loopback_hub.COMMIT)
 ANSWERS = {
     "a name above": (lambda i: i["siblings"][0].update(rfilename="../../x.json"), "leads out of its folder"),
@@ -90,6 +95,16 @@ def test_a_hub_that_never_delivers_ends_the_stage_in_time(published, tmp_path, f
     assert code == 1 and re.search(found, last["found"]), printed
     assert last["remedy"] and "Traceback" not in printed and time.monotonic() - began < 60
     assert set(hub.encodings) <= {"identity"}
+
+
+def test_words_of_a_stranger_reach_no_terminal_as_they_are(tmp_path):
+    error = StageError("a\x1b[2Jb\u202ec\ud800d\nनमस्ते é 🎉", "\x07", "\r")
+    assert error.found == "a\\x1b[2Jb\\u202ec\\ud800d\nनमस्ते é 🎉"
+    assert (error.expected, error.remedy) == ("\\x07", "\\r")
+    warns = "from stages import job; job.warning('a\\x1b[2Jb', '\\u202e')"
+    done = subprocess.run([sys.executable, "-c", warns], capture_output=True, text=True, cwd=REPO)
+    event = json.loads(done.stdout)
+    assert (event["message"], event["remedy"]) == ("a\\x1b[2Jb", "\\u202e")
 
 
 def test_a_page_instead_of_a_file_is_told_by_its_digest(published, tmp_path):

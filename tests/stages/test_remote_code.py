@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import contracts
-import fuzz
 import pytest
 import small
 
@@ -131,11 +130,6 @@ def test_a_tokenizer_that_is_garbage_is_refused_by_name(folder, fault):
     with pytest.raises(CheckpointError, match=found) as error:
         tokens.load(folder)
     assert str(error.value).isprintable() and error.value.expected and error.value.remedy
-
-
-def test_fuzz_tokenizer(folder):
-    names = ["tokenizer.json", "tokenizer_config.json", "config.json"]
-    fuzz.check(lambda: tokens.load(folder), folder, names, CheckpointError)
 
 
 TEMPLATES = {
