@@ -14,6 +14,7 @@ import torch
 from model.families.family import Spec
 from model.families.unknown import ConfigError
 from model.layouts import PARTS
+from model.weights import paths
 from model.weights.checkpoint import INDEX, SINGLE, Checkpoint, weight_map
 from model.weights.header import header
 from model.weights.nvfp4 import GROUP
@@ -25,12 +26,18 @@ _AGAIN = "Copy or download it again."
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: which tensor or file, what is there, what should be, what to do."""
+    """One fault: which tensor or file, what is there, what should be, what to do. What cannot be printed is
+    escaped, since names and values are a stranger's.
+    """
 
     subject: str
     found: str
     expected: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            object.__setattr__(self, name, paths.printable(text))
 
     def __str__(self) -> str:
         return f"{self.subject}: found {self.found}; expected {self.expected}. {self.remedy}"

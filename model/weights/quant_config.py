@@ -25,6 +25,7 @@ ALGORITHMS = {"NVFP4": True, "W4A16_NVFP4": False}
 ONLY_IN_CONFIG = ("W4A16_NVFP4",)
 _FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _CACHE_NAMES: dict[tuple[object, object], str] = {("float", 8): "FP8", ("float", 4): "NVFP4"}
+LONGEST = 500  # characters of an exclude: the time to read a pattern grows with the square of its length
 # vLLM refuses the file without any of them
 _REQUIRED = ("quant_algo", "group_size", "kv_cache_quant_algo", "exclude_modules")
 
@@ -90,6 +91,8 @@ def _parsed(file: str, raw: object, listed: str) -> QuantConfig:
     excludes = raw.get(listed, [])
     if not isinstance(excludes, list) or not all(isinstance(name, str) for name in excludes):
         raise CheckpointError(f"{listed} of {file} is not a list of names")
+    if (longest := max(map(len, excludes), default=0)) > LONGEST:
+        raise CheckpointError(f"{listed} of {file} has a name of {longest:,} characters")
     groups = _table(raw, "config_groups", file) if file == CONFIG else {}
     inner = [_table(_table(groups, name, file), "weights", file).get("group_size") for name in groups]
     size = raw.get("group_size") or next(filter(None, inner), GROUP)

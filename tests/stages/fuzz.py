@@ -186,8 +186,8 @@ def fuzz(reader, seconds, seed, corpus=None, at_case=lambda seed: None):
 
 
 def keep(folder, changed):
-    folder.mkdir(parents=True, exist_ok=True)
     for name, data in changed.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
 
 
@@ -196,7 +196,8 @@ def replay(reader, corpus):
     result = Result()
     trial = Trial(reader, result)
     for case in sorted(path for path in corpus.glob("*") if path.is_dir()):
-        trial.run(case.name, {file.name: file.read_bytes() for file in case.iterdir()})
+        files = [file for file in case.rglob("*") if file.is_file()]
+        trial.run(case.name, {str(file.relative_to(case)): file.read_bytes() for file in files})
     return result
 
 
