@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -372,19 +373,20 @@ def test_what_runs_beside_a_stage_is_known_by_what_it_may_take(toy):
     image = its.baked(made(its, task(toy)).program)
     running = other.submit(replace(task(toy, sleep=600), memory_gb=0.5))
     command = ["docker", "run", "--rm", "--detach", "--network=none", "--entrypoint=sleep"]
+    names = f"annie-toy-{uuid.uuid4().hex[:8]}"
     limited = ["--memory=300000000", "--memory-swap=300000000"]
     started = [
         subprocess.run([*command, *words, "600"], capture_output=True, text=True, check=True).stdout.strip()
         for words in (
-            [*limited, "--name=annie-toy-served", "--label=io.annie.key=1", BASE],
-            [*limited, "--name=annie-toy-stranger", BASE],
-            ["--name=annie-toy-unlimited", image],
+            [*limited, f"--name={names}-served", "--label=io.annie.key=1", BASE],
+            [*limited, f"--name={names}-stranger", BASE],
+            [f"--name={names}-unlimited", image],
         )
     ]
     try:
         ours = Neighbour(running.container.name, "stage toy", 0.5)
         seen = its.neighbours()
-        assert ours in seen and not [each for each in seen if each.container.startswith("annie-toy")]
+        assert ours in seen and not [each for each in seen if each.container.startswith(names)]
         its.end_orphans()  # of its own store alone
         assert ours in its.neighbours()
         other.end_orphans()
@@ -573,7 +575,7 @@ def test_the_serving_image_holds_the_checkpoint_and_an_adapter_if_there_is_one(t
     server.mkdir(parents=True)
     for name in ("front.py", "supervisor.py"):
         (server / name).write_text("")
-    image, tag = Image("serve", REPO / "images/serve", {}), "annie/toy-serving:test"
+    image, tag = Image("serve", REPO / "images/serve", {}), f"annie/toy-serving:{uuid.uuid4().hex[:8]}"
     contexts = {
         "checkpoint": toy / "checkpoint",
         "adapter": toy / "adapter" if adapter else None,

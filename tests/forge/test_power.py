@@ -6,6 +6,7 @@ import json
 import shutil
 import stat
 import textwrap
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -259,7 +260,7 @@ BASE = "python:3.11-slim-bookworm"
 PRODUCT = """\
     [build]
     image = "product"
-    tag = "annie/test-power"
+    tag = "{tag}"
     by = "how"
     [build.contexts]
     """
@@ -274,17 +275,19 @@ def contained(mini):
     toy.edit(mini.recipe, "images: {", "images: {product: {base: '" + BASE + "'}, ")
     (mini.repo / "images/product").mkdir()
     (mini.repo / "images/product/Dockerfile").write_text("ARG BASE\nFROM ${BASE}\nCOPY text.txt /\n")
-    dockerfile = (REPO / "stages/quantize/Dockerfile").read_text()
+    product = f"annie/test-{uuid.uuid4().hex[:8]}"  # this test's own: others may use the engine
+    dockerfile = (REPO / "stages/quantize/Dockerfile").read_text() + f"LABEL of={product}\n"
     for name in ("words", "count", "slow"):
         (mini.repo / "stages" / name / "Dockerfile").write_text(dockerfile.replace("quantize", name))
     contexts = "".join(f"{way} = {{}}\n" for way in ("well", "badly", "empty", "crash", "large"))
     with (mini.repo / "stages/slow/stage.toml").open("a") as contract:
-        contract.write(textwrap.dedent(PRODUCT) + contexts)
+        contract.write(textwrap.dedent(PRODUCT).format(tag=product) + contexts)
     yield mini
-    client = docker.Docker(mini.repo, mini.home).client
-    for label in ("io.annie.recipe=toy", f"io.annie.environment={BASE}"):
-        for image in client.images.list(filters={"label": label}):
-            client.images.remove(image.id, force=True)
+    executor, context = docker.Docker(mini.repo, mini.home), mini.context()
+    programs = [plan.program(context, step) for step in context.recipe.stages.values()]
+    products = [tag for image in executor.client.images.list(name=product) for tag in image.tags]
+    for tag in [*map(executor.baked, programs), *products]:
+        executor.remove(tag)
 
 
 def run_in_containers(mini):

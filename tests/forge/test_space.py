@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,22 +182,24 @@ def test_gc_waits_for_no_run(two, command):
 
 
 BASE = "python:3.11-slim-bookworm"
+TEST = f"annie/test-{uuid.uuid4().hex[:8]}"  # tags of this run of the tests alone: others may use the engine
 engine = pytest.mark.skipif(not answers(), reason="no Docker engine answers here")
 
 
 @pytest.fixture
-def images(two, monkeypatch):
+def images(mini, monkeypatch):
     """`images.make(tag, latest=False, **labels)` makes a real image, `images.run(tag)` a container of it, and
     `images.there()` says which tags there are. With labels of its own: gc removes what has forge's, and the
     engine may hold images that somebody needs.
     """
-    labels = {"environment": "io.annie.test.environment", "key": "io.annie.test.key"}
+    labels = {name: f"{TEST}.{name}" for name in ("environment", "key")}
+    (mini.repo / "images/plain/note.txt").write_text(TEST)  # its tag is this run's own too
     monkeypatch.setattr(kept, "ENVIRONMENT", labels["environment"])
     monkeypatch.setattr(kept, "KEY", labels["key"])
-    executor = Docker(two.repo, two.home)
-    dockerfile = two.home.parent / "Dockerfile"
+    executor = Docker(mini.repo, mini.home)
+    dockerfile = mini.home.parent / "Dockerfile"
     dockerfile.write_text(f"FROM {BASE}\nARG CONTENT\nENV CONTENT=$CONTENT\n")
-    (empty := two.home.parent / "empty").mkdir()
+    (empty := mini.home.parent / "empty").mkdir()
     containers = []
 
     def shown():
@@ -227,95 +230,95 @@ def of_images(items):
 
 
 @engine
-def test_images_of_no_recipe_and_no_artifact_go(two, images):
+def test_images_of_no_recipe_and_no_artifact_go(images, two):
     context, executor = two.context(), images.executor
     (built,) = [s.artifact for s in two.plan().stages if s.name == "slow"]
     environment = executor.tag(context.recipe.images["plain"])
     images.make(environment, environment="plain")
-    images.make("annie/test-env:old", environment="plain")
-    images.make("annie/test-product:1", latest=True, key="0" * 64)
-    images.make("annie/test-product:2", key=built.key)
-    images.make("annie/test-busy:1", latest=True, environment="x")
-    images.make("annie/test-theirs:1")
-    name = images.run("annie/test-busy:1")
+    images.make(f"{TEST}-env:old", environment="plain")
+    images.make(f"{TEST}-product:1", latest=True, key="0" * 64)
+    images.make(f"{TEST}-product:2", key=built.key)
+    images.make(f"{TEST}-busy:1", latest=True, environment="x")
+    images.make(f"{TEST}-theirs:1")
+    name = images.run(f"{TEST}-busy:1")
     try:
         gone, findings = space.remove(context, executor, 3)
-        stranger = executor.client.images.get("annie/test-theirs:1")
+        stranger = executor.client.images.get(f"{TEST}-theirs:1")
     finally:
-        executor.client.images.remove("annie/test-theirs:1")
-    assert of_images(gone) == {"annie/test-env:old", "annie/test-product:1"} and stranger
+        executor.client.images.remove(f"{TEST}-theirs:1")
+    assert of_images(gone) == {f"{TEST}-env:old", f"{TEST}-product:1"} and stranger
     assert images.there() == {
         environment,
-        "annie/test-product:2",
-        "annie/test-busy:1",  # with both tags: without the first nothing would find it again
-        "annie/test-busy:latest",
+        f"{TEST}-product:2",
+        f"{TEST}-busy:1",  # with both tags: without the first nothing would find it again
+        f"{TEST}-busy:latest",
     }
     assert [(f.subject, name in f.found, f"docker rm --force {name}" in f.remedy) for f in findings] == [
-        ("annie/test-busy:1", True, True)
+        (f"{TEST}-busy:1", True, True)
     ]
 
 
 @engine
-def test_an_image_is_as_old_as_its_tag_here_and_as_large_as_docker_says(two, images):
+def test_an_image_is_as_old_as_its_tag_here_and_as_large_as_docker_says(images, two):
     """Builds have no date of their own, so that equal files give equal images."""
-    images.make("annie/test-env:1", latest=True, environment="x")
+    images.make(f"{TEST}-env:1", latest=True, environment="x")
     (item,) = [item for item in space.items(two.context(), images.executor, 0)[0] if item.kind == "image"]
     assert abs(datetime.datetime.now(datetime.UTC) - item.created) < datetime.timedelta(minutes=10)
     assert item.bytes > 1e8 and item.users == ()
 
 
 @engine
-def test_images_that_the_last_runs_started_stay_for_their_scripts(two, images):
-    images.make("annie/test-words:1", environment="x")
+def test_images_that_the_last_runs_started_stay_for_their_scripts(images, two):
+    images.make(f"{TEST}-words:1", environment="x")
     newest = max(two.home.glob("runs/*"))
-    (newest / "01-words.sh").write_text("exec docker run --rm annie/test-words:1 /job.json\n")
+    (newest / "01-words.sh").write_text(f"exec docker run --rm {TEST}-words:1 /job.json\n")
     (newest / "02-odd.sh").mkdir()
-    for keep, gone in ((1, set()), (0, {"annie/test-words:1"})):
+    for keep, gone in ((1, set()), (0, {f"{TEST}-words:1"})):
         assert of_images(space.remove(two.context(), images.executor, keep)[0]) == gone
 
 
 @engine
-def test_an_image_without_a_tag_of_its_own_is_found_and_removed(two, images):
+def test_an_image_without_a_tag_of_its_own_is_found_and_removed(images, two):
     """Another took its tag; or its own was removed by hand, and `latest` is left."""
     client = images.executor.client
-    images.make("annie/test-product:1", content="one", key="1")
-    replaced = client.images.get("annie/test-product:1").id
-    images.make("annie/test-other:1", content="two", key="2")
-    client.images.get("annie/test-other:1").tag("annie/test-product", "1")
-    images.make("annie/test-env:1", latest=True, environment="x")
-    client.images.remove("annie/test-env:1")
+    images.make(f"{TEST}-product:1", content="one", key="1")
+    replaced = client.images.get(f"{TEST}-product:1").id
+    images.make(f"{TEST}-other:1", content="two", key="2")
+    client.images.get(f"{TEST}-other:1").tag(f"{TEST}-product", "1")
+    images.make(f"{TEST}-env:1", latest=True, environment="x")
+    client.images.remove(f"{TEST}-env:1")
     gone, findings = space.remove(two.context(), images.executor, 3)
-    names = {replaced[:19], "annie/test-product:1", "annie/test-other:1", "annie/test-env:latest"}
+    names = {replaced[:19], f"{TEST}-product:1", f"{TEST}-other:1", f"{TEST}-env:latest"}
     assert (of_images(gone), findings, images.there()) == (names, [], set())
 
 
 @engine
-def test_an_image_that_is_removed_by_hand_breaks_neither_ls_nor_gc(two, images, monkeypatch):
+def test_an_image_that_is_removed_by_hand_breaks_neither_ls_nor_gc(images, two, monkeypatch):
     client = images.executor.client
     for number in range(2):
-        images.make(f"annie/test-env:{number}", environment="x")
-    client.images.remove("annie/test-env:0")
-    assert of_images(space.items(two.context(), images.executor, 0)[0]) == {"annie/test-env:1"}
+        images.make(f"{TEST}-env:{number}", environment="x")
+    client.images.remove(f"{TEST}-env:0")
+    assert of_images(space.items(two.context(), images.executor, 0)[0]) == {f"{TEST}-env:1"}
     real = client.api.images
 
     def images_of_before(**options):
         """As if it were removed right after it was listed."""
         listed = real(**options)
         if listed:
-            client.images.remove("annie/test-env:1")
+            client.images.remove(f"{TEST}-env:1")
             monkeypatch.setattr(client.api, "images", real)
         return listed
 
     monkeypatch.setattr(client.api, "images", images_of_before)
     gone, findings = space.remove(two.context(), images.executor, 0)
-    assert (of_images(gone), findings) == ({"annie/test-env:1"}, [])
+    assert (of_images(gone), findings) == ({f"{TEST}-env:1"}, [])
 
 
 @engine
-def test_an_image_that_a_container_took_in_that_moment_is_kept_by_the_engine(two, images, monkeypatch):
-    images.make("annie/test-env:1", environment="x")
-    images.run("annie/test-env:1")
+def test_an_image_that_a_container_took_in_that_moment_is_kept_by_the_engine(images, two, monkeypatch):
+    images.make(f"{TEST}-env:1", environment="x")
+    images.run(f"{TEST}-env:1")
     monkeypatch.setattr(images.executor.client.api, "containers", lambda **options: [])
     gone, findings = space.remove(two.context(), images.executor, 0)
-    assert not of_images(gone) and [f.subject for f in findings] == ["annie/test-env:1"]
-    assert images.there() == {"annie/test-env:1"}
+    assert not of_images(gone) and [f.subject for f in findings] == [f"{TEST}-env:1"]
+    assert images.there() == {f"{TEST}-env:1"}
