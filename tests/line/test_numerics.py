@@ -1,15 +1,13 @@
-"""The small recipe trained with torch held to fewer instructions than this CPU has: other sums, the same
-manners. Part of `make long`.
+"""The small line with torch held to fewer instructions than this CPU has: other sums, the same manners.
+Part of `make long`.
 
-The base is the one that this CPU makes: held to SSE its 2,200 steps take 40 minutes. vLLM chooses its own
-kernels by the CPU alone, so its half of the line is the same each time.
+vLLM chooses its own kernels by the CPU alone, so its half of the line is the same each time.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -27,25 +25,17 @@ CPUS = {
 AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text()
 
 pytestmark = pytest.mark.skipif(
-    os.environ.get("ANNIE_TEST_LONG") != "1", reason="a quarter of an hour each: make long"
+    os.environ.get("ANNIE_TEST_LONG") != "1", reason="ten minutes each: make long"
 )
 
 
-@pytest.fixture(scope="module")
-def base():
-    """The folder of the store's bases, with the one of this CPU."""
-    ran(*BUILD, "run", "--until", "base", *LINE)
-    return HOME / "store" / "artifacts" / "base"
-
-
 @pytest.mark.parametrize("cpu", CPUS)
-def test_the_tuned_model_passes_on_another_cpu(cpu, base, tmp_path, monkeypatch):
+def test_the_tuned_model_passes_on_another_cpu(cpu, tmp_path, monkeypatch):
     if cpu == "AVX2" and not AVX512:
         pytest.skip("not run: this CPU has no more than AVX2")
     for name, value in CPUS[cpu].items():
         monkeypatch.setenv(name, value)
     (tmp_path / "envs").symlink_to(HOME / "envs")
-    shutil.copytree(base, tmp_path / "store" / "artifacts" / "base")
     ran(*BUILD, "run", *LINE, home=tmp_path)
     report = json.loads(
         Path(ran(*BUILD, "path", "evaluate", *LINE, home=tmp_path).strip(), "report.json").read_text()
