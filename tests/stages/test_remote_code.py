@@ -171,6 +171,8 @@ def test_no_template_is_rendered_where_it_has_no_limits(folder):
         "{{ raise_exception('no') }}",
         "{{ 1 + 'a' }}",
         "{{ 1 / 0 }}",
+        "{% if 1e400 > messages | length %}{% endif %}",
+        "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,
         "{% for i in range(10 ** 9) %}{% endfor %}",
     ],
 )

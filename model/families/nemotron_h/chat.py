@@ -95,14 +95,9 @@ def _text(
                 "a template of Jinja",
                 "Take chat_template.jinja from the model's own repository.",
             ) from error
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
+        except (MemoryError, RecursionError):  # the limits say what they mean
+            raise
+        except Exception as error:  # a template is a stranger's code, which may raise anything
             raise ChatError(f"the chat template fails: {type(error).__name__}: {error}") from error
     return limits.check_length(cast(str, text))  # a text, since tokenize is false
 
