@@ -25,7 +25,7 @@ REPO = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("ANNIE_HOME", REPO / ".annie"))
 BUILD = [sys.executable, str(REPO / "build.py")]
 LINE = ["--recipe", "tiny", "--executor", "docker"]
-KEY = "a key of this test"
+KEY = "k" * 32
 SHORTEST = 16  # characters of a text that is looked for; shorter ones stand in any program
 
 pytestmark = [
