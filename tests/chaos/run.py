@@ -19,7 +19,7 @@ sys.path.insert(0, str(REPO / "tests"))
 import run as rooms  # noqa: E402
 
 QUICK = "tests/chaos/quick.yaml"
-# Kills of each stage: an hour. The short form is for .ci/run: three minutes.
+# Kills of each stage: about an hour.
 KILLS = {"train": 40, "merge": 100, "quantize": 100}
 IMAGE_KILLS = 70
 
@@ -60,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--short", action="store_true", help="a few of each, as in .ci/run")
+    parser.add_argument("--short", action="store_true", help="a few of each: six minutes")
     parser.add_argument("--executor", default="local", choices=["docker", "local"])
     options = parser.parse_args()
     model = built("quantize", options.executor)
