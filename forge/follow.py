@@ -60,7 +60,7 @@ def follow(executor: Executor, journal: Journal, home: Path, task: Task, log: Lo
     running = executor.submit(task)
     try:
         for line in executor.logs(running):
-            event = _protocol_event(line.text) if line.stream == "stdout" else None
+            event = protocol_event(line.text) if line.stream == "stdout" else None
             if event is None:
                 journal.emit("log", stage=task.stage, line=log.line(line.text))
                 continue
@@ -127,7 +127,7 @@ def _failure(home: Path, task: Task, code: int | None, told: dict[str, str], log
     return error(task.stage, f"exit status {code}", "0", "The last lines of its log say more.")
 
 
-def _protocol_event(text: str) -> dict[str, Any] | None:
+def protocol_event(text: str) -> dict[str, Any] | None:
     """A line of the stage protocol, or None if it is something else."""
     if not text.startswith("{"):
         return None

@@ -14,9 +14,12 @@ from forge.store import Store
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run, as its folder tells it. `name` is the folder's; `seconds` is None for one that did not end."""
+    """A run, as its folder tells it. `name` is the folder's. `stamp` is what of it tells runs of one recipe
+    apart, and what `logs --run` takes. `seconds` is None for one that did not end.
+    """
 
     name: str
+    stamp: str
     executor: str
     began: datetime.datetime
     seconds: float | None
@@ -27,35 +30,31 @@ class PastRun:
     bytes: int  # of what it made and is still there
     gone: tuple[str, ...]  # stages whose artifact it made and is not there any more
 
-    @property
-    def stamp(self) -> str:
-        """What of the name tells runs of one recipe apart, and what `logs --run` takes."""
-        return journal.stamp(self.name)
-
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "began": self.began.isoformat(timespec="seconds")}
 
 
 def of_recipe(store: Store, recipe: str) -> Iterator[PastRun]:
     """The runs of a recipe, newest first."""
-    return (_read(store, folder) for folder in journal.runs(store.home, recipe))
+    return (_read(store, folder, recipe) for folder in journal.runs(store.home, recipe))
 
 
-def _read(store: Store, folder: Path) -> PastRun:
-    events, began = journal.events(folder), journal.began(folder)
+def _read(store: Store, folder: Path, recipe: str) -> PastRun:
+    plan, events, began = journal.plan_of(folder), journal.events(folder), journal.began(folder)
     made = {stage: str(e.get("key")) for e in events if e["event"] == "stage_done" and (stage := _stage(e))}
     begun = [(stage, str(e.get("why", ""))) for e in events if e["event"] == "stage" and (stage := _stage(e))]
     ended = next((e for e in events if e["event"] in journal.ENDINGS), None)
     artifacts = {stage: store.at(stage, key) for stage, key in made.items()}
     return PastRun(
         name=folder.name,
-        executor=str(journal.plan_of(folder).get("executor", "")),
+        stamp=folder.name.removesuffix(f"-{recipe}"),
+        executor=str(plan.get("executor", "")),
         began=began,
         seconds=_seconds(began, ended) if ended else None,
         ending=_ending(folder, [stage for stage, _ in begun], ended),
         made=tuple(made),
         why=begun[0][1] if begun else "",
-        keys=dict(journal.places(folder)),
+        keys=dict(journal.places_in(plan, events)),
         bytes=sum(artifact.bytes for artifact in artifacts.values() if artifact),
         gone=tuple(stage for stage, artifact in artifacts.items() if not artifact),
     )

@@ -114,13 +114,6 @@ def began(folder: Path) -> datetime.datetime:
     return datetime.datetime.strptime(name[1] + "+0000", "%Y%m%d-%H%M%S%z")
 
 
-def stamp(name: str) -> str:
-    """The name of a run's folder without its recipe."""
-    parts = _NAME.fullmatch(name)
-    assert parts, name
-    return name.removesuffix(f"-{parts[3]}")
-
-
 def recipes(home: Path) -> list[str]:
     """The recipes that have runs."""
     return sorted({name[3] for name in _names(home / "runs")})
@@ -128,8 +121,13 @@ def recipes(home: Path) -> list[str]:
 
 def places(folder: Path) -> set[tuple[str, str]]:
     """Stage and key of everything that a run made, used or meant to make, as far as its folder says."""
-    stages = plan_of(folder).get("stages")
-    told = [*(stages if isinstance(stages, list) else []), *events(folder)]
+    return places_in(plan_of(folder), events(folder))
+
+
+def places_in(plan: dict[str, Any], events: list[Event]) -> set[tuple[str, str]]:
+    """The same by the run's plan and events."""
+    stages = plan.get("stages")
+    told = [*(stages if isinstance(stages, list) else []), *events]
     pairs = [(entry.get("stage"), entry.get("key")) for entry in told if isinstance(entry, dict)]
     return {(stage, key) for stage, key in pairs if isinstance(stage, str) and isinstance(key, str)}
 

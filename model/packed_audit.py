@@ -225,20 +225,13 @@ def _requantised(rows: Rows, search: str) -> Iterator[Finding]:
             f"{expected_second:.9g}, the source's largest weight / {FP4_MAX * FP8_MAX:.0f}",
             _CHANGED,
         )
-    if count := int(scales.sum()):
-        yield Finding(
-            f"{rows.module}.weight_scale",
-            f"other scales than the source gives, in {count:,} of {total:,} groups",
-            f"those of `scales: {search}`, which {RECORD} records",
-            _CHANGED,
-        )
-    if count := int(codes.sum()):
-        yield Finding(
-            f"{rows.module}.weight",
-            f"other codes than the source gives, in {count:,} of {total:,} groups",
-            "the source's weights, rounded to nearest",
-            _CHANGED,
-        )
+    for part, what, groups, right in (
+        ("weight_scale", "scales", scales, f"those of `scales: {search}`, which {RECORD} records"),
+        ("weight", "codes", codes, "the source's weights, rounded to nearest"),
+    ):
+        if count := int(groups.sum()):
+            found = f"other {what} than the source gives, in {count:,} of {total:,} groups"
+            yield Finding(f"{rows.module}.{part}", found, right, _CHANGED)
 
 
 def _squares(packed: Packed, weight: torch.Tensor) -> torch.Tensor:

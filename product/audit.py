@@ -14,6 +14,7 @@ from typing import Any
 from forge import artifact_types, contract, report
 from forge.executor import Executor
 from forge.finding import Finding, Refused, error
+from forge.follow import protocol_event
 from forge.plan import Context
 from forge.program import Program
 from product import QUANTIZE
@@ -89,9 +90,8 @@ def _last_line(lines: Iterable[str]) -> str:
     with ExitStack() as bar:
         on_bytes = None
         for last in lines:
-            if not (last.startswith('{"event": "progress"') and last.endswith("\n")):
+            if (event := protocol_event(last)) is None or event["event"] != "progress":
                 continue
-            event = json.loads(last)
             on_bytes = on_bytes or bar.enter_context(report.reading(round(event["total"] * 1e9)))
             on_bytes(round((event["done"] - shown) * 1e9))
             shown = event["done"]

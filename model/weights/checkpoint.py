@@ -132,9 +132,7 @@ class Tensors:
                 opened.seek(start)
                 while remaining and (count := opened.readinto(remaining)):
                     remaining = remaining[count:]
-        except (
-            OSError
-        ) as error:  # a failing disk does not say which file, and two folders may be read at once
+        except OSError as error:  # it does not say which file, and two folders may be read at once
             raise CheckpointError(
                 f"{file.parent.name}/{file.name} cannot be read: {error.strerror or error}"
             ) from error

@@ -293,5 +293,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE), str(REPO)]
+    sys.path[:0] = [str(HERE), str(HERE.parent / "model"), str(REPO)]
     sys.exit(main())

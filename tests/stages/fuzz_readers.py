@@ -11,26 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import small
 import torch
+from packed import quantised
 from safetensors.torch import save_file
 
-from model import audit, checkpoint_audit, layouts
+from model import audit, checkpoint_audit
 from model.families import limits, registry, tokens
 from model.families.messages import ChatError
 from model.families.nemotron_h import chat
 from model.families.nemotron_h.targets import targets
 from model.lora import Adapter, AdapterError
-from model.weights import lora_config, nvfp4, quant_config
-from model.weights.checkpoint import INDEX, Checkpoint, Slot, shards, write, write_index
+from model.weights import lora_config, quant_config
+from model.weights.checkpoint import INDEX, Checkpoint
 from model.weights.header import header
 from model.weights.paths import CheckpointError, read_json
-from stages.base import hub, tiny
-from stages.base import tokenizer as words
+from stages.base import hub
 from stages.data import content, files, production, rows
 from stages.evaluate import questions
 from stages.job import Job, StageError
-
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -43,45 +42,9 @@ class Reader:
     allowed: tuple[type[Exception], ...]
 
 
-def base(folder, name="base"):
-    """A whole BF16 checkpoint of small shards, with random weights and no tokenizer."""
-    folder = folder / name
-    folder.mkdir()
-    config = tiny.config("*E", 128, 4, 512)
-    specs = registry.of(config).tensors(config)
-    return written(folder, config, [Slot(name, spec.dtype, spec.shape) for name, spec in specs.items()])
-
-
-def written(folder, config, slots, value=lambda slot: torch.randn(slot.shape).to(DTYPES[slot.dtype])):
-    layout = shards(slots, 100_000)
-    for name, group in layout:
-        write(folder / name, group, value)
-    write_index(folder, layout)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "generation_config.json").write_text("{}")
-    return folder
-
-
-def packed(folder, source):
-    """`source` in NVFP4, in the layout of NVIDIA's own checkpoint."""
-    folder.mkdir()
-    checkpoint = Checkpoint(source)
-    values = {name: checkpoint.tensor(name) for name in checkpoint.entries}
-    for name in layouts.quantised(checkpoint.config, "nvidia"):
-        weight = nvfp4.pack(values[f"{name}.weight"])
-        values[f"{name}.weight"], values[f"{name}.weight_scale"] = weight.weight, weight.weight_scale
-        values[f"{name}.weight_scale_2"] = weight.weight_scale_2
-        values[f"{name}.input_scale"] = torch.tensor(0.01)
-    specs = layouts.tensors(checkpoint.config, "nvidia")
-    slots = [Slot(name, spec.dtype, spec.shape) for name, spec in specs.items()]
-    written(folder, checkpoint.config, slots, lambda slot: values[slot.name])
-    quant_config.write(folder, layouts.hf_quant_config(checkpoint.config, "nvidia", "FP8", "0"))
-    return folder
-
-
-def with_tokenizer(folder):
-    words.write(words.train(["words and again words"], 300), folder)
-    return folder
+def base(folder):
+    """A whole BF16 checkpoint without a tokenizer."""
+    return small.base(folder / "base", "*E")
 
 
 def refuse_findings(findings):
@@ -127,7 +90,7 @@ def of_audit(folder, stack):
 
 def of_checkpoint_audit(folder, stack):
     source = base(folder)
-    folder = packed(folder / "packed", source)
+    folder = quantised(source, folder / "packed", "nvidia")
     names = [INDEX, *Checkpoint(folder).files, "config.json", "hf_quant_config.json"]
 
     def read():
@@ -139,7 +102,7 @@ def of_checkpoint_audit(folder, stack):
 def of_packed_audit(folder, stack):
     """Packed weights are compared with their source, all of them; both are changed."""
     source = base(folder)
-    made = packed(folder / "packed", source)
+    made = quantised(source, folder / "packed", "nvidia")
     record = {"scales": "nearest", "calibration": {"input_scales": "0" * 64}}
     (made / "audit.json").write_text(json.dumps(record))
     names = [f"{place.name}/{file}" for place in (made, source) for file in Checkpoint(place).files]
@@ -205,7 +168,7 @@ def of_json(folder, stack):
 
 
 def of_tokenizer(folder, stack):
-    folder = with_tokenizer(base(folder))
+    folder = small.tokenizer(base(folder))
     names = ["tokenizer.json", "tokenizer_config.json", "config.json"]
     return Reader(lambda: tokens.load(folder), folder, names, (CheckpointError,))
 
@@ -229,7 +192,7 @@ LESSONS = f"{json.dumps(ROW)}\n".encode() * 2
 
 
 def of_template(folder, stack):
-    folder = with_tokenizer(base(folder))
+    folder = small.tokenizer(base(folder))
     tokenizer = tokens.load(folder)
     seconds, limits.SECONDS = limits.SECONDS, 0.5
     stack.callback(setattr, limits, "SECONDS", seconds)
