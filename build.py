@@ -156,20 +156,20 @@ def run(recipe: str, executor: str | None, as_json: bool, no_wait: bool, **selec
 
 def run_stages(recipe: str, executor: str | None, as_json: bool, wait: bool, **selected: Any) -> int:
     from forge import plan, report, run, watch
-    from product import PACKAGE, serving
+    from product import PACKAGE, outcome, serving
     from product import report as tables
 
     session = open_session(recipe, executor)
     with watch.watcher(as_json) as watcher:
-        outcome = run.run(session.context, session.executor, plan.Selection(**selected), watcher, wait)
-    if PACKAGE in outcome.ran:
+        ended = run.run(session.context, session.executor, plan.Selection(**selected), watcher, wait)
+    if PACKAGE in ended.ran:
         serving.point_compose_to_newest(session.context)
-    if outcome.code == 0 and not as_json:
+    if ended.code == 0 and not as_json:
         planned = plan.make(session.context, plan.Selection(**{**selected, "force": False}))
-        show(report.of_result(planned, outcome.ran, outcome.folder))
-        for shares in tables.of_reports(session.context, planned):
-            show(shares)
-    return outcome.code
+        show(report.of_result(planned, ended.ran, ended.folder))
+        for made in outcome.of_plan(session.context, planned):
+            show(tables.of_outcome(made))
+    return ended.code
 
 
 @command()
@@ -254,6 +254,23 @@ def status(recipe: str, executor: str | None, as_json: bool) -> None:
     else:
         ending = journal.last_ending(home(), planned.recipe)
         show(report.of_status(planned, newest, lock.describe(holder) if holder else "", ending))
+
+
+@command(as_json, click.option("--all", "every", is_flag=True, help="Every question that was failed."))
+def report(recipe: str, executor: str | None, as_json: bool, every: bool) -> None:
+    """How good the built models are: what they passed, what they failed and how, and what to try."""
+    from forge import plan
+    from product import EVALUATE, outcome
+    from product import report as tables
+
+    context = open_session(recipe, executor).context
+    plan.artifact(context, EVALUATE)
+    made = list(outcome.of_plan(context, plan.make(context)))
+    if as_json:
+        print(json.dumps([each.as_json() for each in made], indent=1))
+    for each in [] if as_json else made:
+        show(tables.of_behaviour(each.folder))
+        show(tables.of_outcome(each, len(each.failed) if every else 5))
 
 
 @command(as_json)

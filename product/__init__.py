@@ -7,4 +7,4 @@ artifacts.
 # The folders of stages/ whose artifacts are read here.
 TRAIN, QUANTIZE, EVALUATE, PACKAGE = "train", "quantize", "evaluate", "package"
 SERVER = "server/stages/serving"  # in an artifact of PACKAGE: the programs that serve it
-REPORT = "report"  # the artifact type of EVALUATE
+REPORT, ADAPTER = "report", "peft-adapter"  # the artifact types of EVALUATE and TRAIN

@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from forge.history import PastRun
-from forge.plan import Context, Plan
 from forge.report import WHOLE, clock, finding_line, near, plain_table, size
 from forge.store import Store
-from product import EVALUATE, REPORT
+from product import EVALUATE
 from product.compare import verdict
+from product.outcome import Failed, Outcome
 
 _VERDICTS = {"kept": "green", "lost": "red", "control": "dim"}
 
@@ -118,20 +118,63 @@ def _gate(gate: dict[str, Any]) -> Text:
     return Text("gate not passed: " + "; ".join(gate["why"]), style="red")
 
 
-def of_shares(folder: Path) -> RenderableType:
-    """The share of passed questions of every column of a `report` artifact, and its gate, in one line."""
-    report = json.loads((folder / "report.json").read_text())
-    shares = ", ".join(f"{column} {report['pass'][column]:.0%}" for column in report["columns"])
-    return Text.assemble(f"{report['questions']} questions passed: {shares}; ", _gate(report["gate"]))
+def of_outcome(outcome: Outcome, most: int = 5) -> RenderableType:
+    """What a run made: questions passed by each model, at `most` so many of those that were failed, the
+    held-out loss, and the verdict.
+    """
+    table = plain_table("model", ">passed", ">share", ">95 % interval")
+    for share in outcome.shares:
+        low, high = share.interval
+        table.add_row(
+            share.column,
+            f"{share.passed} of {share.questions}",
+            Text(f"{share.share:.0%}", style=_shade(share.share)),
+            f"{low:.0%} to {high:>4.0%}",
+        )
+    parts: list[RenderableType] = [Text(), table, Text(), _gate(outcome.gate)]
+    if outcome.failed:
+        parts += [Text(f"\n{_questions(len(outcome.failed))} failed", style="bold")]
+        parts += [_failed(question) for question in outcome.failed[:most]]
+        if (left := len(outcome.failed) - most) > 0:
+            parts.append(Text(f"  and {left} more: python build.py report --all", style="dim"))
+    if loss := _held_out(outcome.training):
+        parts.append(Text(f"\n{loss}"))
+    if outcome.verdict:
+        parts.append(Text(f"\n{outcome.verdict}", style="bold"))
+    return Group(*parts)
 
 
-def of_reports(context: Context, plan: Plan) -> list[RenderableType]:
-    """A line for each built stage of `plan` that produces a `report`."""
-    return [
-        of_shares(stage.artifact.folder)
-        for stage in plan.stages
-        if stage.artifact and context.recipe.stages[stage.name].contract.produces == REPORT
+def _questions(count: int) -> str:
+    return f"{count} question{'s' if count > 1 else ''}"
+
+
+def _failed(failed: Failed) -> RenderableType:
+    """A failed question in a few lines, each cut where the terminal ends."""
+    rows = [
+        ("asked", failed.question),
+        ("answer", failed.answer or "nothing"),
+        *(("fault", fault) for fault in failed.faults),
     ]
+    return Group(
+        Text.assemble("  ", (failed.id, "yellow"), f", failed by {', '.join(failed.columns)}"),
+        *(
+            Text.assemble(
+                (f"    {word:<8}", "dim"), " ".join(said.split()), no_wrap=True, overflow="ellipsis"
+            )
+            for word, said in rows
+        ),
+    )
+
+
+def _held_out(training: dict[str, Any]) -> str:
+    """The held-out loss before training, at the kept step and at the last one, in nats a token; empty where
+    there is none.
+    """
+    loss, kept, last = training.get("loss", {}), training.get("kept_step"), training.get("steps")
+    places = {"held_out_base": "before training", "held_out": f"at step {kept} (kept)"}
+    places |= {"held_out_last": f"at step {last}"} if kept != last else {}
+    said = [f"{loss[key]:.3g} {place}" for key, place in places.items() if loss.get(key) is not None]
+    return f"held-out loss: {', '.join(said)}" if said else ""
 
 
 def _shade(share: float) -> str:

@@ -170,8 +170,11 @@ import json
 from stages import job
 
 def run(task):
-    for name in ("report.md", "behaviour.png", "answers.jsonl", "exchange.json"):
+    for name in ("report.md", "behaviour.png", "exchange.json"):
         (task.output / name).write_text("x")
+    failed = {"id": "capital-1", "column": "nvfp4", "question": "What is the capital?", "answer": "**Rome**",
+              "tool_calls": [], "failures": [{"mode": "markdown", "detail": "**"}]}
+    (task.output / "answers.jsonl").write_text(json.dumps(failed))
     said = {"columns": ["base", "nvfp4"], "questions": 50, "pass": {"base": 0.0, "nvfp4": 0.98},
             "gate": {"passed": True, "why": [], "unchecked": False}}
     (task.output / "report.json").write_text(json.dumps(said))
@@ -181,12 +184,14 @@ if __name__ == "__main__":
 """
 
 
-def test_a_run_that_made_a_report_ends_with_its_shares(mini, command):
+def test_a_run_that_made_a_report_ends_with_what_came_out(mini, command):
     (mini.repo / "stages/count/__main__.py").write_text(REPORT)
     toy.edit(mini.repo / "stages/count/stage.toml", 'produces = "text"', 'produces = "report"')
     toy.edit(mini.repo / "stages/slow/stage.toml", 'count = "text"', 'count = "report"')
     for _ in range(2):  # when it was made, and when nothing was to do
-        assert "50 questions passed: base 0%, nvfp4 98%; gate passed" in command("run")
-    assert "questions passed" not in command("run", "--until", "words")
+        text = command("run")
+        assert "nvfp4  49 of 50    98%    90% to 100%" in text and "\ngate passed\n" in text
+        assert "1 question failed\n  capital-1, failed by nvfp4\n" in text and "**Rome**" in text
+    assert "95 % interval" not in command("run", "--until", "words")
     toy.edit(mini.repo / "stages/count/__main__.py", '"unchecked": False', '"unchecked": True')
-    assert "nvfp4 98%; no gate was set, nothing was checked" in command("run")
+    assert "no gate was set, nothing was checked" in command("run")
