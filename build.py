@@ -200,6 +200,21 @@ def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> Non
     print(json.dumps({"event": "warmed", **kernels})) if as_json else show(report.of_warm(kernels))
 
 
+@command(click.argument("questions", nargs=-1, required=True, metavar="QUESTION..."), as_json)
+def ask(recipe: str, executor: str | None, questions: tuple[str, ...], as_json: bool) -> None:
+    """What base, tuned and NVFP4 model answer to each QUESTION, side by side."""
+    from forge import watch
+    from product import ask, report
+
+    session = open_session(recipe, executor)
+    with watch.watcher(as_json) as watcher:
+        asked = ask.ask(session.context, session.executor, list(questions), watcher)
+    if asked is None:
+        sys.exit(1)
+    for one in asked:
+        print(json.dumps({"event": "asked", **one})) if as_json else show(report.of_asked(one))
+
+
 @command(as_json)
 def compare(recipe: str, executor: str | None, as_json: bool) -> None:
     """Trains and asks every variant of the recipe, in one table.

@@ -265,17 +265,30 @@ def of_compare(rows: list[dict[str, Any]], picture: Path) -> RenderableType:
 def of_exchange(folder: Path) -> RenderableType:
     """One exchange with the served model: the question and the answer; the system prompt stays out."""
     exchange = json.loads((folder / "exchange.json").read_text())
-    lines: list[RenderableType] = []
-    for message in [m for m in exchange["messages"] if m["role"] != "system"] + [
-        {"role": "nvfp4", **exchange["answers"]["nvfp4"]}
-    ]:
-        who = message["role"]
-        said = message.get("content") or ""
-        for call in message.get("tool_calls") or []:
-            function = call.get("function", call)
-            said = f"{said} [calls {function['name']}({function['arguments']})]".strip()
-        lines.append(Text.assemble((f"{who:>9}  ", "bold cyan" if who == "nvfp4" else "bold"), said))
-    return Group(*lines)
+    messages = [message for message in exchange["messages"] if message["role"] != "system"]
+    return _conversation(
+        [*((message["role"], message) for message in messages), ("nvfp4", exchange["answers"]["nvfp4"])]
+    )
+
+
+def of_asked(asked: dict[str, Any]) -> RenderableType:
+    """A question, and what each model answered."""
+    question = ("user", {"role": "user", "content": asked["question"]})
+    return Group(Text(), _conversation([question, *asked["answers"].items()]))
+
+
+def _conversation(said: list[tuple[str, dict[str, Any]]]) -> RenderableType:
+    """Who said what; a model's name is in colour."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(justify="right", min_width=9, no_wrap=True)
+    table.add_column()
+    for who, message in said:
+        calls = [call.get("function", call) for call in message.get("tool_calls") or []]
+        text = " ".join(
+            [message.get("content") or "", *(f"[calls {c['name']}({c['arguments']})]" for c in calls)]
+        )
+        table.add_row(Text(who, style="bold" if "role" in message else "bold cyan"), Text(text.strip()))
+    return table
 
 
 def of_demo(folder: Path) -> RenderableType:

@@ -15,7 +15,7 @@ from typing import Any
 
 from model.families import serve
 from model.families.messages import normalise, served_tools
-from model.families.serve import Served, Serving, ServingError
+from model.families.serve import Serve, Served, Serving, ServingError
 from stages import check, dataset, job
 from stages.evaluate import gate, overlap, questions, report
 from stages.evaluate.parameters import Parameters
@@ -50,27 +50,7 @@ def run(task: Job) -> None:
     rows = load_questions(task)
     serving = serve.of_folder(task.inputs["base"])
     plans = plan_servers(task, serving)
-    try:  # the flags of all servers, before the first one starts
-        vllm = serve.installed()
-        flags = [
-            serving.serve(
-                vllm,
-                task.device,
-                plan.checkpoint,
-                params.max_model_len,
-                params.concurrency,
-                params.memory_share,
-                kv_cache=params.kv_cache,
-                trusted=serve.trusted(task.inputs["base"]),
-            )
-            for plan in plans
-        ]
-    except ServingError as error:
-        raise StageError(
-            str(error),
-            "a combination that this vLLM serves right",
-            "Change the recipe's vLLM image, layout or targets.",
-        ) from error
+    vllm, flags = server_flags(task, serving, plans)
     answers: dict[str, list[dict[str, Any]]] = {}
     seconds: dict[str, float] = {}
     streamed_otherwise: dict[str, int] = {}
@@ -100,6 +80,34 @@ def run(task: Job) -> None:
             " log of vLLM's parser otherwise",
         )
     write_report(task, vllm, rows, answers, seconds, streamed_otherwise)
+
+
+def server_flags(task: Job, serving: Serving, plans: list[ServerPlan]) -> tuple[str, list[Serve]]:
+    """The version of vLLM, and its flags for each server. Raises StageError, before the first server starts,
+    if one cannot be served right.
+    """
+    params = task.parameters(Parameters)
+    try:
+        vllm = serve.installed()
+        return vllm, [
+            serving.serve(
+                vllm,
+                task.device,
+                plan.checkpoint,
+                params.max_model_len,
+                params.concurrency,
+                params.memory_share,
+                kv_cache=params.kv_cache,
+                trusted=serve.trusted(task.inputs["base"]),
+            )
+            for plan in plans
+        ]
+    except ServingError as error:
+        raise StageError(
+            str(error),
+            "a combination that this vLLM serves right",
+            "Change the recipe's vLLM image, layout or targets.",
+        ) from error
 
 
 def load_questions(task: Job) -> list[dict[str, Any]]:

@@ -1,0 +1,58 @@
+"""Asking the models of a recipe the same questions, side by side: stages/evaluate/ask.py, in its image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from forge import plan, preflight
+from forge.executor import Executor
+from forge.finding import Refused, error
+from forge.journal import Event
+from forge.plan import Context
+from product import EVALUATE, aside
+from product.aside import Module
+
+MODULE = "ask"
+
+
+def ask(
+    context: Context,
+    executor: Executor,
+    questions: list[str],
+    listener: Callable[[Event], None],
+    wait: bool = True,
+) -> list[dict[str, Any]] | None:
+    """For each question `question` and `answers`: column -> `content` and `tool_calls`. None if it failed,
+    which `listener` was told.
+
+    Refused, before a server starts, if a model is not built or this machine cannot load it.
+    """
+    recipe = context.recipe
+    if not (step := recipe.stages.get(EVALUATE)):
+        raise Refused(
+            error(
+                MODULE,
+                f"recipe {recipe.name} has no stage {EVALUATE}",
+                "a recipe that evaluates, whose servers and inputs are used",
+                "Name another recipe with --recipe.",
+            )
+        )
+    for supplier in step.inputs.values():
+        plan.artifact(context, supplier)
+    lacking = executor.check([recipe.images[step.contract.image]], gpu=recipe.on_gpu(EVALUATE))
+    needed, home = step.needs.memory_gb, context.store.home
+    if crowded := preflight.memory_finding(MODULE, needed, home, executor.neighbours()):
+        lacking.append(crowded)
+    if lacking := [finding for finding in lacking if finding.level == "error"]:
+        raise Refused(lacking)
+    again = f"python build.py ask --recipe {recipe.option} QUESTION"
+    why = f"{len(questions)} question{'s' if len(questions) > 1 else ''} to base, tuned and nvfp4"
+    module = Module(step, MODULE, why, again, seconds=60 * step.needs.minutes)
+    if (ran := aside.run(context, executor, module, listener, wait, given=questions)) is None:
+        return None
+    answers, _ = ran
+    return [
+        {"question": question, "answers": {column: answers[column][number] for column in answers}}
+        for number, question in enumerate(questions)
+    ]
