@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from forge.finding import Finding, Refused, error
 
 
 class Reading:
-    """`raw` holds the values of the file at `path`; paths in them count from `repo`. `findings` grows on the
-    way. Refused if the file is not YAML.
+    """`raw` holds the values of the file at `path`, in the repository `repo`. `findings` grows on the way.
+    Refused if the file is not YAML.
     """
 
     def __init__(self, path: Path, repo: Path):
@@ -69,6 +70,21 @@ class Reading:
             known = known[:-1]
         line = f":{self.lines[known]}" if known else ""
         self.findings.append(error(f"{self.path.name}{line}", found, expected, remedy))
+
+    def located(self, text: str) -> Path:
+        """The absolute path that `text` names: counted from the folder of the file, `~` from the user's."""
+        return Path(os.path.normpath(self.path.absolute().parent / os.path.expanduser(text)))
+
+    def where_paths_count_from(self, text: str) -> str:
+        """The remedy for a path that is not there; if it is there from the repository's root, with the
+        spelling to write now.
+        """
+        folder, from_root = self.path.absolute().parent, self.repo.absolute() / text
+        if not from_root.exists():
+            return f"Paths count from the recipe's folder, {folder}."
+        inside = folder.is_relative_to(self.repo.absolute())
+        now = os.path.relpath(from_root, folder) if inside else from_root
+        return f"Paths count from the recipe's file and not from the repository's root: write {now}"
 
     def typed(self, where: tuple[str, ...], value: Any, kind: str) -> Any:
         """`value` as a `kind` (forge/parameter.py); None, and a finding, if it is none."""

@@ -88,7 +88,9 @@ def find(name: str, repo: Path) -> Path:
 
 
 def load(path: Path, repo: Path) -> Recipe:
-    """Reads and checks a recipe. Relative paths in it count from `repo`. Refused with every fault it has."""
+    """Reads and checks a recipe of `repo`. Relative paths in it count from its file. Refused with every
+    fault it has.
+    """
     return _RecipeReading(Path(path), Path(repo)).recipe()
 
 
@@ -120,11 +122,7 @@ class _RecipeReading(Reading):
         if not 0 <= (top.get("seed") or 0) <= LARGEST_SEED:
             self.fault(("seed",), f"seed = {top['seed']}", f"0 to {LARGEST_SEED}, which every library takes")
         images = self.images(top.get("images") or {})
-        secrets = {
-            name: self.repo / Path(path).expanduser()
-            for name, path in (top.get("secrets") or {}).items()
-            if self.typed(("secrets", name), path, "str") is not None
-        }
+        secrets = self.secrets(top.get("secrets") or {})
         steps = self.steps(top.get("stages") or {}, images)
         self.check_inputs(steps)
         ordered = self.ordered(steps)
@@ -154,6 +152,22 @@ class _RecipeReading(Reading):
                 for name, stages in variants.items()
             },
         )
+
+    def secrets(self, raw: dict[str, Any]) -> dict[str, Path]:
+        """Whether the files are there is asked for the stages that will run (preflight.py)."""
+        secrets = {}
+        for name, text in raw.items():
+            if self.typed(("secrets", name), text, "str") is None:
+                continue
+            secrets[name] = self.located(text)
+            if not secrets[name].exists() and (self.repo / text).exists():
+                self.fault(
+                    ("secrets", name),
+                    f"{text}, which does not exist",
+                    "a file with the secret",
+                    self.where_paths_count_from(text),
+                )
+        return secrets
 
     def images(self, raw: dict[str, Any]) -> dict[str, Image]:
         folder = self.repo / "images"

@@ -111,7 +111,7 @@ def _sources(
             )
     sources = {}
     for key, source in contract.sources.items():
-        if key not in given or given[key] in (None, []):
+        if key not in given or given[key] in (None, [], ""):
             if not source.optional:
                 reading.fault(where, f"no source {key} in {name}", f"sources: {{{key}: ...}}", source.doc)
             continue
@@ -121,14 +121,14 @@ def _sources(
             continue
         if not source.many and len(listed) != 1:
             reading.fault((*where, key), f"{len(listed)} paths in {name}.sources.{key}", "exactly one")
-        paths = tuple(reading.repo / Path(text).expanduser() for text in listed)
+        paths = tuple(reading.located(text) for text in listed)
         for path, text in zip(paths, listed, strict=False):
             if not path.exists():
                 reading.fault(
                     (*where, key),
                     f"{text}, which does not exist",
                     f"a file or folder ({source.doc})",
-                    "Paths count from the repository's root.",
+                    reading.where_paths_count_from(text),
                 )
         sources[key] = paths
     return sources

@@ -61,7 +61,7 @@ def faults(its):
         (
             "data/a.txt",
             "data/z.txt",
-            "toy.yaml:8: found data/z.txt, which does not exist; expected a file or folder (text files)",
+            "toy.yaml:8: found ../data/z.txt, which does not exist; expected a file or folder (text files)",
         ),
         (
             "files:",
@@ -103,6 +103,47 @@ def faults(its):
 def test_a_fault_names_its_line_and_the_nearest_valid_word(mini, old, new, said):
     toy.edit(mini.recipe, old, new)
     assert any(said in fault for fault in faults(mini)), faults(mini)
+
+
+def test_a_path_that_counts_from_the_root_is_told_its_spelling_of_now(mini, tmp_path):
+    toy.edit(mini.recipe, "../data/a.txt", "data/a.txt")
+    toy.edit(mini.recipe, "seed: 3", "seed: 3\nsecrets: {token: data/a.txt}")
+    said = "found data/a.txt, which does not exist; "
+    remedy = "Paths count from the recipe's file and not from the repository's root: write ../data/a.txt"
+    secret, source = faults(mini)
+    assert secret.startswith(f"toy.yaml:4: {said}") and secret.endswith(remedy)
+    assert source.startswith(f"toy.yaml:9: {said}") and source.endswith(remedy)
+    mini.recipe = mini.recipe.rename(tmp_path / "toy.yaml")
+    assert [fault.endswith(f"write {mini.repo}/data/a.txt") for fault in faults(mini)[:2]] == [True, True]
+
+
+def test_paths_count_from_the_recipe_whatever_the_folder_one_works_in(mini, tmp_path, monkeypatch):
+    keys = [stage.key for stage in mini.plan().stages]
+    monkeypatch.chdir(mini.recipe.parent)
+    mini.recipe = mini.recipe.relative_to(mini.recipe.parent)
+    assert [stage.key for stage in mini.plan().stages] == keys
+    own = tmp_path / "own folder"
+    own.mkdir()
+    for name in ("a.txt", "b"):
+        (mini.repo / "data" / name).rename(own / name)
+    text = mini.recipe.read_text().replace("../data/a.txt", "~/a.txt").replace("../data/", "./x/../")
+    mini.recipe = own / "recipe.yaml"
+    mini.recipe.write_text(text)
+    monkeypatch.setenv("HOME", str(own))
+    assert [stage.key for stage in mini.plan().stages] == keys
+    assert mini.context().recipe.stages["words"].sources["files"] == (own / "a.txt", own / "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("''", "found no source files in words"),
+        ("['~nobody.here/a.txt']", "found ~nobody.here/a.txt, which does not exist"),
+    ],
+)
+def test_no_path_and_the_home_of_nobody_are_named(mini, text, said):
+    toy.edit(mini.recipe, "[../data/a.txt, ../data/b]", text)
+    assert said in faults(mini)[0]
 
 
 def test_every_fault_is_named_at_once(mini):

@@ -230,7 +230,7 @@ def test_secrets_reach_the_stage_and_no_log(mini):
     secret = "s3cret-of-many-letters"
     (mini.repo / "token.txt").write_text(secret + "\n")
     (mini.repo / "token.txt").chmod(0o600)
-    toy.edit(mini.recipe, "seed: 3", "seed: 3\nsecrets: {token: token.txt}")
+    toy.edit(mini.recipe, "seed: 3", "seed: 3\nsecrets: {token: ../token.txt}")
     folder = mini.run().folder
     assert "the token is [secret]" in mini.log("words")
     assert not any(secret in p.read_text() for p in folder.iterdir())

@@ -25,7 +25,7 @@ FILES = {
         stages:
           words:
             upper: false
-            sources: {files: [data/a.txt, data/b]}
+            sources: {files: [../data/a.txt, ../data/b]}
           count: {}
           slow:
             steps: 3

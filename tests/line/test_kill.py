@@ -17,7 +17,7 @@ STEPS = 40
 def line(tmp_path_factory):
     """A shorter tiny recipe in a store of its own, with the environments that are there already."""
     folder = tmp_path_factory.mktemp("line")
-    recipe = yaml.safe_load((REPO / "recipes/tiny.yaml").read_text())
+    recipe = yaml.safe_load((REPO / "recipes/tiny.yaml").read_text().replace("../data", f"{REPO}/data"))
     recipe["stages"]["base"] |= {"short_steps": 10, "steps": 10}
     recipe["stages"]["train"] |= {
         "steps": STEPS,

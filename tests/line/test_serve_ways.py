@@ -17,7 +17,7 @@ from conftest import BUILD, REPO, ran
 @pytest.mark.trap("adapter-not-applied")
 @pytest.mark.parametrize("serves", ["nvfp4", "merged", "tuned"])
 def test_what_is_served_answers_as_the_tuned_model(serves, tmp_path):
-    recipe = yaml.safe_load((REPO / "recipes/tiny.yaml").read_text())
+    recipe = yaml.safe_load((REPO / "recipes/tiny.yaml").read_text().replace("../data", f"{REPO}/data"))
     recipe["stages"]["package"] = {"serves": serves}
     (tmp_path / "its.yaml").write_text(yaml.safe_dump(recipe))
     its = ("--recipe", str(tmp_path / "its.yaml"), "--executor", "local")
