@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 REPO = Path(__file__).resolve().parent
+DEFAULT = "tiny"
 
 if __name__ == "__main__" and Path(sys.prefix) != REPO / ".venv":
     # Any `python build.py` runs in the clone's own environment, whose packages are locked.
@@ -81,15 +82,30 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def command(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:
-    """A click command with --recipe and --executor; findings go to stderr and end it with exit 1."""
+def speaking_of(function: Callable[..., None]) -> Callable[..., None]:
+    """The same function, whose recipe may have been given as an argument."""
+
+    @wraps(function)
+    def wrapper(*, recipe: str | None, named: str | None = None, **values: Any) -> None:
+        source = click.get_current_context().get_parameter_source("recipe")
+        if named and named != recipe and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"two recipes, {named} and --recipe {recipe}; name one")
+        function(recipe=named or recipe or DEFAULT, **values)
+
+    return wrapper
+
+
+def command(
+    *decorators: Callable[[Any], Any], on_recipe: bool = False
+) -> Callable[[Callable[..., None]], click.Command]:
+    """A click command with --recipe and --executor; findings go to stderr and end it with exit 1. One whose
+    only object is a recipe (`on_recipe`) takes it as an argument too.
+    """
     shared = [
         click.option(
             "--recipe",
-            default="tiny",
             envvar="ANNIE_RECIPE",
-            show_default=True,
-            help="A name in recipes/ or a .yaml file.",
+            help="A name in recipes/, a folder that holds recipe.yaml, or a .yaml file.",
         ),
         click.option(
             "--executor",
@@ -98,8 +114,11 @@ def command(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., None]]
         ),
     ]
 
+    if on_recipe:
+        shared.append(click.argument("named", metavar="[RECIPE]", required=False))
+
     def make(function: Callable[..., None]) -> click.Command:
-        wrapped: Any = guarded(function)
+        wrapped: Any = guarded(speaking_of(function))
         for decorator in reversed([*decorators, *shared]):
             wrapped = decorator(wrapped)
         return cli.command()(wrapped)
@@ -130,7 +149,7 @@ def cli() -> None:
     pass
 
 
-@command(*selecting, as_json)
+@command(*selecting, as_json, on_recipe=True)
 def plan(recipe: str, executor: str | None, as_json: bool, **selected: Any) -> None:
     """What would run, why, and what it would take."""
     from forge import check, plan, report
@@ -147,7 +166,10 @@ def plan(recipe: str, executor: str | None, as_json: bool, **selected: Any) -> N
 
 
 @command(
-    *selecting, as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store.")
+    *selecting,
+    as_json,
+    click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."),
+    on_recipe=True,
 )
 def run(recipe: str, executor: str | None, as_json: bool, no_wait: bool, **selected: Any) -> None:
     """Runs what is not built. Ctrl-C stops it; the next run goes on where it stopped."""
@@ -172,7 +194,7 @@ def run_stages(recipe: str, executor: str | None, as_json: bool, wait: bool, **s
     return ended.code
 
 
-@command()
+@command(on_recipe=True)
 def demo(recipe: str, executor: str | None) -> None:
     """The whole line, then a table of what it made and one exchange."""
     from forge import plan
@@ -183,7 +205,11 @@ def demo(recipe: str, executor: str | None) -> None:
     show(report.of_demo(plan.artifact(open_session(recipe, executor).context, EVALUATE).folder))
 
 
-@command(as_json, click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."))
+@command(
+    as_json,
+    click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."),
+    on_recipe=True,
+)
 def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> None:
     """Compiles stage train's kernels for this GPU, and keeps them.
 
@@ -215,7 +241,7 @@ def ask(recipe: str, executor: str | None, questions: tuple[str, ...], as_json: 
         print(json.dumps({"event": "asked", **one})) if as_json else show(report.of_asked(one))
 
 
-@command(as_json)
+@command(as_json, on_recipe=True)
 def compare(recipe: str, executor: str | None, as_json: bool) -> None:
     """Trains and asks every variant of the recipe, in one table.
 
@@ -255,7 +281,7 @@ def explain(stage: str, recipe: str, executor: str | None, as_json: bool) -> Non
         show(report.of_explanation(explanation))
 
 
-@command(as_json)
+@command(as_json, on_recipe=True)
 def status(recipe: str, executor: str | None, as_json: bool) -> None:
     """The state of every stage, and of the run under way."""
     from forge import journal, lock, plan, report
@@ -271,7 +297,11 @@ def status(recipe: str, executor: str | None, as_json: bool) -> None:
         show(report.of_status(planned, newest, lock.describe(holder) if holder else "", ending))
 
 
-@command(as_json, click.option("--all", "every", is_flag=True, help="Every question that was failed."))
+@command(
+    as_json,
+    click.option("--all", "every", is_flag=True, help="Every question that was failed."),
+    on_recipe=True,
+)
 def report(recipe: str, executor: str | None, as_json: bool, every: bool) -> None:
     """How good the built models are: what they passed, what they failed and how, and what to try."""
     from forge import plan
@@ -288,7 +318,7 @@ def report(recipe: str, executor: str | None, as_json: bool, every: bool) -> Non
         show(tables.of_outcome(each, len(each.failed) if every else 5))
 
 
-@command(as_json)
+@command(as_json, on_recipe=True)
 def runs(recipe: str, executor: str | None, as_json: bool) -> None:
     """Earlier runs of the recipe: what each made and why, and what came out."""
     from forge import history
@@ -349,7 +379,7 @@ def verify(recipe: str, executor: str | None, stages: tuple[str, ...], as_json: 
 keeping = click.option("--keep", default=3, show_default=True, type=click.IntRange(0), metavar="N")
 
 
-@command(keeping, as_json)
+@command(keeping, as_json, on_recipe=True)
 def ls(recipe: str, executor: str | None, keep: int, as_json: bool) -> None:
     """What takes space, and which recipe uses it: artifacts, scratch, environments and images."""
     from forge import space
@@ -359,7 +389,12 @@ def ls(recipe: str, executor: str | None, keep: int, as_json: bool) -> None:
     show_items(items, findings, as_json, "in all", removed=False)
 
 
-@command(keeping, click.option("--yes", is_flag=True, help="Remove it; else it is only listed."), as_json)
+@command(
+    keeping,
+    click.option("--yes", is_flag=True, help="Remove it; else it is only listed."),
+    as_json,
+    on_recipe=True,
+)
 def gc(recipe: str, executor: str | None, keep: int, yes: bool, as_json: bool) -> None:
     """Removes what no recipe of this repository, no server and none of the last N runs of a recipe uses."""
     from forge import space
@@ -384,7 +419,7 @@ def show_items(items: list[Any], findings: list[Any], as_json: bool, words: str,
         show(report.of_findings(findings), to_stderr=True)
 
 
-@command(as_json)
+@command(as_json, on_recipe=True)
 def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
     """What this machine lacks for the recipe. Exit 1 if that stops it."""
     from forge import plan, report, run

@@ -6,7 +6,9 @@ Reading is strict: everything that is wrong is named at once, each with its line
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,13 +40,15 @@ _TOP = {
 }
 _RENAMED = {"ways": "variants"}
 _GPU = ("none", "cuda")
+_SUFFIXES = (".yaml", ".yml")
+FILE = "recipe.yaml"  # of a recipe that is given as a folder
 LARGEST_SEED = 2**32 - 1  # numpy's limit
 
 
 @dataclass(frozen=True)
 class Recipe:
     name: str
-    option: str  # what --recipe takes for it
+    option: str  # what --recipe takes for it, quoted for a shell
     about: str
     seed: int
     gpu: str
@@ -69,21 +73,43 @@ class Recipe:
 
 
 def find(name: str, repo: Path) -> Path:
-    """The file of a recipe given by name (`tiny`) or by path."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    """The file of a recipe given by name (`tiny`), as a folder that holds recipe.yaml, or as a .yaml file.
+    Refused if there is none, or if a name in recipes/ is also that of such a folder.
+    """
+    path, of_repository = Path(name), repo / "recipes" / f"{name}.yaml"
+    bare = path.name == name and name not in ("", "..")
+    named = bare and of_repository.is_file()
+    if (path / FILE).is_file():
+        if named:
+            raise Refused(
+                error(
+                    "recipe",
+                    f"two of the name {name}: {of_repository} and the folder {path.absolute()}",
+                    "one of them",
+                    f"Write {os.path.join(os.curdir, name)} for the folder, or the path of the .yaml file.",
+                )
+            )
+        return path / FILE
+    if path.suffix in _SUFFIXES and path.is_file():
         return path
-    path = repo / "recipes" / f"{name}.yaml"
-    if path.is_file():
-        return path
+    if named:
+        return of_repository
     known = sorted(p.stem for p in (repo / "recipes").glob("*.yaml"))
+    remedy = nearest(name, known)
+    if path.is_dir():
+        found = f"no {FILE} in the folder {path.absolute()}"
+        others = sorted(str(path / p.name) for p in path.iterdir() if p.suffix in _SUFFIXES)
+        remedy = f"Recipes there under other names: {', '.join(others)}" if others else remedy
+    elif path.is_file():
+        found = f"the file {path.absolute()}, which is no .yaml file"
+    elif path.suffix in _SUFFIXES:
+        found = f"no file {path.absolute()}"
+    elif bare:
+        found = f"no recipe {name}, and no folder {path.absolute()}"
+    else:
+        found = f"no folder {path.absolute()}"
     raise Refused(
-        error(
-            "recipe",
-            f"no recipe {name}",
-            "a name in recipes/ or the path of a .yaml file",
-            nearest(name, known),
-        )
+        error("recipe", found, f"a name in recipes/, a folder that holds {FILE}, or a .yaml file", remedy)
     )
 
 
@@ -133,7 +159,8 @@ class _RecipeReading(Reading):
         if self.findings:
             raise Refused(self.findings)
         home = self.path.absolute().parent == (self.repo / "recipes").absolute()
-        option = self.path.stem if home else str(self.path)
+        folder = self.path.parent if self.path.name == FILE else self.path
+        option = self.path.stem if home else shlex.quote(str(folder))
         recipe = Recipe(
             name=top["name"],
             option=option,

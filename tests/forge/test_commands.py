@@ -96,6 +96,24 @@ def test_bad_input_ends_with_1_and_no_traceback(mini, command):
     assert "Did you mean toy?" in CliRunner().invoke(build.cli, ["plan", "--recipe", "tooy"]).output
 
 
+def test_a_command_about_a_recipe_takes_it_as_an_argument(mini, command, monkeypatch):
+    def said(*words, code=0):
+        result = CliRunner().invoke(build.cli, [*words, "--executor", "local"])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    monkeypatch.chdir(mini.repo)
+    monkeypatch.setenv("ANNIE_RECIPE", "nothing")
+    for name in ("plan", "status", "runs"):
+        assert said(name, "toy", "--json") == said(name, "--recipe", "toy", "--json")
+        assert said(name, "toy", "--recipe", "toy")
+    assert "no recipe nothing" in said("plan", code=1)
+    assert "two recipes, toy and --recipe tooy; name one" in said("plan", "toy", "--recipe", "tooy", code=2)
+    shown = {name for name, its in build.cli.commands.items() if "named" in [p.name for p in its.params]}
+    assert {"plan", "run", "demo", "warm", "compare", "status", "runs", "ls", "gc", "doctor"} <= shown
+    assert not {"verify", "explain", "logs", "path", "audit", "chat"} & shown
+
+
 def test_doctor_names_what_is_missing(mini, command):
     assert "has what it takes" in command("doctor")
     toy.edit(mini.recipe, "minutes: 0.5", "memory_gb: 90000")

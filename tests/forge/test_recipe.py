@@ -146,6 +146,63 @@ def test_no_path_and_the_home_of_nobody_are_named(mini, text, said):
     assert said in faults(mini)[0]
 
 
+@pytest.fixture
+def places(mini, tmp_path, monkeypatch):
+    """A folder to work in, with recipes of each kind: signe/, and one beside others in drafts/."""
+    here = tmp_path / "here"
+    for name in ("signe/recipe.yaml", "drafts/one.yaml", "drafts/two.yml", "empty/notes.txt"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(mini.recipe.read_text().replace("../data", f"{mini.repo}/data"))
+    monkeypatch.chdir(here)
+    return here
+
+
+@pytest.mark.parametrize("name", ["signe", "signe/", "./signe", "signe/recipe.yaml", "drafts/../signe"])
+def test_a_recipe_is_found_as_a_folder_too(mini, places, name):
+    found = recipe.find(name, mini.repo)
+    assert found.resolve() == places / "signe/recipe.yaml"
+    option = recipe.load(found, mini.repo).option
+    assert recipe.find(option, mini.repo).resolve() == places / "signe/recipe.yaml"
+
+
+def test_what_a_remedy_names_can_be_pasted(mini, places):
+    (places / "signe").rename(places / "my signe")
+    loaded = recipe.load(recipe.find("my signe", mini.repo), mini.repo)
+    assert loaded.option == "'my signe'"
+    assert recipe.load(recipe.find("toy", mini.repo), mini.repo).option == "toy"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "tooy",
+            "found no recipe tooy, and no folder {here}/tooy; expected a name in recipes/, a",
+        ),
+        ("tooy", "or a .yaml file. Did you mean toy?"),
+        ("nowhere/signe", "found no folder {here}/nowhere/signe; "),
+        ("signe/signe.yaml", "found no file {here}/signe/signe.yaml; "),
+        ("signe/signe.yaml", "Valid here: toy."),
+        ("empty", "found no recipe.yaml in the folder {here}/empty; "),
+        ("drafts", "Recipes there under other names: drafts/one.yaml, drafts/two.yml"),
+        ("empty/notes.txt", "found the file {here}/empty/notes.txt, which is no .yaml file"),
+        ("..", "found no recipe.yaml in the folder {here}/..; "),
+    ],
+)
+def test_a_recipe_that_is_not_found_says_what_is_missing(mini, places, name, said):
+    with pytest.raises(Refused) as refused:
+        recipe.find(name, mini.repo)
+    assert said.format(here=places) in str(refused.value)
+
+
+def test_a_folder_of_a_recipes_name_is_not_taken_for_it(mini, places):
+    (places / "signe").rename(places / "toy")
+    with pytest.raises(Refused, match="two of the name toy: .*Write ./toy for the folder"):
+        recipe.find("toy", mini.repo)
+    assert recipe.find("./toy", mini.repo) == places.relative_to(places) / "toy/recipe.yaml"
+    assert recipe.find(str(mini.recipe), mini.repo) == mini.recipe
+
+
 def test_every_fault_is_named_at_once(mini):
     toy.edit(mini.recipe, "upper: false", "uper: 1")
     toy.edit(mini.recipe, "steps: 3", "steps: many")
