@@ -11,7 +11,8 @@ from functools import partial
 
 from stages import check
 from stages.check import Finding, PlannedStage
-from stages.data import files, production
+from stages.conversations import files
+from stages.data import production
 from stages.job import StageError
 
 

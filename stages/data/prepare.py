@@ -16,9 +16,10 @@ from model.families.chat import Chat
 from model.families.messages import ChatError
 from model.weights.paths import CheckpointError
 from stages import dataset, job
-from stages.data import files, formats, picture, production, rows, stats
+from stages.conversations import files, formats, rows
+from stages.conversations.rows import Reject, Row
+from stages.data import picture, production, stats
 from stages.data.parameters import Parameters
-from stages.data.rows import Reject, Row
 from stages.data.split import split
 from stages.job import Job, StageError
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from model.families.messages import ChatError, served_tools
 from stages import dataset, job
-from stages.data import content
-from stages.data.rows import Row
+from stages.conversations import content
+from stages.conversations.rows import Row
 from stages.job import StageError
 
 SHAPE = (

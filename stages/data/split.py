@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from stages import job
-from stages.data.files import joined_names
-from stages.data.rows import Row
+from stages.conversations.files import joined_names
+from stages.conversations.rows import Row
 
 
 class HasRow(Protocol):

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from model.families.chat import Rendered
-from stages.data.rows import Reject, Row
+from stages.conversations.rows import Reject, Row
 
 
 def summary(

@@ -11,6 +11,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = ("stages.job", "stages.check", "stages.dataset")
+READING = "stages.conversations"
 SERVED = "stages.serving"
 # Room -> what it may import of this repository. A module belongs to the first room that its name begins with.
 ROOMS = {
@@ -20,10 +21,9 @@ ROOMS = {
     "product": ("forge", "product"),
     **dict.fromkeys(SHARED, SHARED),
     SERVED: (SERVED,),
-    **{
-        f"stages.{stage}": (f"stages.{stage}", *SHARED, "model")
-        for stage in ("base", "data", "train", "merge", "quantize")
-    },
+    READING: (READING, *SHARED, "model"),
+    **{f"stages.{stage}": (f"stages.{stage}", *SHARED, READING, "model") for stage in ("base", "data")},
+    **{f"stages.{stage}": (f"stages.{stage}", *SHARED, "model") for stage in ("train", "merge", "quantize")},
     **{f"stages.{stage}": (f"stages.{stage}", *SHARED, SERVED, "model") for stage in ("evaluate", "package")},
     "model.labels": (),
     "model.weights": ("model.weights",),

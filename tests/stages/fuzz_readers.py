@@ -27,7 +27,8 @@ from model.weights.checkpoint import INDEX, Checkpoint
 from model.weights.header import header
 from model.weights.paths import CheckpointError, read_json
 from stages.base import hub
-from stages.data import content, files, production, rows
+from stages.conversations import content, files, rows
+from stages.data import production
 from stages.evaluate import questions
 from stages.job import Job, StageError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.data import files, rows
+from stages.conversations import files, rows
 from stages.job import StageError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ BOMBS = {
 READS = """
 import resource, sys
 from pathlib import Path
-from stages.data import files, rows
+from stages.conversations import files, rows
 from stages.job import StageError
 try:
     rows.gather(files.list_files([Path(sys.argv[1])]))

@@ -8,7 +8,7 @@ import pytest
 
 from stages import dataset
 from stages.base import make
-from stages.data import files, rows
+from stages.conversations import files, rows
 from stages.evaluate import evaluate, questions
 from stages.job import Job, StageError
 from stages.merge import proof

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from stages.data import content, files, rows
+from stages.conversations import content, files, rows
 from stages.job import StageError
 
 ROW = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from model.families.messages import ChatError, normalise, served_tools
-from stages.data import formats
-from stages.data.formats import canonical
+from stages.conversations import formats
+from stages.conversations.formats import canonical
 
 REPO = Path(__file__).resolve().parents[2]
 USER, ANSWER = {"role": "user", "content": "Tea."}, {"role": "assistant", "content": "Yes."}

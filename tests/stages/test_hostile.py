@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from model import checkpoint_audit
 from model.weights.checkpoint import INDEX, Checkpoint
 from stages.base import __main__ as base
-from stages.data import content, files
+from stages.conversations import content, files
 from stages.job import Job, StageError
 
 

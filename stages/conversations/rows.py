@@ -12,8 +12,8 @@ from typing import Any
 
 from model.families.messages import ChatError, normalise, served_tools
 from stages import job
-from stages.data import formats, records
-from stages.data.files import HELD_OUT, WITH_TRAIN, File, Listing
+from stages.conversations import formats, records
+from stages.conversations.files import HELD_OUT, WITH_TRAIN, File, Listing
 from stages.job import StageError
 
 HEAD = 200  # characters of a bad row that rejects.jsonl keeps

@@ -13,7 +13,7 @@ from typing import IO, Any, AnyStr, BinaryIO
 
 from model.families import limits
 from stages import dataset
-from stages.data import content
+from stages.conversations import content
 from stages.job import StageError
 
 WHOLE_BYTES = 500_000_000  # of one line, or of a JSON text that is no JSON Lines: it is read as a whole

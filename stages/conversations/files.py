@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from model.weights.paths import leads_out
-from stages.data import content
+from stages.conversations import content
 from stages.job import StageError
 
 # In any letter case. All but the last may also end in .gz.
