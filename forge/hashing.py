@@ -70,6 +70,12 @@ def _settled(status: os.stat_result) -> bool:
     return abs(time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)) > _SETTLE_NS
 
 
+def files_of(path: Path) -> list[tuple[str, Path]]:
+    """The files of a user's file or folder, sorted, each with its name, which begins with that of `path`."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [(str(file.relative_to(path.parent)), file) for file in files]
+
+
 def settle(paths: Iterable[Path]) -> None:
     """Waits, 0.1 s at most, until what is read of these files can be remembered."""
     if not all(_settled(os.stat(path)) for path in paths):
@@ -133,7 +139,7 @@ class Memo:
 
     def _tree(self, path: Path) -> list[Any]:
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file())
+            files = (file for _, file in files_of(path))
             return [path.name, of_entries((str(p.relative_to(path)), self.file(p)) for p in files)]
         return [path.name, self.file(path)]
 

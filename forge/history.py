@@ -36,10 +36,10 @@ class PastRun:
 
 def of_recipe(store: Store, recipe: str) -> Iterator[PastRun]:
     """The runs of a recipe, newest first."""
-    return (_read(store, folder, recipe) for folder in journal.runs(store.home, recipe))
+    return (_read(store, folder) for folder in journal.runs(store.home, recipe))
 
 
-def _read(store: Store, folder: Path, recipe: str) -> PastRun:
+def _read(store: Store, folder: Path) -> PastRun:
     plan, events, began = journal.plan_of(folder), journal.events(folder), journal.began(folder)
     made = {stage: str(e.get("key")) for e in events if e["event"] == "stage_done" and (stage := _stage(e))}
     begun = [(stage, str(e.get("why", ""))) for e in events if e["event"] == "stage" and (stage := _stage(e))]
@@ -47,7 +47,7 @@ def _read(store: Store, folder: Path, recipe: str) -> PastRun:
     artifacts = {stage: store.at(stage, key) for stage, key in made.items()}
     return PastRun(
         name=folder.name,
-        stamp=folder.name.removesuffix(f"-{recipe}"),
+        stamp=journal.stamp(folder),
         executor=str(plan.get("executor", "")),
         began=began,
         seconds=_seconds(began, ended) if ended else None,

@@ -114,6 +114,13 @@ def began(folder: Path) -> datetime.datetime:
     return datetime.datetime.strptime(name[1] + "+0000", "%Y%m%d-%H%M%S%z")
 
 
+def stamp(folder: Path) -> str:
+    """What tells the runs of a recipe apart: the name of a run's folder without the recipe's."""
+    name = _NAME.fullmatch(folder.name)
+    assert name, folder
+    return folder.name.removesuffix(f"-{name[3]}")
+
+
 def recipes(home: Path) -> list[str]:
     """The recipes that have runs."""
     return sorted({name[3] for name in _names(home / "runs")})

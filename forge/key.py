@@ -74,40 +74,59 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class Change:
+    """`details`: of a source, what changed in which file, where the manifest says it."""
+
     component: str
     old: str | None
     new: str | None
+    details: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """`code`, `image`, `param`, ...: what stands before the slash."""
+        return self.component.partition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """`rank`, `stages/train/fit.py`, ...: what stands behind the slash."""
+        return self.component.partition("/")[2].removeprefix("arg/")
+
+    @property
+    def subject(self) -> str:
+        """What changed, as the subject of a sentence."""
+        return {
+            "code": f"the code {self.name}",
+            "image": f"the image's {self.name}",
+            "product": f"the serving image's {self.name}",
+            "param": f"the parameter {self.name}",
+            "input": f"the input {self.name}",
+            "source": f"the source {self.name}",
+            "seed": "the seed",
+            "gpu": "the GPU architecture",
+            "type": "the artifact type",
+        }.get(self.kind, self.component)
 
     @property
     def phrase(self) -> str:
         """One line for a person: what changed, from what to what."""
-        kind, _, name = self.component.partition("/")
-        subject = {
-            "code": f"the code {name}",
-            "image": f"the image's {name.removeprefix('arg/')}",
-            "product": f"the serving image's {name.removeprefix('arg/')}",
-            "param": f"the parameter {name}",
-            "input": f"the input {name}",
-            "source": f"the source {name}",
-            "seed": "the seed",
-            "gpu": "the GPU architecture",
-            "type": "the artifact type",
-        }.get(kind, self.component)
+        if self.details:
+            more = len(self.details) - 1
+            return f"{self.subject}: {self.details[0]}" + (f" (and {more} more files)" if more else "")
+        old, new = _short(self.old), _short(self.new)
         if self.old is None:
-            return f"{subject} is new ({_short(self.new)})"
+            return f"{self.subject} is new" + (f" ({new})" if new else "")
         if self.new is None:
-            return f"{subject} is gone (it was {_short(self.old)})"
-        verb = {"code": "was edited", "input": "has other content", "source": "has other content"}.get(
-            kind, "changed"
-        )
-        return f"{subject} {verb}: {_short(self.old)} -> {_short(self.new)}"
+            return f"{self.subject} is gone" + (f" (it was {old})" if old else "")
+        if not old or not new:
+            return f"{self.subject} {'was edited' if self.kind == 'code' else 'has other content'}"
+        return f"{self.subject} changed: {old} -> {new}"
 
 
 def _short(value: str | None) -> str:
-    """A digest by its first ten digits; other values whole, up to a length that still fits a line."""
+    """A value up to a length that still fits a line; "" for a digest, which says nothing to a person."""
     value = value or ""
     if len(value) == 64 and all(c in "0123456789abcdef" for c in value):
-        return value[:10]
+        return ""
     return value if len(value) <= 60 else value[:57] + "..."
 
 

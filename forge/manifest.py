@@ -10,7 +10,7 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from forge import hashing
+from forge import hashing, sources
 from forge.finding import Refused, error
 
 MANIFEST = "manifest.json"
@@ -81,6 +81,8 @@ def _shape(manifest: Any) -> str:
     files = manifest.get("files")
     if not isinstance(files, dict):
         return "files that are no map"
+    if fault := sources.fault(manifest.get("sources", {})):  # older manifests have none
+        return fault
     return next((fault for name, entry in files.items() if (fault := _entry(name, entry))), "")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from forge import key
+from forge import earlier, key
 from forge.finding import Refused, error
 from forge.program import Program
 from forge.recipe import Recipe, Step, nearest_stage
@@ -197,27 +197,28 @@ def examine(
         unread = tuple(context.store.unread(artifact))
         why = f"built {age(artifact.created)}" + (f"; {_again(unread)}" if unread else "")
         return Stage(step.name, "cached", why, stage_key, artifact, estimate, unread)
-    return Stage(
-        step.name, "run", _why(context, step.name, stage_key, newest, artifact), stage_key, artifact, estimate
-    )
+    return Stage(step.name, "run", _why(context, step, stage_key, artifact), stage_key, artifact, estimate)
 
 
-def _why(
-    context: Context, name: str, stage_key: key.Key, newest: Artifact | None, artifact: Artifact | None
-) -> str:
+def _why(context: Context, step: Step, stage_key: key.Key, artifact: Artifact | None) -> str:
     assert stage_key.sha256
+    name = step.name
     if artifact:
         why = "forced"
     elif broken := context.store.broken(name, stage_key.sha256):
         why = f"its artifact is damaged: {broken}"
-    elif newest is None:
+    elif (before := _earlier(context, step, stage_key)) is None:
         why = "never built"
-    elif differ := key.changes(newest.manifest["components"], stage_key.components):
+    elif differ := earlier.changes(context.store.memo, before, step, stage_key):
         more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
         why = differ[0].phrase + more
     else:
         why = "its artifact was deleted"
     return why + (", goes on where it stopped" if context.store.unfinished(name, stage_key.sha256) else "")
+
+
+def _earlier(context: Context, step: Step, stage_key: key.Key) -> Artifact | None:
+    return earlier.artifact(context.store, context.recipe.name, context.executor, step, stage_key)
 
 
 def _again(unread: Sequence[str]) -> str:
@@ -267,21 +268,24 @@ def age(then: datetime.datetime) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A stage against the newest artifact of it: `old` is that artifact's key, `new` the present one
-    (None: not known yet).
+    """A stage against an earlier artifact of it (forge/earlier.py): `old` is that artifact's key, None if
+    there is none, and `run` the last run that made or used it, empty if its folder is gone.
     """
 
     stage: Stage
     old: str | None
     changes: tuple[key.Change, ...]
+    run: str = ""
 
     def as_json(self) -> dict[str, Any]:
         changes = [
-            {"component": c.component, "old": c.old, "new": c.new, "phrase": c.phrase} for c in self.changes
+            {"component": c.component, "old": c.old, "new": c.new, "phrase": c.phrase, "details": c.details}
+            for c in self.changes
         ]
         return {
             **self.stage.as_json(),
             "old_key": self.old,
+            "run": self.run,
             "changes": changes,
             "components": self.stage.key.components,
         }
@@ -289,14 +293,15 @@ class Explanation:
 
 def explain(context: Context, name: str) -> Explanation:
     """Why a stage runs or does not. Inputs that are not built yet are left out of the comparison."""
-    stage = planned_stage(context, name)
-    newest = context.store.newest(name, context.recipe.name, context.executor)
-    if newest is None or stage.state == "cached":
-        return Explanation(stage, newest.key if newest else None, ())
-    inputs = context.recipe.stages[name].inputs.items()
-    undecided = tuple(f"input/{n}" for n, supplier in inputs if supplier in stage.key.waits)
-    differ = key.changes(newest.manifest["components"], stage.key.components, undecided)
-    return Explanation(stage, newest.key, tuple(differ))
+    stage, step = planned_stage(context, name), context.recipe.stages[name]
+    if stage.state == "cached":
+        return Explanation(stage, stage.key.sha256, ())
+    before = _earlier(context, step, stage.key)
+    if before is None:
+        return Explanation(stage, None, ())
+    differ = earlier.changes(context.store.memo, before, step, stage.key)
+    run = earlier.last_run(context.store.home, context.recipe.name, name, {before.key})
+    return Explanation(stage, before.key, tuple(differ), run[0] if run else "")
 
 
 def planned_stage(context: Context, name: str) -> Stage:

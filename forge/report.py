@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forge.finding import Finding
+from forge.key import Change
 from forge.plan import Context, Explanation, Plan, age
 from forge.store import Artifact
 from forge.verify import Verdict
@@ -203,15 +204,25 @@ def of_result(plan: Plan, ran: tuple[str, ...], folder: Path | None) -> Renderab
 
 
 def of_explanation(explanation: Explanation) -> RenderableType:
-    """A stage, its state, and each changed component in one line."""
+    """A stage, its state, what it is compared with, and each changed component in one line, a source in one
+    for each file.
+    """
     stage = explanation.stage
     head = Text.assemble((stage.name, "bold"), ": ", (stage.state, _STATES[stage.state]), f", {stage.why}")
-    keys = f"  key {(explanation.old or 'none')[:12]} -> {(stage.key.sha256 or 'open')[:12]}"
     if stage.state == "cached" or explanation.old is None:
         return Group(head, Text(f"  key {(stage.key.sha256 or 'open')[:12]}", style="dim"))
-    return Group(
-        head, Text(keys, style="dim"), *(Text(f"  {change.phrase}") for change in explanation.changes)
-    )
+    against = f"compared with run {explanation.run}: " if explanation.run else ""
+    keys = f"  {against}key {explanation.old[:12]} -> {(stage.key.sha256 or 'open')[:12]}"
+    return Group(head, Text(keys, style="dim"), *_changes(explanation.changes))
+
+
+def _changes(changes: Iterable[Change]) -> Iterator[Text]:
+    for change in changes:
+        if change.details:
+            yield Text(f"  {change.subject}")
+            yield from (Text(f"    {detail}") for detail in change.details)
+        else:
+            yield Text(f"  {change.phrase}")
 
 
 def of_doctor(findings: list[Finding], context: Context) -> RenderableType:

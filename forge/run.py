@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge import check, lock, plan, preflight, store, trouble, verify
+from forge import check, lock, plan, preflight, sources, store, trouble, verify
 from forge.executor import Executor, ProductBuilder, Task
 from forge.finding import Finding, Refused, error
 from forge.follow import StageFailed, follow
@@ -283,6 +283,7 @@ class _Run:
         started = time.monotonic()
         try:
             job = self.job(stage, output, scratch)
+            files = {name: sources.described(self.store.memo, p) for name, p in step.sources.items()}
             task = Task(
                 stage=stage.name,
                 program=plan.program(self.context, step),
@@ -300,6 +301,7 @@ class _Run:
             self.says(stage, "checking and storing what it made")
             facts = {
                 "components": stage.key.components,
+                "sources": files,
                 "seconds": round(time.monotonic() - started, 1),
                 "recipe": self.recipe.name,
                 "executor": self.executor.name,

@@ -76,7 +76,7 @@ def items(context: Context, executor: Executor, keep: int) -> tuple[list[Item], 
     repository (and `context`) need by their present plan, what is being served, what the last `keep` runs
     of each recipe made or used, and what those artifacts were made from.
     """
-    needed, built = Needed(), _artifacts(context.store)
+    needed, built = Needed(), context.store.all()
     _by_recipes(needed, context, executor)
     kept = executor.kept() if isinstance(executor, ImageKeeper) else []
     for folder in _recent_runs(context.store.home, keep):
@@ -179,14 +179,6 @@ def _with_inputs(needed: Needed, built: list[Artifact]) -> None:
 
 
 # --- what there is ------------------------------------------------------------------------------------------
-
-
-def _artifacts(whole: Store) -> list[Artifact]:
-    return [
-        artifact
-        for folder in sorted(whole.root.glob("artifacts/*/*"))
-        if (artifact := whole.at(folder.parent.name, folder.name))
-    ]
 
 
 def _of_artifacts(needed: Needed, built: list[Artifact]) -> list[Item]:

@@ -121,12 +121,19 @@ class Store:
         """The last accepted artifact of a stage under a recipe, rather one of the same executor than
         another.
         """
-        folder = self.root / "artifacts" / stage
-        artifacts = [self._read(p) for p in folder.iterdir()] if folder.is_dir() else []
-        mine = [a for a in artifacts if a and a.manifest["recipe"] == recipe]
+        mine = self.made(stage, recipe)
         return max(
             mine, key=lambda a: (a.manifest["executor"] == executor, a.manifest["created"]), default=None
         )
+
+    def made(self, stage: str, recipe: str) -> list[Artifact]:
+        """Every artifact of a stage that was made under a recipe."""
+        return [artifact for artifact in self.all(stage) if artifact.manifest["recipe"] == recipe]
+
+    def all(self, stage: str = "*") -> list[Artifact]:
+        """Every artifact of a stage, or of all stages, whole or not. Refused as `at` is."""
+        folders = sorted(self.root.glob(f"artifacts/{stage}/*"))
+        return [artifact for folder in folders if (artifact := self._read(folder))]
 
     def _read(self, folder: Path) -> Artifact | None:
         read = manifest.read(folder)
@@ -154,7 +161,7 @@ class Store:
         self, stage: str, key: str, output: Path, kind: str, patterns: Sequence[str], facts: dict[str, Any]
     ) -> Artifact:
         """Makes `output` the artifact of `key`, of type `kind`, in which each of `patterns` matches a file.
-        `facts`: components, seconds, recipe, executor.
+        `facts`: components, sources, seconds, recipe, executor.
 
         Refused if the output lacks what its type needs; OSError (disk full) leaves the store as it was.
         """

@@ -58,6 +58,7 @@ def test_explain_in_words_and_as_json(mini, command):
             "old": "false",
             "new": "true",
             "phrase": "the parameter upper changed: false -> true",
+            "details": [],
         }
     ]
     assert "slow: cached" not in command("explain", "slow")

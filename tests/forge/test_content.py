@@ -355,6 +355,14 @@ def test_an_edited_manifest_is_refused_by_name_with_a_remedy(accepted, how):
         assert f"delete the folder {path.parent}" in finding.remedy
 
 
+@pytest.mark.parametrize("sources", [[], {"files": {}}, {"files": [[]]}, {"files": [{"name": "a"}]}])
+def test_what_a_manifest_says_of_sources_is_checked_too(built, sources):
+    path = folder(built, "words") / "manifest.json"
+    edited(path, lambda m: m.update(sources=sources))
+    with pytest.raises(Refused, match="sources"):
+        Store(built.home).newest("words", "toy")
+
+
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[" * 100_000, b'{"a": ' * 100_000])
 def test_a_torn_manifest_is_refused(accepted, content):
     (path,) = accepted.root.glob("artifacts/words/*/manifest.json")

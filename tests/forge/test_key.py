@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import toy
 
-from forge import artifact_types, code, contract, plan
+from forge import artifact_types, code, contract, journal, plan
 from forge.finding import Refused
 
 REPO = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ def test_a_stage_that_imports_the_host_side_is_refused(mini, package):
         ("recipes/toy.yaml", "upper: false", "upper: true", "the parameter upper changed: false -> true"),
         ("recipes/toy.yaml", "seed: 3", "seed: 4", "the seed changed: 3 -> 4"),
         ("model/letters.py", "UPPER", "# why\nUPPER", "the code model/letters.py was edited"),
-        ("data/b/c.txt", "gamma", "delta", "the source files has other content"),
+        ("data/b/c.txt", "gamma", "delta", "the source files: b/c.txt: line 1 changed"),
     ],
 )
 def test_explain_says_what_changed_in_one_phrase(mini, path, old, new, phrase):
@@ -104,6 +104,40 @@ def test_explain_says_what_changed_in_one_phrase(mini, path, old, new, phrase):
     explained = plan.explain(mini.context(), "words")
     assert explained.old == before != explained.stage.key.sha256
     assert [c.phrase.startswith(phrase) for c in explained.changes] == [True]
+
+
+def test_explain_names_the_files_and_lines_of_a_source(mini):
+    assert mini.run().code == 0
+    toy.edit(mini.repo / "data/a.txt", "alpha beta", "alpha\nbeta\ngamma")
+    (mini.repo / "data/b/c.txt").unlink()
+    (mini.repo / "data/b/d.txt").write_text("delta\n")
+    (change,) = plan.explain(mini.context(), "words").changes
+    details = ("a.txt: line 1 changed, lines 2-3 added", "b/c.txt is gone", "b/d.txt is new")
+    assert change.details == details
+    assert mini.plan().stages[0].why == f"the source files: {details[0]} (and 2 more files)"
+
+
+def test_an_experiment_that_was_undone_is_not_what_a_stage_is_compared_with(mini):
+    assert mini.run().code == 0
+    toy.edit(mini.recipe, "steps: 3", "steps: 0")
+    assert mini.run().code == 0
+    toy.edit(mini.recipe, "steps: 0", "steps: 3")
+    toy.edit(mini.repo / "data/a.txt", "beta", "beta gamma")
+    assert mini.run(last="count").code == 0
+    explained = plan.explain(mini.context(), "slow")
+    assert [change.phrase for change in explained.changes] == ["the input count has other content"]
+    first = journal.runs(mini.home, "toy")[-1]
+    assert explained.run == journal.stamp(first)
+
+
+def test_of_two_artifacts_that_differ_as_little_the_last_run_decides(mini):
+    assert mini.run(last="words").code == 0
+    toy.edit(mini.recipe, "upper: false", "upper: false\n    times: 2")
+    assert mini.run(last="words").code == 0
+    toy.edit(mini.recipe, "times: 2", "times: 1")
+    assert mini.run(last="count").ran == ("count",)  # it uses the first artifact of words
+    toy.edit(mini.recipe, "times: 1", "times: 3")
+    assert mini.plan().stages[0].why == "the parameter times changed: 1 -> 3"
 
 
 def test_an_input_that_comes_out_the_same_stops_the_change(mini):
