@@ -25,6 +25,7 @@ IN_TESTS = {  # what a command prints here, the demo having been made
     "python build.py explain train": "train: cached",
     "python build.py status": "cached",
     "python build.py logs train": "loss",
+    "python build.py report": "95 % interval",
     "python build.py runs": "base to package: never built",
     "python build.py path quantize": "/quantize/",
     "python build.py verify": "whole",
@@ -33,6 +34,7 @@ IN_TESTS = {  # what a command prints here, the demo having been made
 }
 ELSEWHERE = {
     'python build.py audit "$(python build.py path quantize)" --vllm 0.31.0': "test_audit",
+    'python build.py ask "Who are you?"': "test_ask",
     "make demo": "tests/line/test_demo.py",
     "make doctor": "test_doctor",
     "make warm": "test_warm",
@@ -82,6 +84,13 @@ def test_audit():
     assert "layout: conservative" in ran(
         *BUILD, "audit", path[0], "--vllm", "0.12.0", "--executor", "local", code=1
     )
+
+
+def test_ask():
+    text = ran(*BUILD, "ask", "What is the capital of France?", "--executor", "local")
+    answers = dict(re.findall(r"^ +(user|base|tuned|nvfp4)  (.*)$", text, re.MULTILINE))
+    assert list(answers) == ["user", "base", "tuned", "nvfp4"]
+    assert answers["base"].strip() != answers["tuned"].strip() == answers["nvfp4"].strip()
 
 
 def test_serve_and_chat():
