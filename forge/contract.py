@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,16 +55,24 @@ NEEDS: dict[str, tuple[str, float]] = {
 }
 
 
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")  # in [build]'s tag
+
+
 @dataclass(frozen=True)
 class Product:
     """An image made from the stage's output (`[build]`): the folder of images/ that it is made with, what it
-    is called, and for each value of the parameter `by` context name -> input name, or a folder in it.
+    is called (`{PARAMETER}` stands for a parameter's value), and for each value of the parameter `by` context
+    name -> input name, or a folder in it.
     """
 
     image: str
     tag: str
     by: str
     contexts: dict[str, dict[str, str]]
+
+    def repository(self, params: dict[str, Any]) -> str:
+        """The image's name without a version; engines take lower case alone."""
+        return _PLACEHOLDER.sub(lambda match: str(params[match[1]]), self.tag).lower()
 
     def folders(self, params: dict[str, Any], folder: Callable[[str], Path]) -> dict[str, Path | None]:
         """Context name -> folder under these parameters, None for a context that only other values have;
@@ -115,6 +124,11 @@ def _product(
             )
         )
         return None
+    for key in _PLACEHOLDER.findall(raw["tag"]):
+        if key not in parameters:
+            findings.append(
+                error(name, f"build.tag names {key}", "a parameter of the stage", nearest(key, parameters))
+            )
     choices = parameters[raw["by"]].choices if raw["by"] in parameters else ()
     if set(choices) != set(raw["contexts"]):
         findings.append(
@@ -217,7 +231,7 @@ def load(folder: Path, types: artifact_types.Types) -> Contract:
         )
         if not parameter.required:
             try:
-                parameter.accept(parameter.default)
+                parameter.accept(parameter.default_for("recipe"))
             except Unfit as unfit:
                 findings.append(
                     error(name, f"{where}.default = {parameter.default!r}", unfit.faults[0].expected, "")

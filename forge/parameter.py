@@ -12,6 +12,7 @@ from typing import Any
 SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
 TYPES = (*SCALARS, "list[str]", "list[int]", "map")
 MISSING: Any = object()
+RECIPE = "{recipe}"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -75,6 +76,8 @@ class Unfit(ValueError):
 class Parameter:
     """What a contract says of one parameter (docs/formats.md, stage.toml).
 
+    `{recipe}` in the default of a string stands for the recipe's name.
+
     `also` lists values that are accepted whatever the type and the limits say. A map with `keys` takes
     only those; the value of a key is what `each` describes or, where there are `fields`, a map with some
     of them.
@@ -101,6 +104,10 @@ class Parameter:
     @property
     def required(self) -> bool:
         return self.default is MISSING
+
+    def default_for(self, recipe: str) -> Any:
+        """The default under the recipe of this name."""
+        return self.default.replace(RECIPE, recipe) if isinstance(self.default, str) else self.default
 
     @property
     def expected(self) -> str:

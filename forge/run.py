@@ -363,7 +363,8 @@ class _Run:
         labels = {"io.annie.recipe": self.recipe.name, "io.annie.key": key}
         labels |= {f"io.annie.{name}.digest": artifact.digest for name, artifact in suppliers.items()}
 
-        self.says(stage, f"building the image {product.tag}")
+        repository = product.repository(step.params)
+        self.says(stage, f"building the image {repository}")
 
         def on_line(line: str) -> None:
             self.journal.emit("log", stage=stage.name, line=log.line(line))
@@ -373,7 +374,7 @@ class _Run:
             self.recipe.images[step.contract.image],
             product.folders(step.params, lambda name: suppliers[name].folder),
             output,
-            f"{product.tag}:{key[:12]}",
+            f"{repository}:{key[:12]}",
             labels,
             on_line,
         )

@@ -39,16 +39,15 @@ def read_step(
             reading.fault((*where, key), f"unknown key {name}.{key}", f"a parameter of {name}", remedy)
     params = {}
     for key, parameter in contract.parameters.items():
-        if key in values:
-            try:
-                params[key] = parameter.accept(values[key])
-            except Unfit as unfit:
-                for fault in unfit.faults:
-                    _unfit(reading, (*where, key), name, fault)
-        elif parameter.required:
+        if key not in values and parameter.required:
             reading.fault(where, f"no {key} in {name}", f"{key}: {parameter.expected}", parameter.doc)
-        else:
-            params[key] = parameter.accept(parameter.default)
+            continue
+        default = parameter.default_for(str(reading.raw.get("name")))
+        try:
+            params[key] = parameter.accept(values.get(key, default))
+        except Unfit as unfit:
+            for fault in unfit.faults:
+                _unfit(reading, (*where, key), name, fault)
     for key, parameter in contract.parameters.items():
         limit = params.get(parameter.at_most)
         if limit and key in params and params[key] > limit:

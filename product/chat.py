@@ -29,7 +29,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 
 @dataclass
 class Conversation:
-    """`messages` starts with the system prompt; every turn is added to it."""
+    """`messages` starts with the system prompt; every turn is added to it. `assistant` is the name at its
+    answers.
+    """
 
     url: str
     model: str
@@ -37,6 +39,7 @@ class Conversation:
     system: str
     tools: list[dict[str, Any]]
     kwargs: dict[str, Any]
+    assistant: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     cut: str = ""  # why the last turn is not whole
 
@@ -108,7 +111,10 @@ def deltas(url: str, key: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]
                         if reason == "length":
                             yield {"cut": "the answer has reached its longest length"}
     except urllib.error.HTTPError as fault:
-        remedy = "Name its key: --api-key-file FILE." if fault.code == 401 else "Start over with /reset."
+        remedy = {
+            401: "Name its key: --api-key-file FILE.",
+            404: f"It serves another model than {body['model']}. Serve that one: make serve.",
+        }.get(fault.code, "Start over with /reset.")
         raise Refused(
             error(
                 "chat",
@@ -168,6 +174,7 @@ def chat(url: str, prompt: str | None = None, key_file: Path | None = None) -> i
         (folder / "prompt.txt").read_text().strip(),
         json.loads((folder / "tools.json").read_text()),
         server["chat_template_kwargs"],
+        server.get("assistant", server["served_name"]),  # before 2026-12 there was none
     )
     console = Console(highlight=False, soft_wrap=True)
     if prompt:
@@ -217,7 +224,7 @@ def say(console: Console, conversation: Conversation, message: dict[str, Any] | 
     before = len(conversation.messages)
     if message:
         conversation.messages.append(message)
-    console.print("[bold cyan]annie[/bold cyan]  ", end="")
+    console.print(printable(conversation.assistant), style="bold cyan", markup=False, end="  ")
     try:
         for piece in conversation.turn():
             console.print(printable(piece), end="", markup=False)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from forge import modes
 
 OVERRIDE = "compose.override.yaml"
+SERVICE = "vllm-nemotron-annie"  # of compose.yaml
+OTHER = "other"  # the profile of a service that is not the newest recipe's
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
     undefined=jinja2.StrictUndefined,
@@ -17,16 +20,16 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def override(image: str, device: str, server: str, memory_gb: int) -> str:
-    """compose.override.yaml for an image tag; `device` is `cpu` or `cuda`, `server` the name that the server
-    answers with, and `memory_gb` the container's limit.
+def override(image: str, server: str, described: dict[str, Any]) -> str:
+    """compose.override.yaml for an image tag; `server` is the name that the server answers with, and
+    `described` the content of serve.json. Another service than compose.yaml's is defined as an extension of
+    it.
     """
     template = _TEMPLATES.get_template(f"{OVERRIDE}.j2")
-    return template.render(image=image, device=device, server=server, memory_gb=memory_gb)
+    values = {name: described[name] for name in ("service", "device", "memory_gb")}
+    return template.render(image=image, server=server, base=SERVICE, other=OTHER, **values)
 
 
-def write_override(repo: Path, image: str, device: str, server: str, memory_gb: int) -> Path:
+def write_override(repo: Path, image: str, server: str, described: dict[str, Any]) -> None:
     """Writes it into the clone's root, whole or not at all, also in a power cut."""
-    path = repo / OVERRIDE
-    modes.write(path, override(image, device, server, memory_gb))
-    return path
+    modes.write(repo / OVERRIDE, override(image, server, described))

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from forge import modes, plan, preflight, verify
 from forge.executor import Executor
@@ -28,7 +29,6 @@ from product import PACKAGE, SERVER, loopback, render, serving_check, serving_re
 from product.serving_check import Endpoint
 from product.serving_record import Record
 
-SERVICE = "vllm-nemotron-annie"
 STOP_SECONDS = 60  # the supervisor's grace period and vLLM's own end
 
 
@@ -91,7 +91,9 @@ def _compose_command(context: Context) -> list[str]:
 
 
 def _stop_compose(context: Context) -> int:
-    code = subprocess.run([*_compose_command(context), "down"]).returncode
+    # Also the server of another recipe, which compose.override.yaml may no longer name.
+    everything = ["--profile", render.OTHER, "down", "--remove-orphans"]
+    code = subprocess.run([*_compose_command(context), *everything]).returncode
     serving_record.remove(context.store.home)
     return code
 
@@ -112,20 +114,20 @@ def _compose(context: Context, address: Address, detach: bool) -> int:
         )
     _tell_unused_gpu(artifact.folder)
     write_override(context.repo, artifact.folder)
-    compose = _compose_command(context)
+    compose, service = _compose_command(context), described(artifact.folder)["service"]
     environment = {**os.environ, **address.variables()}
     # The engine itself refuses a port that another program holds.
-    if code := subprocess.run([*compose, "up", "--detach", SERVICE], env=environment).returncode:
+    if code := subprocess.run([*compose, "up", "--detach", service], env=environment).returncode:
         return code
 
     def why_dead() -> str | None:
         running = subprocess.run(
-            [*compose, "ps", "--quiet", "--status", "running", SERVICE],
+            [*compose, "ps", "--quiet", "--status", "running", service],
             env=environment,
             capture_output=True,
             text=True,
         ).stdout.strip()
-        return None if running else f"its container stopped; see: docker compose logs {SERVICE}"
+        return None if running else f"its container stopped; see: docker compose logs {service}"
 
     serving_record.write(context.store.home, Record(str(artifact.folder), address.port, artifact.key))
     try:
@@ -137,7 +139,7 @@ def _compose(context: Context, address: Address, detach: bool) -> int:
     print(f"serving {tag} on http://{address.bind}:{address.port}")
     if detach:
         return 0
-    follow = [*compose, "logs", "--follow", "--no-log-prefix", "--tail=0", SERVICE]
+    follow = [*compose, "logs", "--follow", "--no-log-prefix", "--tail=0", service]
     return subprocess.run(follow, env=environment).returncode
 
 
@@ -145,6 +147,12 @@ def image_tag(folder: Path) -> str:
     """The tag of the image that was built from a serving artifact; empty where no engine built one."""
     described = folder / "image.json"
     return str(json.loads(described.read_text())["tag"]) if described.exists() else ""
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """serve.json of a serving artifact."""
+    values: dict[str, Any] = json.loads((folder / "serve.json").read_text())
+    return values
 
 
 def point_compose_to_newest(context: Context) -> None:
@@ -158,8 +166,7 @@ def write_override(repo: Path, folder: Path) -> None:
     does nothing where it has none.
     """
     if tag := image_tag(folder):
-        server = json.loads((folder / "serve.json").read_text())
-        render.write_override(repo, tag, server["device"], folder.name, server["memory_gb"])
+        render.write_override(repo, tag, folder.name, described(folder))
 
 
 # --- without an engine --------------------------------------------------------------------------------------
@@ -299,8 +306,7 @@ def _tell_unused_gpu(folder: Path) -> None:
     """Says that a GPU is there which the server will not use: answers would be slow, and nothing else would
     show it.
     """
-    device = json.loads((folder / "serve.json").read_text())["device"]
-    if device == "cpu" and (gpu := preflight.gpu_architecture()):
+    if described(folder)["device"] == "cpu" and (gpu := preflight.gpu_architecture()):
         print(
             f"This machine has a GPU ({gpu}), which this server does not use: it was built for a CPU."
             " Build it from a recipe with gpu: cuda.",

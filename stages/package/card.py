@@ -35,6 +35,7 @@ def markdown(
         TEMPLATE.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     ).render(
         name=serve["served_name"],
+        service=serve["service"],
         form=form,
         weights=weights,
         vllm=serve["vllm"],

@@ -16,11 +16,12 @@ from stages import job
 from stages.job import Job, StageError
 from stages.package import card
 from stages.package.parameters import Parameters
-from stages.serving import checks, front, supervisor, tool_calls
+from stages.serving import checks, front, request, supervisor, tool_calls
 
 PORT = 8000
+PROMPT = "prompt.txt"
 # What runs in the served container beside vLLM, and is started from the artifact without one.
-SERVER = (stages.serving, checks, front, supervisor, tool_calls)
+SERVER = (stages.serving, checks, front, request, supervisor, tool_calls)
 
 
 def run(task: Job) -> None:
@@ -54,7 +55,7 @@ def run(task: Job) -> None:
             params.max_model_len,
             params.max_num_seqs,
             params.memory_share,
-            serving.base_name if serves == "tuned" else serving.name,
+            f"{params.served_name}-base" if serves == "tuned" else params.served_name,
             params.kv_cache,
             serve.trusted(task.inputs["base"]),
         )
@@ -65,7 +66,9 @@ def run(task: Job) -> None:
             "Change the recipe's vLLM image, the layout, or what is served (package: {serves: ...}).",
         ) from error
     described = {
-        "served_name": serving.name,
+        "served_name": params.served_name,
+        "service": params.service.lower(),
+        "assistant": params.assistant,
         "serves": serves,
         "vllm": vllm,
         "device": task.device,
@@ -79,6 +82,7 @@ def run(task: Job) -> None:
             "tokens": params.max_model_len,
             "running": params.max_num_seqs,
             "waiting": params.max_waiting,
+            "default_prompt": PROMPT if params.default_prompt == "insert" else "",
         },
         "memory_gb": memory_gb(served_files(task, serves), task.device),
     }
@@ -91,7 +95,7 @@ def run(task: Job) -> None:
     for module in SERVER:
         path = Path(str(module.__file__))
         shutil.copyfile(path, server / path.name)
-    for name in ("prompt.txt", "tools.json"):
+    for name in (PROMPT, "tools.json"):
         shutil.copyfile(task.inputs["data"] / name, task.output / name)
     (task.output / "README.md").write_text(card.markdown(described, report, checkpoint, task.provenance))
     job.progress(1, 1, "serving")

@@ -11,6 +11,15 @@ class Parameters:
     # nvfp4: the quantised checkpoint; merged: the BF16 one; tuned: the BF16 base and the adapter, which vLLM
     # adds at run time (targets: attention)
     serves: Literal["nvfp4", "merged", "tuned"]
+    # insert: the server gives a chat without a system message the production prompt; none: it does not
+    default_prompt: Literal["insert", "none"]
+    # the model's name for clients; by default the recipe's name
+    served_name: str
+    # the image annie/SERVICE and the service that compose starts, in lower case: letters and digits, with
+    # single dots or dashes between them; by default vllm- and the recipe's name
+    service: str
+    # the assistant's name, in the model card and in build.py chat; by default the recipe's name
+    assistant: str
     # longest context in tokens that is served
     max_model_len: int
     # requests answered at the same time

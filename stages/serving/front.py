@@ -10,6 +10,8 @@ its own. Its settings are in the environment variable `ANNIE_FRONT` (see `Settin
 | a `Host` of another site, where no key is set | 403: a web page must not reach a server on loopback |
 | too large, too many choices, too many tokens | 413, or 400 with the limit |
 | a control token in a message | 400 with its name: it would open a turn that nobody wrote |
+| a field of a type that vLLM cannot take | 400 with its name |
+| a chat without a system prompt | gets the production prompt, where `default_prompt` says so |
 | more than can wait | 429 |
 | a chat with tools, not streamed | streamed from vLLM and put together here: both ways give the same |
 | a call that the client forces, streamed | without the text `<tool_call>` that vLLM sends before it |
@@ -28,20 +30,24 @@ import hmac
 import ipaddress
 import json
 import os
-import re
 import signal
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from stages.serving import request as requests
 from stages.serving import tool_calls
+from stages.serving.request import Refusal
 
 VARIABLE = "ANNIE_FRONT"
 SERVER_HEADER = b"x-annie-server"
+PROMPT_HEADER = (b"x-annie-prompt", b"inserted")
 BODY_SECONDS = 60  # for a client to send its request
 READ_ON = 8  # times the limit of a body
 CHAT = "/v1/chat/completions"
 GENERATES = (CHAT, "/v1/completions")
+PROMPTED = (CHAT, "/tokenize")  # with messages, the two agree on a prompt
 # Reads: what monitors and clients of these two ask.
 ROUTES = (*GENERATES, "/v1/models", "/health", "/ping", "/metrics", "/version", "/tokenize", "/detokenize")
 
@@ -55,7 +61,8 @@ Send = Callable[[Message], Awaitable[None]]
 class Settings:
     """`server` names this server in the header of its answers. `key_sha256` is empty where no key is asked.
     `refused` are the strings that no message may hold. `running` requests are answered at the same time,
-    `waiting` more may wait. `grace` is in seconds.
+    `waiting` more may wait. `grace` is in seconds. `default_prompt` is the file of the production prompt,
+    which a chat without one gets; empty where none is added.
     """
 
     server: str
@@ -67,6 +74,7 @@ class Settings:
     running: int = 4
     waiting: int = 32
     grace: float = 20.0
+    default_prompt: str = ""
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -75,14 +83,6 @@ class Settings:
 
     def as_variable(self) -> str:
         return json.dumps(self.__dict__)
-
-
-class Refusal(Exception):
-    """A request that is answered here: the status and the sentence that its sender gets."""
-
-    def __init__(self, status: int, text: str, headers: tuple[tuple[bytes, bytes], ...] = ()):
-        super().__init__(text)
-        self.status, self.text, self.headers = status, text, headers
 
 
 @dataclass(eq=False)
@@ -101,7 +101,9 @@ class Front:
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]):
         self.app, self.settings = app, Settings.from_environment()
-        self.refused = _any_of(self.settings.refused)
+        self.refused = requests.any_of(self.settings.refused)
+        path = self.settings.default_prompt
+        self.prompt = Path(path).read_text().strip() if path else ""
         self.under_way: set[Exchange] = set()
         self.draining = False
         self._ending: asyncio.Task[None] | None = None  # a task that nobody holds may be collected
@@ -171,46 +173,16 @@ class Front:
             raise Refusal(413, f"A request may have {limit:,} bytes.", ((b"connection", b"close"),))
         return bytes(body)
 
-    def _checked(self, path: str, body: bytes) -> tuple[dict[str, Any] | None, int]:
-        """The request as JSON, None where it is none (vLLM says what is wrong then), and its weight: how many
-        answers it asks for. Refusal of one beyond the limits.
-        """
-        try:
-            request = json.loads(body)
-        except (ValueError, RecursionError):
-            return None, 1
-        if not isinstance(request, dict):
-            return None, 1
-        prompts = request.get("prompt")
-        batch = len(prompts) if isinstance(prompts, list) and prompts and not _is_tokens(prompts) else 1
-        each = max(1, _number(request.get("n")), _number(request.get("best_of")))
-        if (weight := batch * each) > self.settings.choices:
-            raise Refusal(
-                400, f"{weight:,} answers in one request; this server gives {self.settings.choices:,}."
-            )
-        for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
-            if (asked := _number(request.get(name))) > self.settings.tokens:
-                raise Refusal(400, f"{name} is {asked:,}; this server allows {self.settings.tokens:,}.")
-        # A raw prompt is whole turns by its nature; everything else is text of one.
-        texts = {key: value for key, value in request.items() if key != "prompt"}
-        for text in _strings(texts):
-            if token := self.refused.search(text):
-                raise Refusal(
-                    400,
-                    f"A text holds the control token {token[0]}, which would be read as the conversation's"
-                    " own markup. Leave it out, or write it another way.",
-                )
-        return request, weight
-
     # --- one answer -----------------------------------------------------------------------------------------
 
     async def _exchange(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Passes a request on, and its answer back, unless the server ends first."""
         path = scope["path"]
-        request, weight = self._checked(path, body)
+        settings = self.settings
+        request, weight = requests.checked(body, settings.choices, settings.tokens, self.refused)
         self._refuse_while_draining()  # it may have begun while the body came
         exchange = Exchange(weight if path in GENERATES else 0)
-        room = self.settings.running + self.settings.waiting
+        room = settings.running + settings.waiting
         if exchange.weight and sum(e.weight for e in self.under_way) + exchange.weight > room:
             raise Refusal(
                 429, f"{room} answers are under way or waiting; try again.", ((b"retry-after", b"1"),)
@@ -236,6 +208,9 @@ class Front:
         send: Send,
     ) -> None:
         send = self._watched(exchange, self._named(send))
+        if prompted := self._prompted(scope["path"], request):
+            request, body = prompted, json.dumps(prompted).encode()
+            send = _with_header(send, PROMPT_HEADER)
         if request and scope["path"] == CHAT and request.get("tools"):
             send = tool_calls.Repaired(request, send)
             body = json.dumps(tool_calls.streamed(request)).encode()
@@ -244,16 +219,13 @@ class Front:
         headers.append((b"content-length", str(len(body)).encode()))
         await self.app({**scope, "headers": headers}, _replayed(body, receive), send)
 
+    def _prompted(self, path: str, request: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The request with the production prompt; None where it needs none, or this server adds none."""
+        return requests.with_prompt(request, self.prompt) if self.prompt and path in PROMPTED else None
+
     def _named(self, send: Send) -> Send:
         """`send` with this server's name in the answer's head."""
-
-        async def named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                header = (SERVER_HEADER, self.settings.server.encode())
-                message = {**message, "headers": [*message.get("headers", []), header]}
-            await send(message)
-
-        return named
+        return _with_header(send, (SERVER_HEADER, self.settings.server.encode()))
 
     def _watched(self, exchange: Exchange, send: Send) -> Send:
         """`send` that notes how far an answer has come."""
@@ -298,6 +270,17 @@ class Front:
             await send({"type": "http.response.body", "body": b"data: " + error + b"\n\n"})
 
 
+def _with_header(send: Send, header: tuple[bytes, bytes]) -> Send:
+    """`send` with one more header in the answer's head."""
+
+    async def with_header(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), header]}
+        await send(message)
+
+    return with_header
+
+
 def _local_name(host: str) -> bool:
     """Whether a `Host` is an address or a name that no public site can have."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
@@ -307,56 +290,6 @@ def _local_name(host: str) -> bool:
         return True
     except ValueError:
         return "." not in name or name.endswith((".local", ".localhost", ".internal"))
-
-
-def _number(value: object) -> int:
-    """A whole number as vLLM reads it, which takes "2000" and 2000.0 for 2000; 0 for what is none. Beyond
-    10**18 they are all one.
-    """
-    try:
-        number = value if isinstance(value, int) else float(value) if isinstance(value, float | str) else 0
-    except ValueError:
-        return 0
-    return int(min(number, 10**18)) if number > 0 else 0  # not a number is not above 0
-
-
-def _is_tokens(prompts: list[Any]) -> bool:
-    """Whether a list is one prompt in token ids, not several prompts."""
-    return all(isinstance(prompt, int) for prompt in prompts)
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches each of `tokens`, the longest where several begin alike. The model has a thousand, and requests
-    have megabytes: one expression in which each shared beginning stands once reads a text a single time,
-    while alternatives side by side would be tried one by one at every "<".
-    """
-    root: dict[str, Any] = {}
-    for token in tokens:
-        node = root
-        for character in token:
-            node = node.setdefault(character, {})
-        node[""] = {}  # a token ends here
-
-    def expression(node: dict[str, Any]) -> str:
-        ways = [re.escape(character) + expression(after) for character, after in node.items() if character]
-        if len(ways) < 2 and ("" not in node or not ways):
-            return "".join(ways)
-        return f"(?:{'|'.join(ways)}){'?' * ('' in node)}"
-
-    return re.compile(expression(root) or "(?!)")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys included."""
-    rest = [value]
-    while rest:
-        part = rest.pop()
-        if isinstance(part, str):
-            yield part
-        elif isinstance(part, dict):
-            rest += [*part.keys(), *part.values()]
-        elif isinstance(part, list):
-            rest += part
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

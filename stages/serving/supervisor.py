@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     except Unfit as unfit:
         print(f"serve: {unfit}", file=sys.stderr)
         return 2
-    return supervise(command(serve, arguments), environment(serve, key))
+    return supervise(command(serve, arguments), environment(serve, folder, key))
 
 
 def host() -> str:
@@ -138,14 +138,18 @@ def command(serve: dict[str, Any], arguments: list[str]) -> list[str]:
     ]
 
 
-def environment(serve: dict[str, Any], key: str) -> dict[str, str]:
-    """vLLM's: this one's, what serve.json adds, and the front's settings. The key itself is not in it."""
+def environment(serve: dict[str, Any], folder: Path, key: str) -> dict[str, str]:
+    """vLLM's: this one's, what serve.json adds, and the front's settings. The key itself is not in it.
+    `folder` holds serve.json and the file of the prompt.
+    """
     front = {
         "server": os.environ.get("ANNIE_SERVER", ""),
         "key_sha256": hashlib.sha256(key.encode()).hexdigest() if key else "",
         "grace": GRACE,
         **serve["front"],
     }
+    if prompt := front.get("default_prompt"):
+        front["default_prompt"] = str(folder.absolute() / prompt)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, **serve["env"], "ANNIE_FRONT": json.dumps(front), "PYTHONPATH": path}
 

@@ -1,13 +1,14 @@
 """`[build]` of a contract: what the serving image is made from, by a parameter."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from forge import artifact_types, contract
+from forge import artifact_types, contract, recipe
 from forge.executor import docker
 from forge.finding import Refused
 from forge.image import Image
@@ -35,7 +36,24 @@ def test_every_way_to_serve_has_its_contexts(serves, wanted):
 
 def test_the_image_has_the_name_that_compose_starts():
     service = yaml.safe_load((REPO / "compose.yaml").read_text())["services"]["vllm-nemotron-annie"]
-    assert service["image"] == f"{contract.load(REPO / 'stages/package', TYPES).product.tag}:latest"
+    for name in ("tiny", "annie"):
+        step = recipe.load(REPO / f"recipes/{name}.yaml", REPO).stages["package"]
+        assert service["image"] == f"{step.contract.product.repository(step.params)}:latest"
+
+
+def test_another_recipe_has_an_image_and_a_model_of_its_own_name(tmp_path):
+    text = (REPO / "recipes/tiny.yaml").read_text()
+    text = re.sub(r"  package: .*", "  package: {}", text)
+
+    def package(name):
+        (tmp_path / "r.yaml").write_text(text.replace("name: tiny", f"name: {name}"))
+        return recipe.load(tmp_path / "r.yaml", REPO).stages["package"]
+
+    step = package("Boat.v2")
+    assert step.contract.product.repository(step.params) == "annie/vllm-boat.v2"
+    assert step.params["served_name"] == step.params["assistant"] == "Boat.v2"
+    with pytest.raises(Refused, match=r"r.yaml:\d+: .*package.service = 'vllm-boat..v2'; .*single dots"):
+        package("boat..v2")
 
 
 def test_an_engine_is_given_the_name_with_its_version_and_as_the_latest(tmp_path, monkeypatch):
@@ -59,6 +77,7 @@ def test_an_engine_is_given_the_name_with_its_version_and_as_the_latest(tmp_path
         ('checkpoint = "merge"', 'checkpoint = "marge"', "build.contexts names marge"),
         ("merged = {", "mergd = {", "build.contexts for nvfp4, mergd, tuned"),
         ('by = "serves"', 'by = "max_model_len"', "build.contexts for"),
+        ("{service}", "{servce}", "build.tag names servce; .*Did you mean service"),
         ('by = "serves"\n', "", r"\[build\] with image, tag, contexts"),
     ],
 )

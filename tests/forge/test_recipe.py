@@ -227,7 +227,7 @@ def test_a_stage_under_its_name_before_is_told_the_new_one(mini):
 
 def test_the_recipes_that_say_image_are_told_package(mini, tmp_path):
     path = tmp_path / "old.yaml"
-    path.write_text((toy.REPO / "recipes/tiny.yaml").read_text().replace("  package: {}", "  image: {}"))
+    path.write_text((toy.REPO / "recipes/tiny.yaml").read_text().replace("  package: {", "  image: {"))
     with pytest.raises(Refused, match="unknown stage image; .* It is called package now"):
         recipe.load(path, toy.REPO)
 

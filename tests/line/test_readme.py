@@ -116,7 +116,7 @@ def test_serve_and_chat():
             text=True,
             timeout=300,
         )
-        assert chat.returncode == 0 and re.search(r"annie  \S", chat.stdout), chat.stdout + chat.stderr
+        assert chat.returncode == 0 and re.search(r"Annie  \S", chat.stdout), chat.stdout + chat.stderr
     finally:
         os.killpg(server.pid, signal.SIGINT)
         server.wait(60)

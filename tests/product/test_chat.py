@@ -36,16 +36,16 @@ def chat(tmp_path):
     folder.mkdir(parents=True)
     (folder / "prompt.txt").write_text("You are Annie.\n")
     (folder / "tools.json").write_text('[{"type": "function", "function": {"name": "set_timer"}}]')
-    server = {"served_name": "nemotron-nano", "chat_template_kwargs": {"enable_thinking": False}}
+    server = {"served_name": "boat", "assistant": "[Bob]", "chat_template_kwargs": {"enable_thinking": False}}
     (folder / "serve.json").write_text(json.dumps(server))
 
-    def chatted(stream, typed, *options, url=None, **variables):
+    def chatted(stream, typed, *options, url=None, status=200, **variables):
         chatted.asked = []
 
         def answer(handler):
             chatted.asked.append(json.loads(handler.asked))
             chatted.key = handler.headers["Authorization"]
-            handler.reply(200, stream)
+            handler.reply(status, stream)
 
         with http_server.serving(answer) as port:
             words = [sys.executable, str(REPO / "build.py"), "chat", "--url"]
@@ -110,6 +110,16 @@ def test_without_a_server_it_says_how_to_start_one(chat, url):
     said = chat(b"", "", "a question", url=url)
     assert said.returncode == 1
     assert "Start it: make serve." in said.stderr and "Traceback" not in said.stderr
+
+
+def test_the_assistant_has_its_name_and_the_model_the_served_one(chat):
+    said = chat(event({"content": "Yes."}) + event({}, "stop") + DONE, "", "a question")
+    assert said.stdout == "[Bob]  Yes.\n" and [body["model"] for body in chat.asked] == ["boat"]
+
+
+def test_a_server_of_another_model_is_told_apart(chat):
+    said = chat(b'{"error": {"message": "The model `boat` does not exist."}}', "", "a question", status=404)
+    assert said.returncode == 1 and "It serves another model than boat." in said.stderr
 
 
 def test_the_key_is_sent_and_a_proxy_is_not_asked(chat, tmp_path):

@@ -1,5 +1,8 @@
 """What compose reads: the service of compose.yaml, and the override that names the image."""
 
+import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,13 +13,15 @@ from forge import plan
 from product import render, serving
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+DESCRIBED = {"service": "vllm-boat", "device": "cpu", "memory_gb": 21}
 PACKAGE = """\
 import json
 from stages import job
 
 def run(task):
     (task.output / "text.txt").write_text("flags")
-    (task.output / "serve.json").write_text(json.dumps({"device": "cpu", "memory_gb": 21}))
+    described = {"device": "cpu", "memory_gb": 21, "service": "vllm-nemotron-annie"}
+    (task.output / "serve.json").write_text(json.dumps(described))
     tag = "annie/vllm-nemotron-annie:0123456789ab"
     (task.output / "image.json").write_text(json.dumps({"tag": tag}))
 
@@ -25,10 +30,36 @@ if __name__ == "__main__":
 """
 
 
+def override(service, device):
+    described = DESCRIBED | {"service": service, "device": device}
+    return render.override(f"annie/{service}:0123456789ab", "0123456789abcdef", described)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_compose_override_is_its_golden_copy(device):
-    made = render.override("annie/vllm-nemotron-annie:0123456789ab", device, "0123456789abcdef", 21)
-    assert made == (GOLDEN / f"compose.override.{device}.yaml").read_text()
+    assert override(render.SERVICE, device) == (GOLDEN / f"compose.override.{device}.yaml").read_text()
+
+
+def test_the_override_of_another_recipe_is_its_golden_copy():
+    assert override("vllm-boat", "cuda") == (GOLDEN / "compose.override.other.yaml").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("docker"), reason="reads compose files with docker compose")
+def test_compose_starts_the_service_of_another_recipe_as_it_would_start_annies(tmp_path):
+    shutil.copy(GOLDEN.parents[1] / "compose.yaml", tmp_path)
+    render.write_override(tmp_path, "annie/vllm-boat:0123456789ab", "0123456789abcdef", DESCRIBED)
+    words = ["docker", "compose", "--project-directory", str(tmp_path), "config", "--format=json"]
+    shown = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    services = json.loads(shown.stdout)["services"]
+    assert list(services) == ["vllm-boat"], "up alone starts nothing else"
+    (tmp_path / render.OVERRIDE).unlink()
+    shown = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    annie = json.loads(shown.stdout)["services"][render.SERVICE]
+    changed = {"image", "environment", "mem_limit"}
+    boat = services["vllm-boat"]
+    assert {**boat, **dict.fromkeys(changed)} == {**annie, **dict.fromkeys(changed)}
+    assert boat["environment"] == {**annie["environment"], "ANNIE_SERVER": "0123456789abcdef"}
 
 
 def test_the_service_listens_on_loopback_only_and_without_privileges():

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from forge.finding import Refused
+from product import loopback
+
 SUPERVISOR = Path(__file__).resolve().parents[2] / "stages" / "serving" / "supervisor.py"
 KEY = "k" * 32
 # Shows what it got, and starts a process of its own as vLLM starts its engine: in the same session, with an
@@ -50,8 +53,9 @@ def start(tmp_path):
     }
     processes = []
 
-    def started(*arguments, serves="nvfp4", port=8000, **variables):
-        (tmp_path / "serve.json").write_text(json.dumps({**serve, "serves": serves, "port": port}))
+    def started(*arguments, serves="nvfp4", port=8000, front=serve["front"], **variables):
+        described = {**serve, "serves": serves, "port": port, "front": front}
+        (tmp_path / "serve.json").write_text(json.dumps(described))
         environment = {
             "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(tmp_path / "home"),
@@ -117,6 +121,13 @@ def test_vllm_gets_the_flags_of_serve_json_and_the_front(start, tmp_path):
     assert (front["server"], front["key_sha256"], front["running"]) == ("its-name", "", 2)
 
 
+def test_the_prompt_that_chats_get_is_the_one_beside_serve_json(start, tmp_path):
+    front = json.loads(
+        shown(start("--end", "7", front={"default_prompt": "prompt.txt"}))["environ"]["ANNIE_FRONT"]
+    )
+    assert front["default_prompt"] == str(tmp_path / "prompt.txt")
+
+
 def test_an_adapter_is_given_to_vllm_under_the_served_name(start):
     argv = shown(start("--end", "7", serves="tuned"))["argv"]
     assert argv[-4:-2] == ["--lora-modules", "nemotron-nano=/adapter"]
@@ -176,7 +187,12 @@ def test_a_key_that_is_none_is_refused(start, tmp_path, text):
     key.write_text(text)
     process = start(ANNIE_API_KEY_FILE=str(key))
     assert process.wait(30) == 2
-    assert "found a key of" in process.stderr.read()
+    said = process.stderr.read()
+    assert f"found a key of {len(text)} characters in {key}; expected 16 or more, ASCII, no blanks" in said
+    with pytest.raises(Refused) as refused:  # build.py serve says the same before anything starts
+        loopback.read_key("serve", key)
+    (finding,) = refused.value.findings
+    assert f"found {finding.found}; expected {finding.expected}." in said
     assert start(ANNIE_API_KEY_FILE=str(tmp_path / "none")).wait(30) == 2
 
 

@@ -20,6 +20,10 @@ PARAMS = {
     "kv_cache": "auto",
     "max_waiting": 32,
     "max_choices": 8,
+    "default_prompt": "insert",
+    "served_name": "nemotron-nano",
+    "service": "vllm-nemotron-annie",
+    "assistant": "Annie",
 }
 COLUMNS = ("base", "tuned", "merged", "nvfp4")
 GATE = {
@@ -131,6 +135,8 @@ def test_the_artifact_holds_what_the_formats_say(its):
     described = json.loads((its.output / "serve.json").read_text())
     assert set(described) == {
         "served_name",
+        "service",
+        "assistant",
         "serves",
         "vllm",
         "device",

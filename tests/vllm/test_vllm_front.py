@@ -23,7 +23,7 @@ from model.families import serve
 from model.families.nemotron_h.serving import NEMOTRON_H, SERVED_NAME
 from model.families.serve import Served
 from stages.evaluate.server import DIRECT, _free_port
-from stages.serving import front, supervisor
+from stages.serving import request, supervisor
 from stages.serving.front import ROUTES
 from stages.serving.tool_calls import Answer
 from tests.chaos.served import ARGUMENTS, CALL, TOOL
@@ -31,6 +31,7 @@ from tests.chaos.served import ARGUMENTS, CALL, TOOL
 KEY = "k" * 32
 NAME = "its-own-name"
 RUNNING, WAITING = 2, 3
+PROMPT = "You are Annie. Be \u201cbrief\u201d."
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,10 @@ def artifact(tmp_path_factory):
             "tokens": 512,
             "running": RUNNING,
             "waiting": WAITING,
+            "default_prompt": "prompt.txt",
         },
     }
+    (folder / "prompt.txt").write_text(PROMPT + "\n")
     (folder / "serve.json").write_text(json.dumps(described))
     (folder / "key").write_text(KEY)
     return folder
@@ -167,10 +170,10 @@ def test_one_expression_finds_every_control_token_and_nothing_else():
             "".join(chance.choices("ab<.", k=chance.randint(1, 4))) for _ in range(chance.randint(0, 5))
         ]
         text = "".join(chance.choices("ab<.", k=8))
-        found = front._any_of(tokens).search(text)
+        found = request.any_of(tokens).search(text)
         assert bool(found) == any(token in text for token in tokens), (tokens, text)
         assert not found or found[0] in tokens
-    assert front._any_of(["<a>", "<a>b"]).search("<a>bc")[0] == "<a>b"
+    assert request.any_of(["<a>", "<a>b"]).search("<a>bc")[0] == "<a>b"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +193,29 @@ def test_one_request_cannot_take_the_whole_server(served, changes, status, said)
     assert (answer[0], said in answer[2].decode()) == (status, True)
 
 
+TOO_LARGE = "a number beyond 64 bits"
+NOT_UNICODE = "half of a surrogate pair"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        *(
+            ({"structured_outputs": value}, "structured_outputs is")
+            for value in (True, 1, 0.5, "x", [], [{}])
+        ),
+        ({"response_format": "json_object"}, "response_format is"),
+        ({"top_k": 10**400}, TOO_LARGE),
+        ({"stop": "\ud800"}, NOT_UNICODE),
+        ({"model": "\ud800"}, NOT_UNICODE),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, NOT_UNICODE),
+    ],
+)
+def test_what_vllm_would_answer_with_500_is_named(served, changes, said):
+    status, _, body = served.chat(**changes)
+    assert status == 400 and said in json.loads(body)["error"]["message"], body
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"text"', b"[" * 100_000, b"\xff\xfe{}"])
 def test_a_body_that_is_no_request_is_refused_by_vllm_itself(served, body):
     assert 400 <= served.post("/v1/chat/completions", body)[0] < 500
@@ -201,6 +227,52 @@ def test_beyond_what_may_wait_there_is_a_429(served):
         statuses = sorted(job.result()[0] for job in jobs)
     assert statuses == [200] * (RUNNING + WAITING) + [429] * (12 - RUNNING - WAITING)
     assert served.chat()[0] == 200
+
+
+# --- the production prompt ----------------------------------------------------------------------------------
+
+HELLO = {"role": "user", "content": "hello"}
+SYSTEM = {"role": "system", "content": PROMPT}
+BEGUN = {"role": "assistant", "content": "Good"}
+
+
+def read(served, messages, stream=False, **changes):
+    """The tokens that the model was given, and the header on the prompt, of a chat and of /tokenize."""
+    more = {"return_token_ids": True} | ({"stream_options": {"include_usage": True}} if stream else {})
+    status, headers, body = served.chat(messages=messages, stream=stream, **more, **changes)
+    assert status == 200, body
+    chat = json.loads(body.split(b"\n\n")[0].removeprefix(b"data: "))["prompt_token_ids"]
+    asked = {"model": SERVED_NAME, "messages": messages} | changes
+    status, tokenized, body = served.post("/tokenize", asked)
+    assert status == 200 and json.loads(body)["tokens"] == chat
+    assert headers["x-annie-prompt"] == tokenized["x-annie-prompt"]
+    return chat, headers["x-annie-prompt"]
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"tools": [TOOL]}, {"tools": [TOOL], "stream": True}])
+def test_a_chat_without_a_system_message_gets_the_production_prompt(served, more):
+    sent, header = read(served, [SYSTEM, HELLO], **more)
+    assert header is None
+    for messages in ([HELLO], [{"role": "system", "content": ""}, HELLO]):
+        assert read(served, messages, **more) == (sent, "inserted")
+
+
+def test_a_chat_whose_answer_has_begun_gets_the_prompt_and_goes_on(served):
+    more = {"add_generation_prompt": False, "continue_final_message": True}
+    sent, _ = read(served, [SYSTEM, HELLO, BEGUN], **more)
+    assert read(served, [HELLO, BEGUN], **more) == (sent, "inserted")
+
+
+def test_a_client_keeps_the_prompt_that_it_sends(served):
+    for role in ("system", "developer"):
+        own, header = read(served, [{"role": role, "content": "Be Bob."}, HELLO])
+        assert header is None and own != read(served, [SYSTEM, HELLO])[0]
+
+
+def test_a_raw_prompt_is_left_as_it_is(served):
+    for path, more in (("/v1/completions", {"max_tokens": 1}), ("/tokenize", {})):
+        status, headers, body = served.post(path, {"model": SERVED_NAME, "prompt": "hello"} | more)
+        assert status == 200 and headers["x-annie-prompt"] is None, body
 
 
 # --- tool calls ---------------------------------------------------------------------------------------------
