@@ -12,6 +12,9 @@ from pathlib import Path
 
 from forge.finding import Refused, error
 
+SHORTEST_KEY = 16  # characters, as in stages/serving/supervisor.py
+_MAKE = "Make one: (umask 077; openssl rand -hex 32 > api.key)."
+
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is this machine's own."""
@@ -33,9 +36,22 @@ def opened(request: urllib.request.Request, seconds: float, here: bool = False) 
 
 
 def read_key(subject: str, file: Path) -> str:
-    """The key that clients send, from its file. Refused, for the command `subject`, if it cannot be read."""
+    """The key that clients send, from its file. Refused, for the command `subject`, if it cannot be read or
+    is none that the served model's supervisor takes.
+    """
     try:
-        return file.read_text().strip()
+        key = file.read_text().strip()
     except (OSError, ValueError) as fault:
-        finding = error(subject, f"no readable key ({fault})", "a file with one line of text")
-        raise Refused(finding) from fault
+        raise Refused(
+            error(subject, f"no readable key ({fault})", "a file with one line of text", _MAKE)
+        ) from fault
+    if len(key) < SHORTEST_KEY or not key.isascii() or any(c.isspace() for c in key):
+        raise Refused(
+            error(
+                subject,
+                f"a key of {len(key)} characters in {file}",
+                f"{SHORTEST_KEY} or more, ASCII, no blanks",
+                _MAKE,
+            )
+        )
+    return key
