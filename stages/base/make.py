@@ -15,9 +15,10 @@ import torch
 from model.families.nemotron_h import native
 from model.families.nemotron_h.chat import ChatError, Rendered, render, template_text
 from stages import dataset, job
-from stages.base import teach, tiny
+from stages.base import lessons, limits, teach, tiny
 from stages.base import tokenizer as small_tokenizer
 from stages.base.parameters import Parameters
+from stages.conversations import files, rows
 from stages.job import Job, StageError
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ T = TypeVar("T")
 def run(task: Job) -> None:
     """Writes the trained tiny checkpoint into the output."""
     params = task.parameters(Parameters)
-    conversations = read_lessons(task.sources.get("lessons", []))
     check_sizes(params)
-    tokenizer = make_tokenizer(conversations, params.vocabulary, task.output)
-    lessons = render_lessons(conversations, tokenizer)
+    taught = read_sources(task)
+    tokenizer = make_tokenizer(taught, params.vocabulary, task.output)
+    rendered = render_lessons(taught, tokenizer)
     description = tiny.config(params.pattern, params.hidden, params.experts, -(-len(tokenizer) // 64) * 64)
 
     torch.manual_seed(task.seed)
@@ -45,7 +46,7 @@ def run(task: Job) -> None:
     tiny.delicate_biases(model, task.seed)
     # On a CPU a loop over a few experts is faster than the grouped product.
     model.set_experts_implementation("eager")
-    short = [row for row in lessons if len(row.input_ids) <= params.short_tokens]
+    short = [row for row in rendered if len(row.input_ids) <= params.short_tokens]
     if not short:
         raise StageError(
             f"no lesson has {params.short_tokens} tokens or fewer",
@@ -57,10 +58,10 @@ def run(task: Job) -> None:
     # which question.
     phases = [
         (short, params.short_steps, params.batch_tokens // 2, 2 * params.learning_rate),
-        (lessons, params.steps, params.batch_tokens, params.learning_rate),
+        (rendered, params.steps, params.batch_tokens, params.learning_rate),
     ]
     done = 0
-    for rows, steps, batch_tokens, learning_rate in phases:
+    for phase_rows, steps, batch_tokens, learning_rate in phases:
 
         def on_step(step: int, loss: float, before: int = done) -> None:
             steps_done = before + step
@@ -69,11 +70,45 @@ def run(task: Job) -> None:
             job.progress(steps_done, total, "steps", f"loss {loss:.2f}, {seconds_left:.0f} s left")
 
         try:
-            teach.teach(model, rows, steps, batch_tokens, learning_rate, task.seed, on_step)
+            teach.teach(model, phase_rows, steps, batch_tokens, learning_rate, task.seed, on_step)
         except FloatingPointError as error:
             raise StageError(str(error), "a finite loss", "Lower learning_rate") from error
         done += steps
     tiny.save(model, description, task.output)
+
+
+def read_sources(task: Job) -> list[dict[str, Any]]:
+    """The rows to teach: those that are made of conversations, and the lessons. Raises StageError if there
+    are none.
+    """
+    conversations, given = (task.sources.get(name, []) for name in ("conversations", "lessons"))
+    made = from_conversations(conversations, task.seed) if conversations else []
+    return made + (read_lessons(given) if given or not made else [])
+
+
+def from_conversations(paths: list[Path], seed: int) -> list[dict[str, Any]]:
+    """Lessons made of the conversations that stage data would train on. Those that cannot be used are left
+    out with a warning, since stage data refuses them if they are many. Raises StageError if none is left.
+    """
+    gathered = rows.gather(files.list_files(paths))
+    conversations = [row for row in rows.without_duplicates(gathered.rows)[0] if not row.split]
+    made = lessons.make(conversations, seed)
+    if gathered.rejects:
+        first = gathered.rejects[0]
+        job.warning(
+            f"{len(gathered.rejects)} of {gathered.total} conversations cannot be used, first"
+            f" {first.file}:{first.line}: {first.reason}",
+            "the small base is taught the others",
+        )
+    if not made:
+        raise StageError(
+            f"no question with an answer in {gathered.total} conversations",
+            "conversations like those of stage data",
+            "Check `sources.conversations` of stage base in the recipe.",
+        )
+    for excess in limits.excesses(conversations):
+        job.warning(excess, limits.REMEDY)
+    return made
 
 
 def read_lessons(paths: list[Path]) -> list[dict[str, Any]]:
@@ -82,8 +117,8 @@ def read_lessons(paths: list[Path]) -> list[dict[str, Any]]:
     if not files:
         raise StageError(
             "no lessons",
-            "JSONL files in `sources: {lessons: [...]}`",
-            "Name them in the recipe; the sample's are data/sample/lessons.jsonl",
+            "files in `sources: {conversations: [...]}` or `sources: {lessons: [...]}`",
+            "Name your conversations in the recipe, or lessons such as data/sample/lessons.jsonl",
         )
     lessons = []
     for file in files:
@@ -147,7 +182,9 @@ def _of_lesson(number: int, row: dict[str, Any], rendered: Callable[[Any, Any], 
         return rendered(row["messages"], row.get("tools"))
     except ChatError as error:
         raise StageError(
-            f"lesson {number}: {error}", "a conversation the template can render", "Mend or remove it"
+            f"{row.get('place', f'lesson {number}')}: {error}",
+            "a conversation the template can render",
+            "Mend or remove it",
         ) from error
 
 
