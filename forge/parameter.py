@@ -78,9 +78,10 @@ class Parameter:
 
     `{recipe}` in the default of a string stands for the recipe's name.
 
-    `also` lists values that are accepted whatever the type and the limits say. A map with `keys` takes
-    only those; the value of a key is what `each` describes or, where there are `fields`, a map with some
-    of them.
+    `also` lists values that are accepted whatever the type and the limits say. Of a list, `choices` and
+    `matches` speak of every item. A map with `keys` takes only those; the value of a key is what `each`
+    describes or, where there are `fields`, a map with some of them. A map with `fields` alone takes some of
+    them, and the value of each is what it describes.
     """
 
     type: str
@@ -112,14 +113,16 @@ class Parameter:
     @property
     def expected(self) -> str:
         if self.choices:
-            return "one of " + ", ".join(map(str, self.choices))
+            whole = "a list of" if self.type.startswith("list[") else "one of"
+            return f"{whole} {', '.join(map(str, self.choices))}"
         limits = [f"above {self.above:g}"] if self.above is not None else []
         limits += [f"at least {self.min:g}"] if self.min is not None else []
         limits += [f"at most {self.max:g}"] if self.max is not None else []
         limits += [f"a multiple of {self.multiple_of}"] if self.multiple_of else []
         limits += [f"like {self.matches}"] if self.matches else []
-        limits += [f"with keys of {', '.join(self.keys)}"] if self.keys else []
-        return " or ".join([f"{self.type} {' and '.join(limits)}".strip(), *map(str, self.also)])
+        limits += [f"with keys of {', '.join(self.keys or self.fields)}"] if self.keys or self.fields else []
+        also = (str(value).lower() if isinstance(value, bool) else str(value) for value in self.also)
+        return " or ".join([f"{self.type} {' and '.join(limits)}".strip(), *also])
 
     def accept(self, value: Any) -> Any:
         """The value, converted. Raises Unfit if it is not one that this parameter takes."""
@@ -129,13 +132,16 @@ class Parameter:
             converted = convert(value, self.type)
         except TypeError:
             raise self._unfit(value) from None
-        if self.choices and converted not in self.choices:
+        items = converted if isinstance(converted, list) else [converted]
+        if self.choices and any(item not in self.choices for item in items):
             raise self._unfit(value)
         if self.type in ("int", "float") and not self._in_range(converted):
             raise self._unfit(value)
-        if self.matches and not re.fullmatch(self.matches, converted):
+        if self.matches and not all(re.fullmatch(self.matches, item) for item in items):
             raise self._unfit(value)
-        return self._entries(converted) if self.keys else converted
+        if self.keys:
+            return self._entries(converted)
+        return _record(self.fields, converted) if self.fields else converted
 
     def _in_range(self, number: float) -> bool:
         return not (
@@ -170,6 +176,8 @@ class Parameter:
     def _entry(self, value: Any) -> Any:
         if not self.fields:
             return self.each.accept(value) if self.each else value
+        if value == {}:
+            raise Unfit([Fault("an empty map", f"one of {', '.join(self.fields)}", "")])
         if isinstance(value, dict):
             return _record(self.fields, value)
         shape = f"a map with {', '.join(self.fields)}"
@@ -205,8 +213,6 @@ def _record(fields: dict[str, Parameter], values: dict[Any, Any]) -> dict[str, A
             accepted[key] = fields[key].accept(value)
         except Unfit as unfit:
             faults += [Fault(f.found, f.expected, f.remedy, (str(key), *f.where)) for f in unfit.faults]
-    if not values:
-        faults.append(Fault("an empty map", f"one of {', '.join(fields)}", ""))
     if faults:
         raise Unfit(faults)
     return accepted

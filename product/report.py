@@ -103,9 +103,16 @@ def of_behaviour(folder: Path) -> RenderableType:
         table,
         Text(),
         Text.assemble(
-            f"{report['questions']} questions, asked through vLLM {report['vllm']}; ", _gate(report["gate"])
+            f"{report['questions']} questions, asked through vLLM {report['vllm']}; ",
+            _gate(report["gate"]),
+            _off(report),
         ),
     )
+
+
+def _off(report: dict[str, Any]) -> str:
+    """The checks that were off; a report of an older version does not say so."""
+    return f"; off: {', '.join(report['off'])}" if report.get("off") else ""
 
 
 def _gate(gate: dict[str, Any]) -> Text:

@@ -135,7 +135,8 @@ def _answer(endpoint: Endpoint, question: dict[str, Any], server: dict[str, Any]
 def _failures(folder: Path, question: dict[str, Any], answer: dict[str, Any]) -> list[str]:
     """What the artifact's own checks, those of the evaluation, say of an answer."""
     done = subprocess.run(
-        [sys.executable, "-I", str(folder / SERVER / "checks.py")],
+        [sys.executable, "-E", "-s", "-B", "-m", "stages.serving.checks"],
+        cwd=(folder / SERVER).parents[1],
         input=json.dumps({"question": question, "answer": answer}),
         capture_output=True,
         text=True,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +15,12 @@ from typing import Any
 from model.families import serve
 from model.families.messages import normalise, served_tools
 from model.families.serve import Serve, Served, Serving, ServingError
-from stages import check, dataset, job
-from stages.evaluate import gate, overlap, questions, report
+from stages import dataset, job
+from stages.evaluate import asked, failed, gate, report, training_answers
 from stages.evaluate.parameters import Parameters
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
 from stages.serving import checks
-
-SHOWN = 3  # findings that an error lists
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,10 @@ def run(task: Job) -> None:
             f"a gate on the columns {', '.join(gate.COLUMNS)}",
             "Mend `gate` in the recipe; docs/formats.md, The gate, says what it holds.",
         )
-    rows = load_questions(task)
+    rows = asked.load(task, params.checks)
+    training = list(training_answers.trained(asked.training_rows(task.inputs["data"])))
+    for finding in training_answers.findings(training, params.checks):
+        job.warning(f"{finding.subject}: {finding.found}", finding.remedy)
     serving = serve.of_folder(task.inputs["base"])
     plans = plan_servers(task, serving)
     vllm, flags = server_flags(task, serving, plans)
@@ -108,95 +108,6 @@ def server_flags(task: Job, serving: Serving, plans: list[ServerPlan]) -> tuple[
             "a combination that this vLLM serves right",
             "Change the recipe's vLLM image, layout or targets.",
         ) from error
-
-
-def load_questions(task: Job) -> list[dict[str, Any]]:
-    """The rows of the source `questions`, or of the held-out conversations, whose last answer then says what
-    is expected.
-
-    Questions of the source get production's prompt byte for byte, as training rows do; surrounding blanks and
-    line ends are not a difference. Raises StageError if a question is not valid, has another prompt or other
-    tools than production, or is in the training data.
-    """
-    if task.sources.get("questions"):
-        question_list, findings = questions.read(task.sources["questions"][0])
-        findings = (
-            findings
-            or production_findings(question_list, task.inputs["data"])
-            or overlap.findings(question_list, training_conversations(task.inputs["data"]))
-        )
-        if findings:
-            more = f"; and {len(findings) - SHOWN} more" if len(findings) > SHOWN else ""
-            raise StageError(
-                "; ".join(f"{f.subject}: {f.found}" for f in findings[:SHOWN]) + more,
-                findings[0].expected,
-                findings[0].remedy,
-            )
-        prompt = questions.normal_prompt((task.inputs["data"] / "prompt.txt").read_text())
-        return [
-            {
-                **row,
-                "messages": [
-                    {**m, "content": prompt} if m["role"] == "system" else m for m in row["messages"]
-                ],
-            }
-            for row in (q.row for q in question_list)
-        ]
-    held_out = []
-    for _, row in dataset.read(task.inputs["data"] / "eval.jsonl"):
-        last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        expected = row["messages"][last]
-        calls = expected.get("tool_calls")
-        function = calls[0]["function"] if calls else None
-        expect = (
-            {"tool": {"name": function["name"], "arguments": function["arguments"]}}
-            if function
-            else {"no_tool": True, "max_words": max(20, 2 * len((expected.get("content") or "").split()))}
-        )
-        held_out.append(
-            {
-                "id": row["id"],
-                "category": row["category"],
-                "messages": row["messages"][:last],
-                "tools": row["tools"],
-                "expect": expect,
-            }
-        )
-    if not held_out:
-        raise StageError(
-            "no questions: no source, and no held-out conversation",
-            "at least one",
-            "Name `sources: {questions: ...}`, or raise data's eval_share.",
-        )
-    return held_out
-
-
-def production_findings(question_list: list[questions.Question], data: Path) -> list[check.Finding]:
-    """How the questions differ from production as stage data wrote it: another system prompt, other tools, or
-    no tools although every training row has some.
-    """
-    prompt, tools = (data / "prompt.txt").read_text(), json.loads((data / "tools.json").read_text())
-    findings = questions.prompt_findings(question_list, prompt) + questions.tool_findings(
-        question_list, tools
-    )
-    without_tools = [question for question in question_list if not question.row.get("tools")]
-    if without_tools and all(row["tools"] for _, row in dataset.read(data / "train.jsonl")):
-        findings.append(
-            check.Finding(
-                without_tools[0].place,
-                f"{len(without_tools)} of {len(question_list)} questions without tools, first"
-                f" {without_tools[0].row['id']}; every training conversation has some",
-                "questions that are asked as the model was trained",
-                "Give them production's tools.",
-            )
-        )
-    return findings
-
-
-def training_conversations(data: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Place and messages of every training conversation."""
-    for _, row in dataset.read(data / "train.jsonl"):
-        yield f"{row['file']}:{row['line']}", row["messages"]
 
 
 def plan_servers(task: Job, serving: Serving) -> list[ServerPlan]:
@@ -377,7 +288,9 @@ def write_report(
         "vllm": vllm,
     }
     (task.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (task.output / "report.md").write_text(report.markdown(summary))
+    (task.output / "report.md").write_text(
+        report.markdown(summary) + failed.markdown(rows, answers, failures)
+    )
     report.draw_picture(task.output / "behaviour.png", summary)
     dataset.write(
         task.output / "answers.jsonl",
@@ -389,6 +302,7 @@ def write_report(
                 "answer": column_answers[number].get("content"),
                 "tool_calls": column_answers[number].get("tool_calls") or [],
                 "failures": [asdict(f) for f in failures[column][number]],
+                "off": checks.off(question),
             }
             for number, question in enumerate(rows)
             for column, column_answers in answers.items()

@@ -22,6 +22,9 @@ class Parameters:
     # what every column has to reach before an image is built, such as {tuned: 0.9}; none builds an image
     # without a check
     gate: dict[str, Any] | Literal["none"]
+    # the checks of behaviour that every answer has to pass, such as {follow_up: off, verbosity: {max_words:
+    # 80}}; one that is left out is as a voice assistant needs it
+    checks: dict[str, Any]
     # the adapter is a control that should change no answer (train's steps: 0); its gate never passes. false
     # refuses an adapter that changes no answer
     control: bool

@@ -17,10 +17,11 @@ from typing import Any
 from model.families.messages import ChatError, normalise, served_tools
 from stages import dataset
 from stages.check import Finding
+from stages.evaluate import expectations
+from stages.evaluate.expectations import is_text, unknown_keys
 
 FIELDS = ("id", "category", "messages", "tools", "expect")
 OPTIONAL = ("tools", "public")
-EXPECT = ("tool", "no_tool", "max_words", "must_say", "must_not_say", "unknown", "names")
 ROLES = ("system", "user", "assistant", "tool")
 REMEDY = "docs/formats.md, Questions, says what a question holds."
 
@@ -99,12 +100,12 @@ def faults(row: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(row, dict):
         yield f"a JSON {type(row).__name__}", "a question as one JSON object"
         return
-    yield from _unknown_keys(row, (*FIELDS, "public"), "a question")
+    yield from unknown_keys(row, (*FIELDS, "public"), "a question")
     if missing := [name for name in FIELDS if name not in row and name not in OPTIONAL]:
         yield f"no {', '.join(missing)}", f"a question with {', '.join(FIELDS)}"
         return
     for name in ("id", "category"):
-        if not _is_text(row[name]):
+        if not is_text(row[name]):
             yield f"{name} = {row[name]!r}", "a text that is not empty"
     if not isinstance(row.get("public", False), bool):
         yield f"public = {row['public']!r}", "true (it may be in the serving image) or false"
@@ -116,27 +117,13 @@ def faults(row: Any) -> Iterator[tuple[str, str]]:
     else:
         for number, tool in enumerate(tools, 1):
             tool_name = function(tool).get("name")
-            if not isinstance(tool_name, str) or not _is_text(tool_name):
+            if not isinstance(tool_name, str) or not is_text(tool_name):
                 yield f"tool {number} without a name", "a function with a name, in OpenAI's form"
             elif tool_name in names:
                 yield f"the tool {tool_name} twice", "each tool once"
             else:
                 names.append(tool_name)
-    yield from _expect_faults(row["expect"], names)
-
-
-def _unknown_keys(values: dict[str, Any], known: tuple[str, ...], owner: str) -> Iterator[tuple[str, str]]:
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            yield (
-                f"unknown key {key}",
-                (
-                    f"a key of {owner}, such as {close[0]}"
-                    if close
-                    else f"a key of {owner}: {', '.join(known)}"
-                ),
-            )
+    yield from expectations.faults(row["expect"], names)
 
 
 def _message_faults(messages: Any) -> Iterator[tuple[str, str]]:
@@ -171,56 +158,10 @@ def _are_calls(calls: Any) -> bool:
     return isinstance(calls, list) and all(
         isinstance(call, dict)
         and isinstance(call.get("function"), dict)
-        and _is_text(call["function"].get("name"))
+        and is_text(call["function"].get("name"))
         and isinstance(call["function"].get("arguments"), (dict, str))
         for call in calls
     )
-
-
-def _expect_faults(expect: Any, tools: list[str]) -> Iterator[tuple[str, str]]:
-    if not isinstance(expect, dict):
-        yield f"expect as a JSON {type(expect).__name__}", f"a map with some of {', '.join(EXPECT)}"
-        return
-    yield from _unknown_keys(expect, EXPECT, "expect")
-    if "tool" in expect:
-        tool = expect["tool"]
-        if (
-            not isinstance(tool, dict)
-            or set(tool) != {"name", "arguments"}
-            or not _is_text(tool["name"])
-            or not isinstance(tool["arguments"], dict)
-        ):
-            yield "expect.tool", '{"name": text, "arguments": map}'
-        elif tool["name"] not in tools:
-            yield (
-                f"expect.tool names {tool['name']}",
-                f"a tool of this question: {', '.join(tools) or 'it has none'}",
-            )
-        if expect.get("no_tool"):
-            yield "expect.tool beside no_tool", "one of the two"
-    for name in ("no_tool", "unknown"):
-        if not isinstance(expect.get(name, True), bool):
-            yield f"expect.{name} = {expect[name]!r}", "true or false"
-    words = expect.get("max_words", 1)
-    if not isinstance(words, int) or isinstance(words, bool) or words < 1:
-        yield f"expect.max_words = {words!r}", "a whole number, at least 1"
-    for name in ("must_not_say", "names"):
-        if not _are_texts(expect.get(name, [""])) and name in expect:
-            yield f"expect.{name}", "a list of texts that are not empty"
-    must_say = expect.get("must_say", [])
-    if not isinstance(must_say, list) or not all(_is_text(part) or _are_texts(part) for part in must_say):
-        yield (
-            "expect.must_say",
-            "a list of texts, or of lists of texts of which one has to be said; none of them empty",
-        )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
 
 
 # --- production's prompt and tools --------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.evaluate.gate import judge
-from stages.serving.checks import MODES, Failure
+from stages.serving import checks
+from stages.serving.checks import FORM, MODES, Failure
 
 
 def summarise(
@@ -20,13 +21,17 @@ def summarise(
 
     `failures` maps a column to the failures of each answer.
     """
+    off = {mode: n for mode in MODES if (n := sum(mode in checks.off(q) for q in questions))}
+    judged = [mode for mode in MODES if off.get(mode, 0) < len(questions)]
     categories = list(dict.fromkeys(q["category"] for q in questions))
     passed = {
         column: sum(not faults for faults in by_answer) / len(questions)
         for column, by_answer in failures.items()
     }
     mode_counts = {
-        column: {mode: sum(any(f.mode == mode for f in faults) for faults in by_answer) for mode in MODES}
+        column: {
+            mode: sum(any(f.mode == mode for f in faults) for faults in by_answer) for mode in (*MODES, FORM)
+        }
         for column, by_answer in failures.items()
     }
     by_category = {
@@ -39,9 +44,13 @@ def summarise(
         }
         for column, by_answer in failures.items()
     }
+    # an answer that says nothing fails in a mode that is off, and FORM is there if a question asks for one
+    failed = {mode for counts in mode_counts.values() for mode, count in counts.items() if count}
+    asked_form = {FORM for q in questions if {"regex", "json_schema"} & q.get("expect", {}).keys()}
     return {
         "columns": list(failures),
-        "modes": list(MODES),
+        "modes": [mode for mode in (*MODES, FORM) if mode in {*judged, *failed, *asked_form}],
+        "off": off,
         "questions": len(questions),
         "pass": passed,
         "failures": mode_counts,
@@ -62,11 +71,17 @@ def markdown(summary: dict[str, Any]) -> str:
     modes = [[mode, *(str(summary["failures"][c][mode]) for c in columns)] for mode in summary["modes"]]
     return (
         f"# Behaviour\n\n{summary['questions']} held-out questions, answered by vLLM {summary['vllm']}."
-        f" {summary['gate']['says']}\n\n"
+        f" {summary['gate']['says']}{_off(summary)}\n\n"
         + table(["passed", *columns], share)
         + "\n"
         + table(["answers with", *columns], modes)
     )
+
+
+def _off(summary: dict[str, Any]) -> str:
+    """A sentence about the checks that were off; "" if none was."""
+    names = [f"{mode} ({count} of {summary['questions']})" for mode, count in summary["off"].items()]
+    return f" Checks that were off: {', '.join(names)}." if names else ""
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

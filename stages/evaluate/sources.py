@@ -1,10 +1,11 @@
-"""Checks of stage evaluate before anything is built: the KV cache, the gate, and the questions against
-production's prompt and tools.
+"""Checks of stage evaluate before anything is built: the KV cache, the gate, the questions against
+production's prompt and tools, and the checks of behaviour on the answers that are trained.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 from model.families.serve import Served, ServingError, kv_cache
 from stages import check, dataset
 from stages.check import Finding, PlannedStage
-from stages.evaluate import gate, overlap, questions
+from stages.evaluate import expectations, gate, overlap, questions, training_answers
 from stages.evaluate.parameters import Parameters
 
 # Conversations of up to this size are compared here, in a tenth of a second. Stage evaluate compares all of
 # them before it starts the first server.
 MOST_BYTES = 5_000_000
 
+Row = tuple[str, dict[str, Any]]  # place and content of a conversation
 
 # The version of the image is not known here. This one has no limits of its own, only those of the device.
 NEWEST = "0.33"
@@ -53,11 +55,28 @@ def kv_cache_findings(stage: PlannedStage) -> list[Finding]:
 
 
 def check_sources(stage: PlannedStage) -> list[Finding]:
-    """Findings about the KV cache, the gate and the questions of stage evaluate."""
-    return [*kv_cache_findings(stage), *gate_and_question_findings(stage)]
+    """Findings about the KV cache, the gate, the questions and the checks of stage evaluate."""
+    data = stage.inputs["data"].sources if "data" in stage.inputs else {}
+    rows = list(_conversations(data.get("conversations", [])))
+    return [
+        *kv_cache_findings(stage),
+        *gate_and_question_findings(stage, rows),
+        *training_answer_findings(rows, _production_tools(data.get("tools")), stage),
+    ]
 
 
-def gate_and_question_findings(stage: PlannedStage) -> list[Finding]:
+def training_answer_findings(
+    rows: list[Row], tools: list[dict[str, Any]] | None, stage: PlannedStage
+) -> list[Finding]:
+    """Warnings about training answers that fail the recipe's checks. A row without tools counts as one with
+    production's.
+    """
+    with_tools = ((place, {**row, "tools": row.get("tools") or tools}) for place, row in rows)
+    answers = list(training_answers.trained(with_tools))
+    return training_answers.findings(answers, stage.parameters(Parameters).checks)
+
+
+def gate_and_question_findings(stage: PlannedStage, training: list[Row]) -> list[Finding]:
     """What is wrong with the gate and the questions."""
     findings = [
         Finding(
@@ -91,7 +110,29 @@ def gate_and_question_findings(stage: PlannedStage) -> list[Finding]:
     return [
         *findings,
         *question_findings,
-        *overlap.findings(question_list, _conversations(data.get("conversations", []))),
+        *unjudged_findings(question_list, stage.parameters(Parameters).checks),
+        *overlap.findings(question_list, ((place, row["messages"]) for place, row in training)),
+    ]
+
+
+def unjudged_findings(question_list: list[questions.Question], settings: dict[str, Any]) -> list[Finding]:
+    """A warning for every check that is off while questions expect something that it alone judges."""
+    unjudged: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for question in question_list:
+        expect = question.row["expect"]
+        for name, mode in expectations.JUDGE.items():
+            if expect.get(name) and {**settings, **expect.get("checks", {})}.get(mode) is False:
+                unjudged[mode].append((question.place, name))
+    return [
+        Finding(
+            f"evaluate.checks.{mode}",
+            f"it off, and {len({place for place, _ in found})} questions that expect"
+            f" {' or '.join(dict.fromkeys(name for _, name in found))}, the first at {found[0][0]}",
+            "expectations that are judged",
+            "Switch the check on, or remove them from the questions.",
+            "warning",
+        )
+        for mode, found in unjudged.items()
     ]
 
 
@@ -115,8 +156,8 @@ def _production_tools(paths: list[Path] | None) -> list[dict[str, Any]] | None:
     return tools if isinstance(tools, list) else None
 
 
-def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Place and messages of the rows in JSON Lines files. Stage evaluate compares rows of other formats
+def _conversations(sources: list[Path]) -> Iterator[Row]:
+    """The rows in JSON Lines files. Stage evaluate compares rows of other formats
     later.
     """
     files = [
@@ -135,7 +176,7 @@ def _conversations(sources: list[Path]) -> Iterator[tuple[str, list[dict[str, An
                     continue
                 messages = row.get("messages") if isinstance(row, dict) else None
                 if isinstance(messages, list) and all(_is_message(m) for m in messages):
-                    yield f"{path.relative_to(source.parent)}:{number}", messages
+                    yield f"{path.relative_to(source.parent)}:{number}", row
 
 
 def _is_message(message: object) -> bool:

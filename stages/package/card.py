@@ -42,6 +42,7 @@ def markdown(
         device=serve["device"],
         questions=report["questions"],
         gate=report["gate"]["says"],
+        off=", ".join(f"{mode} ({count} of {report['questions']})" for mode, count in report["off"].items()),
         port=serve["port"],
         behaviour=table(["", *columns], rows),
         digests=table(["artifact", "key", "digest"], digests),

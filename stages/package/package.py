@@ -16,12 +16,31 @@ from stages import job
 from stages.job import Job, StageError
 from stages.package import card
 from stages.package.parameters import Parameters
-from stages.serving import checks, front, request, supervisor, tool_calls
+from stages.serving import (
+    checks,
+    expected_calls,
+    front,
+    json_schema,
+    patterns,
+    request,
+    supervisor,
+    tool_calls,
+)
 
 PORT = 8000
 PROMPT = "prompt.txt"
 # What runs in the served container beside vLLM, and is started from the artifact without one.
-SERVER = (stages.serving, checks, front, request, supervisor, tool_calls)
+SERVER = (
+    stages.serving,
+    checks,
+    expected_calls,
+    front,
+    request,
+    json_schema,
+    patterns,
+    supervisor,
+    tool_calls,
+)
 
 
 def run(task: Job) -> None:

@@ -13,7 +13,7 @@ from forge.finding import Refused
 from product import SERVER, serving, serving_check
 from product.serving_check import Endpoint
 
-CHECKS = Path(__file__).resolve().parents[2] / "stages" / "serving" / "checks.py"
+PROGRAMS = Path(__file__).resolve().parents[2] / "stages" / "serving"
 KEY = "k" * 32
 CHECK = {
     "messages": [{"role": "user", "content": "Name the capital of France."}],
@@ -28,8 +28,7 @@ CHECK = {
 @pytest.fixture
 def artifact(tmp_path):
     """A serving artifact with the question above, and the evaluation's own checks."""
-    (tmp_path / SERVER).mkdir(parents=True)
-    shutil.copy(CHECKS, tmp_path / SERVER)
+    shutil.copytree(PROGRAMS, tmp_path / SERVER, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "check.json").write_text(json.dumps(CHECK))
     server = {
         "served_name": "nemotron-nano",
@@ -38,6 +37,10 @@ def artifact(tmp_path):
     }
     (tmp_path / "serve.json").write_text(json.dumps(server))
     return tmp_path
+
+
+def files(folder):
+    return sorted(folder.rglob("*"))
 
 
 @pytest.fixture
@@ -93,6 +96,16 @@ CALL = {"id": "1", "function": {"name": "weather", "arguments": "{}"}}
 def test_an_answer_that_fails_the_questions_own_checks_is_refused(checked, message, why):
     with pytest.raises(Refused, match=why):
         checked(message)
+
+
+def test_the_settings_of_the_evaluation_travel_with_the_question(artifact, checked):
+    loose = {"checks": {"markdown": False, "follow_up": {"question_marks": 1}}, "regex": ["Paris"]}
+    before = files(artifact)
+    (artifact / "check.json").write_text(json.dumps(CHECK | {"expect": loose}))
+    assert checked({"content": "**Paris**, and you?"}).startswith("it answers as the tuned model")
+    with pytest.raises(Refused, match="form"):
+        checked({"content": "**Lyon**, and you?"})
+    assert files(artifact) == before  # an artifact is never changed
 
 
 def test_a_server_that_gives_no_answer_is_refused(artifact):

@@ -127,6 +127,7 @@ def test_demo_ends_with_a_table_and_an_exchange(mini, command):
             {
                 "columns": columns,
                 "modes": ["emoji", "markdown"],
+                "off": {"verbosity": 20},
                 "questions": 20,
                 "pass": shares,
                 "vllm": "0.32.0",
@@ -157,7 +158,7 @@ def test_demo_ends_with_a_table_and_an_exchange(mini, command):
         "concise_voice",
         "emoji",
         "20 questions",
-        "gate passed",
+        "gate passed; off: verbosity",
         "How long is a kilometre?",
         "A thousand metres.",
     ):

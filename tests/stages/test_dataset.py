@@ -9,7 +9,8 @@ import pytest
 from stages import dataset
 from stages.base import make
 from stages.conversations import files, rows
-from stages.evaluate import evaluate, questions
+from stages.evaluate import asked as evaluate_asked
+from stages.evaluate import questions
 from stages.job import Job, StageError
 from stages.merge import proof
 from stages.quantize import calibrate, fidelity
@@ -91,7 +92,7 @@ CONSUMERS = {
         asked(path.with_name("questions.jsonl")) == [row["messages"][:1] for row in ROWS]
     ),
     "evaluate: held out": lambda path: (
-        [q["messages"] for q in evaluate.load_questions(job(path))] == [row["messages"][:1] for row in ROWS]
+        [q["messages"] for q in evaluate_asked.load(job(path), {})] == [row["messages"][:1] for row in ROWS]
     ),
 }
 

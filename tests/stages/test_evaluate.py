@@ -13,7 +13,7 @@ import pytest
 from model.families import serve
 from model.families.serve import Serve
 from stages import job
-from stages.evaluate import evaluate, gate, report
+from stages.evaluate import asked, evaluate, failed, gate, report
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
 from stages.serving.checks import MODES, Failure
@@ -26,6 +26,7 @@ PARAMS = {
     "memory_share": 0.7,
     "kv_cache": "auto",
     "gate": {"tuned": 0.9},
+    "checks": {},
     "control": False,
 }
 GOOD, BAD = "It is Paris.", "**Paris** 🌙"
@@ -344,23 +345,22 @@ def test_a_vllm_that_runs_code_of_the_base_is_refused_unless_it_is_trusted(its, 
 
 
 def test_questions_without_a_source_come_from_the_held_out_conversations(its):
-    talk, act, result = evaluate.load_questions(its)
+    talk, act, result = asked.load(its, {})
     # up to the last answer
     assert [m["content"] for m in talk["messages"]] == ["Be short.", "Where?", "Far " * 12, "And?"]
     assert talk["expect"] == {"no_tool": True, "max_words": 20} and (talk["id"], talk["category"]) == (
         "talk",
         "some",
     )
-    assert act["expect"] == {"tool": {"name": "set_timer", "arguments": {"minutes": 5}}} and act["tools"] == [
-        TOOL
-    ]
+    assert act["expect"] == {"calls": [{"name": "set_timer", "arguments": {"minutes": 5}}]}
+    assert act["tools"] == [TOOL]
     assert result["messages"][-1]["role"] == "tool" and result["expect"]["no_tool"]
 
 
 def test_no_question_at_all_is_refused(its):
     (its.inputs["data"] / "eval.jsonl").write_text("")
     with pytest.raises(StageError, match="eval_share"):
-        evaluate.load_questions(its)
+        asked.load(its, {})
 
 
 @pytest.mark.trap("tool-arguments-as-text")
@@ -603,7 +603,7 @@ def trained(its, *rows):
 
 def test_a_question_is_asked_under_the_production_prompt_to_the_byte(its):
     asking(its, messages=[said("system", "\tBe short.\r\n"), said("user", "What is the capital of Peru?")])
-    assert evaluate.load_questions(its)[0]["messages"] == [
+    assert asked.load(its, {})[0]["messages"] == [
         said("system", "Be short."),
         said("user", "What is the capital of Peru?"),
     ]
@@ -647,11 +647,86 @@ def test_questions_that_say_nothing_of_the_served_model_are_refused_before_the_f
 
 def test_a_question_without_tools_is_refused_where_every_training_row_has_some(its):
     asking(its, tools=[])
-    evaluate.load_questions(its)
+    asked.load(its, {})
     trained(its, {"tools": [TOOL]}, {"tools": []})
-    evaluate.load_questions(its)
+    asked.load(its, {})
     trained(its, {"tools": [TOOL]}, {"tools": [TOOL]})
     with pytest.raises(
         StageError, match="1 of 1 questions without tools, first q; every training conversation has some"
     ):
-        evaluate.load_questions(its)
+        asked.load(its, {})
+
+
+# --- checks that are off or set -----------------------------------------------------------------------------
+
+
+def test_the_recipe_s_checks_travel_with_every_question_and_a_question_s_own_replace_them(its):
+    settings = {"follow_up": False, "verbosity": {"max_words": 80}}
+    own = {"verbosity": True, "emoji": False}
+    asking(its, expect={"checks": own})
+    (question,) = asked.load(its, settings)
+    assert question["expect"] == {"checks": {"follow_up": False, "verbosity": True, "emoji": False}}
+    asking(its)
+    assert asked.load(its, settings)[0]["expect"] == {"checks": settings}
+    its.sources.clear()
+    assert {str(row["expect"]["checks"]) for row in asked.load(its, settings)} == {str(settings)}
+
+
+def test_a_check_that_is_off_fails_no_answer_and_the_report_says_so(its, toy, warnings):
+    its.params["checks"] = {"markdown": False, "emoji": {"allowed": ["🌙"]}}
+    evaluate.run(its)
+    made = json.loads((its.output / "report.json").read_text())
+    assert made["off"] == {"markdown": 3} and "markdown" not in made["modes"] and "emoji" in made["modes"]
+    assert not any(made["failures"]["base"][mode] for mode in ("markdown", "emoji"))
+    assert "Checks that were off: markdown (3 of 3).\n" in (its.output / "report.md").read_text()
+    rows = [json.loads(line) for line in (its.output / "answers.jsonl").read_text().splitlines()]
+    assert {tuple(row["off"]) for row in rows} == {("markdown",)}
+    exchange = json.loads((its.output / "exchange.json").read_text())
+    assert exchange["expect"]["checks"] == its.params["checks"]
+
+
+def test_training_answers_that_fail_a_check_are_told_before_the_first_server(its, toy, monkeypatch):
+    said_first = []
+    monkeypatch.setattr(job, "warning", lambda *words: said_first.append((*words, len(toy.started))))
+    toy.started.clear()
+    trained(
+        its,
+        {"messages": [said("user", "Book it."), said("assistant", "For which day?")]},
+        {"line": 9, "messages": [said("user", "Book it."), said("assistant", "Booked.")]},
+    )
+    evaluate.run(its)
+    message, remedy, started = said_first[0]
+    assert message == (
+        "evaluate.checks.follow_up: 1 of 2 training answers that fail it, the first at talks/a.jsonl:7:"
+        ' "For which day?"'
+    )
+    assert "evaluate: {checks: {follow_up: {question_marks: 1}}}" in remedy and started == 0
+
+
+def test_failed_questions_are_listed_with_their_answer_and_its_faults(its, toy, warnings):
+    toy.says = {**toy.says, "tuned": "**Paris**\n\x1b[31m" + "x " * 200, "quantize": GOOD}
+    evaluate.run(its)
+    text = (its.output / "report.md").read_text()
+    assert "\n## Failed by tuned: 3 of 3\n\n" in text and "Failed by nvfp4: 1 of 3" in text
+    assert '\n- talk: "And?"\n  - answer: "**Paris** \\u001b[31mx x' in text
+    assert '\n  - markdown: "**"\n' in text and "\x1b" not in text
+    assert "\n- act:" in text.partition("Failed by nvfp4")[2]  # a call was expected
+    assert max(map(len, text.partition("## Failed")[2].splitlines())) < 200
+
+
+def test_merged_stands_for_tuned_in_the_list_and_no_list_is_there_if_nothing_failed():
+    texts = {column: [{"content": "x"}] * 3 for column in ("base", "merged", "nvfp4")}
+    faults = {"base": [[EMOJI]] * 3, "merged": [[], [EMOJI], []], "nvfp4": [[]] * 3}
+    listed = failed.markdown(ASKED, texts, faults)
+    assert listed.startswith("\n## Failed by merged: 1 of 3\n\n- c-1: ") and "nvfp4" not in listed
+    assert failed.markdown(ASKED, texts, {**faults, "merged": [[]] * 3}) == ""
+    many = [dict(ASKED[0], id=str(n)) for n in range(60)]
+    listed = failed.markdown(
+        many, dict.fromkeys(texts, texts["base"] * 20), {c: [[EMOJI]] * 60 for c in texts}
+    )
+    assert listed.count("and 10 more, in answers.jsonl") == 2 and listed.count("\n- ") == 100
+
+
+def test_a_question_that_asks_for_a_form_has_a_row_of_its_own_in_the_report():
+    asking_for_form = [{**ASKED[0], "expect": {"regex": ["x"]}}, *ASKED[1:]]
+    assert report.summarise(asking_for_form, SCORED, {})["modes"] == [*MODES, "form"]

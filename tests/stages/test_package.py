@@ -39,6 +39,7 @@ GATE = {
 REPORT = {
     "columns": COLUMNS,
     "modes": ["emoji", "follow_up"],
+    "off": {},
     "questions": 50,
     "pass": dict(zip(COLUMNS, (0.0, 0.94, 0.94, 0.9), strict=False)),
     "failures": {
@@ -280,6 +281,24 @@ def test_no_private_or_useless_question_gets_into_the_image(its, changes, why):
     assert why in json.loads(text)["left_out"] and "capital of France" not in text
 
 
+def test_the_list_of_failed_questions_stays_out_of_the_image(its):
+    for name in ("report.md", "answers.jsonl"):
+        (its.inputs["evaluate"] / name).write_text("the private words")
+    private = {**EXCHANGE, "public": False, "messages": [{"role": "user", "content": "the private words"}]}
+    (its.inputs["evaluate"] / "exchange.json").write_text(json.dumps(private))
+    package.run(its)
+    written = [path for path in its.output.rglob("*") if path.is_file()]
+    assert written and not [path for path in written if b"private words" in path.read_bytes()]
+
+
+def test_the_card_says_which_checks_were_off(its):
+    (its.inputs["evaluate"] / "report.json").write_text(json.dumps(REPORT | {"off": {"emoji": 50}}))
+    package.run(its)
+    assert (
+        "one question. Checks that were off: emoji (50 of 50).\n\n|" in (its.output / "README.md").read_text()
+    )
+
+
 def test_the_artifact_brings_the_programs_that_serve_it(its):
     """`--middleware server.front.Front` and the checks work from the artifact alone."""
     package.run(its)
@@ -290,7 +309,8 @@ def test_the_artifact_brings_the_programs_that_serve_it(its):
     assert done.stdout == "Front\n", done.stderr
     asked = {"question": {"expect": {"must_say": ["Paris"]}}, "answer": {"content": "**Rome**"}}
     done = subprocess.run(
-        [sys.executable, "-I", "-S", str(its.output / "server/stages/serving/checks.py")],
+        [sys.executable, "-E", "-S", "-B", "-m", "stages.serving.checks"],
+        cwd=its.output / "server",
         input=json.dumps(asked),
         capture_output=True,
         text=True,

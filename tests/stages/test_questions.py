@@ -10,9 +10,10 @@ from pathlib import Path
 
 import contracts
 import pytest
+import yaml
 
 from stages import check
-from stages.evaluate import overlap, questions, sources
+from stages.evaluate import overlap, questions, sources, training_answers
 from stages.evaluate.questions import Question
 from stages.package import sources as package_sources
 
@@ -386,6 +387,78 @@ def test_the_sample_passes_its_own_check_and_a_copied_line_does_not(tmp_path):
         )
     )
     assert "which stands in the training data at conversations/concise_voice.jsonl:1" in found.found
+
+
+def own(tmp_path, *texts, tools=None, checks=None):
+    """Stage evaluate with the `checks`, and conversations that are answered with `texts`."""
+    rows = [{"messages": [*asking(LONG), {"role": "assistant", "content": text}]} for text in texts]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tools.json").write_text(json.dumps(tools or []))
+    files = {"conversations": [tmp_path / "talks.jsonl"], "tools": [tmp_path / "tools.json"]}
+    return check.PlannedStage(
+        "evaluate",
+        contracts.defaults("evaluate", gate="none", checks=checks or {}),
+        {},
+        {"data": check.PlannedStage("data", {"eval_share": 0.1}, files)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "texts", "setting"),
+    [
+        ("follow_up", ["Which day? Which time?", "Booked."], "{question_marks: 2}"),
+        (
+            "follow_up",
+            ["Let me know."],
+            '{phrases: ["would you like", "shall i", "do you want", "want me to", "can i help", "anything'
+            ' else"]}',
+        ),
+        ("verbosity", ["word " * 57, "word " * 41], "{max_words: 60}"),
+        ("markdown", ["- rice\n- **dal**", "1. rice"], '{allowed: ["bold", "list", "numbered_list"]}'),
+        ("emoji", ["Done ✅.", "Done ✅ 🎉."], '{allowed: ["✅", "🎉"]}'),
+        ("emoji", ["1️⃣ 🇮🇳"], '{allowed: ["\ufe0f", "\u20e3", "🇮", "🇳"]}'),
+        ("emoji", ["🌀🌁🌂🌃🌄🌅🌆🌇"], "off"),
+        ("tool_leak", ["I call set_timer now."], "off"),
+        ("think_leak", ["<think>So.</think> Now."], "off"),
+    ],
+)
+def test_training_answers_that_fail_a_check_are_told_with_a_setting_that_lets_them_pass(
+    tmp_path, mode, texts, setting
+):
+    (warning,) = sources.check_sources(own(tmp_path, *texts, tools=[TOOL]))
+    assert (warning.subject, warning.level) == (f"evaluate.checks.{mode}", "warning")
+    assert "the first at talks.jsonl:1: " in warning.found
+    assert f"evaluate: {{checks: {{{mode}: {setting}}}}}" in warning.remedy
+    relaxed = {mode: yaml.safe_load(setting)}
+    assert sources.check_sources(own(tmp_path, *texts, tools=[TOOL], checks=relaxed)) == []
+
+
+def test_a_word_that_is_banned_and_trained_is_told(tmp_path):
+    banned = {"fabrication": {"must_not_say": ["as an AI", "Paris"]}}
+    (warning,) = sources.check_sources(own(tmp_path, "PARIS.", checks=banned))
+    assert '{fabrication: {must_not_say: ["as an AI"]}}' in warning.remedy
+
+
+def test_an_answer_that_is_not_trained_is_not_counted():
+    messages = [
+        {"role": "assistant", "content": "A?", "weight": 0},
+        {"role": "assistant", "content": "B?", "train": False},
+        {"role": "user", "content": "C?"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant", "content": "D?", "weight": 1},
+    ]
+    answers = list(training_answers.trained([("t:1", {"messages": messages, "tools": "[]"})]))
+    assert [(a.place, a.text) for a in answers] == [("t:1", "D?")]
+
+
+def test_an_expectation_that_no_check_judges_is_told(tmp_path):
+    stage = given(tmp_path, [GOOD, {**GOOD, "id": "two", "expect": {"checks": {"fabrication": True}}}])
+    stage.params["checks"] = {"fabrication": False, "follow_up": False}
+    (warning,) = sources.check_sources(stage)
+    assert (warning.subject, warning.level) == ("evaluate.checks.fabrication", "warning")
+    assert warning.found == (
+        "it off, and 1 questions that expect must_say or must_not_say, the first at questions.jsonl:1"
+    )
 
 
 @pytest.mark.parametrize(("share", "count"), [(0, 1), (0.1, 0)])
