@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,10 @@ from forge.executors import EXECUTORS  # noqa: E402
 
 if TYPE_CHECKING:
     from forge.executor import Executor
+    from forge.history import PastRun
     from forge.plan import Context
+    from forge.recipe import Recipe
+    from forge.store import Store
 
 
 @dataclass(frozen=True)
@@ -321,17 +324,52 @@ def report(recipe: str, executor: str | None, as_json: bool, every: bool) -> Non
 @command(as_json, on_recipe=True)
 def runs(recipe: str, executor: str | None, as_json: bool) -> None:
     """Earlier runs of the recipe: what each made and why, and what came out."""
+    from product import difference_shown, report
+
+    store, parsed, past = earlier_runs(recipe, executor)
+    if as_json:
+        print(json.dumps([run.as_json() for run in past], indent=1))
+    else:
+        show(report.of_runs(store, past))
+        show(difference_shown.going_back(parsed.option)) if past else None
+
+
+def earlier_runs(recipe: str, executor: str | None) -> tuple[Store, Recipe, list[PastRun]]:
+    """The store, the recipe, and its runs by that executor or by any, newest first."""
     from forge import history
     from forge import recipe as recipes
     from forge.store import Store
-    from product import report
 
-    store = Store(home())
-    past = list(history.of_recipe(store, recipes.load(recipes.find(recipe, REPO), REPO).name))
-    past = [run for run in past if executor in (None, run.executor)]
-    print(json.dumps([run.as_json() for run in past], indent=1)) if as_json else show(
-        report.of_runs(store, past)
-    )
+    store, parsed = Store(home()), recipes.load(recipes.find(recipe, REPO), REPO)
+    past = history.of_recipe(store, parsed.name)
+    return store, parsed, [run for run in past if executor in (None, run.executor)]
+
+
+@command(
+    click.argument("then", required=False, metavar="[RUN]"),
+    click.argument("now", required=False, metavar="[RUN]"),
+    as_json,
+    click.option("--all", "every", is_flag=True, help="Every row and every answer."),
+)
+def diff(
+    recipe: str, executor: str | None, then: str | None, now: str | None, as_json: bool, every: bool
+) -> None:
+    """What differs between two runs: parameters, data, figures and answers.
+
+    A RUN is named as `runs` shows it, or by the beginning of that. Default: the last two; of one, that one
+    and the last.
+    """
+    from forge import history
+    from product import difference, difference_shown
+
+    store, parsed, past = earlier_runs(recipe, executor)
+    pair = history.pair(past, then, now, parsed)
+    differs = difference.of_runs(store, *pair, list(parsed.stages))
+    if as_json:
+        print(json.dumps(differs.as_json(), indent=1))
+    else:
+        show(difference_shown.of_difference(differs, every))
+        show(difference_shown.going_back(parsed.option))
 
 
 @command(
@@ -349,12 +387,19 @@ def logs(stage: str, recipe: str, executor: str | None, follow: bool, run: str) 
         print(text, end="", flush=True)
 
 
-@command(on_stage)
-def path(stage: str, recipe: str, executor: str | None) -> None:
-    """The folder of STAGE's artifact. Prints nothing else; exit 1 if it is not built."""
-    from forge import plan
+of_run = click.option("--run", metavar="RUN", help="As that run made or used it; see: build.py runs.")
 
-    print(plan.artifact(open_session(recipe, executor).context, stage).folder)
+
+@command(on_stage, of_run)
+def path(stage: str, recipe: str, executor: str | None, run: str | None) -> None:
+    """The folder of STAGE's artifact. Prints nothing else; exit 1 if it is not built."""
+    from forge import history, plan
+
+    if run:
+        store, parsed, past = earlier_runs(recipe, executor)
+        print(history.artifact(store, history.find(past, run, parsed), stage).folder)
+    else:
+        print(plan.artifact(open_session(recipe, executor).context, stage).folder)
 
 
 @command(click.argument("stages", nargs=-1, metavar="[STAGE]..."), as_json)
@@ -485,6 +530,7 @@ KEY_FILE = click.option(
     KEY_FILE,
     click.option("--detach", is_flag=True, help="Leave it running and come back."),
     click.option("--stop", is_flag=True, help="Stop what is served."),
+    of_run,
 )
 def serve(
     recipe: str,
@@ -494,13 +540,18 @@ def serve(
     api_key_file: Path | None,
     detach: bool,
     stop: bool,
+    run: str | None,
 ) -> None:
     """Serves the recipe's model on 127.0.0.1; on another address only with a key."""
+    from forge import history
     from product import serving
 
-    session = open_session(recipe, executor)
+    session, take = open_session(recipe, executor), None
+    if run:
+        store, parsed, past = earlier_runs(recipe, session.executor.name)
+        take = partial(history.artifact, store, history.find(past, run, parsed))
     address = serving.Address(port, bind, api_key_file)
-    sys.exit(serving.serve(session.context, session.executor, address, detach=detach, stop=stop))
+    sys.exit(serving.serve(session.context, session.executor, address, detach, stop, take))
 
 
 @cli.command()

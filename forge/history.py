@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from forge import journal
-from forge.store import Store
+from forge.finding import Refused, error
+from forge.recipe import Recipe
+from forge.store import Artifact, Store
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,73 @@ def _read(store: Store, folder: Path) -> PastRun:
         ending=_ending(folder, [stage for stage, _ in begun], ended),
         made=tuple(made),
         why=begun[0][1] if begun else "",
-        keys=dict(journal.places_in(plan, events)),
+        keys=_keys(plan, events),
         bytes=sum(artifact.bytes for artifact in artifacts.values() if artifact),
         gone=tuple(stage for stage, artifact in artifacts.items() if not artifact),
     )
+
+
+def _keys(plan: dict[str, Any], events: list[journal.Event]) -> dict[str, str]:
+    """Stage -> key of what a run made or used, in the order of its plan."""
+    stages = plan.get("stages")
+    planned = [entry for entry in (stages if isinstance(stages, list) else []) if isinstance(entry, dict)]
+    keys = {str(e.get("stage")): e.get("key") if e.get("state") == "cached" else None for e in planned}
+    keys |= {_stage(e): e.get("key") for e in events if e["event"] in ("cached", "stage_done")}
+    return {stage: key for stage, key in keys.items() if stage and isinstance(key, str)}
+
+
+def find(runs: list[PastRun], stamp: str, recipe: Recipe) -> PastRun:
+    """The run of that stamp, or the one whose stamp begins with it. Refused unless there is exactly one."""
+    named = [run for run in runs if run.stamp == stamp]
+    named = named or [run for run in runs if stamp and run.stamp.startswith(stamp)]
+    if len(named) == 1:
+        return named[0]
+    some = ", ".join(run.stamp for run in (named or runs)[:3]) or "none"
+    raise Refused(
+        error(
+            "run",
+            f"{len(named) or 'no'} run{'s' * (len(named) != 1)} {stamp!r} of recipe {recipe.name}",
+            "the stamp of one run, or as much of it as no other has",
+            f"{'These' if named else 'The last ones'}: {some}. All: python build.py runs --recipe"
+            f" {recipe.option}",
+        )
+    )
+
+
+def pair(runs: list[PastRun], then: str | None, now: str | None, recipe: Recipe) -> tuple[PastRun, PastRun]:
+    """Two runs to compare, the last two unless they are named. Refused if there are not two."""
+    if len(runs) < 2:
+        found = f"{len(runs) or 'no'} run{'s' * (len(runs) != 1)} of recipe {recipe.name}"
+        remedy = f"Change something, and run: python build.py run --recipe {recipe.option}"
+        raise Refused(error("diff", found, "two to compare", remedy))
+    before = find(runs, then, recipe) if then else runs[1]
+    return before, find(runs, now, recipe) if now else runs[0]
+
+
+def artifacts(store: Store, run: PastRun) -> dict[str, Artifact]:
+    """Stage -> what a run made or used and what that was made from, as far as it is still there."""
+    held = {stage: found for stage, key in run.keys.items() if (found := store.at(stage, key))}
+    by_digest = {artifact.digest: artifact for artifact in store.all()}
+    waiting = list(held.values())
+    while waiting:
+        for name, digest in waiting.pop().manifest["components"].items():
+            supplier = by_digest.get(digest) if name.startswith("input/") else None
+            if supplier and supplier.stage not in {*held, *run.keys}:
+                held[supplier.stage] = supplier
+                waiting.append(supplier)
+    return held
+
+
+def artifact(store: Store, run: PastRun, stage: str) -> Artifact:
+    """What a run made or used of a stage. Refused if it did neither, or if it is gone."""
+    held = artifacts(store, run)
+    if stage in held:
+        return held[stage]
+    if stage in run.keys:
+        found, remedy = "was removed since", "To make it again, put recipe and data back and run."
+    else:
+        found, remedy = "is not in it", f"It made or used: {', '.join(held) or 'nothing'}."
+    raise Refused(error(stage, f"that {stage} of run {run.stamp} {found}", "an artifact", remedy))
 
 
 def _stage(event: journal.Event) -> str:

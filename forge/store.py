@@ -38,6 +38,12 @@ class Artifact:
         return sum(entry["size"] for entry in self.manifest["files"].values())
 
     @property
+    def params(self) -> dict[str, Any]:
+        """The parameters that it was made with."""
+        components = self.manifest["components"].items()
+        return {n.removeprefix("param/"): json.loads(v) for n, v in components if n.startswith("param/")}
+
+    @property
     def created(self) -> datetime.datetime:
         return datetime.datetime.fromisoformat(self.manifest["created"])
 

@@ -5,6 +5,7 @@ artifacts.
 """
 
 # The folders of stages/ whose artifacts are read here.
-TRAIN, QUANTIZE, EVALUATE, PACKAGE = "train", "quantize", "evaluate", "package"
+DATA, TRAIN, QUANTIZE = "data", "train", "quantize"
+EVALUATE, PACKAGE = "evaluate", "package"
 SERVER = "server/stages/serving"  # in an artifact of PACKAGE: the programs that serve it
 REPORT, ADAPTER = "report", "peft-adapter"  # the artifact types of EVALUATE and TRAIN

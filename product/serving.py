@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from forge import key as keys
 from forge import modes, plan, preflight, verify
 from forge.executor import Executor
 from forge.executor.local import Local, end_with_parent
@@ -69,18 +70,25 @@ class Address:
 
 
 def serve(
-    context: Context, executor: Executor, address: Address, detach: bool = False, stop: bool = False
+    context: Context,
+    executor: Executor,
+    address: Address,
+    detach: bool = False,
+    stop: bool = False,
+    take: Callable[[str], Artifact] | None = None,
 ) -> int:
-    """Starts (or stops) the server and returns the exit status. Refused if there is nothing to serve, the
-    server does not come up, or it is not the one that was built.
+    """Starts (or stops) the server and returns the exit status. `take` gives the artifact of a stage, by
+    default that of the present recipe. Refused if there is nothing to serve, the server does not come up, or
+    it is not the one that was built.
     """
+    take = take or partial(plan.artifact, context)
     if executor.name == "docker":
-        return _stop_compose(context) if stop else _compose(context, address, detach)
+        return _stop_compose(context) if stop else _compose(context, address, detach, take)
     if not isinstance(executor, Local):
         raise Refused(
             error("executor", executor.name, "docker or local, which can serve", "Name one of the two.")
         )
-    return _stop_local(context.store.home) if stop else _local(context, executor, address, detach)
+    return _stop_local(context.store.home) if stop else _local(context, executor, address, detach, take)
 
 
 # --- through compose ----------------------------------------------------------------------------------------
@@ -98,9 +106,9 @@ def _stop_compose(context: Context) -> int:
     return code
 
 
-def _compose(context: Context, address: Address, detach: bool) -> int:
+def _compose(context: Context, address: Address, detach: bool, take: Callable[[str], Artifact]) -> int:
     key = address.key()
-    artifact = _whole(context, PACKAGE)
+    artifact = _whole(context, take(PACKAGE))
     tag = image_tag(artifact.folder)
     if not tag or subprocess.run(["docker", "image", "inspect", tag], capture_output=True).returncode:
         raise Refused(
@@ -172,22 +180,25 @@ def write_override(repo: Path, folder: Path) -> None:
 # --- without an engine --------------------------------------------------------------------------------------
 
 
-def _local(context: Context, executor: Local, address: Address, detach: bool) -> int:
+def _local(
+    context: Context, executor: Local, address: Address, detach: bool, take: Callable[[str], Artifact]
+) -> int:
     key, home = address.key(), context.store.home
     earlier = serving_record.read(home)
     ours = " (build.py serve --stop ends what was started from here)" if earlier and earlier.alive() else ""
     remedy = f"Stop what listens there{ours}, or name another --port."
     serving_check.refuse_taken(address.bind, address.port, remedy)
-    artifact, step = _whole(context, PACKAGE), context.recipe.stages[PACKAGE]
+    artifact, step = _whole(context, take(PACKAGE)), context.recipe.stages[PACKAGE]
     if not (product := step.contract.product):
         raise Refused(
             error(PACKAGE, "a stage without [build]", "what its image is made of", "See docs/formats.md.")
         )
-    parts = product.folders(step.params, lambda name: _whole(context, step.inputs[name]).folder)
+    parts = product.folders(artifact.params, lambda name: _whole(context, take(step.inputs[name])).folder)
     model = parts["checkpoint"]
     image = context.recipe.images["vllm"]
     executor.prepare(image, print)
     _tell_unused_gpu(artifact.folder)
+    _tell_other_environment(context, artifact)
     # A name that no other server has, nor this one when it is started again.
     record = Record(str(artifact.folder), address.port, f"{artifact.key}.{secrets.token_hex(8)}")
     environment = {
@@ -273,15 +284,15 @@ def _reap(pid: int) -> None:
 # --- both ---------------------------------------------------------------------------------------------------
 
 
-def _whole(context: Context, stage: str) -> Artifact:
-    """A stage's artifact. Files that may have changed since it was stored are read first. Refused if it is
-    not built, or is not what its manifest says.
+def _whole(context: Context, artifact: Artifact) -> Artifact:
+    """The artifact. Files that may have changed since it was stored are read first. Refused if it is not what
+    its manifest says.
     """
-    artifact = plan.artifact(context, stage)
+    stage = artifact.stage
     if unread := context.store.unread(artifact):
         print(f"reading the artifact of {stage} again: {len(unread)} files may have changed", flush=True)
-        if damages := verify.read(context.store, artifact, unread, lambda count: None):
-            raise Refused(verify.finding(context, stage, damages))
+    if damages := verify.read(context.store, artifact, unread, lambda count: None):
+        raise Refused(verify.finding(context, stage, damages))
     return artifact
 
 
@@ -310,5 +321,18 @@ def _tell_unused_gpu(folder: Path) -> None:
         print(
             f"This machine has a GPU ({gpu}), which this server does not use: it was built for a CPU."
             " Build it from a recipe with gpu: cuda.",
+            file=sys.stderr,
+        )
+
+
+def _tell_other_environment(context: Context, artifact: Artifact) -> None:
+    """Says that an earlier artifact was made for another environment than the one that serves it."""
+    now = plan.planned_stage(context, PACKAGE).key.components
+    changes = [c for c in keys.changes(artifact.manifest["components"], now) if c.kind == "image"]
+    if changes:
+        names = ", ".join(change.name for change in changes)
+        print(
+            f"This model was made for another environment (since then changed: {names}). It is served with"
+            " the present one.",
             file=sys.stderr,
         )
