@@ -181,20 +181,21 @@ def run(recipe: str, executor: str | None, as_json: bool, no_wait: bool, **selec
 
 def run_stages(recipe: str, executor: str | None, as_json: bool, wait: bool, **selected: Any) -> int:
     from forge import plan, report, run, watch
-    from product import PACKAGE, outcome, serving
+    from product import outcome, serving
     from product import report as tables
 
     session = open_session(recipe, executor)
     with watch.watcher(as_json) as watcher:
         ended = run.run(session.context, session.executor, plan.Selection(**selected), watcher, wait)
-    if PACKAGE in ended.ran:
-        serving.point_compose_to_newest(session.context)
-    if ended.code == 0 and not as_json:
-        planned = plan.make(session.context, plan.Selection(**{**selected, "force": False}))
+    if ended.code:
+        return ended.code
+    planned = plan.make(session.context, plan.Selection(**{**selected, "force": False}))
+    serving.point_compose(session.context.repo, planned)
+    if not as_json:
         show(report.of_result(planned, ended.ran, ended.folder))
         for made in outcome.of_plan(session.context, planned):
             show(tables.of_outcome(made))
-    return ended.code
+    return 0
 
 
 @command(on_recipe=True)

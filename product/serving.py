@@ -24,7 +24,7 @@ from forge import modes, plan, preflight, verify
 from forge.executor import Executor
 from forge.executor.local import Local, end_with_parent
 from forge.finding import Refused, error
-from forge.plan import Context
+from forge.plan import Context, Plan
 from forge.store import Artifact
 from product import PACKAGE, SERVER, loopback, render, serving_check, serving_record
 from product.serving_check import Endpoint
@@ -163,10 +163,13 @@ def described(folder: Path) -> dict[str, Any]:
     return values
 
 
-def point_compose_to_newest(context: Context) -> None:
-    """Makes compose start the image that the newest run of this recipe built, if it built one."""
-    if newest := context.store.newest(PACKAGE, context.recipe.name, context.executor):
-        write_override(context.repo, newest.folder)
+def point_compose(repo: Path, planned: Plan) -> None:
+    """Makes compose start the image of the recipe as it is now, which a run need not have built: an earlier
+    state that was put back has its image still.
+    """
+    for stage in planned.stages:
+        if stage.name == PACKAGE and stage.state == "cached" and stage.artifact:
+            write_override(repo, stage.artifact.folder)
 
 
 def write_override(repo: Path, folder: Path) -> None:

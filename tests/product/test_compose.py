@@ -71,7 +71,7 @@ def test_the_service_listens_on_loopback_only_and_without_privileges():
     assert service["cap_drop"] == ["ALL"] and service["read_only"] and "privileged" not in service
 
 
-def test_a_run_that_built_the_image_points_compose_to_it(mini, command):
+def test_a_run_points_compose_to_the_image_of_the_recipe_as_it_is(mini, command):
     folder = mini.repo / "stages" / serving.PACKAGE
     (mini.repo / "stages/count").rename(folder)
     (folder / "__main__.py").write_text(PACKAGE)
@@ -87,9 +87,12 @@ def test_a_run_that_built_the_image_points_compose_to_it(mini, command):
     key = plan.artifact(mini.context(), serving.PACKAGE).key
     golden = (GOLDEN / "compose.override.cpu.yaml").read_text()
     assert override.read_text() == golden.replace("0123456789abcdef", key)
-    override.unlink()
+    toy.edit(mini.repo / "data/a.txt", "beta", "other")
     command("run")
-    assert not override.exists(), "nothing was built"
+    assert key not in override.read_text()
+    toy.edit(mini.repo / "data/a.txt", "other", "beta")
+    assert "nothing to do" in command("run")
+    assert key in override.read_text(), "going back, compose starts the earlier image"
 
 
 def test_a_run_without_an_engine_leaves_what_compose_reads(mini, command):

@@ -22,7 +22,8 @@ def record(folder, value):
 
 
 def override(folder, value):
-    render.write_override(folder, value.folder, "cpu", value.server, 8)
+    described = {"service": render.SERVICE, "device": "cpu", "memory_gb": 8}
+    render.write_override(folder, value.folder, value.server, described)
 
 
 @pytest.mark.parametrize("write, name", [(record, serving_record.FILE), (override, render.OVERRIDE)])
