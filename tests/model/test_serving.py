@@ -1,9 +1,11 @@
 """The flags of every vLLM that we serve with, and what each of them cannot do."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from model.families.nemotron_h import nano
 from model.families.nemotron_h.serving import NEMOTRON_H
 from model.families.serve import Served, ServingError, kv_cache, version
 
@@ -229,3 +231,19 @@ def test_what_is_too_old_or_no_version_is_refused(vllm):
 )
 def test_a_version_is_its_leading_numbers(text, numbers):
     assert version(text) == numbers
+
+
+def test_the_memory_of_a_caller_is_what_the_documentation_says():
+    c = nano.WIDTHS
+    token = 2 * nano.PATTERN.count("*") * c["num_key_value_heads"] * c["head_dim"] * 2
+    inner = c["mamba_num_heads"] * c["mamba_head_dim"]
+    convolved = inner + 2 * c["n_groups"] * c["ssm_state_size"]
+    state = inner * c["ssm_state_size"] * 4 + convolved * (c["conv_kernel"] - 1) * 2
+    once = nano.PATTERN.count("M") * state
+    text = (Path(__file__).resolve().parents[2] / "docs/serving.md").read_text()
+    for said in (f"{token:,} bytes with a BF16 cache", f"{token // 2:,} with FP8", f"{once:,} bytes"):
+        assert said in text, said
+    for length in (2048, 16384, 65536):
+        caller = once + length * token
+        memory = f"{caller / 1e6:.0f} MB | {4 * caller / 1e9:.1f} GB | {16 * caller / 1e9:.1f} GB"
+        assert f"| {length:,} | {memory} |" in text, memory

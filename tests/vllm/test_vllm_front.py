@@ -29,6 +29,7 @@ from stages.serving.tool_calls import Answer
 from tests.chaos.served import ARGUMENTS, CALL, TOOL
 
 KEY = "k" * 32
+HELLO = {"role": "user", "content": "hello"}
 NAME = "its-own-name"
 RUNNING, WAITING = 2, 3
 PROMPT = "You are Annie. Be \u201cbrief\u201d."
@@ -110,7 +111,7 @@ class Supervised:
     def chat(self, **changes):
         body = {
             "model": SERVED_NAME,
-            "messages": [{"role": "user", "content": "hello"}],
+            "messages": [{"role": "system", "content": "x"}, HELLO],
             "max_tokens": 4,
             "temperature": 0,
             "seed": 0,
@@ -231,7 +232,6 @@ def test_beyond_what_may_wait_there_is_a_429(served):
 
 # --- the production prompt ----------------------------------------------------------------------------------
 
-HELLO = {"role": "user", "content": "hello"}
 SYSTEM = {"role": "system", "content": PROMPT}
 BEGUN = {"role": "assistant", "content": "Good"}
 
@@ -273,6 +273,24 @@ def test_a_raw_prompt_is_left_as_it_is(served):
     for path, more in (("/v1/completions", {"max_tokens": 1}), ("/tokenize", {})):
         status, headers, body = served.post(path, {"model": SERVED_NAME, "prompt": "hello"} | more)
         assert status == 200 and headers["x-annie-prompt"] is None, body
+
+
+def test_the_openai_client_of_the_documentation_is_answered(served, monkeypatch, capsys):
+    text = (Path(__file__).resolve().parents[2] / "docs/clients.md").read_text()
+    program = text.split("## openai (Python)")[1].split("```python\n")[1].split("```")[0]
+    assert f'model="{SERVED_NAME}"' in program
+    for said, here in (("8000", str(served.port)), ('"none"', f'"{KEY}"'), ("=200", "=4")):
+        assert said in program
+        program = program.replace(said, here)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    values = {}
+    exec(program, values)
+    assert values["answer"].usage.completion_tokens == 4 and capsys.readouterr().out
+    more = {"model": SERVED_NAME, "messages": [HELLO], "max_tokens": 4, "tools": [TOOL]}
+    raw = values["client"].chat.completions.with_raw_response.create(**more)
+    assert raw.headers["x-annie-prompt"] == "inserted"
+    chunks = list(values["client"].chat.completions.create(**more, stream=True))
+    assert chunks[-1].choices[0].finish_reason == "length"
 
 
 # --- tool calls ---------------------------------------------------------------------------------------------
