@@ -17,6 +17,7 @@ from torch import nn
 
 from model.families import registry
 from model.layers.projection import Projection
+from model.weights.origin import Origin
 
 if TYPE_CHECKING:
     from model.layers.structure import Model
@@ -75,9 +76,11 @@ def restore(model: Model, tensors: dict[str, torch.Tensor]) -> None:
             factor.copy_(value)
 
 
-def save(model: Model, folder: Path, preset: str, rank: int, alpha: float) -> None:
-    """Writes the folder that PEFT reads. The same factors give the same bytes, and no path of this machine is
-    in it.
+def save(
+    model: Model, folder: Path, preset: str, rank: int, alpha: float, base: Origin | None = None
+) -> None:
+    """Writes the folder that PEFT reads, which names the `base`. The same factors give the same bytes, and no
+    path of this machine is in it.
     """
     import peft
 
@@ -90,6 +93,8 @@ def save(model: Model, folder: Path, preset: str, rank: int, alpha: float) -> No
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
         inference_mode=True,
+        base_model_name_or_path=base.repository if base else None,
+        revision=base.commit if base else None,
         **chosen.arguments(),
     ).save_pretrained(str(folder))
     config = json.loads((folder / CONFIG).read_text())

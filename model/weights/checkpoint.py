@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from model.weights import origin
 from model.weights.header import DTYPES, NAMES, Entry, header
 from model.weights.paths import TRUST, CheckpointError, member, read_json, shard
 
@@ -25,7 +26,7 @@ THREADS = 4  # that read and compute while the main thread writes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_OF_THE_FOLDER = ("manifest.json", "merge.json", TRUST)
+_OF_THE_FOLDER = ("manifest.json", "merge.json", TRUST, origin.FILE)
 Work = Callable[[], torch.Tensor]  # makes a tensor, or a piece of one
 Subject = TypeVar("Subject")  # what a piece of work is about
 Result = TypeVar("Result")

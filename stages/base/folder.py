@@ -10,6 +10,7 @@ from typing import NoReturn
 from model import audit
 from model.families import registry, tokens
 from model.families.unknown import ConfigError
+from model.weights import origin
 from model.weights.checkpoint import Checkpoint
 from model.weights.paths import TRUST, member, members, read_json
 from stages import job
@@ -51,6 +52,7 @@ def check(folder: Path) -> None:
             "none: a checkpoint cannot say of itself that its code is trusted",
             "Copy the checkpoint without this file, and use the copy (source: folder).",
         )
+    origin.read(folder)
     config = read_json(folder / "config.json")
     try:
         registry.of(config)

@@ -14,6 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from model.weights import origin
+from model.weights.origin import Origin
 from model.weights.paths import member
 from stages import job
 from stages.base import folder, patience
@@ -79,6 +81,7 @@ def run(task: Job) -> None:
         target = member(task.output, file.rfilename)
         target.parent.mkdir(parents=True, exist_ok=True)
         link(task.scratch / file.rfilename, target)
+    origin.write(task.output, Origin(repository, commit))
     folder.check(task.output)
 
 

@@ -116,7 +116,10 @@ def run(task: Job) -> None:
         shutil.copyfile(path, server / path.name)
     for name in (PROMPT, "tools.json"):
         shutil.copyfile(task.inputs["data"] / name, task.output / name)
-    (task.output / "README.md").write_text(card.markdown(described, report, checkpoint, task.provenance))
+    made = card.Made.of(task.inputs)
+    (task.output / "README.md").write_text(
+        card.markdown(described, report, checkpoint, task.provenance, made)
+    )
     job.progress(1, 1, "serving")
 
 

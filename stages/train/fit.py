@@ -18,6 +18,7 @@ import torch
 from model import adapter, assemble
 from model.families.family import FamilyError
 from model.layers import determinism, kernel_watch, recompute, tuning
+from model.weights import origin
 from model.weights.checkpoint import Checkpoint
 from model.weights.shards import Shards
 from stages import dataset, job
@@ -235,7 +236,8 @@ def write_artifact(
     loss fell too little.
     """
     params = task.parameters(Parameters)
-    adapter.save(model, task.output / "adapter", params.targets, params.rank, params.alpha)
+    base = origin.read(task.inputs["base"])
+    adapter.save(model, task.output / "adapter", params.targets, params.rank, params.alpha, base)
     with (task.output / "loss.jsonl").open("w") as opened:
         # A run of no steps has only a held-out loss, at step 0.
         for step in sorted({*history.train, *history.held_out}):

@@ -18,6 +18,7 @@ from model.layers.documents import Documents
 from model.layers.projection import Projection
 from model.weights import nvfp4
 from model.weights.checkpoint import Checkpoint
+from model.weights.origin import Origin
 from stages.base import tiny
 
 LENGTHS = (70, 1, 33, 130, 7)
@@ -116,6 +117,14 @@ def test_peft_reads_the_adapter_that_we_write(base, tmp_path, preset):
     adapter.attach(again, preset, 4, 8, 1)
     adapter.load(again, tmp_path)
     assert all(torch.equal(value, adapter.state(again)[name]) for name, value in adapter.state(model).items())
+
+
+def test_the_adapter_names_its_base(base, tmp_path):
+    model = tuned(base, "attention")
+    for origin, named in ((None, (None, None)), (Origin("some/base", 40 * "a"), ("some/base", 40 * "a"))):
+        adapter.save(model, tmp_path, "attention", 4, 8, origin)
+        config = json.loads((tmp_path / adapter.CONFIG).read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == named
 
 
 def test_an_adapter_of_other_layers_is_not_put_back(base, tmp_path):

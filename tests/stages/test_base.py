@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from model import audit
 from model.families import serve
+from model.weights import origin
 from model.weights.checkpoint import INDEX, Checkpoint, files_beside
+from model.weights.origin import Origin
 from model.weights.paths import TRUST
 from stages import job
 from stages.base import __main__ as base
@@ -25,6 +27,10 @@ from stages.job import Job, StageError
 
 REPO = Path(__file__).resolve().parents[2]
 HUB = contracts.defaults("base", source="hub", repository=loopback_hub.REPOSITORY, commit=loopback_hub.COMMIT)
+ORIGIN = {
+    "origin.json": json.dumps({"repository": loopback_hub.REPOSITORY, "commit": loopback_hub.COMMIT}).encode()
+    + b"\n"
+}
 QUICK = {"vocabulary": 512, "short_tokens": 60, "short_steps": 1, "steps": 1, "batch_tokens": 256}
 
 
@@ -112,6 +118,16 @@ def contents(folder):
 
 def take(folder, tmp_path):
     return run(tmp_path / "taken", {"folder": [folder]}, source="folder")
+
+
+def test_a_folder_with_another_origin_json_is_refused_and_a_base_keeps_its_own(made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "copy")
+    (folder / "origin.json").write_text('{"origin": "elsewhere"}')
+    with pytest.raises(StageError, match="origin.json with repository ''"):
+        take(folder, tmp_path / "refused")
+    named = Origin(loopback_hub.REPOSITORY, loopback_hub.COMMIT)
+    origin.write(folder, named)
+    assert origin.read(take(folder, tmp_path)) == named
 
 
 def test_folder_takes_a_checkpoint_as_it_is_and_reads_it_a_tensor_at_a_time(made, tmp_path, monkeypatch):
@@ -233,7 +249,7 @@ def test_hub_resumes_an_interrupted_download_and_never_shows_the_token(hub, publ
     second = loopback_hub.Download(tmp_path, HUB, hub.url)
     code, _, printed = second.finish()
     assert code == 0, printed
-    assert contents(second.output) == contents(published)
+    assert contents(second.output) == contents(published) | ORIGIN
     assert sum(r.file == "config.json" for r in hub.requests) == 1, "a whole file is not asked for again"
     large = [r.range for r in hub.requests if r.file == loopback_hub.LARGE]
     assert large == [None, None, f"bytes={loopback_hub.BLOCK}-"], "killed, dropped, taken up where it broke"
@@ -250,7 +266,7 @@ def test_hub_downloads_nothing_that_the_earlier_artifact_has(hub, published, tmp
     download = loopback_hub.Download(tmp_path, HUB, hub.url, previous=str(previous))
     code, _, printed = download.finish()
     assert code == 0, printed
-    assert contents(download.output) == contents(published)
+    assert contents(download.output) == contents(published) | ORIGIN
     assert {r.file for r in hub.requests if r.file} == {"config.json", "generation_config.json"}
 
 

@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from model.families import serve
+from model.weights import origin
+from model.weights.origin import Origin
+from model.weights.paths import CheckpointError
 from stages.job import Job, StageError
 from stages.package import package
 
@@ -59,6 +63,29 @@ EXCHANGE = {
         for column in COLUMNS
     },
 }
+STATS = {"train": 323, "eval": 36, "tokens": 102048, "trained_tokens": 7287}
+TRAINING = {
+    "method": "lora",
+    "targets": "attention",
+    "rank": 12,
+    "alpha": 24.0,
+    "steps": 120,
+    "kept_step": 110,
+    "epochs": 2.97,
+    "trainable": 57344,
+    "parameters": 1380388,
+}
+ORIGIN = Origin("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 4 * "0123456789")
+BASE_CARD = """\
+---
+license: other
+license_name: nvidia-open-model-license
+license_link: >-
+  LICENSE
+library_name: transformers
+---
+# The base
+"""
 PROVENANCE = {
     name: {"stage": name, "key": 5 * f"{name[0]}0123456789", "digest": 4 * f"{n}123456789abcdef"}
     for n, name in enumerate(("quantize", "evaluate", "data"))
@@ -85,6 +112,8 @@ def its(tmp_path, monkeypatch):
     )
     (inputs["data"] / "prompt.txt").write_text("You are Annie.\nನಮಸ್ಕಾರ\n")
     (inputs["data"] / "tools.json").write_text('[{"type": "function"}]\n')
+    (inputs["data"] / "stats.json").write_text(json.dumps(STATS))
+    (inputs["train"] / "training.json").write_text(json.dumps(TRAINING))
     monkeypatch.setattr(serve, "installed", lambda: "0.31.0")
     return Job(
         "package",
@@ -119,8 +148,72 @@ def test_serve_json_is_its_golden_copy(its, device):
 
 
 def test_the_model_card_is_its_golden_copy(its):
+    origin.write(its.inputs["base"], ORIGIN)
+    (its.inputs["base"] / "README.md").write_text(BASE_CARD)
     package.run(its)
     assert (its.output / "README.md").read_text() == (GOLDEN / "serving-card.md").read_text()
+
+
+def card(its):
+    """The card's YAML head, and its text."""
+    package.run(its)
+    _, head, text = (its.output / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_the_card_of_a_base_without_a_repository_says_so(its):
+    its.params.update(serves="tuned", default_prompt="none")
+    its.params.update(served_name="boat", assistant="Bob", service="vllm-Boat")
+    head, text = card(its)
+    assert head == {
+        "library_name": "vllm",
+        "pipeline_tag": "text-generation",
+        "tags": ["nemotron_h", "lora", "bf16", "conversational"],
+    }
+    for said in (
+        "# boat: a NemotronH, fine-tuned into Bob",
+        "of no repository",
+        "up -d vllm-boat\n",
+        '"model": "boat"',
+        "Send both.",
+    ):
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        (
+            "---\nlicense: mit\nlicense_link: https://a/b\n---\n",
+            {"license": "mit", "license_link": "https://a/b"},
+        ),
+        ("---\nlicense: [a]\n---\n", {}),
+        ("---\n- license\n---\n", {}),
+        ("# No head\n---\nlicense: mit\n---\n", {}),
+        ("---\nlicense: mit\n", {}),
+        ("", {}),
+    ],
+)
+def test_the_licence_is_what_the_bases_head_says(its, text, licence):
+    origin.write(its.inputs["base"], ORIGIN)
+    (its.inputs["base"] / "README.md").write_text(text)
+    head, _ = card(its)
+    assert head["base_model"] == ORIGIN.repository and head["base_model_relation"] == "finetune"
+    assert {name: value for name, value in head.items() if name.startswith("license")} == licence
+
+
+def test_a_head_that_is_no_yaml_is_warned_of(its, monkeypatch):
+    warned = []
+    monkeypatch.setattr(package.job, "warning", lambda message, remedy="": warned.append(message))
+    (its.inputs["base"] / "README.md").write_text("---\nlicense: [\n---\n")
+    head, _ = card(its)
+    assert "license" not in head and "no YAML" in warned[0]
+
+
+def test_an_origin_that_is_none_is_refused(its):
+    (its.inputs["base"] / "origin.json").write_text('{"repository": "a/b: c", "commit": "main"}')
+    with pytest.raises(CheckpointError, match="origin.json with repository"):
+        package.run(its)
 
 
 def test_the_artifact_holds_what_the_formats_say(its):
