@@ -173,7 +173,8 @@ def train(folder: Path, small: bool, device: str) -> dict[str, Any]:
     facts = stage("train", folder, device, inputs, folder / "train", **params)
     if (folder / "train" / "loss.jsonl").exists():
         rows = [json.loads(line) for line in (folder / "train" / "loss.jsonl").read_text().splitlines()]
-        facts |= {"first_loss": rows[0].get("train"), "last_loss": rows[-1].get("train")}
+        losses = [row["train"] for row in rows if "train" in row]
+        facts |= {"first_loss": losses[0], "last_loss": losses[-1]}
     return facts
 
 

@@ -94,7 +94,8 @@ class Parameter:
     above: float | None = None
     multiple_of: int | None = None
     matches: str = ""
-    at_most: str = ""  # a parameter of the same stage; where that one is 0 it sets no limit
+    # a parameter of the same stage; where that one is 0, or another is given instead of it, it sets no limit
+    at_most: str = ""
     was: str = ""  # its name before: a recipe that still has it is told the new one
     renamed: dict[str, str] = field(default_factory=dict)  # a choice's name before -> its name
     instead_of: str = ""  # a parameter of the same stage; not both are given, unless this is its default

@@ -48,8 +48,13 @@ def read_step(
         except Unfit as unfit:
             for fault in unfit.faults:
                 _unfit(reading, (*where, key), name, fault)
+    replaced = {
+        parameter.instead_of
+        for key, parameter in contract.parameters.items()
+        if params.get(key, parameter.default) != parameter.default
+    }
     for key, parameter in contract.parameters.items():
-        limit = params.get(parameter.at_most)
+        limit = None if parameter.at_most in replaced else params.get(parameter.at_most)
         if limit and key in params and params[key] > limit:
             unsaid = "" if key in values else " (the default)"
             reading.fault(

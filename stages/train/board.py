@@ -24,6 +24,8 @@ class Board:
         self.opened = (folder / FILE).open("wb")
         self.records = RecordWriter(self.opened)
         self.records.write(Event(wall_time=0.0, file_version="brain.Event:2").SerializeToString())
+        if 0 in history.held_out:
+            self.held_out(history.held_out[0], 0)
         for step in history.train:
             self.step(history, step)
 

@@ -7,9 +7,9 @@ is frozen.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,15 @@ import torch
 
 from model import adapter, assemble
 from model.families.family import FamilyError
-from model.layers import determinism, kernel_watch, recompute, tuning
-from model.weights import origin
+from model.layers import determinism, kernel_watch, recompute
 from model.weights.checkpoint import Checkpoint
 from model.weights.shards import Shards
 from stages import dataset, job
 from stages.job import Job, StageError
-from stages.train import checkpoints, guard, memory, picture, ranks, sizes
+from stages.train import checkpoints, limits, memory, ranks, report, sizes
 from stages.train.board import Board
-from stages.train.loop import History, Loop
-from stages.train.pack import Order, trained_tokens, unfilled_share
+from stages.train.loop import Loop
+from stages.train.pack import Order
 from stages.train.parameters import Parameters
 from stages.train.teacher import Teacher
 from stages.train.watch import Watch
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 def run(task: Job) -> None:
     """Trains and writes `adapter/`, `training.json`, `loss.jsonl`, `loss.png` and `tensorboard/`."""
     began, params = time.monotonic(), task.parameters(Parameters)
-    guard.check_steps(params.steps)
     group = ranks.join(task.device)
     if task.device == "cpu":
         # Small matrices gain from a second core and lose from a third; a fixed number makes sums repeatable.
@@ -56,6 +54,7 @@ def run(task: Job) -> None:
     if task.device == "cuda":
         kernel_watch.start(report_kernels if group.first else lambda note: None)
     sizes.check_lengths(lengths(rows), lengths(held_out), params.sequence_tokens, params.batch_tokens)
+    task, params = with_steps(task, rows, group)
     model = load_model(task, group)
     teacher = Teacher(task, group) if params.qat_loss == "teacher" else None
     loop = Loop(task, model, rows, held_out, group, rounding_schedule(task, model, rows, teacher), teacher)
@@ -70,7 +69,24 @@ def run(task: Job) -> None:
     history = loop.run()
     if watch:
         watch.board.close()
-        write_artifact(task, model, history, rows, loop.order, watch, time.monotonic() - began)
+        report.write_artifact(task, model, history, rows, loop.order, watch, time.monotonic() - began)
+
+
+def with_steps(task: Job, rows: list[dict[str, Any]], group: ranks.Ranks) -> tuple[Job, Parameters]:
+    """The job and its parameters with the number of steps that `epochs` ask for, if they are given. Tells the
+    user both numbers.
+
+    Raises StageError for parameters that do not go together.
+    """
+    params = task.parameters(Parameters)
+    order = Order(lengths(rows), task.seed, params.batch, params.batch_tokens)
+    if params.epochs:
+        params = replace(params, steps=order.steps(params.epochs))
+    limits.require(params, group.world, params.steps)
+    if group.first:
+        epochs = sizes.step_sizes(order, params.steps)["epochs"]
+        job.progress(0, None, "", f"{params.steps} steps, {epochs:g} epochs of {len(rows)} conversations")
+    return replace(task, params=asdict(params)), params
 
 
 def read_rows(path: Path, may_be_empty: bool = False) -> list[dict[str, Any]]:
@@ -101,12 +117,6 @@ def load_model(task: Job, group: ranks.Ranks) -> Model:
     """
     params = task.parameters(Parameters)
     form = memory.METHODS[params.method]
-    if params.sharded and group.world == 1:
-        raise StageError(
-            "sharded with one process",
-            "several that hold the base between them",
-            "Set ranks to the number of GPUs, or leave sharded out",
-        )
     shards = Shards(group.rank, group.world) if params.sharded else Shards()
     try:
         checkpoint = Checkpoint(task.inputs["base"])
@@ -179,24 +189,16 @@ def rounding_schedule(
     """The function that Loop calls before each step. In the last `qat_share` of the steps, adapted weights
     that the export quantises go through the export's rounding.
 
-    The teacher is recorded just before the first rounded step. Raises StageError if the base is not held in
-    BF16, because the export rounds BF16 weights. Raises it too if there is a teacher but no rounded step or
-    no rounded weight.
+    The teacher is recorded just before the first rounded step. Raises StageError if there is a teacher but no
+    rounded weight.
     """
     params = task.parameters(Parameters)
-    first = params.steps - round(params.qat_share * params.steps)
-    if params.qat_share and params.method != "lora":
-        raise StageError(
-            f"qat_share with method {params.method}",
-            "method lora",
-            "The export rounds BF16 weights: hold the base in BF16, or leave qat_share 0",
-        )
-    exported = assemble.exported(model)
-    if teacher and not (params.qat_share and exported):
+    first, exported = limits.first_rounded(params, params.steps), assemble.exported(model)
+    if teacher and not exported:
         raise StageError(
             "qat_loss teacher with nothing to learn from it",
-            "a qat_share above 0, and targets that the export quantises",
-            "Set qat_share (0.3, say) and targets experts or all, or leave qat_loss at labels",
+            "targets that the export quantises",
+            "Choose targets experts or all, or leave qat_loss at labels",
         )
 
     def before_step(step: int) -> bool:
@@ -221,93 +223,3 @@ def newest_checkpoint(scratch: Path) -> Path | None:
             " changed the files, the disk may be failing: see dmesg.",
         )
     return newest
-
-
-def write_artifact(
-    task: Job,
-    model: Model,
-    history: History,
-    rows: list[dict[str, Any]],
-    order: Order,
-    watch: Watch,
-    seconds: float,
-) -> None:
-    """Writes the artifact from the trained model and the measurements. Warns, or raises StageError, if the
-    loss fell too little.
-    """
-    params = task.parameters(Parameters)
-    base = origin.read(task.inputs["base"])
-    adapter.save(model, task.output / "adapter", params.targets, params.rank, params.alpha, base)
-    with (task.output / "loss.jsonl").open("w") as opened:
-        # A run of no steps has only a held-out loss, at step 0.
-        for step in sorted({*history.train, *history.held_out}):
-            line = {
-                "step": step,
-                "train": history.train.get(step),
-                "held_out": history.held_out.get(step),
-                "norm": history.norm.get(step),
-                "learning_rate": history.rate.get(step),
-            }
-            opened.write(json.dumps({key: value for key, value in line.items() if value is not None}) + "\n")
-    steps = max(history.train, default=0)
-    drop: float | None = None
-    first, last, best = None, None, None
-    if steps:
-        first, last, best = loss_summary(list(history.train.values()))
-        drop = 1 - last / first
-    picture.draw(history.train, history.held_out, drop, task.output / "loss.png")
-    report = {
-        "method": params.method,
-        "targets": params.targets,
-        "rank": params.rank,
-        "alpha": params.alpha,
-        "steps": steps,
-        "stopped_early": history.stopped is not None,
-        "kept_step": history.best[1] if history.best else steps,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "parameters": assemble.parameters(model),
-        "groups": assemble.bytes_by_group(model),
-        "conversations": len(rows),
-        "trained_tokens": trained_tokens(rows),
-        **sizes.step_sizes(order, steps),
-        "unfilled": unfilled_share(order, params.sequence_tokens, steps),
-        "loss": {
-            "first": first,
-            "last": last,
-            "best": best,
-            "drop": drop,
-            "held_out": history.held_out[max(history.held_out)] if history.held_out else None,
-        },
-        "deterministic": task.device == "cpu" or params.deterministic,
-        "tokens_per_second": round(watch.speed),
-        "peak_bytes": watch.memory(),
-        "seconds": round(seconds, 1),
-    }
-    if kernels := tuning.for_manifest():  # recorded because kernels differ in their order of summing
-        report["kernels"] = kernels
-    (task.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    if drop is None:
-        return
-    job.metric("loss drop", drop)
-    if drop < params.min_loss_drop:
-        found = f"the loss fell by {drop:.0%}, from {first:.3f} to {last:.3f}"
-        expected = f"at least {params.min_loss_drop:.0%}"
-        if params.require_loss_drop:
-            raise StageError(
-                found, expected, "Train for more steps, raise rank or learning_rate, or choose targets: all"
-            )
-        job.warning(
-            f"{found}; wanted {expected}",
-            "Train for more steps, raise rank or learning_rate, or choose targets: all",
-        )
-
-
-def loss_summary(losses: list[float]) -> tuple[float, float, float]:
-    """First, last and best loss. The first is that of step 1, before anything was learnt. The others are
-    means of ten steps.
-    """
-    windows = [
-        sum(losses[start : start + 10]) / len(losses[start : start + 10])
-        for start in range(max(1, len(losses) - 9))
-    ]
-    return losses[0], windows[-1], min(windows)

@@ -11,22 +11,7 @@ import torch
 from torch import nn
 
 from stages.job import StageError
-
-# Steps before the verdict: B is zero at first, so A has no gradient in step 1; and the warm-up may begin at a
-# learning rate of zero.
-LOOKED_AT = 3
-
-
-def check_steps(steps: int) -> None:
-    """Raises StageError if a run of `steps` steps would end before the guard's verdict. A run of no steps is
-    allowed: it trains nothing on purpose.
-    """
-    if 0 < steps < LOOKED_AT:
-        raise StageError(
-            f"steps = {steps}",
-            f"{LOOKED_AT} or more, after which every adapter tensor has to have moved",
-            "Set steps to 3 or more, or to 0 for an adapter that is left as it begins",
-        )
+from stages.train.limits import LOOKED_AT
 
 
 class Guard:

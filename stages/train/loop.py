@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class History:
-    """Measurements by step, from 1. `best` is (held-out loss, step) of the best adapter so far. `stopped` is
-    the step of an early stop.
+    """Measurements by step, from 1; `held_out` also has step 0, the base's loss. `best` is (held-out loss,
+    step) of the best adapter so far. `stopped` is the step of an early stop.
     """
 
     train: dict[int, float] = field(default_factory=dict)
@@ -118,12 +118,13 @@ class Loop:
         """Trains from `start` to the last step, or until the held-out loss stops falling. Afterwards the
         model has the best adapter.
 
-        A run of no steps only measures the held-out loss, as step 0. That is the base's own loss.
+        The held-out loss is measured before the first step too, which is the base's own loss. A run of no
+        steps measures only that.
         """
         params = self.params
         self.model.train()
         graphs = params.cuda_graphs and self.task.device == "cuda" and not params.sharded
-        if not params.steps and self.held_out_tokens:
+        if not self.start and self.held_out_tokens:
             self.evaluate(0)
         for step in range(self.start, params.steps):
             if self.history.stopped:
@@ -230,7 +231,9 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self, done: int) -> None:
-        """Measures the held-out loss after step `done`. Saves a new best adapter, or sets the early stop."""
+        """Measures the held-out loss after step `done`. That of step 0 is the base's. It takes no part in the
+        choice of the best adapter, unless nothing is trained.
+        """
         self.model.eval()
         total = torch.zeros((), device=self.task.device)
         for pack in self.held_out:
@@ -244,16 +247,21 @@ class Loop:
                 "a finite loss",
                 "Lower learning_rate or max_grad_norm",
             )
+        self.history.held_out[done] = value
+        if self.watch:
+            self.watch.held_out(value, done)
+        if done or not self.params.steps:
+            self.compare(value, done)
+
+    def compare(self, value: float, done: int) -> None:
+        """Saves a new best adapter, or sets the early stop, from the held-out loss after step `done`."""
         history = self.history
-        history.held_out[done] = value
         if history.best is None or value < history.best[0]:
             history.best = (value, done)
             if self.ranks.first:
                 save_file(adapter.state(self.model), self.best_file)
         elif self.params.patience and done - history.best[1] >= self.params.patience * self.params.eval_every:
             history.stopped = done
-        if self.watch:
-            self.watch.held_out(value, done)
 
     @property
     def best_file(self) -> Path:

@@ -112,14 +112,8 @@ def available_bytes(device: str) -> int:
 
 def check(config: dict[str, Any], params: Parameters, device: str, count: int = 1) -> None:
     """Raises StageError if a process needs more memory than is available; the error names a method that would
-    fit. Raises it too for `decoded_gb` with a base in BF16. `count` processes divide the base among them.
+    fit. `count` processes divide the base among them.
     """
-    if params.decoded_gb and METHODS[params.method] == "bf16":
-        raise StageError(
-            f"decoded_gb with method {params.method}",
-            "method qlora or nvfp4",
-            "The method holds the weights in BF16 already: leave decoded_gb out",
-        )
     parts, room = bytes_needed(config, params, count), available_bytes(device)
     needed = sum(parts.values()) * CACHED
     if needed <= room:

@@ -64,6 +64,16 @@ class Order:
             self._starts.append(self._end(self._starts[-1]))
         return [self[place] for place in range(self._starts[number], self._starts[number + 1])]
 
+    def steps(self, epochs: float) -> int:
+        """The fewest steps that train each row `epochs` times on average; at least one."""
+        rows = max(1, round(epochs * len(self.lengths)))
+        if not self.batch_tokens:
+            return -(-rows // self.batch)
+        number = 0
+        while (rows := rows - len(self.step(number))) > 0:
+            number += 1
+        return number + 1
+
     def _end(self, start: int) -> int:
         """The place after the last row of the step that begins at `start`."""
         end, tokens = start + 1, self.lengths[self[start]]

@@ -26,6 +26,9 @@ class Parameters:
     # Optimiser steps; after three of them every adapter tensor must have changed. 0 leaves B at zero: a
     # control
     steps: int
+    # How often each conversation is trained, given instead of steps; their number follows from the data. 0:
+    # not used
+    epochs: float
     # Conversations per step; not used with batch_tokens
     batch: int
     # Most tokens per step, given instead of batch: a step has as many conversations as fit. 0: not used
@@ -66,7 +69,8 @@ class Parameters:
     # Each rank holds its share of the base and is sent the rest, packed, a stack at a time: less memory each,
     # more traffic; the losses are the same
     sharded: bool
-    # Share by which the loss has to fall; below it there is a warning
+    # Share by which the training loss has to fall; below it there is a warning. A large share leads to
+    # learning by heart: the verdict in training.json says more
     min_loss_drop: float
-    # Fail instead of warn if the loss falls less
+    # Fail instead of warn if the training loss falls less
     require_loss_drop: bool

@@ -20,7 +20,7 @@ from model.families.nemotron_h import nano
 from model.layers import determinism, kernel_cache, kernel_watch
 from stages import job
 from stages.job import Job, StageError
-from stages.train import start
+from stages.train import limits, start
 from stages.train.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def train(task: Job) -> None:
     from stages.train.ranks import Ranks
 
     params = task.parameters(Parameters)
+    limits.require(params, params.ranks, None if params.epochs else params.steps)
     params = replace(
         params,
         steps=STEPS,

@@ -194,6 +194,20 @@ def test_conversations_and_tokens_of_a_step_are_not_both_given(tmp_path):
     assert recipe.load(alone, toy.REPO).stages["train"].params["batch_tokens"] == 4096
 
 
+def test_steps_and_epochs_are_not_both_given(tmp_path):
+    [fault] = faults(tmp_path, train={"epochs": 3, "steps": 40, "warmup_steps": 20})
+    assert "train.epochs = 3.0 and train.steps = 40; expected one of epochs and steps" in fault
+
+
+def test_a_parameter_that_another_replaces_sets_no_limit(tmp_path):
+    def epochs_alone(stages):
+        del stages["train"]["steps"]
+        stages["train"] |= {"epochs": 30, "warmup_steps": 500}
+
+    params = recipe.load(written(tmp_path, epochs_alone), toy.REPO).stages["train"].params
+    assert (params["epochs"], params["warmup_steps"]) == (30.0, 500)
+
+
 def with_a_variant(path, given):
     """Replaces the recipe's variants by one, `other`, with these parameters of stage train."""
     raw = yaml.safe_load(path.read_text()) | {"variants": {"other": {"train": given}}}

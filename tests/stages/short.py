@@ -81,7 +81,7 @@ def losses(output, key="train"):
 
 def rates(output):
     """The learning rate of every step."""
-    return [json.loads(line)["learning_rate"] for line in (output / "loss.jsonl").read_text().splitlines()]
+    return list(losses(output, "learning_rate").values())
 
 
 def state(model):

@@ -47,13 +47,18 @@ def test_the_artifact_is_what_formats_md_says(trained):
     }
     rows = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
     always = {"step", "train", "norm", "learning_rate"}
-    assert [set(row) for row in rows] == [always, always | {"held_out"}] * 2  # held out at eval_every = 2
+    # held out before the first step, and at eval_every = 2
+    assert [set(row) for row in rows] == [{"step", "held_out"}, *[always, always | {"held_out"}] * 2]
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((output / "training.json").read_text())
     assert report["conversations"] == 8 and report["trained_tokens"] == 2 * sum(
         length + 1 for length in short.LENGTHS
     )
-    assert report["loss"]["held_out"] == rows[-1]["held_out"] and report["loss"]["first"] == rows[0]["train"]
+    held_out = short.losses(output, "held_out")
+    assert report["loss"]["held_out"] == held_out[report["kept_step"]] == min(held_out.values())
+    assert report["loss"]["held_out_base"] == held_out[0] and report["loss"]["held_out_last"] == held_out[4]
+    assert report["loss"]["first"] == rows[1]["train"]
+    assert report["verdict"].keys() == {"name", "says"}
     assert (
         report["trainable"]
         == sum(p.numel() for p in trained["start"].values())
@@ -108,7 +113,7 @@ def test_a_held_out_loss_that_is_no_number_stops_training(made, tmp_path, monkey
     monkeypatch.setattr(
         Loop, "loss", lambda self, pack: right(self, pack) * (1 if self.model.training else float("nan"))
     )
-    with pytest.raises(job.StageError, match="held-out loss is nan at step 2"):
+    with pytest.raises(job.StageError, match="held-out loss is nan at step 0"):
         short.run(tmp_path, made)
 
 
@@ -123,10 +128,13 @@ def test_a_run_of_no_steps_leaves_the_adapter_as_it_begins_and_measures_the_base
     }
     report = json.loads((output / "training.json").read_text())
     assert (report["steps"], report["kept_step"]) == (0, 0) and report["loss"]["drop"] is None and not warned
+    assert report["verdict"]["name"] == "not_trained"
+    assert (
+        report["loss"]["held_out"] == report["loss"]["held_out_base"] == report["loss"]["held_out_last"] > 5
+    ), "of random weights: the log of 512 tokens, 6.2"
     assert [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()] == [
         {"step": 0, "held_out": report["loss"]["held_out"]}
     ]
-    assert report["loss"]["held_out"] > 5, "of random weights: the log of 512 tokens, 6.2"
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG") and (
         output / "tensorboard" / FILE
     ).is_file()
@@ -155,7 +163,7 @@ def test_training_stops_when_held_out_losses_fall_no_longer_and_keeps_the_best(m
         value = right(self, pack)
         if not self.model.training:
             seen.append(short.state(self.model))
-            return value * 0 + [3, 1, 2, 4, 5, 6][len(seen) - 1] * self.held_out_tokens
+            return value * 0 + [0, 3, 1, 2, 4, 5, 6][len(seen) - 1] * self.held_out_tokens
         return value
 
     monkeypatch.setattr(Loop, "loss", rising)
@@ -163,7 +171,7 @@ def test_training_stops_when_held_out_losses_fall_no_longer_and_keeps_the_best(m
     report = json.loads((output / "training.json").read_text())
     assert (report["steps"], report["stopped_early"], report["kept_step"]) == (4, True, 2)
     assert all(
-        torch.equal(value, seen[1][name]) and not torch.equal(value, seen[3][name])
+        torch.equal(value, seen[2][name]) and not torch.equal(value, seen[4][name])
         for name, value in short.weights(output).items()
     )
 
@@ -422,12 +430,21 @@ def test_a_data_set_without_rows_is_refused(made, tmp_path):
 
 
 def test_a_loss_that_falls_too_little_warns_or_fails(made, tmp_path, monkeypatch):
+    """Recipes that ask for a fall of the training loss still get what they ask for."""
     warnings = short.warnings(monkeypatch)
     short.run(tmp_path / "warned", made, min_loss_drop=0.99)
-    [warning] = warnings
-    assert "the loss fell by" in warning and "wanted at least 99%" in warning
-    with pytest.raises(job.StageError, match="the loss fell by .* expected at least 99%"):
+    assert "the training loss fell by" in warnings[-1] and "wanted at least 99%" in warnings[-1]
+    with pytest.raises(job.StageError, match="the training loss fell by .* expected at least 99%"):
         short.run(tmp_path / "failed", made, min_loss_drop=0.99, require_loss_drop=True)
+
+
+def test_the_held_out_loss_of_the_base_changes_nothing_of_the_adapter(made, trained, tmp_path, monkeypatch):
+    right = Loop.evaluate
+    monkeypatch.setattr(Loop, "evaluate", lambda self, done: right(self, done) if done else None)
+    output = short.run(tmp_path, made)
+    assert 0 not in short.losses(output, "held_out")
+    path = "adapter/adapter_model.safetensors"
+    assert (output / path).read_bytes() == (trained["task"].output / path).read_bytes()
 
 
 def nothing_held_out(made, folder):

@@ -103,3 +103,31 @@ def test_what_is_enough_for_one_gpu_is_too_little_for_four(said):
     sizes.warn_of_sizes(order, 200, 4, "cuda")
     [(message, remedy)] = said
     assert "8,000 tokens (medians), for 4 GPUs" in message and "batch_tokens: 65536" in remedy
+
+
+@pytest.mark.parametrize(
+    ("order", "epochs", "steps"),
+    [
+        (Order([10] * 54, 0, batch=8), 3, 21),  # 162 rows, and a step more than 20 x 8
+        (Order([10] * 8, 0, batch=8), 3, 3),
+        (Order([10] * 8, 0, batch=8), 0.01, 1),
+        (Order([10] * 30, 0, batch=1), 0.1, 3),  # 0.1 * 30 is above 3 in floating point
+        (Order([100, 200, 300, 400], 0, batch=8, batch_tokens=1000), 2, 2),
+        (Order([100, 100, 100, 100], 0, batch=8, batch_tokens=250), 2.5, 5),
+    ],
+)
+def test_epochs_are_the_fewest_steps_that_train_each_conversation_so_often(order, epochs, steps):
+    assert order.steps(epochs) == steps
+    trained = [sum(len(order.step(number)) for number in range(count)) for count in (steps - 1, steps)]
+    assert trained[0] < max(1, round(epochs * len(order.lengths))) <= trained[1]
+
+
+def test_a_run_by_epochs_is_the_run_of_as_many_steps(made, tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(job, "progress", lambda done, total, unit, note="": notes.append(note))
+    changes = {"batch": 3, "eval_every": 6, "save_every": 6}
+    by_epochs = short.run(tmp_path / "epochs", made, **{**changes, "epochs": 2.0, "steps": 200})
+    assert notes[0] == "6 steps, 2.25 epochs of 8 conversations"
+    report = json.loads((by_epochs / "training.json").read_text())
+    assert (report["steps"], report["epochs"]) == (6, 2.25)
+    assert short.losses(by_epochs) == short.losses(short.run(tmp_path / "steps", made, **changes, steps=6))

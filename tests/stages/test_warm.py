@@ -71,7 +71,7 @@ def test_it_trains_a_full_and_a_usual_step(tmp_path, monkeypatch, given):
     task = small.job("warm", tmp_path, params(batch=3, **given), base=base, data=data)
     warm.train(task)
     assert seen == [([150, 106], 4), ([150, 150, 150], 4)]
-    assert json.loads((tmp_path / "checkpoint-2/history.json").read_text())["held_out"].keys() == {"2"}
+    assert json.loads((tmp_path / "checkpoint-2/history.json").read_text())["held_out"].keys() == {"0", "2"}
 
 
 def test_weights_are_held_decoded_as_in_the_recipe(tmp_path):
