@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -288,17 +290,25 @@ def explain(stage: str, recipe: str, executor: str | None, as_json: bool) -> Non
 @command(as_json, on_recipe=True)
 def status(recipe: str, executor: str | None, as_json: bool) -> None:
     """The state of every stage, and of the run under way."""
-    from forge import journal, lock, plan, report
+    from forge import history, journal, lock, plan, progress, report, screen
 
     context = open_session(recipe, executor).context
     planned = plan.make(context)
-    newest = {s.name: context.store.newest(s.name, planned.recipe, planned.executor) for s in planned.stages}
     holder = lock.holder(context.store.root / "lock")
+    folder = journal.under_way(home())
+    now = progress.of_events(journal.events(folder)) if folder else None
+    last = next(history.of_recipe(context.store, planned.recipe), None)
     if as_json:
-        print(json.dumps({**planned.as_json(), "running": holder}, indent=1))
-    else:
-        ending = journal.last_ending(home(), planned.recipe)
-        show(report.of_status(planned, newest, lock.describe(holder) if holder else "", ending))
+        under_way = now.as_json(time.time()) if now else None
+        state = {"running": holder, "progress": under_way, "last": last.as_json() if last else None}
+        print(json.dumps({**planned.as_json(), **state}, indent=1))
+        return
+    newest = {s.name: context.store.newest(s.name, planned.recipe, planned.executor) for s in planned.stages}
+    show(report.of_status(planned, newest, last))
+    if now:
+        show(screen.Now(now, lock.describe(holder) if holder else ""))
+    elif holder:
+        show(f"\na run is under way: {lock.describe(holder)}")
 
 
 @command(
@@ -471,12 +481,13 @@ def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
     from forge import plan, report, run
 
     session = open_session(recipe, executor)
-    findings = run.lacking(session.context, session.executor, plan.make(session.context))
+    planned = plan.make(session.context)
+    findings = run.lacking(session.context, session.executor, planned)
     findings += modes.findings(home())
     if as_json:
         print(json.dumps([f.__dict__ for f in findings], indent=1))
     else:
-        show(report.of_doctor(findings, session.context))
+        show(report.of_doctor(findings, planned))
     sys.exit(any(f.level == "error" for f in findings))
 
 
@@ -569,4 +580,6 @@ def chat(url: str, prompt: str | None, api_key_file: Path | None) -> None:
 
 if __name__ == "__main__":
     os.umask(modes.umask())  # what stages, uv and vLLM write is private too
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that is not UTF-8: a ? for what it cannot show
+        stream.reconfigure(errors="replace") if isinstance(stream, io.TextIOWrapper) else None
     cli()

@@ -21,10 +21,10 @@ _NO_PROCESS = re.compile(
     rf"{os.strerror(errno.EAGAIN)}).*"
 )
 TAIL = 12  # log lines that a failure shows
-# The events of the stage protocol (docs/formats.md), and the fields that are texts.
-_FIELDS = {
-    "progress": (),
-    "metric": ("name", "value"),
+# The texts of the stage protocol's events (docs/formats.md).
+_TEXTS = {
+    "progress": ("unit", "note"),
+    "metric": ("name", "unit"),
     "warning": ("message", "remedy"),
     "error": ("found", "expected", "remedy"),
 }
@@ -135,10 +135,23 @@ def protocol_event(text: str) -> dict[str, Any] | None:
         event = json.loads(text)
     except ValueError:
         return None
-    if not isinstance(event, dict) or event.get("event") not in _FIELDS:
+    if not isinstance(event, dict) or event.get("event") not in _TEXTS:
         return None
     # A stage that leaves out a field has said less, and must not end forge.
-    return dict.fromkeys(_FIELDS[event["event"]], "") | event
+    whole: dict[str, Any] = dict.fromkeys(_TEXTS[event["event"]], "") | event
+    if whole["event"] == "metric":
+        value = whole.get("value")
+        if not isinstance(value, float) and not _is_count(value):
+            return None
+    if whole["event"] == "progress":
+        done, total = whole.get("done"), whole.get("total")
+        whole |= {"done": done if _is_count(done) else 0, "total": total if _is_count(total) else None}
+    return whole | {name: str(whole[name]) for name in _TEXTS[whole["event"]]}
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a number that shares and paces can be computed from; NaN and infinity are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
 def _on_host(event: dict[str, Any], inside: str, scratch: str) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def _log_line(event: dict[str, Any]) -> str:
     """An event as a line of the log."""
     if event["event"] == "metric":
         step = f" (step {event['step']})" if event.get("step") is not None else ""
-        return f"{event['name']} = {event['value']}{step}"
+        return f"{event['name']} = {event['value']} {event['unit']}".rstrip() + step
     if event["event"] == "warning":
         return f"warning: {event['message']} {event['remedy']}".rstrip()
     return f"error: found {event['found']}; expected {event['expected']}. {event['remedy']}"

@@ -26,6 +26,8 @@ class PastRun:
     began: datetime.datetime
     seconds: float | None
     ending: str  # done, under way, or: failed in STAGE, stopped in STAGE, cut off in STAGE
+    found: str  # what was wrong, of one that failed
+    resume: str  # the command that goes on, of one that was stopped or cut off
     made: tuple[str, ...]  # stages
     why: str  # the first of them was run; empty if there is none
     keys: dict[str, str]  # stage -> key of each artifact that it made or used
@@ -46,6 +48,8 @@ def _read(store: Store, folder: Path) -> PastRun:
     made = {stage: str(e.get("key")) for e in events if e["event"] == "stage_done" and (stage := _stage(e))}
     begun = [(stage, str(e.get("why", ""))) for e in events if e["event"] == "stage" and (stage := _stage(e))]
     ended = next((e for e in events if e["event"] in journal.ENDINGS), None)
+    ending = _ending(folder, [stage for stage, _ in begun], ended)
+    resume = plan.get("resume") or (ended or {}).get("resume", "")
     artifacts = {stage: store.at(stage, key) for stage, key in made.items()}
     return PastRun(
         name=folder.name,
@@ -53,7 +57,9 @@ def _read(store: Store, folder: Path) -> PastRun:
         executor=str(plan.get("executor", "")),
         began=began,
         seconds=_seconds(began, ended) if ended else None,
-        ending=_ending(folder, [stage for stage, _ in begun], ended),
+        ending=ending,
+        found=str(ended.get("found", "")) if ended else "",
+        resume=str(resume) if ending.startswith(("stopped", "cut off")) else "",
         made=tuple(made),
         why=begun[0][1] if begun else "",
         keys=_keys(plan, events),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import re
@@ -30,21 +31,43 @@ class Journal:
         self.mask = mask
         self._listener = listener
         self._events = modes.open_file(self.folder / "events.jsonl", "a", buffering=1)
+        fcntl.flock(self._events, fcntl.LOCK_EX)  # the kernel frees it, however this run ends: see `alive`
+        self._log: Log | None = None
+        self._unattended = False
 
     def plan(self, plan: dict[str, Any]) -> None:
         modes.write(self.folder / "plan.json", json.dumps({"pid": os.getpid(), **plan}, indent=1) + "\n")
 
     def emit(self, event: str, **values: Any) -> None:
-        whole = {"event": event, "time": _now().isoformat(timespec="milliseconds"), **values}
-        masked = json.loads(self.mask.text(json.dumps(whole, default=str)))
+        masked = self._masked(event, values)
         self._listener(masked)  # first: how a run failed is told even where it cannot be written
-        if event != "log":  # log lines have a file of their own
+        self._write(masked)
+
+    def _masked(self, event: str, values: Event) -> Event:
+        whole = {"event": event, "time": _now().isoformat(timespec="milliseconds"), **values}
+        masked: Event = json.loads(self.mask.text(json.dumps(whole, default=str)))
+        return masked
+
+    def _write(self, masked: Event) -> None:
+        if masked["event"] != "log":  # log lines have a file of their own
             self._events.write(json.dumps(masked) + "\n")
-        if event in _LASTING:
+        if masked["event"] in _LASTING:
             os.fsync(self._events.fileno())
 
+    def unattended(self) -> None:
+        """Writes, once, that the terminal of the run has closed: as an event, and into the log that is open.
+        The listener, whose output that was, is not told.
+        """
+        if self._unattended:
+            return
+        self._unattended = True
+        self._write(self._masked("unattended", {}))
+        if self._log and not self._log.closed:
+            self._log.line("The terminal that started this run has closed. The run goes on.")
+
     def log(self, prefix: str) -> Log:
-        return Log(self.folder / f"{prefix}.log", self.mask)
+        self._log = Log(self.folder / f"{prefix}.log", self.mask)
+        return self._log
 
     def close(self) -> None:
         self._events.close()
@@ -68,6 +91,10 @@ class Log:
 
     def tail(self, count: int) -> list[str]:
         return self.path.read_text(errors="replace").splitlines()[-count:]
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
 
     def close(self) -> None:
         with self._file:
@@ -163,13 +190,10 @@ def plan_of(folder: Path) -> dict[str, Any]:
     return plan if isinstance(plan, dict) else {}
 
 
-def last_ending(home: Path, recipe: str) -> Event | None:
-    """How the newest run of a recipe ended: its `done`, `failed` or `interrupted` event; None if it did
-    not say. `stage`, `found` and `resume` are there in each.
-    """
-    newest = runs(home, recipe)[:1]
-    endings = (e for folder in newest for e in events(folder) if e["event"] in ENDINGS)
-    return next(({"stage": "", "found": "", "resume": "", **ending} for ending in endings), None)
+def under_way(home: Path) -> Path | None:
+    """The folder of the run under way, of any recipe."""
+    newest = max((name[0] for name in _names(home / "runs")), default=None)
+    return home / "runs" / newest if newest and alive(home / "runs" / newest) else None
 
 
 def events(folder: Path) -> list[Event]:
@@ -228,14 +252,14 @@ def _over(folder: Path, stage: str) -> bool:
 
 
 def alive(folder: Path) -> bool:
-    """Whether the process of a run lives."""
-    pid = plan_of(folder).get("pid")
-    if type(pid) is not int or pid <= 0:
-        return False
+    """Whether a run goes on: its process holds the lock of its events. A process of the same number, as there
+    may be one after a power cut, does not.
+    """
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        with open(folder / "events.jsonl", "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    except PermissionError:  # it lives, and is another user's
+    except BlockingIOError:
         return True
-    return True
+    return False

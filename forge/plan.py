@@ -119,6 +119,7 @@ class Plan:
     recipe: str
     executor: str
     stages: tuple[Stage, ...]
+    left_out: int = 0  # stages of the recipe that were not selected
 
     @property
     def pending(self) -> list[Stage]:
@@ -159,7 +160,8 @@ def make(context: Context, selection: Selection = Selection()) -> Plan:
             built[step.name] = stage.artifact
         if step.name in names:
             stages.append(stage)
-    return Plan(context.recipe.name, context.executor, tuple(stages))
+    left_out = len(context.recipe.stages) - len(stages)
+    return Plan(context.recipe.name, context.executor, tuple(stages), left_out)
 
 
 def examine(

@@ -11,6 +11,7 @@ from forge.executor import Executor, Neighbour
 from forge.finding import Finding, error, warning
 from forge.plan import GB, Plan
 from forge.recipe import Recipe
+from forge.report import size
 
 MEMINFO = Path("/proc/meminfo")
 SETTLE_SECONDS = 10  # how long a stage waits for memory that is about to be free
@@ -55,20 +56,20 @@ def memory_finding(stage: str, needed: float, home: Path, neighbours: list[Neigh
     available, total = memory_gb()
     if needed <= min(available, total - sum(neighbour.memory_gb for neighbour in neighbours)):
         return None
-    found = f"{available:.1f} GB of memory available of {total:.1f}"
+    found = f"{size(available * GB)} of memory available of {size(total * GB)}"
     if neighbours:
         found += ", and containers that may take some: " + ", ".join(
             f"{each.what} ({each.container}) up to {each.memory_gb:g} GB" for each in neighbours
         )
     if needed > total:
-        return error(stage, found, f"{needed:g} GB", "Take a smaller recipe, or a machine with more memory.")
+        return error(stage, found, size(needed * GB), "Take a smaller recipe, or a machine with more memory.")
     if (home / SERVING).exists():
         remedy = "Stop the server with python build.py serve --stop"
     elif neighbours:
         remedy = f"Let it end, or stop it with docker stop {neighbours[0].container}"
     else:
         remedy = "Stop what else is running on this machine"
-    return error(stage, found, f"{needed:g} GB", f"{remedy}, or take a smaller recipe.")
+    return error(stage, found, size(needed * GB), f"{remedy}, or take a smaller recipe.")
 
 
 def memory_taken(stage: str, needed: float, home: Path, executor: Executor) -> Finding | None:
@@ -94,8 +95,8 @@ def findings(
         lacking.append(
             error(
                 "disk",
-                f"{free:.3g} GB free at {home}",
-                f"{plan.disk_gb:.3g} GB",
+                f"{size(free * GB)} free at {home}",
+                size(plan.disk_gb * GB),
                 "Free some space, or set ANNIE_HOME to a larger disk.",
             )
         )

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import datetime
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
 from forge.finding import Finding
 from forge.key import Change
-from forge.plan import Context, Explanation, Plan, age
+from forge.plan import Explanation, Plan, age
 from forge.store import Artifact
 from forge.verify import Verdict
 
 if TYPE_CHECKING:
+    from forge.history import PastRun
     from forge.space import Item
 
 _STATES = {"cached": "green", "run": "bold cyan", "waits": "cyan", "blocked": "red"}
@@ -34,13 +39,45 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
 
 
+def time_of_day(seconds: float) -> str:
+    """When `seconds` since 1970 is on this machine's clock: `14:05`, `Sun 14:05` on another day of the next
+    six, `24 Dec 14:05`.
+    """
+    now, then = datetime.datetime.now().astimezone(), datetime.datetime.fromtimestamp(seconds).astimezone()
+    days = (then.date() - now.date()).days
+    return f"{then:%H:%M}" if not days else f"{then:%a %H:%M}" if 0 < days < 7 else f"{then:%-d %b %H:%M}"
+
+
 def size(count: float) -> str:
     """Bytes in decimal units: `1.7 GB`."""
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        shown = f"{count:.{0 if unit == 'B' else 1}f}"
+        if float(shown) < 1000:
+            return f"{shown} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def figure(value: float) -> str:
+    """`1.402`, `18,333`, `nan`."""
+    if 1000 <= abs(value) < 1e12 or value in range(-1000, 1000):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+_SIZES = {"bytes": 1.0, "GB": 1e9}  # units of what stages count that are shown as sizes
+
+
+def amount(done: float, total: float | None, unit: str) -> str:
+    """What is counted, of how much if that is known: `82/200 steps`, `1.2 GB of 63.0 GB`."""
+    if factor := _SIZES.get(unit):
+        return size(done * factor) + (f" of {size(total * factor)}" if total else "")
+    return f"{figure(done)}{f'/{figure(total)}' if total else ''} {unit}".rstrip()
+
+
+def counted(count: int, word: str) -> str:
+    """`1 file`, `3 files`."""
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
 def near(path: Path | None) -> str:
@@ -58,10 +95,42 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A table that leaves out columns of `expendable`, the first one first, while the terminal is too narrow
+    for it. Its first two columns, names and states, are never broken.
+    """
+
+    table: Table
+    expendable: tuple[str, ...] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        table = copy.copy(self.table)
+        for column in table.columns[:2]:
+            column.no_wrap = True
+        for name in self.expendable:
+            if _least_width(table) > options.max_width:
+                table.columns = [column for column in table.columns if column.header != name]
+        yield table
+
+
+_LEAST = 12  # columns of a text that is broken into lines
+
+
+def _least_width(table: Table) -> int:
+    """The columns of a terminal in which a table is still read well."""
+    gap = 2
+    widths = []
+    for column in table.columns:
+        widest = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+        widths.append(widest if column.no_wrap else min(widest, _LEAST))
+    return sum(widths) + gap * (len(widths) - 1)
+
+
 def of_plan(plan: Plan) -> RenderableType:
     table = plain_table("stage", "state", ">time", ">memory", ">disk", "why")
     for stage in plan.stages:
-        idle = stage.state == "cached"
+        idle = stage.state in ("cached", "blocked")
         about = "" if stage.estimate.measured else "~"
         table.add_row(
             stage.name,
@@ -71,26 +140,36 @@ def of_plan(plan: Plan) -> RenderableType:
             "" if idle else about + size(stage.estimate.disk_gb * 1e9),
             Text(stage.why, style="dim" if idle else ""),
         )
-    blocked = [stage.name for stage in plan.stages if stage.state == "blocked"]
-    if blocked and not plan.pending:
-        return Group(
-            table, Text(f"\n{plan.recipe} · {plan.executor}: cannot run: {', '.join(blocked)}", style="red")
-        )
-    if not plan.pending:
-        return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: everything is built", style="green"))
-    total = (
-        f"{len(plan.pending)} of {len(plan.stages)} to run: about {clock(plan.seconds)},"
-        f" {size(plan.disk_gb * 1e9)} of disk, {plan.memory_gb:g} GB of memory"
+    said = Text.assemble(f"\n{plan.recipe} · {plan.executor}: ", _said(plan))
+    return Group(Fitted(table, ("disk", "memory")), said, *_legend(plan))
+
+
+def _said(plan: Plan) -> tuple[str, str]:
+    """What a plan comes to in words, and their style."""
+    if blocked := [stage.name for stage in plan.stages if stage.state == "blocked"]:
+        return f"cannot run: {', '.join(blocked)}", "red"
+    if plan.pending:
+        return f"{len(plan.pending)} of {len(plan.stages)} to run. {needs(plan)}", "bold"
+    if plan.left_out:
+        return f"nothing to run; built: {', '.join(stage.name for stage in plan.stages)}", "green"
+    return "everything is built", "green"
+
+
+def needs(plan: Plan) -> str:
+    """What all that runs takes, in words."""
+    return (
+        f"The run takes about {clock(plan.seconds)}, {size(plan.disk_gb * 1e9)} of disk, and at most"
+        f" {plan.memory_gb:g} GB of memory at a time."
     )
-    return Group(table, Text(f"\n{plan.recipe} · {plan.executor}: {total}", style="bold"))
 
 
-def of_status(
-    plan: Plan, newest: dict[str, Artifact | None], holder: str, ending: dict[str, Any] | None
-) -> RenderableType:
-    """Every stage and its newest artifact; who is running (`holder`), or how the last run ended unless
-    well.
-    """
+def _legend(plan: Plan) -> list[Text]:
+    guessed = any(not stage.estimate.measured for stage in plan.pending)
+    return [Text("~ estimated; without ~ as the last time on this machine", style="dim")] if guessed else []
+
+
+def of_status(plan: Plan, newest: dict[str, Artifact | None], last: PastRun | None) -> RenderableType:
+    """Every stage and its newest artifact, and how the last run ended unless well."""
     table = plain_table("stage", "state", "built", ">took", ">size", "key")
     for stage in plan.stages:
         artifact = stage.artifact or newest[stage.name]
@@ -106,25 +185,22 @@ def of_status(
             ]
         )
         table.add_row(stage.name, Text(stage.state, style=_STATES[stage.state]), *cells)
-    if holder:
-        return Group(table, Text(f"\na run is under way: {holder}", style="cyan"))
-    if ending and ending["event"] == "failed":
-        return Group(
-            table,
-            Text(
-                f"\nthe last run failed in {ending['stage'] or 'preparation'}: {ending['found']}", style="red"
-            ),
-        )
-    if ending and ending["event"] == "interrupted":
-        return Group(
-            table,
-            Text(
-                f"\nthe last run was stopped in {ending['stage'] or 'preparation'}; to go on:"
-                f" {ending['resume']}",
-                style="yellow",
-            ),
-        )
-    return table
+    fitted = Fitted(table, ("key", "size", "took"))
+    return Group(fitted, Text(), _ending(last)) if last and last.ending not in _WELL else fitted
+
+
+_WELL = ("done", "under way")
+
+
+def _ending(last: PastRun) -> RenderableType:
+    """How a run ended that made not all that it was to make."""
+    if last.ending.startswith("failed"):
+        return Text(f"the last run {last.ending}: {last.found}", style="red")
+    why = " (it was killed, or the machine went down)" if last.ending.startswith("cut off") else ""
+    parts = [Text(f"the last run was {last.ending}{why}", style="yellow")]
+    if last.resume:
+        parts.append(Text(f"to go on: {last.resume}", style="yellow", **WHOLE))
+    return Group(*parts)
 
 
 def of_verdicts(verdicts: list[Verdict]) -> RenderableType:
@@ -150,7 +226,8 @@ def of_items(items: list[Item], words: str) -> RenderableType:
         users = Text(", ".join(item.users) or "nothing", style="" if item.users else "dim")
         table.add_row(item.kind, item.name, size(item.bytes), age(item.created), users)
     total = f"{len(items)} {words}, {size(sum(item.bytes for item in items))}"
-    return Group(table, Text(f"\n{total}", style="bold")) if items else Text(total, style="bold")
+    fitted = Fitted(table, ("made",))
+    return Group(fitted, Text(f"\n{total}", style="bold")) if items else Text(total, style="bold")
 
 
 @contextlib.contextmanager
@@ -196,7 +273,9 @@ def failure(event: dict[str, Any]) -> RenderableType:
 def of_result(plan: Plan, ran: tuple[str, ...], folder: Path | None) -> RenderableType:
     """How a run that succeeded left things: one line, or two."""
     last = next((s for s in reversed(plan.stages) if s.artifact), None)
-    done = f"ran {', '.join(ran)}" if ran else f"nothing to do: {len(plan.stages)} stages are built"
+    count = len(plan.stages)
+    built = f"{counted(count, 'stage')} {'is' if count == 1 else 'are'} built"
+    done = f"ran {', '.join(ran)}" if ran else f"nothing to do: {built}"
     text = Text.assemble((f"{plan.recipe} · {plan.executor}: ", "bold"), (done, "green"), **WHOLE)
     if ran and last and last.artifact:
         text.append(f"\n{last.name}: {near(last.artifact.folder)}\nlogs: {near(folder)}", style="dim")
@@ -225,8 +304,10 @@ def _changes(changes: Iterable[Change]) -> Iterator[Text]:
             yield Text(f"  {change.phrase}")
 
 
-def of_doctor(findings: list[Finding], context: Context) -> RenderableType:
-    subject = f"{context.recipe.name} · {context.executor}"
+def of_doctor(findings: list[Finding], plan: Plan) -> RenderableType:
+    """What the whole run needs, and what of it this machine lacks."""
+    subject = f"{plan.recipe} · {plan.executor}"
+    whole = needs(plan) if plan.pending else "Everything is built."
     if not findings:
-        return Text(f"{subject}: this machine has what it takes", style="green")
-    return Group(Text(subject, style="bold"), of_findings(findings))
+        return Text.assemble(f"{subject}: ", ("this machine has what it takes. ", "green"), whole)
+    return Group(Text.assemble((f"{subject}: ", "bold"), whole), of_findings(findings))

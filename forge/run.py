@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge import check, lock, plan, preflight, sources, store, trouble, verify
+from forge import check, lock, plan, preflight, sources, store, terminal, trouble, verify
 from forge.executor import Executor, ProductBuilder, Task
 from forge.finding import Finding, Refused, error
 from forge.follow import StageFailed, follow
 from forge.journal import Event, Journal, Log
 from forge.mask import Mask
-from forge.plan import GB, Context, Plan, Selection, Stage
+from forge.plan import Context, Plan, Selection, Stage
 from forge.recipe import Step
 from forge.store import Artifact
 
@@ -57,7 +57,7 @@ def run(
         mask = Mask.of_files(context.recipe.secrets.values())
         journal = Journal(context.store.home, context.recipe.name, mask, listener)
         try:
-            with _interruptible():
+            with _interruptible(), terminal.told_of_closing(journal.unattended):
                 return _Run(context, executor, selection, journal).outcome_of(planned)
         finally:
             journal.close()
@@ -123,7 +123,7 @@ class _Run:
 
     def outcome_of(self, planned: Plan) -> Outcome:
         started = time.monotonic()
-        self.journal.plan(planned.as_json())
+        self.journal.plan({"resume": self.resume(), **planned.as_json()})
         self.journal.emit("plan", **planned.as_json(), folder=str(self.journal.folder))
         try:
             self.prepare([self.recipe.stages[stage.name] for stage in planned.pending])
@@ -145,8 +145,12 @@ class _Run:
     def outcome(self, code: int) -> Outcome:
         return Outcome(code, tuple(self.ran), self.journal.folder)
 
-    def resume(self) -> str:
+    def command(self) -> str:
         return f"python build.py run --recipe {self.recipe.option} --executor {self.executor.name}"
+
+    def resume(self) -> str:
+        """The command that goes on with this run."""
+        return f"{self.command()} {self.selection.words()}".rstrip()
 
     def passed(self, selected: set[str]) -> bool:
         """Runs each selected stage that is not cached. False if an input turned out to be damaged: then all
@@ -198,7 +202,7 @@ class _Run:
         self.journal.emit("reading", stage=stage, files=len(names), bytes=total)
 
         def say(done: int) -> None:
-            values = {"done": round(done / GB, 1), "total": round(total / GB, 1), "unit": "GB"}
+            values = {"done": done, "total": total, "unit": "bytes"}
             self.journal.emit("progress", stage=stage, **values, note="reading it before use")
 
         damages = verify.read(self.store, artifact, names, verify.summed(say))
@@ -220,7 +224,7 @@ class _Run:
             remedy = (
                 "It was made again in this run and has changed since: check this machine's disk and memory."
                 if supplier in self.damaged
-                else f"Make it again: {self.resume()} --until {supplier}"
+                else f"Make it again: {self.command()} --until {supplier}"
             )
             finding = error(supplier, "; ".join(damages), "the artifact as it was accepted", remedy)
             raise StageFailed(finding, None, [])

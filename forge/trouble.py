@@ -9,6 +9,8 @@ from pathlib import Path
 
 from forge import preflight
 from forge.finding import Finding, Refused, error
+from forge.plan import GB
+from forge.report import size
 
 _GO_ON = "What was built before is as it was; run again to go on."
 
@@ -26,7 +28,8 @@ def of_fault(home: Path, fault: OSError) -> Finding:
             found = f"no inodes are left at {place}: the disk is full of small files"
             return error("store", found, "room for more files", f"Delete some of them. {_GO_ON}")
         case errno.ENOSPC:
-            found = f"the disk is full ({preflight.disk_gb(_existing(place)):.1f} GB free at {place})"
+            free = preflight.disk_gb(_existing(place)) * GB
+            found = f"the disk is full ({size(free)} free at {place})"
             return error("store", found, "room for what is written", f"Free some space. {_GO_ON}")
         case errno.EDQUOT:
             found = f"the quota of {_name(os.geteuid())} at {place} is used up"

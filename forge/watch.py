@@ -2,131 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 import time
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterator
+from typing import IO, Protocol, cast
 
-from rich.console import Console, Group, JustifyMethod
+from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
+from forge import screen
 from forge.journal import Event
-from forge.report import clock, failure, finding_line, size
+from forge.progress import Progress
+from forge.report import clock, failure, finding_line
+from forge.terminal import Output, outlived
 
 _EVERY = 5.0  # seconds between two lines about the same stage
-
-
-@dataclass
-class Row:
-    """What is known of one stage (or one image) of the run."""
-
-    name: str
-    estimate: float
-    measured: bool = False
-    state: str = "todo"  # todo, running, cached, done, failed
-    why: str = ""
-    note: str = ""
-    seconds: float = 0.0
-    started: float = 0.0
-    phase: float = 0.0  # when `done` was last at its start: a stage may count to a new total
-    done: float = 0.0
-    total: float | None = None
-    unit: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def elapsed(self, now: float) -> float:
-        return now - self.started if self.state == "running" else self.seconds
-
-    def left(self, now: float) -> float:
-        """Seconds this row still takes: an earlier run's time, or the pace of what is being counted."""
-        if self.state == "todo":
-            return self.estimate
-        if self.state != "running":
-            return 0.0
-        by_estimate = max(0.0, self.estimate - self.elapsed(now))
-        if self.total and self.done > 0 and now - self.phase > 2:
-            by_pace = (now - self.phase) * max(0.0, self.total - self.done) / self.done
-            return max(by_estimate, by_pace) if self.measured else by_pace
-        return by_estimate
-
-
-class Progress:
-    """The events so far, as rows. `now` is a monotonic clock in seconds."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, Row] = {}
-        self.title = self.folder = ""
-        self.started = time.monotonic()
-
-    def take(self, event: Event, now: float) -> Row | None:
-        """Takes one event in; gives the row that it is about."""
-        kind = event["event"]
-        if kind == "plan":
-            self.title, self.folder = f"{event['recipe']} · {event['executor']}", event.get("folder", "")
-            for stage in event["stages"]:
-                cached = stage["state"] == "cached"
-                self.rows[stage["stage"]] = Row(
-                    stage["stage"],
-                    0.0 if cached else stage["seconds"],
-                    stage["measured"],
-                    "cached" if cached else "todo",
-                    note=stage["why"] if cached else "",
-                )
-            return None
-        name = event.get("stage") or (f"image {event['image']}" if event.get("image") else "")
-        if kind == "image" and name not in self.rows:
-            self.rows = {name: Row(name, 0.0), **self.rows}
-        row = self.rows.get(name)
-        if row is None:
-            return None
-        if kind == "stage" or event.get("state") == "preparing":
-            row.state, row.started, row.phase, row.why = "running", now, now, event.get("why", "")
-        elif kind == "stage_done" or event.get("state") == "ready":
-            row.state, row.seconds = "done", event["seconds"]
-            row.note = (
-                f"{clock(event['seconds'])}, {size(event['bytes'])}"
-                if kind == "stage_done"
-                else clock(event["seconds"])
-            )
-        elif kind == "reading":
-            row.state, row.started, row.phase = "running", now, now
-            row.why = f"reading {event['files']} files before they are used, {size(event['bytes'])}"
-        elif kind == "read":
-            row.state, row.seconds = event["state"], event["seconds"]
-            whole = f"its files are what they were, {size(event['bytes'])} read in {clock(event['seconds'])}"
-            row.note = "; ".join(event["damages"]) or whole
-        elif kind == "cached":
-            row.state, row.note = "cached", event["why"]
-        elif kind == "progress":
-            if event["done"] < row.done or event["unit"] != row.unit or event["total"] != row.total:
-                row.phase = now
-            row.done = event["done"]
-            row.total = event["total"]
-            row.unit = event["unit"]
-            row.note = event.get("note", "")
-        elif kind == "metric":
-            row.metrics[event["name"]] = event["value"]
-        elif kind == "log" and name.startswith("image "):
-            row.note = event["line"].strip()
-        elif kind in ("failed", "interrupted"):
-            row.state, row.seconds, row.note = "failed", now - row.started, kind
-        return row
-
-    def left(self, now: float) -> float:
-        return sum(row.left(now) for row in self.rows.values())
-
-
-def _counted(row: Row) -> str:
-    total = f"/{row.total:g}" if row.total else ""
-    return f"{row.done:g}{total} {row.unit}".strip() if row.done or row.total else ""
-
-
-def _metrics(row: Row) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in list(row.metrics.items())[-3:])
 
 
 class Watcher(Protocol):
@@ -136,7 +28,10 @@ class Watcher(Protocol):
 
 
 class JsonLines:
-    """Every event as one JSON object a line on stdout; log lines are left to the log."""
+    """Every event as one JSON object a line; log lines are left to the log."""
+
+    def __init__(self, output: Output):
+        self.output = output
 
     def __enter__(self) -> JsonLines:
         return self
@@ -146,7 +41,8 @@ class JsonLines:
 
     def __call__(self, event: Event) -> None:
         if event["event"] != "log":
-            print(json.dumps(event), flush=True)
+            self.output.write(json.dumps(event) + "\n")
+            self.output.flush()
 
 
 class Lines:
@@ -172,18 +68,14 @@ class Lines:
         elif kind in ("stage_done", "cached", "read") or event.get("state") == "ready":
             self.say(f"{row.name}: {row.state}, {row.note}")
         elif kind in ("progress", "log", "metric") and row.state == "running" and now - self.last >= _EVERY:
-            parts = [
-                _counted(row),
-                row.note[:70],
-                _metrics(row),
-                f"about {clock(self.progress.left(now))} left",
-            ]
-            self.say(f"{row.name}: " + "  ".join(p for p in parts if p))
+            parts = [screen.count_of(row), row.note[:70], *screen.metrics_of(row)]
+            parts.append(", ".join(screen.end_of(self.progress.left(now))))
+            self.say(f"{row.name}: " + "  ".join(part for part in parts if part))
 
     def say(self, text: str) -> None:
         self.last = time.monotonic()
         self.console.print(
-            f"[{clock(self.last - self.progress.started)}] {text}",
+            f"[{clock(self.progress.gone(self.last))}] {text}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -191,17 +83,7 @@ class Lines:
 
 
 class Screen:
-    """One row a stage, with a bar, what it counts, its metrics and the time left; log lines stay off the
-    screen.
-    """
-
-    _MARKS: ClassVar = {
-        "todo": ("·", "dim"),
-        "running": ("▸", "bold cyan"),
-        "cached": ("=", "dim green"),
-        "done": ("✓", "green"),
-        "failed": ("✗", "bold red"),
-    }
+    """The lines of forge/screen.py, drawn again and again; log lines stay off the screen."""
 
     def __init__(self, console: Console):
         self.console, self.progress = console, Progress()
@@ -219,26 +101,8 @@ class Screen:
         announce(event, self.console)
 
     def render(self) -> Group:
-        now = time.monotonic()
-        table = Table.grid(padding=(0, 1))
-        columns: tuple[JustifyMethod, ...] = ("left", "left", "left", "right", "left")
-        for justify in columns:
-            table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")
-        for row in self.progress.rows.values():
-            mark, style = self._MARKS[row.state]
-            cells: list[Any] = ["", "", Text(row.note, style="dim")]
-            if row.state == "running":
-                bar = ProgressBar(total=row.total or None, completed=row.done, width=26, pulse=not row.total)
-                about = "  ".join(p for p in (_counted(row), _metrics(row), row.note or row.why) if p)
-                left = row.left(now)
-                times = clock(row.elapsed(now)) + (f", {clock(left)} left" if left >= 1 else "")
-                cells = [bar, times, Text(about)]
-            elif row.state == "todo":
-                cells = ["", "", Text(f"about {clock(row.estimate)}", style="dim")]
-            table.add_row(Text(mark, style=style), Text(row.name, style=style), *cells)
-        gone, left = now - self.progress.started, self.progress.left(now)
-        foot = f"{clock(gone)} gone" + (f", about {clock(left)} left" if left >= 1 else "")
-        return Group(Text(self.progress.title, style="bold"), table, Text(foot, style="dim"))
+        width, height = self.console.size
+        return Group(*screen.lines(self.progress, time.monotonic(), width, height))
 
 
 def announce(event: Event, console: Console) -> bool:
@@ -269,9 +133,16 @@ def announce(event: Event, console: Console) -> bool:
     return True
 
 
-def watcher(as_json: bool) -> Watcher:
-    """The watcher for where stdout goes."""
+@contextlib.contextmanager
+def watcher(as_json: bool) -> Iterator[Watcher]:
+    """The watcher for where stdout goes. What it watches outlives a terminal that closes."""
+    with outlived(), _watcher(as_json, Output()) as watcher:
+        yield watcher
+
+
+def _watcher(as_json: bool, output: Output) -> Watcher:
     if as_json:
-        return JsonLines()
-    console = Console()
-    return Screen(console) if console.is_terminal and sys.stdout.isatty() else Lines(console)
+        return JsonLines(output)
+    console = Console(file=cast(IO[str], output))
+    drawn = output.isatty() and console.is_interactive and console.encoding.startswith("utf")
+    return Screen(console) if drawn else Lines(console)

@@ -110,9 +110,11 @@ def progress(done: float, total: float | None, unit: str, note: str = "") -> Non
     _emit("progress", done=done, total=total, unit=unit, note=note)
 
 
-def metric(name: str, value: float, step: int | None = None) -> None:
-    """Prints a measured value; `step` is the training step that it belongs to."""
-    _emit("metric", name=name, value=value, step=step)
+def metric(name: str, value: float, step: int | None = None, unit: str = "") -> None:
+    """Prints a measured value; `step` is the training step that it belongs to. Values in `bytes` are shown as
+    sizes.
+    """
+    _emit("metric", name=name, value=value, step=step, unit=unit)
 
 
 def warning(message: str, remedy: str = "") -> None:

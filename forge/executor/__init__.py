@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import queue
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -189,7 +190,7 @@ def run_logged(
     command: list[str], on_line: Callable[[str], None], subject: str, remedy: str, **options: Any
 ) -> None:
     """Runs a command to its end, each line of its output to `on_line`. Refused, with its last words, if it
-    fails.
+    fails. It outlives the terminal, as the run does that it is part of.
     """
     last: list[str] = []
     with subprocess.Popen(
@@ -199,6 +200,7 @@ def run_logged(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
         **options,
     ) as process:
         assert process.stdout

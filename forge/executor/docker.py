@@ -31,6 +31,7 @@ from forge.finding import Finding, Refused, error
 from forge.image import Image
 from forge.plan import GB
 from forge.program import Program
+from forge.report import size
 
 REPOSITORY = "annie"
 # the same in every container: Triton writes the absolute path of what it compiled beside it
@@ -99,8 +100,8 @@ class Docker:
             findings.append(
                 error(
                     "docker",
-                    f"{free:.1f} GB free at {root}",
-                    f"about {needed:.0f} GB for images that are not built yet",
+                    f"{size(free * GB)} free at {root}",
+                    f"about {size(needed * GB)} for images that are not built yet",
                     "Free some space there (docker system df).",
                 )
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,7 +52,7 @@ def run(task: Job) -> None:
             "short lessons to begin with",
             "Raise short_tokens, or add short lessons",
         )
-    total, began = params.short_steps + params.steps, time.monotonic()
+    total = params.short_steps + params.steps
     # A small model that begins with long conversations learns their style, but not which answer belongs to
     # which question.
     phases = [
@@ -66,8 +65,7 @@ def run(task: Job) -> None:
         def on_step(step: int, loss: float, before: int = done) -> None:
             steps_done = before + step
             job.metric("loss", loss, steps_done)
-            seconds_left = (time.monotonic() - began) / steps_done * (total - steps_done)
-            job.progress(steps_done, total, "steps", f"loss {loss:.2f}, {seconds_left:.0f} s left")
+            job.progress(steps_done, total, "steps")
 
         try:
             teach.teach(model, phase_rows, steps, batch_tokens, learning_rate, task.seed, on_step)

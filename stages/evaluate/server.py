@@ -155,12 +155,7 @@ class Server:
                     "Run again: it takes another free port.",
                 )
             except OSError:
-                job.progress(
-                    0,
-                    None,
-                    "question",
-                    f"{self.label}: vLLM is loading, {time.monotonic() - self.began:.0f} s",
-                )
+                job.progress(0, None, "question", f"{self.label}: vLLM is loading")
                 time.sleep(1)
         raise self._failure(f"vLLM was not ready after {START_SECONDS} s")
 

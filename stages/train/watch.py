@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 
 import torch
 
@@ -23,26 +22,16 @@ class Watch:
         self.board = board
         self.tokens = 0
         self.seconds = 0.0
-        self.steps_taken = 0
-        self.began = time.monotonic()
 
     def step(self, history: History, done: int, tokens: int, seconds: float) -> None:
         """Reports step `done`, which had `tokens` tokens and took `seconds`."""
-        self.tokens, self.seconds, self.steps_taken = (
-            self.tokens + tokens,
-            self.seconds + seconds,
-            self.steps_taken + 1,
-        )
-        seconds_left = (time.monotonic() - self.began) / self.steps_taken * (self.steps - done)
+        self.tokens += tokens
+        self.seconds += seconds
         self.board.step(history, done)
         job.metric("loss", history.train[done], done)
-        job.progress(
-            done,
-            self.steps,
-            "steps",
-            f"loss {history.train[done]:.3f}, {self.speed:,.0f} tokens/s, {self.memory() / 1e9:.1f} GB,"
-            f" {seconds_left:.0f} s left",
-        )
+        job.metric("speed", self.speed, done, "tokens/s")
+        job.metric("memory", self.memory(), done, "bytes")
+        job.progress(done, self.steps, "steps")
 
     def held_out(self, value: float, done: int) -> None:
         """Reports the held-out loss after step `done`."""

@@ -129,6 +129,25 @@ def test_a_plan_that_cannot_run_does_not_say_that_everything_is_built(command):
     )
 
 
+def test_a_part_of_the_stages_is_not_everything(command):
+    command("run", "--until", "count")
+    for selected in (("--until", "count"), ("--only", "words"), ("--from", "count", "--until", "count")):
+        text = command("plan", *selected)
+        assert "nothing to run; built: " in text and "everything is built" not in text
+    assert "nothing to do: 1 stage is built" in command("run", "--only", "words")
+    for wrong in (("--only", "slow", "--until", "count"), ("--only", "words", "--from", "count")):
+        assert "found no stage in" in command("plan", *wrong, code=1)
+
+
+def test_plan_and_doctor_say_in_words_what_the_run_needs(command):
+    needs = "The run takes about 0:42, 3.0 MB of disk, and at most 0.1 GB of memory at a time."
+    assert needs in command("doctor")
+    text = command("plan")
+    assert needs in text and "~ estimated" in text
+    command("run")
+    assert "~" not in command("plan", "--force") and "Everything is built." in command("doctor")
+
+
 def test_every_executor_of_the_table_is_made_and_may_stand_in_a_recipe(mini):
     for name in EXECUTORS:
         assert executor.make(name, mini.repo, mini.home).name == name

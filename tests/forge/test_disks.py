@@ -62,7 +62,7 @@ class Quota:
 class Tmpfs:
     """A tmpfs of a size, or of a number of inodes."""
 
-    says, option, most = ("the disk is full", "GB free at"), "size", ROOM
+    says, option, most = ("the disk is full", "B free at"), "size", ROOM
 
     def __init__(self, home):
         self.home = home

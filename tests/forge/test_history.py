@@ -9,6 +9,7 @@ import pytest
 import toy
 
 from forge import history, journal
+from forge.mask import Mask
 from forge.store import Store
 
 
@@ -39,19 +40,20 @@ def test_what_was_removed_is_said(mini, past):
     assert past()[0].gone == ("count",)
 
 
-def test_a_run_without_an_ending_is_under_way_or_was_cut_off(mini, past):
-    assert mini.run().code == 0
-    folder = journal.runs(mini.home, "toy")[0]
-    lines = (folder / "events.jsonl").read_text().splitlines(keepends=True)
-    at = next(n for n, line in enumerate(lines) if json.loads(line).get("stage") == "count")
-    (folder / "events.jsonl").write_text("".join(lines[: at + 1]))
-    assert past()[0].ending == "under way" and past()[0].seconds is None
-    plan = json.loads((folder / "plan.json").read_text())
-    for gone in ({**plan, "pid": 2**22 + 1}, {}, []):
-        (folder / "plan.json").write_text(json.dumps(gone))
-        assert past()[0].ending == "cut off in count"
+def test_a_run_without_an_ending_is_under_way_while_its_process_lives_or_was_cut_off(mini, past):
+    run = journal.Journal(mini.home, "toy", Mask(()), lambda event: None)
+    assert past()[0].ending == "under way" and past()[0].seconds is None and not past()[0].resume
+    run.plan({"resume": "the command"})
+    run.emit("stage", stage="count", why="never built", key="k")
+    assert past()[0].ending == "under way" and journal.under_way(mini.home) == run.folder
+    run.close()  # as the kernel does when a process ends; another process may have its number by then
+    assert past()[0].ending == "cut off in count" and past()[0].resume == "the command"
+    assert journal.under_way(mini.home) is None
+    for content in ("[]", "{"):
+        (run.folder / "plan.json").write_text(content)
+        assert past()[0].ending == "cut off in count" and not past()[0].resume
     for name in ("plan.json", "events.jsonl"):
-        (folder / name).unlink()
+        (run.folder / name).unlink()
     assert past()[0].ending == "cut off in preparation"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,8 +13,10 @@ import time
 
 import pytest
 import toy
+from rich.console import Console
 
-from forge import journal, plan
+from forge import journal, plan, run, screen, watch
+from forge.executor.local import Local
 from forge.finding import Refused
 from forge.store import Store
 
@@ -280,6 +284,31 @@ def test_a_stage_that_asks_for_it_is_given_its_newest_artifact(mini):
     toy.edit(contract, "previous = true", "")
     toy.edit(mini.recipe, "upper: true", "upper: false\n    times: 2")
     assert "previous" not in job(mini.run(last="words"))
+
+
+@pytest.mark.parametrize(
+    ("event", "values"),
+    [
+        ("progress", {"done": "half", "total": [1], "unit": 3, "note": None}),
+        ("progress", {"done": math.nan, "total": math.inf}),
+        ("metric", {"name": 3, "value": "low"}),
+        ("metric", {"name": "loss", "value": math.nan}),
+        ("warning", {"message": {}}),
+    ],
+)
+def test_an_event_with_fields_of_other_types_ends_neither(mini, monkeypatch, event, values):
+    monkeypatch.setattr(watch, "_EVERY", 0)
+    code = (
+        f"def run(task):\n    nan, inf = float('nan'), float('inf')\n    job._emit({event!r}, **{values!r})\n"
+    )
+    toy.edit(mini.repo / "stages/count/__main__.py", "def run(task):\n", code)
+    with watch.Lines(Console(file=io.StringIO())) as lines:
+
+        def listener(event):
+            lines(event)
+            assert screen.lines(lines.progress, time.monotonic(), 80, 24)
+
+        assert run.run(mini.context(), Local(mini.repo, mini.home), plan.Selection(), listener).code == 0
 
 
 @pytest.mark.parametrize("event", ["error", "warning", "metric", "progress"])
