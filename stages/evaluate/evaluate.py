@@ -45,7 +45,7 @@ def run(task: Job) -> None:
             "Mend `gate` in the recipe; docs/formats.md, The gate, says what it holds.",
         )
     rows = asked.load(task, params.checks)
-    training = list(training_answers.trained(asked.training_rows(task.inputs["data"])))
+    training = training_answers.trained(asked.training_rows(task.inputs["data"]))
     for finding in training_answers.findings(training, params.checks):
         job.warning(f"{finding.subject}: {finding.found}", finding.remedy)
     serving = serve.of_folder(task.inputs["base"])

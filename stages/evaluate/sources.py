@@ -72,8 +72,9 @@ def training_answer_findings(
     production's.
     """
     with_tools = ((place, {**row, "tools": row.get("tools") or tools}) for place, row in rows)
-    answers = list(training_answers.trained(with_tools))
-    return training_answers.findings(answers, stage.parameters(Parameters).checks)
+    return training_answers.findings(
+        training_answers.trained(with_tools), stage.parameters(Parameters).checks
+    )
 
 
 def gate_and_question_findings(stage: PlannedStage, training: list[Row]) -> list[Finding]:

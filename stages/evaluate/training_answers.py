@@ -42,16 +42,18 @@ def trained(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Answer]:
                 yield Answer(place, text, [{"name": name} for name in names if isinstance(name, str)])
 
 
-def findings(answers: list[Answer], settings: dict[str, Any]) -> list[Finding]:
+def findings(answers: Iterable[Answer], settings: dict[str, Any]) -> list[Finding]:
     """A warning for every check that training answers fail under the recipe's `settings`."""
     failed: dict[str, list[tuple[Answer, str]]] = defaultdict(list)
+    total = 0
     for answer in answers:
+        total += 1
         for mode, detail in _failures(answer, settings).items():
             failed[mode].append((answer, detail))
     return [
         Finding(
             f"evaluate.checks.{mode}",
-            f"{len(failed[mode])} of {len(answers)} training answers that fail it, the first at"
+            f"{len(failed[mode])} of {total} training answers that fail it, the first at"
             f" {failed[mode][0][0].place}: {json.dumps(failed[mode][0][1], ensure_ascii=False)}",
             "answers that the check lets pass, since a model that learns these fails it",
             "If they are right, write in the recipe evaluate: {checks: {"
