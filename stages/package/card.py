@@ -128,7 +128,8 @@ def head(serve: dict[str, Any], form: str, made: Made) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["nemotron_h", "lora", form.lower(), "conversational"],
     }
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    return text
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
