@@ -28,14 +28,15 @@ class Reading:
             loader = yaml.SafeLoader(self.path.read_bytes())
             root = loader.get_single_node()
         except yaml.YAMLError as fault:
+            problem = getattr(fault, "problem", None) or str(fault)
             mark = getattr(fault, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
             raise Refused(
                 error(
                     f"{self.path.name}{line}",
-                    getattr(fault, "problem", str(fault)),
+                    problem.removeprefix("found "),
                     "YAML",
-                    "Mend that line.",
+                    "YAML takes no tabs: indent with blanks." if "'\\t'" in problem else "Mend that line.",
                 )
             ) from fault
         if not isinstance(root, yaml.MappingNode):

@@ -53,7 +53,7 @@ def unanswered(fault: BaseException) -> Finding:
             "a user in the group docker",
             "Run sudo usermod -aG docker $USER, then log out and in again; or run with --executor local.",
         )
-    return error("docker", f"no engine answers ({fault})", "a Docker engine", _ENGINE)
+    return error("docker", f"no engine that answers ({fault})", "a Docker engine", _ENGINE)
 
 
 def _causes(fault: BaseException | None) -> Iterator[BaseException]:

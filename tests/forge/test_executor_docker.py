@@ -521,7 +521,7 @@ def test_a_user_who_is_not_in_the_group_docker_is_told_so(tmp_path):
 
 def test_an_engine_that_is_not_there_is_told_so(tmp_path):
     finding = no_engine(f"unix://{tmp_path}/docker.sock")
-    assert finding and "no engine answers" in finding.found and "Start a Docker engine" in finding.remedy
+    assert finding and "no engine that answers" in finding.found and "Start a Docker engine" in finding.remedy
 
 
 @pytest.mark.parametrize(

@@ -298,3 +298,12 @@ def test_a_selection_of_no_stage_is_refused(mini, selected):
         ),
     ):
         mini.plan(**selected)
+
+
+def test_a_tab_is_named_in_one_sentence(mini):
+    toy.edit(mini.recipe, "    upper: false", "\tupper: false")
+    with pytest.raises(Refused) as refused:
+        mini.context()
+    said = str(refused.value)
+    assert ": found character '\\t' that cannot start any token; expected YAML." in said
+    assert "indent with blanks" in said
