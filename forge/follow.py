@@ -71,8 +71,13 @@ def follow(executor: Executor, journal: Journal, home: Path, task: Task, log: Lo
                 log.line(_log_line(event))
             journal.emit(event.pop("event"), stage=task.stage, **event)
         code = executor.poll(running)
-    except BaseException:
-        executor.cancel(running)
+    except BaseException as ended:
+        try:
+            if isinstance(ended, KeyboardInterrupt):
+                note = "stopping, and saving what it can; Ctrl-C again ends it at once"
+                journal.emit("progress", stage=task.stage, done=0, total=None, unit="", note=note)
+        finally:
+            executor.cancel(running)
         raise
     if code == 0 and not last_error:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -130,6 +131,8 @@ def main(run: Callable[[Job], None]) -> None:
     # Libraries may print to stdout. So events get a copy of the real stdout, and stdout goes to stderr.
     _events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    # A stage in a container is process 1, which SIGTERM ends only if it listens.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     try:
         run(read(sys.argv[1]))
     except StageError as error:

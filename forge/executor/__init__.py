@@ -45,6 +45,9 @@ class Task:
 
 KERNELS = "ANNIE_KERNELS"  # tells a stage where compiled kernels stay (model/layers/kernel_cache.py)
 
+# Seconds that a cancelled stage has after SIGTERM: stage train ends its step and saves a checkpoint.
+GRACE = 60
+
 # oom_score_adj of a stage: where the machine's memory runs out the kernel kills the stage, and not the server
 # or the user's session. On a GB10 no limit of a container counts what CUDA takes, so this is what is left.
 FIRST_TO_GO = 1000
@@ -102,7 +105,9 @@ class Executor(Protocol):
         """Whether the kernel killed a process of a task that has ended, at the task's limit of memory."""
 
     def cancel(self, running: Any) -> None:
-        """Ends the task and everything it started."""
+        """Ends the task and everything it started: SIGTERM first, and SIGKILL after GRACE seconds or at
+        once when it is interrupted by another Ctrl-C.
+        """
 
     def neighbours(self) -> list[Neighbour]:
         """The stages of any store and the served models that run here in containers with a limit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from forge import VERSION, modes, render
 from forge import image as images
-from forge.executor import KERNELS, KeptImage, Line, Neighbour, Task, kept, kernel_folder, run_logged
+from forge.executor import GRACE, KERNELS, KeptImage, Line, Neighbour, Task, kept, kernel_folder, run_logged
 from forge.executor.container import SCRATCH, ContainerSpec, container_job
 from forge.executor.engine import (
     gpu_findings,
@@ -352,7 +353,8 @@ class Docker:
 
     def cancel(self, running: Running) -> None:
         try:
-            running.container.stop(timeout=5)  # a stage is PID 1, which SIGTERM ends only if it listens
+            with contextlib.suppress(KeyboardInterrupt):  # of a user who does not wait: removing it kills it
+                running.container.stop(timeout=GRACE)
             running.container.remove(force=True)
         except NotFound:
             pass

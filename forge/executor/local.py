@@ -18,7 +18,17 @@ from pathlib import Path
 
 from forge import image as images
 from forge import modes, render
-from forge.executor import FIRST_TO_GO, KERNELS, Line, Neighbour, Task, kernel_folder, merged, run_logged
+from forge.executor import (
+    FIRST_TO_GO,
+    GRACE,
+    KERNELS,
+    Line,
+    Neighbour,
+    Task,
+    kernel_folder,
+    merged,
+    run_logged,
+)
 from forge.executor.uv import Uv
 from forge.finding import Finding, Refused, error
 from forge.image import Image
@@ -230,15 +240,15 @@ class Local:
         return False
 
     def cancel(self, running: Running) -> None:
-        """SIGTERM to the whole process group, SIGKILL to what is left of it after ten seconds."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        """Signals go to the whole process group, SIGKILL also to what is left of it after the stage."""
+        with contextlib.suppress(ProcessLookupError):
             try:
-                os.killpg(running.process.pid, number)
-                running.process.wait(10)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
+                os.killpg(running.process.pid, signal.SIGTERM)
+                running.process.wait(GRACE)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                pass  # it is killed, and nobody waits any longer
+            os.killpg(running.process.pid, signal.SIGKILL)
+            running.process.wait(10)
 
     def neighbours(self) -> list[Neighbour]:
         """None: processes have no limits; what they hold is not available."""

@@ -29,6 +29,7 @@ from stages.train.guard import Guard, first_not_finite
 from stages.train.pack import Order, Pack, rank_layouts, rank_packs, trained_tokens
 from stages.train.parameters import Parameters
 from stages.train.ranks import Ranks
+from stages.train.stop import listening, stopped
 from stages.train.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class Loop:
         """Trains from `start` to the last step, or until the held-out loss stops falling. Afterwards the
         model has the best adapter.
 
+        Raises StageError after a signal to stop, once the step under way is done and its checkpoint saved.
+
         The held-out loss is measured before the first step too, which is the base's own loss. A run of no
         steps measures only that.
         """
@@ -126,24 +129,29 @@ class Loop:
         graphs = params.cuda_graphs and self.task.device == "cuda" and not params.sharded
         if not self.start and self.held_out_tokens:
             self.evaluate(0)
-        for step in range(self.start, params.steps):
-            if self.history.stopped:
-                break
-            changed = self.before_step(step)
-            if graphs and (changed or step == self.start):
-                self.capture(step)
-            if changed:
-                self.history.best = None  # losses of the unrounded and the rounded model are not comparable
-                if self.teacher:
-                    for state in self.optimizer.state.values():
-                        # exp_avg points towards the labels; exp_avg_sq, which scales steps, stays valid
-                        state["exp_avg"].zero_()
-            self.step(step)
-            done = step + 1
-            if self.held_out_tokens and (done % params.eval_every == 0 or done == params.steps):
-                self.evaluate(done)
-            if done % params.save_every == 0 or done == params.steps or self.history.stopped:
-                self.save(done)
+        with listening() as stop:
+            for step in range(self.start, params.steps):
+                if self.history.stopped:
+                    break
+                changed = self.before_step(step)
+                if graphs and (changed or step == self.start):
+                    self.capture(step)
+                if changed:
+                    # losses of the unrounded and the rounded model are not comparable
+                    self.history.best = None
+                    if self.teacher:
+                        for state in self.optimizer.state.values():
+                            # exp_avg points towards the labels; exp_avg_sq, which scales steps, stays valid
+                            state["exp_avg"].zero_()
+                self.step(step)
+                done = step + 1
+                if self.held_out_tokens and (done % params.eval_every == 0 or done == params.steps):
+                    self.evaluate(done)
+                asked = self.ranks.any(stop.asked, self.task.device)
+                if done % params.save_every == 0 or done == params.steps or self.history.stopped or asked:
+                    self.save(done)
+                if asked:
+                    raise stopped(done, params.steps)
         if self.history.best and self.history.best[1] != max(self.history.train, default=0):
             adapter.restore(self.model, load_file(self.best_file))
         return self.history

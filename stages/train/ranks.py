@@ -41,6 +41,16 @@ class Ranks:
             tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
             offset += tensor.numel()
 
+    def any(self, flag: bool, device: str) -> bool:
+        """Whether the flag of any process is set; all get the same answer."""
+        if self.world == 1:
+            return flag
+        import torch
+
+        count = torch.tensor([float(flag)], device=device)
+        self.sum([count])
+        return bool(count.item())
+
     def wait(self) -> None:
         """Waits until every process is here."""
         if self.world > 1:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from forge.executor import Task
-from forge.executor.local import Local
+from forge.executor.local import Local, Running
 from forge.executor.uv import Uv
 from forge.finding import Refused
 from forge.image import Image, components, fingerprint
@@ -31,7 +31,7 @@ FORGE = """\
     import sys
     from pathlib import Path
     from forge.executor import Task
-    from forge.executor.local import Local
+    from forge.executor.local import Local, Running
     from forge.image import Image
     from forge.program import Program
     root = Path(sys.argv[1])
@@ -292,3 +292,22 @@ def test_no_secret_of_the_caller_reaches_a_stage_its_script_or_a_server(tmp_path
     assert (seen.get("HTTPS_PROXY"), seen.get("https_proxy")) == ((PROXY, PROXY) if network else (None, None))
     assert "p4ss" not in script and ("proxy.example" in script) == network
     assert "PROXY" not in json.dumps(local.server_environment(image)).upper()
+
+
+STUBBORN = """\
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(1, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_interrupt_kills_a_stage_that_is_still_saving(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with process:
+        process.stdout.readline()
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        Local(tmp_path, tmp_path).cancel(Running(process))
+    assert process.returncode == -signal.SIGKILL

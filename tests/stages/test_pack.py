@@ -237,6 +237,7 @@ def test_graphs_are_captured_at_the_start_and_once_more_when_rounding_sets_in(st
     captured = []
     its = SimpleNamespace(
         task=SimpleNamespace(device="cuda"),
+        ranks=Ranks(),
         params=SimpleNamespace(steps=5, cuda_graphs=True, sharded=False, eval_every=9, save_every=9),
         model=SimpleNamespace(train=lambda: None),
         history=loop.History(),

@@ -223,6 +223,25 @@ def test_a_killed_run_goes_on_to_the_same_adapter(made, whole, tmp_path):
     assert_same(task.output, whole)
 
 
+@pytest.mark.trap("resumed-run-differs")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_from_there(made, whole, tmp_path, number):
+    task = short.task(tmp_path, made, **RUN)
+    with start(task, tmp_path / "job.json") as process:
+        events = []
+        for event in map(json.loads, process.stdout):
+            events.append(event)
+            if event["event"] == "progress" and event["unit"] == "steps" and event["done"] == 6:
+                process.send_signal(number)
+    assert process.returncode == 1
+    found, _ = checkpoints.newest(task.scratch)
+    step = checkpoints.step_number(found)
+    assert step in range(6, 10), "no step at which it would save anyway"
+    assert events[-1]["found"] == f"a signal to stop after step {step}, whose checkpoint is saved"
+    fit.run(task)
+    assert_same(task.output, whole)
+
+
 DIES_IN_ITS_SAVE = """
 import os, pathlib, signal, sys, torch
 from stages import job
