@@ -157,11 +157,11 @@ def cli() -> None:
 @command(*selecting, as_json, on_recipe=True)
 def plan(recipe: str, executor: str | None, as_json: bool, **selected: Any) -> None:
     """What would run, why, and what it would take."""
-    from forge import check, plan, report
+    from forge import check, plan, report, same_name
 
     context = open_session(recipe, executor).context
     planned = plan.make(context, plan.Selection(**selected))
-    findings = check.findings(context, planned)
+    findings = same_name.findings(context) + check.findings(context, planned)
     if as_json:
         print(json.dumps({**planned.as_json(), "findings": [f.__dict__ for f in findings]}, indent=1))
     else:
@@ -290,7 +290,7 @@ def explain(stage: str, recipe: str, executor: str | None, as_json: bool) -> Non
 @command(as_json, on_recipe=True)
 def status(recipe: str, executor: str | None, as_json: bool) -> None:
     """The state of every stage, and of the run under way."""
-    from forge import history, journal, lock, plan, progress, report, screen
+    from forge import history, journal, lock, plan, progress, report, same_name, screen
 
     context = open_session(recipe, executor).context
     planned = plan.make(context)
@@ -309,6 +309,8 @@ def status(recipe: str, executor: str | None, as_json: bool) -> None:
         show(screen.Now(now, lock.describe(holder) if holder else ""))
     elif holder:
         show(f"\na run is under way: {lock.describe(holder)}")
+    if findings := same_name.findings(context):
+        show(report.of_findings(findings), to_stderr=True)
 
 
 @command(

@@ -38,6 +38,10 @@ class Journal:
     def plan(self, plan: dict[str, Any]) -> None:
         modes.write(self.folder / "plan.json", json.dumps({"pid": os.getpid(), **plan}, indent=1) + "\n")
 
+    def recipe(self, text: str) -> None:
+        """Keeps the recipe as it was, masked; who goes back to this run needs it."""
+        modes.write(self.folder / "recipe.yaml", self.mask.text(text))
+
     def emit(self, event: str, **values: Any) -> None:
         masked = self._masked(event, values)
         self._listener(masked)  # first: how a run failed is told even where it cannot be written

@@ -13,19 +13,20 @@ from forge.finding import Finding, Refused, error
 
 
 class Reading:
-    """`raw` holds the values of the file at `path`, in the repository `repo`. `findings` grows on the way.
-    Refused if the file is not YAML.
+    """`raw` holds the values of the file at `path`, in the repository `repo`, and `content` its bytes.
+    `findings` grows on the way. Refused if the file is not YAML.
     """
 
     def __init__(self, path: Path, repo: Path):
         self.path, self.repo = path, repo
         self.findings: list[Finding] = []
         self.lines: dict[tuple[str, ...], int] = {}
+        self.content = path.read_bytes()
         self.raw = self._parse()
 
     def _parse(self) -> dict[str, Any]:
         try:
-            loader = yaml.SafeLoader(self.path.read_bytes())
+            loader = yaml.SafeLoader(self.content)
             root = loader.get_single_node()
         except yaml.YAMLError as fault:
             problem = getattr(fault, "problem", None) or str(fault)

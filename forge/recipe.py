@@ -49,6 +49,8 @@ LARGEST_SEED = 2**32 - 1  # numpy's limit
 class Recipe:
     name: str
     option: str  # what --recipe takes for it, quoted for a shell
+    file: Path  # absolute
+    text: str  # of the file, as it was read
     about: str
     seed: int
     gpu: str
@@ -164,6 +166,8 @@ class _RecipeReading(Reading):
         recipe = Recipe(
             name=top["name"],
             option=option,
+            file=self.path.absolute(),
+            text=self.content.decode(errors="replace"),
             about=top.get("about") or "",
             seed=top.get("seed", 0) or 0,
             gpu=gpu,

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge import check, lock, plan, preflight, sources, store, terminal, trouble, verify
+from forge import check, lock, plan, preflight, same_name, sources, store, terminal, trouble, verify
 from forge.executor import Executor, ProductBuilder, Task
 from forge.finding import Finding, Refused, error
 from forge.follow import StageFailed, follow
@@ -42,6 +42,8 @@ def run(
     planned = plan.make(context, selection)
     _refuse_blocked(planned)
     if not planned.pending:
+        for finding in same_name.findings(context):
+            listener({"event": "finding", **finding.__dict__})
         listener({"event": "plan", **planned.as_json()})
         listener({"event": "done", "ran": [], "seconds": 0.0})
         return Outcome(0, (), None)
@@ -92,6 +94,7 @@ def lacking(context: Context, executor: Executor, planned: Plan) -> list[Finding
     gpu_here = None if context.gpu == "none" else context.gpu
     findings = preflight.findings(recipe, planned, context.store.home, gpu_here, executor.neighbours())
     findings += executor.check([recipe.images[name] for name in names], gpu)
+    findings += same_name.findings(context)
     return findings + [finding for finding in check.findings(context, planned) if finding.level != "note"]
 
 
@@ -123,7 +126,9 @@ class _Run:
 
     def outcome_of(self, planned: Plan) -> Outcome:
         started = time.monotonic()
-        self.journal.plan({"resume": self.resume(), **planned.as_json()})
+        told = {"resume": self.resume(), "recipe_file": str(self.recipe.file)}
+        self.journal.plan({**told, **planned.as_json()})
+        self.journal.recipe(self.recipe.text)
         self.journal.emit("plan", **planned.as_json(), folder=str(self.journal.folder))
         try:
             self.prepare([self.recipe.stages[stage.name] for stage in planned.pending])
