@@ -20,16 +20,16 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def override(image: str, server: str, described: dict[str, Any]) -> str:
-    """compose.override.yaml for an image tag; `server` is the name that the server answers with, and
-    `described` the content of serve.json. Another service than compose.yaml's is defined as an extension of
-    it.
+def override(image: str, server: str, origin: str, described: dict[str, Any]) -> str:
+    """compose.override.yaml for an image tag. `server` is the name that the server answers with, `origin`
+    what it was made from, in words, and `described` the content of serve.json. Another service than
+    compose.yaml's is defined as an extension of it.
     """
     template = _TEMPLATES.get_template(f"{OVERRIDE}.j2")
     values = {name: described[name] for name in ("service", "device", "memory_gb")}
-    return template.render(image=image, server=server, base=SERVICE, other=OTHER, **values)
+    return template.render(image=image, server=server, origin=origin, base=SERVICE, other=OTHER, **values)
 
 
-def write_override(repo: Path, image: str, server: str, described: dict[str, Any]) -> None:
+def write_override(repo: Path, image: str, server: str, origin: str, described: dict[str, Any]) -> None:
     """Writes it into the clone's root, whole or not at all, also in a power cut."""
-    modes.write(repo / OVERRIDE, override(image, server, described))
+    modes.write(repo / OVERRIDE, override(image, server, origin, described))

@@ -6,6 +6,7 @@ all of its processes with itself.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import secrets
@@ -121,7 +122,7 @@ def _compose(context: Context, address: Address, detach: bool, take: Callable[[s
             )
         )
     _tell_unused_gpu(artifact.folder)
-    write_override(context.repo, artifact.folder)
+    write_override(context.repo, artifact)
     compose, service = _compose_command(context), described(artifact.folder)["service"]
     environment = {**os.environ, **address.variables()}
     # The engine itself refuses a port that another program holds.
@@ -169,15 +170,21 @@ def point_compose(repo: Path, planned: Plan) -> None:
     """
     for stage in planned.stages:
         if stage.name == PACKAGE and stage.state == "cached" and stage.artifact:
-            write_override(repo, stage.artifact.folder)
+            write_override(repo, stage.artifact)
 
 
-def write_override(repo: Path, folder: Path) -> None:
-    """Writes compose.override.yaml, so that compose starts the image of the serving artifact in `folder`;
-    does nothing where it has none.
+def write_override(repo: Path, artifact: Artifact) -> None:
+    """Writes compose.override.yaml, so that compose starts the image of a serving artifact; does nothing
+    where it has none.
     """
-    if tag := image_tag(folder):
-        render.write_override(repo, tag, folder.name, described(folder))
+    if tag := image_tag(artifact.folder):
+        render.write_override(repo, tag, artifact.key, _origin(artifact), described(artifact.folder))
+
+
+def _origin(artifact: Artifact) -> str:
+    """What is served, in words: the first line of the server's log, and of compose.override.yaml."""
+    recipe, made = artifact.manifest["recipe"], artifact.created.astimezone(datetime.UTC)
+    return f"recipe {recipe}, key {artifact.key[:12]}, made {made:%Y-%m-%d %H:%M} UTC"
 
 
 # --- without an engine --------------------------------------------------------------------------------------
@@ -209,6 +216,7 @@ def _local(
         **address.variables(),
         "ANNIE_HOST": address.bind,
         "ANNIE_SERVER": record.server,
+        "ANNIE_ORIGIN": _origin(artifact),
         "ANNIE_SERVING": str(artifact.folder),
         "ANNIE_MODEL": str(model),
         "ANNIE_ADAPTER": str(parts["adapter"] or ""),

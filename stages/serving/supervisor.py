@@ -14,6 +14,7 @@ the environment:
 | ANNIE_BIND | the address that clients reach it under, where it is another (a published port) | ANNIE_HOST |
 | ANNIE_API_KEY_FILE | a file with the key that clients must send | /run/secrets/annie_api_key if there |
 | ANNIE_SERVER | the name by which its starter knows it again | empty |
+| ANNIE_ORIGIN | what is served, in words; the first line that is printed | empty |
 | ANNIE_VLLM | the vllm program | vllm |
 
 vLLM's engine and workers are processes of their own, which outlive an API server that dies. All of them are
@@ -69,6 +70,8 @@ def main(arguments: list[str]) -> int:
     except Unfit as unfit:
         print(f"serve: {unfit}", file=sys.stderr)
         return 2
+    if origin := os.environ.get("ANNIE_ORIGIN"):
+        print(f"serve: {origin}", flush=True)
     return supervise(command(serve, arguments), environment(serve, folder, key))
 
 

@@ -12,6 +12,7 @@ import yaml
 from forge import plan
 from product import render, serving
 
+ORIGIN = "recipe toy, key 0123456789ab, made 2026-11-28 06:50 UTC"
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 DESCRIBED = {"service": "vllm-boat", "device": "cpu", "memory_gb": 21}
 PACKAGE = """\
@@ -32,7 +33,7 @@ if __name__ == "__main__":
 
 def override(service, device):
     described = DESCRIBED | {"service": service, "device": device}
-    return render.override(f"annie/{service}:0123456789ab", "0123456789abcdef", described)
+    return render.override(f"annie/{service}:0123456789ab", "0123456789abcdef", ORIGIN, described)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -47,7 +48,7 @@ def test_the_override_of_another_recipe_is_its_golden_copy():
 @pytest.mark.skipif(not shutil.which("docker"), reason="reads compose files with docker compose")
 def test_compose_starts_the_service_of_another_recipe_as_it_would_start_annies(tmp_path):
     shutil.copy(GOLDEN.parents[1] / "compose.yaml", tmp_path)
-    render.write_override(tmp_path, "annie/vllm-boat:0123456789ab", "0123456789abcdef", DESCRIBED)
+    render.write_override(tmp_path, "annie/vllm-boat:0123456789ab", "0123456789abcdef", ORIGIN, DESCRIBED)
     words = ["docker", "compose", "--project-directory", str(tmp_path), "config", "--format=json"]
     shown = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
@@ -59,7 +60,8 @@ def test_compose_starts_the_service_of_another_recipe_as_it_would_start_annies(t
     changed = {"image", "environment", "mem_limit"}
     boat = services["vllm-boat"]
     assert {**boat, **dict.fromkeys(changed)} == {**annie, **dict.fromkeys(changed)}
-    assert boat["environment"] == {**annie["environment"], "ANNIE_SERVER": "0123456789abcdef"}
+    added = {"ANNIE_SERVER": "0123456789abcdef", "ANNIE_ORIGIN": ORIGIN}
+    assert boat["environment"] == {**annie["environment"], **added}
 
 
 def test_the_service_listens_on_loopback_only_and_without_privileges():
@@ -84,9 +86,11 @@ def test_a_run_points_compose_to_the_image_of_the_recipe_as_it_is(mini, command)
     command("run", "--until", "words")
     assert not override.exists()
     command("run")
-    key = plan.artifact(mini.context(), serving.PACKAGE).key
+    artifact = plan.artifact(mini.context(), serving.PACKAGE)
+    key = artifact.key
+    origin = f"recipe toy, key {key[:12]}, made {artifact.created:%Y-%m-%d %H:%M} UTC"
     golden = (GOLDEN / "compose.override.cpu.yaml").read_text()
-    assert override.read_text() == golden.replace("0123456789abcdef", key)
+    assert override.read_text() == golden.replace("0123456789abcdef", key).replace(ORIGIN, origin)
     toy.edit(mini.repo / "data/a.txt", "beta", "other")
     command("run")
     assert key not in override.read_text()

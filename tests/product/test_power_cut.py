@@ -23,7 +23,7 @@ def record(folder, value):
 
 def override(folder, value):
     described = {"service": render.SERVICE, "device": "cpu", "memory_gb": 8}
-    render.write_override(folder, value.folder, value.server, described)
+    render.write_override(folder, value.folder, value.server, "recipe toy", described)
 
 
 @pytest.mark.parametrize("write, name", [(record, serving_record.FILE), (override, render.OVERRIDE)])

@@ -257,3 +257,10 @@ def test_what_the_dockerfile_copies_is_what_the_supervisor_reads():
     )
     assert 'ENTRYPOINT ["python3", "/opt/annie/serving/server/stages/serving/supervisor.py"]' in lines
     assert '"/opt/annie/serving/server/stages/serving/supervisor.py", "--healthy"]' in lines
+
+
+def test_the_first_line_says_what_is_served(start):
+    process = start(ANNIE_ORIGIN="recipe toy, key 0123456789ab, made 2026-11-28 06:50 UTC")
+    assert process.stdout.readline() == "serve: recipe toy, key 0123456789ab, made 2026-11-28 06:50 UTC\n"
+    process.terminate()
+    process.communicate(timeout=60)
