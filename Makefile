@@ -10,6 +10,8 @@ KEY    ?=
 EXECUTOR ?=
 
 BUILD := .venv/bin/python build.py
+# What was built last is planned, shown and served, unless RECIPE says another.
+NAMED := $(if $(filter file,$(origin RECIPE)),,--recipe $(RECIPE))
 
 .PHONY: help demo test lint long chaos mutants model warm serve chat plan status doctor arm64 requirements parameters clean FORCE
 
@@ -22,9 +24,9 @@ help:
 	@echo "make mutants breaks critical lines one by one; a test has to notice (15 minutes)"
 	@echo "make model   recipes/annie.yaml in containers, on a DGX Spark; RECIPE=tiny for the small model"
 	@echo "make warm    compiles what stage train of RECIPE runs on this GPU, so that it starts at once"
-	@echo "make serve   RECIPE's newest image on 127.0.0.1:$(PORT); BIND and KEY open it"
+	@echo "make serve   what was built last, or RECIPE, on 127.0.0.1:$(PORT); BIND and KEY open it"
 	@echo "make chat    a chat with what is being served"
-	@echo "make doctor  what this machine has, and what it lacks"
+	@echo "make doctor  what this machine lacks for RECIPE (annie)"
 	@echo "make arm64   what can be checked of aarch64 without such a machine, under emulation"
 
 demo: .venv/.ready
@@ -57,13 +59,16 @@ warm: .venv/.ready
 	@$(BUILD) warm --recipe $(RECIPE) $(EXECUTOR:%=--executor %)
 
 serve: .venv/.ready
-	@$(BUILD) serve --recipe $(RECIPE) --port $(PORT) $(EXECUTOR:%=--executor %) $(BIND:%=--bind %) $(KEY:%=--api-key-file %)
+	@$(BUILD) serve $(NAMED) --port $(PORT) $(EXECUTOR:%=--executor %) $(BIND:%=--bind %) $(KEY:%=--api-key-file %)
 
 chat: .venv/.ready
 	@$(BUILD) chat --url http://127.0.0.1:$(PORT) $(KEY:%=--api-key-file %)
 
-plan status doctor: .venv/.ready
-	@$(BUILD) $@ --recipe $(RECIPE)
+plan status: .venv/.ready
+	@$(BUILD) $@ $(NAMED)
+
+doctor: .venv/.ready
+	@$(BUILD) doctor --recipe $(RECIPE)
 
 # forge/venv.py decides whether .venv stays. A PYTHON that you name must be the one that it was made with.
 .venv/.ready: FORCE

@@ -87,35 +87,46 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def speaking_of(function: Callable[..., None]) -> Callable[..., None]:
-    """The same function, whose recipe may have been given as an argument."""
+def speaking_of(function: Callable[..., None], says_so: bool, by_any: bool) -> Callable[..., None]:
+    """The same function, given the recipe and the executor that it is to speak of. `says_so`: tells what of
+    it the last run decided. `by_any`: without --executor it speaks of every executor.
+    """
 
     @wraps(function)
-    def wrapper(*, recipe: str | None, named: str | None = None, **values: Any) -> None:
+    def wrapper(*, recipe: str | None, executor: str | None, named: str | None = None, **values: Any) -> None:
+        from forge import last_run
+
         source = click.get_current_context().get_parameter_source("recipe")
         if named and named != recipe and source is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"two recipes, {named} and --recipe {recipe}; name one")
-        function(recipe=named or recipe or DEFAULT, **values)
+        choice = last_run.choose(home(), REPO, named or recipe, executor, DEFAULT)
+        if choice.note and says_so and not values.get("as_json"):
+            from rich.text import Text
+
+            show(Text(choice.note, style="dim"), to_stderr=True)
+        function(recipe=str(choice.recipe), executor=executor if by_any else choice.executor, **values)
 
     return wrapper
 
 
 def command(
-    *decorators: Callable[[Any], Any], on_recipe: bool = False
+    *decorators: Callable[[Any], Any], on_recipe: bool = False, says_so: bool = True, by_any: bool = False
 ) -> Callable[[Callable[..., None]], click.Command]:
     """A click command with --recipe and --executor; findings go to stderr and end it with exit 1. One whose
-    only object is a recipe (`on_recipe`) takes it as an argument too.
+    only object is a recipe (`on_recipe`) takes it as an argument too. For the rest see `speaking_of`.
     """
     shared = [
         click.option(
             "--recipe",
             envvar="ANNIE_RECIPE",
-            help="A name in recipes/, a folder that holds recipe.yaml, or a .yaml file.",
+            help="A name in recipes/, a folder that holds recipe.yaml, or a .yaml file. Default: that of the"
+            f" last run, else {DEFAULT}.",
         ),
         click.option(
             "--executor",
             type=click.Choice(list(EXECUTORS)),
-            help="Default: the recipe's, else docker where an engine answers.",
+            help="Default: that of the recipe's last run, else the recipe's, else docker where an engine"
+            " answers.",
         ),
     ]
 
@@ -123,7 +134,7 @@ def command(
         shared.append(click.argument("named", metavar="[RECIPE]", required=False))
 
     def make(function: Callable[..., None]) -> click.Command:
-        wrapped: Any = guarded(speaking_of(function))
+        wrapped: Any = guarded(speaking_of(function, says_so, by_any))
         for decorator in reversed([*decorators, *shared]):
             wrapped = decorator(wrapped)
         return cli.command()(wrapped)
@@ -334,7 +345,7 @@ def report(recipe: str, executor: str | None, as_json: bool, every: bool) -> Non
         show(tables.of_outcome(each, len(each.failed) if every else 5))
 
 
-@command(as_json, on_recipe=True)
+@command(as_json, on_recipe=True, by_any=True)
 def runs(recipe: str, executor: str | None, as_json: bool) -> None:
     """Earlier runs of the recipe: what each made and why, and what came out."""
     from product import difference_shown, report
@@ -363,6 +374,7 @@ def earlier_runs(recipe: str, executor: str | None) -> tuple[Store, Recipe, list
     click.argument("now", required=False, metavar="[RUN]"),
     as_json,
     click.option("--all", "every", is_flag=True, help="Every row and every answer."),
+    by_any=True,
 )
 def diff(
     recipe: str, executor: str | None, then: str | None, now: str | None, as_json: bool, every: bool
@@ -389,6 +401,7 @@ def diff(
     on_stage,
     click.option("--follow", "-f", is_flag=True, help="Go on until the stage ends."),
     click.option("--run", default="", metavar="RUN", help="Of this run; see: build.py runs."),
+    by_any=True,
 )
 def logs(stage: str, recipe: str, executor: str | None, follow: bool, run: str) -> None:
     """STAGE's newest log, by --executor or by any."""
@@ -396,20 +409,20 @@ def logs(stage: str, recipe: str, executor: str | None, follow: bool, run: str) 
     from forge import recipe as recipes
 
     parsed = recipes.load(recipes.find(recipe, REPO), REPO)
-    for text in journal.read_log(home(), parsed.name, stage, list(parsed.stages), follow, executor, run):
+    for text in journal.read_log(home(), parsed, stage, follow, executor, run):
         print(text, end="", flush=True)
 
 
 of_run = click.option("--run", metavar="RUN", help="As that run made or used it; see: build.py runs.")
 
 
-@command(on_stage, of_run)
+@command(on_stage, of_run, says_so=False)
 def path(stage: str, recipe: str, executor: str | None, run: str | None) -> None:
     """The folder of STAGE's artifact. Prints nothing else; exit 1 if it is not built."""
     from forge import history, plan
 
     if run:
-        store, parsed, past = earlier_runs(recipe, executor)
+        store, parsed, past = earlier_runs(recipe, None)
         print(history.artifact(store, history.find(past, run, parsed), stage).folder)
     else:
         print(plan.artifact(open_session(recipe, executor).context, stage).folder)
@@ -508,6 +521,7 @@ def doctor(recipe: str, executor: str | None, as_json: bool) -> None:
         help="Also what this vLLM cannot load, and the flags it needs (0.31.0; 0.32.0+cpu without a GPU).",
     ),
     as_json,
+    says_so=False,
 )
 def audit(
     recipe: str,

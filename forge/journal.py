@@ -10,12 +10,15 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forge import modes
 from forge.contract import nearest
 from forge.finding import Refused, error
 from forge.mask import Mask
+
+if TYPE_CHECKING:
+    from forge.recipe import Recipe
 
 Event = dict[str, Any]
 ENDINGS = ("done", "failed", "interrupted")
@@ -217,9 +220,8 @@ def _event(line: bytes) -> Event | None:
 
 def read_log(
     home: Path,
-    recipe: str,
+    recipe: Recipe,
     stage: str,
-    stages: list[str],
     follow: bool,
     executor: str | None = None,
     run: str = "",
@@ -227,15 +229,15 @@ def read_log(
     """The newest log of a stage in pieces, or that of the run `run`; with `follow`, until the stage or its
     run ends.
     """
-    path = last_log(home, recipe, stage, executor, run)
+    path = last_log(home, recipe.name, stage, executor, run)
     if path is None:
-        if stage not in stages:
-            remedy = nearest(stage, stages)
+        if stage not in recipe.stages:
+            remedy = nearest(stage, recipe.stages)
         elif run:
-            remedy = f"See python build.py runs --recipe {recipe}"
+            remedy = f"See python build.py runs {recipe.option}"
         else:
-            remedy = f"python build.py run --recipe {recipe} --until {stage}"
-        where = f"in run {run} of recipe {recipe}" if run else f"under recipe {recipe}"
+            remedy = f"python build.py run --recipe {recipe.option} --until {stage}"
+        where = f"in run {run} of recipe {recipe.name}" if run else f"under recipe {recipe.name}"
         raise Refused(error(stage, f"no log {where}", "a stage that has run", remedy))
     with open(path, errors="replace") as stream:
         while True:

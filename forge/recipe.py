@@ -115,6 +115,13 @@ def find(name: str, repo: Path) -> Path:
     )
 
 
+def named(path: Path, repo: Path) -> str:
+    """What `find` takes for the recipe in the file `path`."""
+    if path.absolute().parent == (repo / "recipes").absolute():
+        return path.stem
+    return str(path.parent if path.name == FILE else path)
+
+
 def load(path: Path, repo: Path) -> Recipe:
     """Reads and checks a recipe of `repo`. Relative paths in it count from its file. Refused with every
     fault it has.
@@ -160,12 +167,9 @@ class _RecipeReading(Reading):
         }
         if self.findings:
             raise Refused(self.findings)
-        home = self.path.absolute().parent == (self.repo / "recipes").absolute()
-        folder = self.path.parent if self.path.name == FILE else self.path
-        option = self.path.stem if home else shlex.quote(str(folder))
         recipe = Recipe(
             name=top["name"],
-            option=option,
+            option=shlex.quote(named(self.path, self.repo)),
             file=self.path.absolute(),
             text=self.content.decode(errors="replace"),
             about=top.get("about") or "",

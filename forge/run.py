@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge import check, lock, plan, preflight, same_name, sources, store, terminal, trouble, verify
+from forge import check, last_run, lock, plan, preflight, same_name, sources, store, terminal, trouble, verify
 from forge.executor import Executor, ProductBuilder, Task
 from forge.finding import Finding, Refused, error
 from forge.follow import StageFailed, follow
@@ -44,6 +44,7 @@ def run(
     if not planned.pending:
         for finding in same_name.findings(context):
             listener({"event": "finding", **finding.__dict__})
+        _note_run(context)
         listener({"event": "plan", **planned.as_json()})
         listener({"event": "done", "ran": [], "seconds": 0.0})
         return Outcome(0, (), None)
@@ -56,6 +57,7 @@ def run(
         executor.end_orphans()
         planned = plan.make(context, selection)  # another run may have built some of it while this one waited
         _refuse_lacking(context, executor, planned, listener)
+        _note_run(context)
         mask = Mask.of_files(context.recipe.secrets.values())
         journal = Journal(context.store.home, context.recipe.name, mask, listener)
         try:
@@ -63,6 +65,10 @@ def run(
                 return _Run(context, executor, selection, journal).outcome_of(planned)
         finally:
             journal.close()
+
+
+def _note_run(context: Context) -> None:
+    last_run.write(context.store.home, context.repo, context.recipe.file, context.executor)
 
 
 def _refuse_blocked(planned: Plan) -> None:

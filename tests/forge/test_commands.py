@@ -115,6 +115,86 @@ def test_a_command_about_a_recipe_takes_it_as_an_argument(mini, command, monkeyp
     assert not {"verify", "explain", "logs", "path", "audit", "chat"} & shown
 
 
+@pytest.fixture
+def plain(mini, command):
+    """`plain(*words, code=0)` runs a command without --recipe and --executor; stdout and stderr."""
+
+    def call(*words, code=0):
+        result = CliRunner().invoke(build.cli, words)
+        assert result.exit_code == code, result.output
+        return result.stdout, result.stderr
+
+    return call
+
+
+def beside(mini, name):
+    """Another recipe, in a folder of its own."""
+    folder = mini.repo.parent / name
+    folder.mkdir()
+    text = mini.recipe.read_text().replace("../data", f"{mini.repo}/data").replace("seed: 3", "seed: 4")
+    (folder / "recipe.yaml").write_text(text.replace("name: toy", f"name: {name}"))
+    return folder
+
+
+def test_before_any_run_the_recipe_is_the_default_one(mini, plain, monkeypatch):
+    monkeypatch.setattr(build, "DEFAULT", "toy")
+    out, err = plain("status", "--executor", "local")
+    assert out.count("never") == 3 and not err
+
+
+def test_commands_speak_of_what_was_run_last(mini, plain, command):
+    command("run")
+    out, err = plain("status")
+    assert out.count("cached") == 3 and err == "as in the last run: recipe toy, executor local\n"
+    assert json.loads(plain("plan", "--json")[0])["executor"] == "local" and not plain("plan", "--json")[1]
+    assert plain("path", "count") == (command("path", "count"), "")
+    own = beside(mini, "signe")
+    plain("run", str(own), "--executor", "local")
+    assert f"recipe {own}, executor local" in plain("plan")[1].replace("\n", "")
+    assert plain("path", "count")[0] != command("path", "count")
+    assert plain("status", "toy")[1] == "as in the last run: executor local\n"
+    assert plain("status", "toy", "--executor", "local")[1] == ""
+    assert plain("logs", "count")[0] and len(plain("runs")[0].splitlines()) == len(
+        plain("runs", "toy")[0].splitlines()
+    )
+    command("run")  # nothing to do, and yet the last run
+    assert "recipe toy" in plain("status")[1]
+
+
+def test_a_run_that_was_refused_is_not_the_last_one(mini, plain, command):
+    command("run")
+    own = beside(mini, "signe")
+    toy.edit(own / "recipe.yaml", "{minutes: 0.5}", "{minutes: 0.5, memory_gb: 90000}")
+    plain("run", str(own), "--executor", "local", code=1)
+    assert "recipe toy" in plain("status")[1]
+
+
+def test_the_recipe_of_the_last_run_may_be_gone(mini, plain, command):
+    own = beside(mini, "signe")
+    plain("run", str(own), "--executor", "local")
+    (own / "recipe.yaml").unlink()
+    _, err = plain("plan", code=1)
+    whole = " ".join(err.split())
+    assert f"found no file {own}/recipe.yaml, the recipe of the last run" in whole.replace("- ", "-")
+    assert "--recipe RECIPE. In recipes/ there are: toy." in whole
+    command("run")
+    assert "recipe toy" in plain("status")[1] and "signe" not in (mini.home / "last-runs.json").read_text()
+
+
+def test_the_last_run_outlives_a_move_of_the_clone(mini, plain, command, monkeypatch):
+    command("run")
+    moved = mini.repo.rename(mini.repo.with_name("moved"))
+    monkeypatch.setattr(build, "REPO", moved)
+    assert plain("status")[0].count("cached") == 3
+
+
+def test_a_damaged_list_of_last_runs_is_named(mini, plain, command):
+    for text in ("", "{", "3", '{"recipe": "toy"}', '[{"recipe": "toy"}]', "[" * 100_000):
+        mini.home.mkdir(exist_ok=True)
+        (mini.home / "last-runs.json").write_text(text)
+        assert "Remove it: rm" in plain("status", code=1)[1]
+
+
 def test_doctor_names_what_is_missing(mini, command):
     assert "has what it takes" in command("doctor")
     toy.edit(mini.recipe, "minutes: 0.5", "memory_gb: 90000")

@@ -246,7 +246,7 @@ def test_a_log_can_be_followed_while_it_grows(mini):
     wait_for(lambda: list(mini.home.glob("runs/*/03-slow.log")))
     text = []
     reader = threading.Thread(
-        target=lambda: text.extend(journal.read_log(mini.home, "toy", "slow", ["slow"], follow=True))
+        target=lambda: text.extend(journal.read_log(mini.home, mini.context().recipe, "slow", follow=True))
     )
     reader.start()
     reader.join(10)

@@ -31,6 +31,11 @@ def test_path_quantize_prints_the_folder_of_a_checkpoint():
     assert json.load(open(folder + "/hf_quant_config.json"))["quantization"]["quant_algo"] == "NVFP4"
 
 
+def test_other_commands_speak_of_what_the_demo_built():
+    assert "everything is built" in ran("make", "plan") and "tiny" in ran("make", "status")
+    assert ran(*BUILD, "path", "quantize") == ran(*BUILD, "path", "quantize", *TINY)
+
+
 def test_a_second_demo_runs_no_stage():
     text = ran("make", "demo")
     assert "nothing to do: 7 stages are built" in text
