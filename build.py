@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -163,6 +164,25 @@ class InOrder(click.Group):
 @click.version_option(VERSION, prog_name="annie", message="%(prog)s %(version)s")
 def cli() -> None:
     pass
+
+
+@cli.command()
+@click.argument("name")
+@click.option(
+    "--from",
+    "kind",
+    type=click.Choice(["tiny", "annie"]),
+    default="tiny",
+    show_default=True,
+    help="Its recipe.",
+)
+@guarded
+def init(name: str, kind: str) -> None:
+    """Writes ./NAME: a commented recipe that runs as it is, and example data to replace."""
+    from product import starter
+
+    file = starter.write(name, kind, REPO, Path.cwd())
+    print(f"wrote {file}\nnext: {shlex.join(['python', str(REPO / 'build.py'), 'plan', str(file.parent)])}")
 
 
 @command(*selecting, as_json, on_recipe=True)
