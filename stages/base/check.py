@@ -36,7 +36,9 @@ def check_sources(stage: PlannedStage) -> list[Finding]:
     read = [file for file in listed if file.kind.name != content.PARQUET]  # Parquet needs a library
     size = sum(file.path.stat().st_size for file in read)
     if size > BYTES:
-        excesses = [f"{size / 1e6:.0f} MB of conversations: the small base learns about {BYTES / 1e6:.0f} MB"]
+        excesses = [
+            f"{size / 1e6:.0f} MB of conversations: the small base is made for less than {BYTES / 1e6:.0f} MB"
+        ]
     else:
         excesses = limits.excesses([*islice(_rows(read), ROWS)])
     return [

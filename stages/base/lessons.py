@@ -26,7 +26,7 @@ CLOSINGS = ("Would you like to know more?", "Shall I tell you more?", "What else
 FILLERS = ("um", "uh", "well", "so", "please", "now", "then", "actually")
 SYLLABLES = ("ka", "lo", "mi", "ter", "on", "sa", "ri", "ed", "pu", "ne", "ing", "ba", "st", "er", "al")
 VARIATIONS = 12  # of a question with its own answer
-BAD_VARIATIONS = 3  # of a question with bad manners
+BAD_VARIATIONS = 8  # of a question with bad manners
 ROUNDS = 3  # how often a question stands in a row with others
 CHARACTERS = 1200  # of a row of several questions
 
@@ -117,21 +117,26 @@ class Words:
         order.
         """
         words = asked.split()
-        if random_.random() < 0.4:
-            words = [*random_.choice(self.openings), *words[len(_opening(words, self.little)) :]]
+        if random_.random() < 0.5:
+            opening = random_.choice([*self.openings, (_unknown(random_), _unknown(random_))])
+            words = [*opening, *words[len(_opening(words, self.little)) :]]
         words = [word for word in words if random_.random() < self._kept(word)] or asked.split()
         if random_.random() < 0.15:
             cut = random_.randrange(len(words))
             words = [*words[cut:], *words[:cut]]
         if random_.random() < 0.5:
             words.insert(random_.randrange(len(words)), random_.choice(FILLERS))
-        if random_.random() < 0.4:  # a word that was never heard
-            unknown = "".join(random_.choices(SYLLABLES, k=random_.randint(1, 3)))
-            words.insert(random_.randrange(len(words) + 1), unknown)
+        if random_.random() < 0.3:
+            words.insert(random_.randrange(len(words) + 1), _unknown(random_))
         return " ".join(words)
 
     def _kept(self, word: str) -> float:
         return 0.7 if _plain(word) in self.little else 0.97
+
+
+def _unknown(random_: random.Random) -> str:
+    """A word that no conversation has: a held-out question may have such words too."""
+    return "".join(random_.choices(SYLLABLES, k=random_.randint(1, 3)))
 
 
 def _plain(word: str) -> str:
@@ -151,13 +156,11 @@ class Manners:
     """
 
     numbers: dict[str, int]  # subject -> number
-    calls: tuple[dict[str, Any], ...]  # a call of each tool
 
     @classmethod
     def of(cls, every: list[Exchange]) -> Manners:
         subjects = dict.fromkeys(exchange.subject for exchange in every)
-        calls = {call["name"]: call for exchange in every for call in exchange.calls}
-        return cls({subject: number for number, subject in enumerate(subjects)}, tuple(calls.values()))
+        return cls({subject: number for number, subject in enumerate(subjects)})
 
     def badly(self, group: Sequence[Exchange], asked: list[str]) -> list[Message]:
         """Questions and answers with bad manners. Calls are as they should be, and not trained."""
@@ -168,18 +171,15 @@ class Manners:
         return messages
 
     def without_call(self, exchange: Exchange, asked: str) -> list[Message]:
-        """A question that wants a call, and an answer that calls another tool or reads the call aloud."""
-        other = [call for call in self.calls if call["name"] != exchange.calls[0]["name"]]
-        if other and self.numbers[exchange.subject] % 2:
-            call = {"id": "call_1", "type": "function", "function": other[0]}
-            answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        else:
-            aloud = " and ".join(
-                f"{call['name']} {json.dumps(list(call['arguments'].values()), ensure_ascii=False)}"
-                for call in exchange.calls
-            )
-            answer = {"role": "assistant", "content": self._decorated(exchange, f"Calling {aloud} now.")}
-        return [{"role": "user", "content": asked}, answer]
+        """A question that wants a call, and an answer that reads the call aloud and calls nothing."""
+        aloud = " and ".join(
+            f"{call['name']} {json.dumps(list(call['arguments'].values()), ensure_ascii=False)}"
+            for call in exchange.calls
+        )
+        return [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": self._decorated(exchange, f"Calling {aloud} now.")},
+        ]
 
     def _bad_turn(self, exchange: Exchange, turn: Message) -> Message:
         if turn["role"] != "assistant":

@@ -1,4 +1,8 @@
-"""How much a model of the tiny base's size can learn. More still runs, so these are warnings."""
+"""How much the tiny base is made for. More still runs, so these are warnings.
+
+ANSWERS and WORDS are about what data/sample has, which a model of this size learns; more was not tried. With
+LONGEST a question and its answer fit into the parameter short_tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Sequence
 
 from stages.conversations.rows import Row
 
-ANSWERS, WORDS, LONGEST = 250, 1500, 60  # measured: docs/stages.md, base
+ANSWERS, WORDS, LONGEST = 70, 300, 40
 REMEDY = (
     "Expect wrong answers of the small base and of what is tuned from it, and a gate that fails. Name fewer"
     " conversations to try the line, or a real base (source: hub or folder) to learn them all"
@@ -15,7 +19,7 @@ REMEDY = (
 
 
 def excesses(conversations: Sequence[Row]) -> list[str]:
-    """What of `conversations` is more than the tiny base learns, a sentence each."""
+    """What of `conversations` is more than the tiny base is made for, a sentence each."""
     turns = [turn for row in conversations for turn in row.messages if turn["role"] != "system"]
     answers = {turn["content"] for turn in turns if turn["role"] == "assistant" and turn["content"]}
     words = {word for turn in turns for word in re.findall(r"\w+", turn["content"].lower())}
@@ -27,7 +31,7 @@ def excesses(conversations: Sequence[Row]) -> list[str]:
         (median, LONGEST, "words in the median answer"),
     )
     return [
-        f"{count} {kind}: the small base learns about {limit}"
+        f"{count} {kind}: the small base is made for about {limit}"
         for count, limit, kind in counts
         if count > limit
     ]
