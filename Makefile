@@ -46,7 +46,7 @@ chaos: .venv/.ready .venv/.tests
 
 # Not in .ci/run either: the small line once for each kind of CPU that torch can be held to, and once more in containers.
 long: .venv/.ready .venv/.tests
-	@ANNIE_TEST_LONG=1 .venv/bin/python tests/run.py tests/line/test_numerics.py tests/line/test_docker_line.py
+	@ANNIE_TEST_LONG=1 .venv/bin/python tests/run.py tests/line/test_numerics.py tests/line/test_evening.py tests/line/test_docker_line.py
 
 # Not in .ci/run either. WORDS chooses entries of tests/mutants.toml: make mutants WORDS=forge/store.py
 mutants: .venv/.ready .venv/.tests

@@ -117,7 +117,7 @@ def faults(schema: Any, where: str = "schema", depth: int = 0) -> Iterator[str]:
             if not given or not isinstance(given, dict if name == "properties" else list):
                 yield f"{place} is not {'a map' if name == 'properties' else 'a list'} of schemas"
                 continue
-            for key, below in given.items() if name == "properties" else enumerate(given):
+            for key, below in given.items() if isinstance(given, dict) else enumerate(given):
                 yield from faults(below, f"{place}.{key}", depth + 1)
         elif name in _NESTED:
             if name == "items" or not isinstance(given, bool):

@@ -12,11 +12,11 @@ HOME = Path(os.environ.get("ANNIE_HOME", REPO / ".annie"))
 BUILD = [sys.executable, str(REPO / "build.py")]
 
 
-def ran(*command: str, code: int = 0, home: Path = HOME) -> str:
-    """What a command prints (stdout and stderr together); its exit status has to be `code`."""
+def ran(*command: str, code: int = 0, home: Path = HOME, folder: Path = REPO) -> str:
+    """What a command prints (stdout and stderr together) in `folder`; its exit status has to be `code`."""
     done = subprocess.run(
         command,
-        cwd=REPO,
+        cwd=folder,
         env={**os.environ, "ANNIE_HOME": str(home), "COLUMNS": "160"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -1,4 +1,6 @@
-"""Every command of the README is run: here, on what the demo has built, or by .ci/run."""
+"""Every command of the README is run: here, on what the demo has built, or by .ci/run. So is every command of
+the docs on own data and on versions.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +35,10 @@ IN_TESTS = {  # what a command prints here, the demo having been made
     "python build.py gc": "to be removed",
 }
 ELSEWHERE = {
+    "python build.py init mine": "test_a_folder_of_ones_own",
+    "python build.py plan mine": "test_a_folder_of_ones_own",
+    "python build.py diff": "tests/product/test_difference.py",
+    "python build.py run": "tests/line/test_demo.py",
     'python build.py audit "$(python build.py path quantize)" --vllm 0.31.0': "test_audit",
     'python build.py ask "Who are you?"': "test_ask",
     "make demo": "tests/line/test_demo.py",
@@ -43,8 +49,18 @@ ELSEWHERE = {
 }
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```console\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+# What takes minutes of training, and the test of make long that runs it.
+IN_LONG = {
+    "python build.py run mine": "tests/line/test_evening.py",
+    "python build.py run mine --until data": "tests/line/test_evening.py",
+    "python build.py serve --run RUN": "tests/line/test_evening.py",
+    "python build.py path quantize --run RUN": "tests/line/test_evening.py",
+}
+
+
+def commands(*pages: str) -> list[str]:
+    texts = [(REPO / page).read_text() for page in pages or ("README.md",)]
+    blocks = [block for text in texts for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)]
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
@@ -58,6 +74,21 @@ def test_every_command_is_run_somewhere():
         assert (
             command in IN_TESTS or command in ELSEWHERE or IN_CI.get(command, "not run anywhere") in script
         ), command
+
+
+@pytest.mark.parametrize("page", ["docs/own-data.md", "docs/versions.md"])
+def test_every_command_of_a_page_is_run_somewhere(page):
+    for command in commands(page):
+        assert command in {**IN_TESTS, **ELSEWHERE, **IN_LONG}, command
+    assert (REPO / "tests/line/test_evening.py").exists() and "test_evening.py" in (
+        REPO / "Makefile"
+    ).read_text()
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    assert "plan" in ran(*BUILD, "init", "mine", folder=tmp_path)
+    text = ran(*BUILD, "plan", "mine", "--executor", "local", folder=tmp_path)
+    assert "7 of 7 to run" in text and "warning" not in text.lower()
 
 
 @pytest.mark.parametrize(("command", "said"), IN_TESTS.items())
