@@ -8,6 +8,7 @@ from its locked requirements if it is not there yet); whole-line tests drive `bu
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -18,13 +19,17 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-# First match wins; the order is the order of the runs: quick rooms first, whole lines last.
+# First match wins; the order is the order of the runs: quick rooms first, whole lines last. The last value
+# says whether a room's tests share nothing but the CPU: then they run in two processes, a file at a time.
 ROOMS = [
-    ("host", "host", ["tests/forge", "tests/product"]),
-    ("model", "train", ["tests/model", "tests/stages", "tests/bench"]),
-    ("serving", "vllm", ["tests/vllm"]),
-    ("line", "host", ["tests/line"]),
+    ("host", "host", ["tests/forge", "tests/product"], False),
+    ("model", "train", ["tests/model", "tests/stages", "tests/bench"], True),
+    ("serving", "vllm", ["tests/vllm"], False),
+    ("line", "host", ["tests/line"], False),
 ]
+PROCESSES = ["-n", "2", "--dist", "loadfile"]
+# Threads that wait would else take turns of the CPU from the other process.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def interpreter(environment: str) -> tuple[list[str], dict[str, str]]:
@@ -52,7 +57,9 @@ def prepared(environment: str) -> Path:
 def pytest_folder(python: Path) -> Path:
     """pytest for a stage's environment, beside it and not in it, so that tests see what the stage sees."""
     version = python.resolve().name
-    folder = Path(os.environ.get("ANNIE_HOME", REPO / ".annie")) / "envs" / f"pytest-{version}"
+    lock = REPO / "tests" / "requirements.lock"
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
+    folder = Path(os.environ.get("ANNIE_HOME", REPO / ".annie")) / "envs" / f"pytest-{version}-{digest}"
     if not (folder / "ready").exists():
         subprocess.run(
             [
@@ -68,7 +75,7 @@ def pytest_folder(python: Path) -> Path:
                 str(folder),
                 "--require-hashes",
                 "-r",
-                str(REPO / "tests" / "requirements.lock"),
+                str(lock),
             ],
             check=True,
         )
@@ -91,12 +98,13 @@ def main() -> int:
     wanted, extra = arguments[:split], arguments[split + 1 :]
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     broken = []
-    for room, environment, paths in ROOMS:
+    for room, environment, paths, several in ROOMS:
         paths = [p for p in chosen(paths, wanted) if (REPO / p.split("::")[0]).exists()]
         if not paths:
             continue
         print(f"\n== {room}: {' '.join(paths)} in the {environment} environment", flush=True)
         command, variables = interpreter(environment)
+        variables |= PATIENT if several else {}
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             code = subprocess.run(
@@ -109,6 +117,7 @@ def main() -> int:
                     "-p",
                     "no:cacheprovider",
                     f"--junitxml={report}",
+                    *(PROCESSES if several else ()),
                     *paths,
                     *extra,
                 ],
