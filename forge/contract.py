@@ -26,7 +26,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Secret:
+    """`variable` and `files` are where it is looked for if the recipe names no file (forge/secret.py)."""
+
     doc: str = ""
+    variable: str = ""
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Contract:
     files: tuple[str, ...]  # patterns of which each must match a file of the output
     consumes: dict[str, str] = field(default_factory=dict)
     sources: dict[str, Source] = field(default_factory=dict)
-    secrets: dict[str, str] = field(default_factory=dict)
+    secrets: dict[str, Secret] = field(default_factory=dict)
     parameters: dict[str, Parameter] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
     product: Product | None = None
@@ -151,6 +155,11 @@ def _product(
                     )
                 )
     return Product(**raw)
+
+
+def _files(secret: Any) -> dict[str, tuple[str, ...]]:
+    """The list `files` of a secret's table as a frozen one; nothing where there is none."""
+    return {"files": tuple(secret["files"])} if isinstance(secret, dict) and "files" in secret else {}
 
 
 _KEYS = {
@@ -275,7 +284,8 @@ def load(folder: Path, types: artifact_types.Types) -> Contract:
             findings.append(error(name, f"apart names {module!r}", f"a file in stages/{folder.name}", ""))
     sources = {key: table(Source, f"sources.{key}", values) for key, values in raw.get("sources", {}).items()}
     secrets = {
-        key: table(Secret, f"secrets.{key}", values).doc for key, values in raw.get("secrets", {}).items()
+        key: table(Secret, f"secrets.{key}", values, **_files(values))
+        for key, values in raw.get("secrets", {}).items()
     }
     needs = table(Needs, "needs", raw.get("needs", {}))
     product = (

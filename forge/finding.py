@@ -32,6 +32,11 @@ def warning(subject: str, found: str, expected: str, remedy: str = "") -> Findin
     return Finding("warning", subject, found, expected, remedy)
 
 
+def note(subject: str, said: str) -> Finding:
+    """What was decided and why, as a whole sentence."""
+    return Finding("note", subject, said, "", "")
+
+
 class Refused(Exception):
     """Work that cannot start or go on; carries every finding at once, never just the first."""
 

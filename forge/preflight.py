@@ -7,8 +7,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from forge import secret
 from forge.executor import Executor, Neighbour
-from forge.finding import Finding, error, warning
+from forge.finding import Finding, error, note, warning
 from forge.plan import GB, Plan
 from forge.recipe import Recipe
 from forge.report import size
@@ -113,6 +114,11 @@ def findings(
             )
         )
     secrets = {name for s in plan.pending for name in recipe.stages[s.name].contract.secrets}
+    lacking += [
+        note(f"secret {found.name}", f"from {found.place}, since the recipe names none")
+        for found in secret.found(recipe)
+        if found.name in secrets
+    ]
     for name in sorted(secrets & set(recipe.secrets)):
         path = recipe.secrets[name]
         if not path.is_file():

@@ -11,7 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge import check, last_run, lock, plan, preflight, same_name, sources, store, terminal, trouble, verify
+from forge import (
+    check,
+    last_run,
+    lock,
+    plan,
+    preflight,
+    same_name,
+    secret,
+    sources,
+    store,
+    terminal,
+    trouble,
+    verify,
+)
 from forge.executor import Executor, ProductBuilder, Task
 from forge.finding import Finding, Refused, error
 from forge.follow import StageFailed, follow
@@ -58,13 +71,15 @@ def run(
         planned = plan.make(context, selection)  # another run may have built some of it while this one waited
         _refuse_lacking(context, executor, planned, listener)
         _note_run(context)
-        mask = Mask.of_files(context.recipe.secrets.values())
-        journal = Journal(context.store.home, context.recipe.name, mask, listener)
-        try:
-            with _interruptible(), terminal.told_of_closing(journal.unattended):
-                return _Run(context, executor, selection, journal).outcome_of(planned)
-        finally:
-            journal.close()
+        with secret.with_files(context.recipe, context.store.tmp) as recipe:
+            context = replace(context, recipe=recipe)
+            mask = Mask.of_files(recipe.secrets.values())
+            journal = Journal(context.store.home, recipe.name, mask, listener)
+            try:
+                with _interruptible(), terminal.told_of_closing(journal.unattended):
+                    return _Run(context, executor, selection, journal).outcome_of(planned)
+            finally:
+                journal.close()
 
 
 def _note_run(context: Context) -> None:
