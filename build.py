@@ -564,6 +564,15 @@ def audit(
     sys.exit(bool(result["findings"]))
 
 
+@cli.command()
+@guarded
+def schema() -> None:
+    """The JSON Schema of recipes, for an editor."""
+    from forge import schema
+
+    print(json.dumps(schema.of_repository(REPO), indent=1, ensure_ascii=False))
+
+
 KEY_FILE = click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),

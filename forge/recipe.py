@@ -39,7 +39,7 @@ _TOP = {
     "variants": "map",
 }
 _RENAMED = {"ways": "variants"}
-_GPU = ("none", "cuda")
+GPU = ("none", "cuda")
 _SUFFIXES = (".yaml", ".yml")
 FILE = "recipe.yaml"  # of a recipe that is given as a folder
 LARGEST_SEED = 2**32 - 1  # numpy's limit
@@ -150,8 +150,8 @@ class _RecipeReading(Reading):
                 "letters, digits, dots and dashes, since it names folders and tags",
             )
         gpu, executor = top.get("gpu") or "none", top.get("executor")
-        if gpu not in _GPU:
-            self.fault(("gpu",), f"gpu = {gpu!r}", "one of " + ", ".join(_GPU))
+        if gpu not in GPU:
+            self.fault(("gpu",), f"gpu = {gpu!r}", "one of " + ", ".join(GPU))
         if executor is not None and executor not in EXECUTORS:
             self.fault(("executor",), f"executor = {executor!r}", "one of " + ", ".join(EXECUTORS))
         if not 0 <= (top.get("seed") or 0) <= LARGEST_SEED:
