@@ -30,7 +30,7 @@ def of_repository(repo: Path) -> Schema:
     images = sorted(path.name for path in (repo / "images").iterdir() if path.is_dir())
     texts = {"type": "object", "additionalProperties": {"type": "string"}}
     variant = _map({name: {**stage, "required": []} for name, stage in stages.items()})
-    top = {
+    top: dict[str, Schema] = {
         "name": {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"},
         "about": {"type": "string"},
         "seed": {"type": "integer", "minimum": 0, "maximum": LARGEST_SEED},
