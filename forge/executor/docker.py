@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,6 +54,20 @@ class Running:
     output: Iterator[tuple[bytes | None, bytes | None]]
     code: int | None = None
     out_of_memory: bool = False
+
+
+def _listens(container: Any) -> bool:
+    """Whether process 1 of a container catches SIGTERM. The kernel keeps it from one that does not, such as a
+    stage that is still importing, which has nothing to save. True where this cannot be seen, as with an
+    engine in a virtual machine.
+    """
+    container.reload()
+    try:
+        status = Path(f"/proc/{container.attrs['State']['Pid']}/status").read_text()
+    except OSError:
+        return True
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "")
+    return not caught or bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 class Docker:
@@ -354,7 +369,8 @@ class Docker:
     def cancel(self, running: Running) -> None:
         try:
             with contextlib.suppress(KeyboardInterrupt):  # of a user who does not wait: removing it kills it
-                running.container.stop(timeout=GRACE)
+                if _listens(running.container):
+                    running.container.stop(timeout=GRACE)
             running.container.remove(force=True)
         except NotFound:
             pass

@@ -35,8 +35,10 @@ REPO = Path(__file__).resolve().parents[2]
 engine = pytest.mark.skipif(not answers(), reason="no Docker engine answers here")
 
 STAGE = """\
-    import json, os, sys, time
+    import json, os, signal, sys, time
     its = json.load(open(sys.argv[1]))
+    if its["params"]["listens"]:
+        signal.signal(signal.SIGTERM, lambda *_: (open(its["output"] + "/saved", "w"), sys.exit(1)))
     print(json.dumps({"event": "progress", "done": 1, "total": 1, "unit": "x", "note": ""}))
     print("to the log", file=sys.stderr)
     open(its["output"] + "/made.txt", "w").write(open(its["sources"]["words"][0]).read())
@@ -76,7 +78,7 @@ def task(toy, **params):
     run.mkdir(exist_ok=True)
     job = {
         "stage": "toy",
-        "params": {"code": 0, "sleep": 0, **params},
+        "params": {"code": 0, "sleep": 0, "listens": False, **params},
         "inputs": {"base": str(toy / "input")},
         "sources": {"words": [str(toy / "words.txt")]},
         "secrets": {},
@@ -416,6 +418,16 @@ def test_cancel_ends_a_container(toy):
     began = time.monotonic()
     its.cancel(running)
     assert time.monotonic() - began < 15 and its.poll(running) not in (None, 0)
+
+
+@engine
+def test_cancel_lets_a_stage_save(toy):
+    its = Docker(toy / "repo", toy / "home")
+    running = its.submit(made(its, task(toy, sleep=600, listens=True)))
+    assert next(its.logs(running)).text.startswith('{"event": "progress"')
+    began = time.monotonic()
+    its.cancel(running)
+    assert (toy / "output/saved").exists() and time.monotonic() - began < 15
 
 
 GREEDY = """\
