@@ -19,14 +19,15 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-# First match wins; the order is the order of the runs: quick rooms first, whole lines last. The last value
-# says whether a room's tests share nothing but the CPU: then they run in two processes, a file at a time.
+# First match wins; the order is the order of the runs: quick rooms first, whole lines last.
 ROOMS = [
-    ("host", "host", ["tests/forge", "tests/product"], False),
-    ("model", "train", ["tests/model", "tests/stages", "tests/bench"], True),
-    ("serving", "vllm", ["tests/vllm"], False),
-    ("line", "host", ["tests/line"], False),
+    ("host", "host", ["tests/forge", "tests/product"]),
+    ("model", "train", ["tests/model", "tests/stages", "tests/bench"]),
+    ("serving", "vllm", ["tests/vllm"]),
+    ("line", "host", ["tests/line"]),
 ]
+# Tests that share nothing but the CPU run in two processes, a file at a time.
+IN_PROCESSES = ("model",)
 PROCESSES = ["-n", "2", "--dist", "loadfile"]
 # Threads that wait would else take turns of the CPU from the other process.
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -98,13 +99,13 @@ def main() -> int:
     wanted, extra = arguments[:split], arguments[split + 1 :]
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     broken = []
-    for room, environment, paths, several in ROOMS:
+    for room, environment, paths in ROOMS:
         paths = [p for p in chosen(paths, wanted) if (REPO / p.split("::")[0]).exists()]
         if not paths:
             continue
         print(f"\n== {room}: {' '.join(paths)} in the {environment} environment", flush=True)
         command, variables = interpreter(environment)
-        variables |= PATIENT if several else {}
+        variables |= PATIENT if room in IN_PROCESSES else {}
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             code = subprocess.run(
@@ -117,7 +118,7 @@ def main() -> int:
                     "-p",
                     "no:cacheprovider",
                     f"--junitxml={report}",
-                    *(PROCESSES if several else ()),
+                    *(PROCESSES if room in IN_PROCESSES else ()),
                     *paths,
                     *extra,
                 ],

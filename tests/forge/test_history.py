@@ -73,4 +73,4 @@ def test_the_commands(mini, command):
     assert command("logs", "words", "--run", stamps[1]) == "of the first\n"
     assert command("logs", "words") != "of the first\n"
     refused = command("logs", "words", "--run", "2020", code=1)
-    assert "no log in run 2020 of recipe toy" in refused and "build.py runs --recipe toy" in refused
+    assert "no log in run 2020 of recipe toy" in refused and "build.py runs toy" in refused
