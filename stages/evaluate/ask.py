@@ -16,7 +16,6 @@ from model.families import serve
 from stages import job
 from stages.evaluate import evaluate, questions
 from stages.evaluate.parameters import Parameters
-from stages.evaluate.server import Server
 from stages.job import Job, StageError
 
 
@@ -40,12 +39,9 @@ def run(task: Job) -> None:
     _, flags = evaluate.server_flags(task, serving, plans)
     answers: dict[str, list[dict[str, Any]]] = {}
     for plan, serve_flags in zip(plans, flags, strict=True):
-        with Server(
-            plan.model, serve_flags, " and ".join(plan.columns), plan.adapter, params.concurrency
-        ) as server:
-            for column, name in plan.columns.items():
-                said = evaluate.ask_all(server, name, rows, params, serving.request, column)
-                answers[column] = [evaluate.visible_answer(answer) for answer in said]
+        answered = evaluate.ask_server(plan, serve_flags, rows, params, serving.request)
+        for column, said in answered.answers.items():
+            answers[column] = [evaluate.visible_answer(answer) for answer in said]
     (task.output / "ask.json").write_text(json.dumps(answers, indent=1) + "\n")
 
 

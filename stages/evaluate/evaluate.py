@@ -16,7 +16,8 @@ from model.families import serve
 from model.families.messages import normalise, served_tools
 from model.families.serve import Serve, Served, Serving, ServingError
 from stages import dataset, job
-from stages.evaluate import asked, failed, gate, report, training_answers
+from stages.evaluate import asked, columns, failed, gate, report, training_answers
+from stages.evaluate.columns import Columns
 from stages.evaluate.parameters import Parameters
 from stages.evaluate.server import Server
 from stages.job import Job, StageError
@@ -31,6 +32,10 @@ class ServerPlan:
     checkpoint: Served
     columns: dict[str, str]
     adapter: Path | None = None
+
+    @property
+    def label(self) -> str:
+        return " and ".join(self.columns)
 
 
 def run(task: Job) -> None:
@@ -51,35 +56,37 @@ def run(task: Job) -> None:
     serving = serve.of_folder(task.inputs["base"])
     plans = plan_servers(task, serving)
     vllm, flags = server_flags(task, serving, plans)
-    answers: dict[str, list[dict[str, Any]]] = {}
-    seconds: dict[str, float] = {}
-    streamed_otherwise: dict[str, int] = {}
-    for plan, serve_flags in zip(plans, flags, strict=False):
-        label = " and ".join(plan.columns)
-        with Server(plan.model, serve_flags, label, plan.adapter, params.concurrency) as server:
-            for column, name in plan.columns.items():
-                began = time.monotonic()
-                answers[column] = ask_all(
-                    server,
-                    name,
-                    rows,
-                    params,
-                    serving.request,
-                    f"{column} ({len(answers) + 1} of {sum(len(p.columns) for p in plans)})",
-                )
-                seconds[column] = round(time.monotonic() - began, 1)
-                streamed_otherwise[column] = sum(
-                    answer.pop("streamed_otherwise") for answer in answers[column]
-                )
-            if plan.adapter:
-                check_adapter(answers, params.control)
-    if any(streamed_otherwise.values()):
+    all_columns = Columns()
+    for plan, serve_flags in zip(plans, flags, strict=True):
+        kept = columns.load(task.scratch, plan.columns, len(rows))
+        answered = kept or ask_server(plan, serve_flags, rows, params, serving.request)
+        if plan.adapter:
+            check_adapter(answered.answers, params.control)
+        if not kept:
+            answered.save(task.scratch)
+        all_columns.add(answered)
+    if any(all_columns.streamed_otherwise.values()):
         job.warning(
-            f"answers that differ when they are streamed: {streamed_otherwise}",
+            f"answers that differ when they are streamed: {all_columns.streamed_otherwise}",
             "A few may be near ties that rounding decides, since vLLM batches requests by arrival; see the"
             " log of vLLM's parser otherwise",
         )
-    write_report(task, vllm, rows, answers, seconds, streamed_otherwise)
+    write_report(task, vllm, rows, all_columns)
+
+
+def ask_server(
+    plan: ServerPlan, flags: Serve, rows: list[dict[str, Any]], params: Parameters, request: dict[str, Any]
+) -> Columns:
+    """Starts one server and asks its columns."""
+    answered = Columns()
+    with Server(plan.model, flags, plan.label, plan.adapter, params.concurrency) as server:
+        for column, name in plan.columns.items():
+            began = time.monotonic()
+            answers = ask_all(server, name, rows, params, request, column)
+            answered.streamed_otherwise[column] = sum(a.pop("streamed_otherwise") for a in answers)
+            answered.answers[column] = answers
+            answered.seconds[column] = round(time.monotonic() - began, 1)
+    return answered
 
 
 def server_flags(task: Job, serving: Serving, plans: list[ServerPlan]) -> tuple[str, list[Serve]]:
@@ -272,19 +279,18 @@ def write_report(
     task: Job,
     vllm: str,
     rows: list[dict[str, Any]],
-    answers: dict[str, list[dict[str, Any]]],
-    seconds: dict[str, float],
-    streamed_otherwise: dict[str, int],
+    answered: Columns,
 ) -> None:
     """Scores the answers and writes the artifact's files."""
+    answers = answered.answers
     failures = {
         column: [checks.failures(q, a) for q, a in zip(rows, column_answers, strict=False)]
         for column, column_answers in answers.items()
     }
     params = task.parameters(Parameters)
     summary = report.summarise(rows, failures, params.gate, params.control) | {
-        "seconds": seconds,
-        "streamed_otherwise": streamed_otherwise,
+        "seconds": answered.seconds,
+        "streamed_otherwise": answered.streamed_otherwise,
         "vllm": vllm,
     }
     (task.output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
