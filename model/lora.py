@@ -37,7 +37,9 @@ _KEY = re.compile(
 )
 _COPY = re.compile(
     r"^base_model\.model\.(?P<module>.+?)"
-    r"(?:\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+(?=\.))?)*"
+    r"(?:\.base_layer|\.original_module|\.modules_to_save"
+    # no name of a wrapper: with two ways to read each, a search would never end
+    r"(?:\.(?!(?:base_layer|original_module|modules_to_save)\.)[^.]+(?=\.))?)*"
     r"\.(?P<parameter>[^.]+)$"
 )
 KEPT = 6  # cached tensors: those that the experts of a layer share

@@ -22,7 +22,7 @@ from model.weights.checkpoint import Checkpoint, Slot, Work, files_beside, write
 from model.weights.paths import CheckpointError, shard
 from stages import job
 from stages.job import Job, StageError
-from stages.merge import proof
+from stages.merge import patterns, proof
 from stages.merge.parameters import Parameters
 from stages.merge.peft_reading import PeftReading
 
@@ -36,7 +36,9 @@ def run(task: Job) -> None:
         raise StageError(f"{faults[0].subject}: {faults[0].found}", faults[0].expected, faults[0].remedy)
     try:
         base = Checkpoint(base_folder)
-        adapter = Adapter(task.inputs["train"] / "adapter", base)
+        folder = task.inputs["train"] / "adapter"
+        patterns.check(folder, base.config)
+        adapter = Adapter(folder, base)
         reading = PeftReading(adapter.folder, adapter.tensors, base.config, task.device)
         check_names(adapter, reading)
         changed = stream(base, adapter, task.output)

@@ -16,6 +16,7 @@ from model.families.nemotron_h import native
 from model.weights import lora_config
 from model.weights.checkpoint import Checkpoint
 from stages.job import StageError
+from stages.merge import patterns
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -343,6 +344,10 @@ BROKEN = {
         ),
         "embeddings.lora_embedding_A is not a tensor that a merge knows",
     ),
+    "a name of wrappers alone": (
+        tensors(lambda state: {**state, f"{QUERY}{40 * '.modules_to_save'}.": torch.ones(128)}),
+        "modules_to_save. is not a tensor that a merge knows",
+    ),
     "a bias's LoRA": (
         tensors(lambda state: {**state, f"{QUERY}.lora_B.bias": torch.ones(128)}),
         r"lora_B\.bias is not a tensor that a merge knows",
@@ -415,6 +420,35 @@ def test_a_broken_adapter_is_refused_with_what_was_found_expected_and_to_do(made
 def test_a_number_or_name_that_is_none_is_refused(made, plain, tmp_path, changes):
     folder = edited(Path(shutil.copytree(plain, tmp_path / "train")), **changes)
     with pytest.raises(StageError, match=next(iter(changes)) + "|pattern"):
+        merged(tmp_path, made, folder)
+
+
+ENDLESS = r"(\w+\.?)+!"
+EXPRESSIONS = {
+    "target_modules": ENDLESS,
+    "exclude_modules": ENDLESS,
+    "rank_pattern": {ENDLESS: 2},
+    "alpha_pattern": {ENDLESS: 2},
+    "layers_pattern": [ENDLESS],
+}
+
+
+@pytest.mark.parametrize("field", EXPRESSIONS)
+def test_an_expression_that_would_never_end_is_refused(made, plain, tmp_path, monkeypatch, field):
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    changes = {field: EXPRESSIONS[field], "layers_to_transform": [0]}
+    folder = edited(Path(shutil.copytree(plain, tmp_path / "train")), **changes)
+    with pytest.raises(StageError) as error:
+        merged(tmp_path, made, folder)
+    assert f"{ENDLESS!r} of {field} in adapter_config.json is no expression that ends" in error.value.found
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": "(q_proj"}, {"rank_pattern": {"(?i)q_proj": 2}}], ids=["broken", "inside"]
+)
+def test_what_peft_cannot_compile_is_no_regular_expression(made, plain, tmp_path, changes):
+    folder = edited(Path(shutil.copytree(plain, tmp_path / "train")), **changes)
+    with pytest.raises(StageError, match="q_proj.* is no regular expression: "):
         merged(tmp_path, made, folder)
 
 
