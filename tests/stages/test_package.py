@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+import stages
 from model.families import serve
 from model.weights import origin
 from model.weights.origin import Origin
@@ -245,6 +247,13 @@ def test_the_artifact_holds_what_the_formats_say(its):
         (its.output / name).read_bytes() == (its.inputs["data"] / name).read_bytes()
         for name in ("prompt.txt", "tools.json")
     )
+
+
+def test_the_type_serving_lists_every_file_of_the_artifact(its):
+    package.run(its)
+    types = tomllib.loads((Path(stages.__file__).parent / "artifacts.toml").read_text())
+    files = (path for path in its.output.rglob("*") if path.is_file())
+    assert {str(path.relative_to(its.output)) for path in files} == set(types["serving"])
 
 
 @pytest.mark.trap("think-block-disagrees")
