@@ -1,17 +1,20 @@
-"""Running a module of a stage's folder beside the line: it uses what is built and makes no artifact.
+"""Running modules of stages' folders beside the line: they use what is built and make no artifact.
 
-stages/train/warm.py compiles kernels so, and stages/evaluate/ask.py asks the built models.
+stages/train/warm.py compiles kernels so, stages/evaluate/ask.py asks the built models, and
+stages/data/preview.py looks at rows before there is a base.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from forge import lock, plan, store
+from forge import lock, modes, plan, secret, store
 from forge.executor import Executor, Task
 from forge.follow import StageFailed, follow
 from forge.journal import Event, Journal
@@ -25,29 +28,33 @@ GIVEN = "given.json"  # in the module's scratch folder
 @dataclass(frozen=True)
 class Module:
     """`name` is the file in the stage's folder. `why`, `seconds` and `disk_gb` are what is shown of it before
-    it runs, `again` the command that runs it once more.
+    it runs. It finds `given` as JSON in its scratch folder, and of its output the file `keeps` stays in the
+    run's folder.
     """
 
     step: Step
     name: str
     why: str
-    again: str
     seconds: float
     disk_gb: float = 0.0
+    given: Any = None
+    keeps: str = ""
 
 
 def run(
     context: Context,
     executor: Executor,
-    module: Module,
+    modules: Sequence[Module],
+    again: str,
     listener: Callable[[Event], None],
     wait: bool = True,
-    given: Any = None,
 ) -> tuple[dict[str, Any], Task] | None:
-    """What the module wrote as `<name>.json`, and its task; None if it failed, which `listener` was told.
+    """What the last module wrote as `<name>.json`, and its task; None if one failed, which `listener` was
+    told. `again` is the command that runs them once more.
 
-    It gets the stage's parameters, those of its inputs that are built and, in its scratch folder, `given` as
-    JSON. Nothing of it is kept but its log.
+    A module gets what its stage would: parameters, sources, secrets, and its inputs as far as they are built.
+    Where a module before it belongs to the stage that makes an input, the input is what that module wrote.
+    Nothing is kept but logs and what a module `keeps`.
     """
     with lock.held(
         context.store.root / "lock",
@@ -55,29 +62,57 @@ def run(
         lambda who: listener({"event": "waiting", "holder": lock.describe(who)}),
     ):
         context.store.clean()
-        # A name of its own: `status` and `logs` tell of the recipe's runs, which this is none of.
-        journal = Journal(
-            context.store.home,
-            f"{context.recipe.name}.{module.name}",
-            Mask.of_files(context.recipe.secrets.values()),
-            listener,
-        )
-        output, scratch = context.store.begin(module.name, module.name)
-        try:
-            (scratch / GIVEN).write_text(json.dumps(given))
-            task = _task(context, module, journal, str(output), str(scratch))
-            if not _succeeds(context, executor, journal, module, task):
+        with secret.with_files(context.recipe, context.store.tmp) as recipe:
+            # A name of its own: `status` and `logs` tell of the recipe's runs, which this is none of.
+            journal = Journal(
+                context.store.home,
+                f"{recipe.name}.{modules[-1].name}",
+                Mask.of_files(recipe.secrets.values()),
+                listener,
+            )
+            try:
+                return _ran(replace(context, recipe=recipe), executor, modules, again, journal)
+            finally:
+                journal.close()
+
+
+def _ran(
+    context: Context, executor: Executor, modules: Sequence[Module], again: str, journal: Journal
+) -> tuple[dict[str, Any], Task] | None:
+    began = time.monotonic()
+    stages = [_as_planned(module) for module in modules]
+    planned = {"recipe": context.recipe.name, "executor": executor.name, "stages": stages}
+    journal.plan(planned)
+    journal.emit("plan", **planned, folder=str(journal.folder))
+    made: dict[str, Path] = {}  # stage -> the output folder of its module
+    with contextlib.ExitStack() as folders:
+        for number, module in enumerate(modules, 1):
+            output, scratch = folders.enter_context(_folders(context, module))
+            prefix = f"{number:02d}-{module.name}"
+            task = Task(
+                stage=module.name,
+                program=plan.program(context, module.step, module.name),
+                job=_job(context, module, made, output, scratch),
+                folder=journal.folder,
+                prefix=prefix,
+                gpu=context.recipe.on_gpu(module.step.name),
+                network=module.step.needs.network,
+                memory_gb=module.step.needs.memory_gb,
+                pids=module.step.needs.pids,
+            )
+            if not _succeeds(context, executor, journal, module, task, again):
                 return None
-            return json.loads((output / f"{module.name}.json").read_text()), task
-        finally:
-            store.remove(output)
-            store.remove(scratch)
-            journal.close()
+            made[module.step.name] = output
+            if module.keeps and (output / module.keeps).exists():
+                modes.write(journal.folder / module.keeps, (output / module.keeps).read_text())
+        report = json.loads((output / f"{module.name}.json").read_text())
+    names = [module.name for module in modules]
+    journal.emit("done", ran=names, seconds=round(time.monotonic() - began, 1))
+    return report, task
 
 
-def _succeeds(context: Context, executor: Executor, journal: Journal, module: Module, task: Task) -> bool:
-    began, image = time.monotonic(), context.recipe.images[module.step.contract.image]
-    about = {
+def _as_planned(module: Module) -> dict[str, Any]:
+    return {
         "stage": module.name,
         "state": "run",
         "why": module.why,
@@ -87,10 +122,25 @@ def _succeeds(context: Context, executor: Executor, journal: Journal, module: Mo
         "memory_gb": module.step.needs.memory_gb,
         "measured": False,
     }
-    planned = {"recipe": context.recipe.name, "executor": executor.name, "stages": [about]}
-    journal.plan(planned)
-    journal.emit("plan", **planned, folder=str(journal.folder))
-    log = journal.log(f"01-{module.name}")
+
+
+@contextlib.contextmanager
+def _folders(context: Context, module: Module) -> Iterator[tuple[Path, Path]]:
+    """An output and a scratch folder for a module, which are removed at the end."""
+    output, scratch = context.store.begin(module.name, module.name)
+    try:
+        (scratch / GIVEN).write_text(json.dumps(module.given))
+        yield output, scratch
+    finally:
+        store.remove(output)
+        store.remove(scratch)
+
+
+def _succeeds(
+    context: Context, executor: Executor, journal: Journal, module: Module, task: Task, again: str
+) -> bool:
+    began, image = time.monotonic(), context.recipe.images[module.step.contract.image]
+    log = journal.log(task.prefix)
     try:
         said = lambda line: journal.emit("log", image=image.name, line=log.line(line))
         executor.prepare(image, said)
@@ -101,42 +151,42 @@ def _succeeds(context: Context, executor: Executor, journal: Journal, module: Mo
         journal.emit("failed", stage=module.name, **failed.as_event())
         return False
     except KeyboardInterrupt:
-        journal.emit("interrupted", stage=module.name, resume=module.again)
+        journal.emit("interrupted", stage=module.name, resume=again)
         return False
     finally:
         log.close()
     seconds = round(time.monotonic() - began, 1)
     journal.emit("stage_done", stage=module.name, seconds=seconds, bytes=0)
-    journal.emit("done", ran=[module.name], seconds=seconds)
     return True
 
 
-def _task(context: Context, module: Module, journal: Journal, output: str, scratch: str) -> Task:
+def _job(
+    context: Context, module: Module, made: dict[str, Path], output: Path, scratch: Path
+) -> dict[str, Any]:
     recipe, step = context.recipe, module.step
-    built = {name: plan.planned_stage(context, supplier) for name, supplier in step.inputs.items()}
-    inputs = {
-        name: str(stage.artifact.folder)
-        for name, stage in built.items()
-        if stage.artifact and stage.state == "cached"
-    }
-    return Task(
-        stage=module.name,
-        program=plan.program(context, step, module.name),
-        job={
-            "stage": module.name,
-            "params": step.params,
-            "inputs": inputs,
-            "sources": {},
-            "secrets": {},
-            "output": output,
-            "scratch": scratch,
-            "seed": recipe.seed,
-            "device": recipe.device(step.name),
-            "provenance": {},
+    secrets = step.contract.secrets if step.needs.network else ()
+    earlier = context.store.newest(step.name, recipe.name, context.executor)
+    previous = {"previous": str(earlier.folder)} if step.contract.previous and earlier else {}
+    return {
+        "stage": module.name,
+        "params": step.params,
+        "inputs": {
+            name: str(folder)
+            for name, supplier in step.inputs.items()
+            if (folder := made.get(supplier) or _built(context, supplier))
         },
-        folder=journal.folder,
-        prefix=f"01-{module.name}",
-        gpu=recipe.on_gpu(step.name),
-        memory_gb=step.needs.memory_gb,
-        pids=step.needs.pids,
-    )
+        "sources": {name: [str(path.absolute()) for path in paths] for name, paths in step.sources.items()},
+        "secrets": {name: str(path) for name, path in recipe.secrets.items() if name in secrets},
+        "output": str(output),
+        "scratch": str(scratch),
+        **previous,
+        "seed": recipe.seed,
+        "device": recipe.device(step.name),
+        "provenance": {},
+    }
+
+
+def _built(context: Context, name: str) -> Path | None:
+    """The folder of a stage's artifact, if it is built."""
+    stage = plan.planned_stage(context, name)
+    return stage.artifact.folder if stage.artifact and stage.state == "cached" else None

@@ -48,8 +48,8 @@ def ask(
         raise Refused(lacking)
     again = f"python build.py ask --recipe {recipe.option} QUESTION"
     why = f"{len(questions)} question{'s' if len(questions) > 1 else ''} to base, tuned and nvfp4"
-    module = Module(step, MODULE, why, again, seconds=60 * step.needs.minutes)
-    if (ran := aside.run(context, executor, module, listener, wait, given=questions)) is None:
+    module = Module(step, MODULE, why, seconds=60 * step.needs.minutes, given=questions)
+    if (ran := aside.run(context, executor, [module], again, listener, wait)) is None:
         return None
     answers, _ = ran
     return [

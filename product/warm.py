@@ -33,8 +33,8 @@ def warm(
         raise Refused(findings)
     assert step
     again = f"python build.py warm --recipe {recipe.option}"
-    module = Module(step, MODULE, f"kernels of stage {TRAIN}", again, seconds=90.0, disk_gb=0.2)
-    if (ran := aside.run(context, executor, module, listener, wait)) is None:
+    module = Module(step, MODULE, f"kernels of stage {TRAIN}", seconds=90.0, disk_gb=0.2)
+    if (ran := aside.run(context, executor, [module], again, listener, wait)) is None:
         return None
     report, task = ran
     kernels = {name: report[name] for name in ("compiled", "loaded", "tuned", "bytes")}
