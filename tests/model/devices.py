@@ -1,5 +1,7 @@
 """Where the tests of the fast path run: on the CPU always, on a GPU where there is one."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def relative(found, wanted):
 
 def class_in_torch(monkeypatch):
     """Lets the native class's own mixer compute in plain torch: where mamba-ssm is there it calls it for
-    tensors on the CPU too.
+    tensors on the CPU too. A benchmark that ran before in this process may have done the same, for good.
     """
     from transformers.models.nemotron_h import modeling_nemotron_h as code
 
@@ -28,4 +30,4 @@ def class_in_torch(monkeypatch):
         "mamba2_selective_state_update",
         "mamba2_split_conv1d_scan_combined",
     ):
-        monkeypatch.setattr(code, name, getattr(code, name).__wrapped__)
+        monkeypatch.setattr(code, name, inspect.unwrap(getattr(code, name)))
