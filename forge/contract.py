@@ -11,10 +11,11 @@ from typing import Any
 
 from forge import artifact_types, toml_file
 from forge.finding import Finding, Refused, error
+from forge.needs import Needs, fitting
 from forge.parameter import TYPES as PARAMETER_TYPES
 from forge.parameter import Parameter, Unfit, convert, nearest
 
-__all__ = ["Contract", "Needs", "Parameter", "Unfit", "convert", "load", "nearest"]
+__all__ = ["Contract", "Parameter", "Unfit", "convert", "load", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -31,32 +32,6 @@ class Secret:
     doc: str = ""
     variable: str = ""
     files: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What one run takes; `gpu` says that the stage uses the GPU where the recipe has one.
-
-    `memory_gb` and `pids` (processes and threads) are also the limits of its container.
-    """
-
-    gpu: bool = False
-    network: bool = False
-    memory_gb: float = 1.0
-    pids: int = 4096
-    disk_gb: float = 0.1
-    minutes: float = 1.0
-
-
-# key -> its type, and the smallest value. To an engine a limit of 0 is none.
-NEEDS: dict[str, tuple[str, float]] = {
-    "gpu": ("bool", 0),
-    "network": ("bool", 0),
-    "memory_gb": ("float", 0.1),
-    "pids": ("int", 64),
-    "disk_gb": ("float", 0),
-    "minutes": ("float", 0),
-}
 
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")  # in [build]'s tag
@@ -287,7 +262,11 @@ def load(folder: Path, types: artifact_types.Types) -> Contract:
         key: table(Secret, f"secrets.{key}", values, **_files(values))
         for key, values in raw.get("secrets", {}).items()
     }
-    needs = table(Needs, "needs", raw.get("needs", {}))
+    needs = fitting(
+        raw.get("needs", {}),
+        "needs",
+        lambda key, found, expected, remedy: findings.append(error(name, found, expected, remedy)),
+    )
     product = (
         _product(name, raw["build"], parameters, raw.get("consumes", {}), findings)
         if "build" in raw
@@ -306,7 +285,7 @@ def load(folder: Path, types: artifact_types.Types) -> Contract:
         sources=sources,
         secrets=secrets,
         parameters=parameters,
-        needs=needs,
+        needs=Needs(**needs),
         product=product,
         check=raw.get("check"),
         was=raw.get("was", ""),

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from forge import artifact_types
-from forge.contract import NEEDS, Contract, Source
+from forge.contract import Contract, Source
 from forge.contract import load as load_contract
 from forge.executors import EXECUTORS
+from forge.needs import NEEDS
 from forge.parameter import Parameter
 from forge.recipe import GPU, LARGEST_SEED
 

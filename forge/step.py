@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forge.contract import NEEDS, Contract, Needs, nearest
+from forge.contract import Contract, nearest
+from forge.needs import Needs, fitting
 from forge.parameter import Fault, Unfit, renamed
 from forge.reading import Reading
 
@@ -140,21 +141,12 @@ def _sources(
 
 def _needs(reading: Reading, name: str, contract: Contract, values: dict[str, Any]) -> Needs:
     where = ("stages", name, "needs")
-    changed = {}
-    for key, value in (reading.typed(where, values.get("needs") or {}, "map") or {}).items():
-        if key not in NEEDS:
-            reading.fault(
-                (*where, key),
-                f"unknown key {name}.needs.{key}",
-                "a key of needs",
-                nearest(key, NEEDS),
-            )
-            continue
-        kind, least = NEEDS[key]
-        if (checked := reading.typed((*where, key), value, kind)) is not None:
-            if checked < least:
-                reading.fault((*where, key), f"{name}.needs.{key} = {checked:g}", f"{least:g} or more")
-            changed[key] = checked
+    given = reading.typed(where, values.get("needs") or {}, "map") or {}
+    changed = fitting(
+        given,
+        f"{name}.needs",
+        lambda key, found, expected, remedy: reading.fault((*where, key), found, expected, remedy),
+    )
     return replace(contract.needs, **changed)
 
 

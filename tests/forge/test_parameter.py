@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import toy
 import yaml
@@ -371,6 +373,31 @@ def test_seeds_and_needs_have_ranges_too(mini):
         ("slow.needs.minutes = -1", "0 or more"),
     ]
     assert refused.value.findings[0].found == "seed = -3"
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "expected"),
+    [
+        ('memory_gb = "much"', "memory_gb = 'much'", "float"),
+        ("memory_gb = 0", "memory_gb = 0", "0.1 or more"),
+        ("minutes = -1", "minutes = -1", "0 or more"),
+        ("pids = 100.5", "pids = 100.5", "int"),
+        ("gpu = 1", "gpu = 1", "bool"),
+    ],
+)
+def test_the_needs_of_a_contract_are_checked_as_those_of_a_recipe(mini, line, found, expected):
+    toy.edit(mini.recipe, "{minutes: 0.5}", f"{{{line.replace(' =', ':')}}}")
+    with pytest.raises(Refused) as by_recipe:
+        mini.plan()
+    toy.edit(mini.recipe, f"{{{line.replace(' =', ':')}}}", "{}")
+    path = mini.repo / "stages/slow/stage.toml"
+    path.write_text(re.sub(r"\[needs\][^\[]*", f"[needs]\n{line}\n", path.read_text()))
+    with pytest.raises(Refused) as by_contract:
+        mini.plan()
+    [said], [told] = by_recipe.value.findings, by_contract.value.findings
+    assert (said.found, said.expected) == (f"slow.needs.{found}", expected)
+    assert (told.found, told.expected) == (f"needs.{found}", expected)
+    assert told.subject == "stages/slow/stage.toml"
 
 
 @pytest.mark.parametrize(
