@@ -52,15 +52,22 @@ def gpu_architecture() -> str | None:
 
 def memory_finding(stage: str, needed: float, home: Path, neighbours: list[Neighbour]) -> Finding | None:
     """Why `needed` GB of memory are not free for a stage: other programs hold them, or `neighbours` may yet
-    take them.
+    take them. A warning if they will be, because a run ends the containers that a killed run left.
     """
     available, total = memory_gb()
-    if needed <= min(available, total - sum(neighbour.memory_gb for neighbour in neighbours)):
+    orphans = [each for each in neighbours if each.orphan]
+    free = total - sum(each.memory_gb for each in neighbours if not each.orphan)
+    if needed <= min(available, free):
         return None
     found = f"{size(available * GB)} of memory available of {size(total * GB)}"
     if neighbours:
         found += ", and containers that may take some: " + ", ".join(
             f"{each.what} ({each.container}) up to {each.memory_gb:g} GB" for each in neighbours
+        )
+    if needed <= min(available + sum(each.memory_gb for each in orphans), free):
+        names = ", ".join(each.container for each in orphans)
+        return warning(
+            stage, found, size(needed * GB), f"A killed run left {names}: the next run ends it first."
         )
     if needed > total:
         return error(stage, found, size(needed * GB), "Take a smaller recipe, or a machine with more memory.")

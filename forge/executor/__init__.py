@@ -62,11 +62,14 @@ def kernel_folder(home: Path, image: Image, fingerprint: str) -> Path:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A container of ours that runs beside a stage. `memory_gb` is the most that it may take."""
+    """A container of ours that runs beside a stage. `memory_gb` is the most that it may take. `orphan`: a
+    killed run left it, and the next run ends it first.
+    """
 
     container: str
     what: str
     memory_gb: float
+    orphan: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
-from forge import VERSION, modes, render
+from forge import VERSION, lock, modes, render
 from forge import image as images
 from forge.executor import GRACE, KERNELS, KeptImage, Line, Neighbour, Task, kept, kernel_folder, run_logged
 from forge.executor.container import SCRATCH, ContainerSpec, container_job
@@ -377,8 +377,13 @@ class Docker:
         running.code = running.code if running.code is not None else 130
 
     def neighbours(self) -> list[Neighbour]:
-        """By their labels. Without an engine there is none; `check` says that no engine answers."""
-        return [] if no_engine() else neighbours(self.client, _STAGE, kept.KEY)
+        """By their labels. Without an engine there is none; `check` says that no engine answers. While
+        nobody holds the store's lock, its containers are those of a killed run.
+        """
+        if no_engine():
+            return []
+        orphans = None if lock.holder(self.home / "store" / "lock") else (_OWNER, str(self.home))
+        return neighbours(self.client, _STAGE, kept.KEY, orphans)
 
     def end_orphans(self) -> None:
         """Ends containers that a killed run of this store left: its lock is ours, so nobody waits for

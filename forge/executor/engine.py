@@ -110,9 +110,12 @@ def gpu_findings(info: dict[str, Any]) -> list[Finding]:
     ]
 
 
-def neighbours(client: Any, stage: str, served: str) -> list[Neighbour]:
+def neighbours(
+    client: Any, stage: str, served: str, orphans: tuple[str, str] | None = None
+) -> list[Neighbour]:
     """The running containers of stages and served models, by the labels `stage` and `served`, that have a
-    limit of memory. A model that a CPU serves takes far less than its limit, and is none of them.
+    limit of memory. A model that a CPU serves takes far less than its limit, and is none of them. `orphans`:
+    name and value of a label of those that a killed run left.
     """
     found = {}
     for label in (stage, served):
@@ -120,7 +123,8 @@ def neighbours(client: Any, stage: str, served: str) -> list[Neighbour]:
             host = container.attrs["HostConfig"]
             if host["Memory"] and (label == stage or host["DeviceRequests"]):
                 what = f"stage {container.labels[stage]}" if label == stage else "the served model"
-                found[container.name] = Neighbour(container.name, what, host["Memory"] / GB)
+                left = orphans is not None and container.labels.get(orphans[0]) == orphans[1]
+                found[container.name] = Neighbour(container.name, what, host["Memory"] / GB, left)
     return [found[name] for name in sorted(found)]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import toy
 
-from forge import plan, preflight, run
+from forge import lock, plan, preflight, run
 from forge.executor import Neighbour
+from forge.executor.docker import Docker
 from forge.executor.local import Local
 from forge.finding import Refused
 from forge.report import size
@@ -115,6 +117,38 @@ def test_what_a_killed_run_left_is_ended_before_memory_is_looked_at(mini):
     executor = Containers(mini.repo, mini.home)
     assert [f.subject for f in run.lacking(mini.context(), executor, mini.plan())][:1] == ["words"]
     assert run.run(mini.context(), executor, plan.Selection(last="words"), mini.events.append).code == 0
+
+
+def test_what_a_killed_run_left_is_warned_of_and_not_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "memory_gb", lambda: (40.0, 130.6))
+    left = Neighbour("annie-train", "stage train", 60.0, orphan=True)
+
+    def level(needed, *neighbours):
+        finding = preflight.memory_finding("train", needed, tmp_path, list(neighbours))
+        return finding and (finding.level, "A killed run left annie-train" in finding.remedy)
+
+    assert level(40.0, left) is None  # its limit is no matter
+    assert level(90.0, left) == ("warning", True)
+    assert level(100.1, left) == ("error", False)  # other programs hold the rest
+    assert level(90.0, left, SERVER) == ("error", False)
+
+
+def test_the_containers_of_a_store_whose_lock_is_free_are_those_of_a_killed_run(mini, monkeypatch):
+    """Containers as docker's client shows them."""
+    executor, other = Docker(mini.repo, mini.home), str(mini.home / "other")
+    host = {"HostConfig": {"Memory": 10**9, "DeviceRequests": None}}
+    shown = [
+        SimpleNamespace(name=name, labels={"io.annie.stage": "slow", "io.annie.home": home}, attrs=host)
+        for name, home in (("ours", str(executor.home)), ("theirs", other))
+    ]
+    containers = SimpleNamespace(
+        list=lambda filters, **options: [each for each in shown if filters["label"] in each.labels]
+    )
+    monkeypatch.setattr("forge.executor.docker.no_engine", lambda: None)
+    monkeypatch.setattr(executor, "_client", SimpleNamespace(containers=containers))
+    assert {each.container: each.orphan for each in executor.neighbours()} == {"ours": True, "theirs": False}
+    with lock.held(mini.home / "store/lock", False, print):  # a run is under way, and waits for its stage
+        assert not any(each.orphan for each in executor.neighbours())
 
 
 def test_a_missing_gpu_is_named_where_the_recipe_wants_one(mini):
