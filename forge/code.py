@@ -94,7 +94,8 @@ def _mentions(repo: Path, path: Path) -> tuple[set[str], set[Path]]:
     try:
         imports, words = _parsed(path.read_bytes())
     except SyntaxError as fault:
-        raise Refused(error(f"{shown}:{fault.lineno}", fault.msg, "Python", "Mend that line.")) from fault
+        found = f"a fault of syntax: {fault.msg}"
+        raise Refused(error(f"{shown}:{fault.lineno}", found, "Python", "Mend that line.")) from fault
     package = shown.parent.parts
     names = set()
     for level, dotted in imports:

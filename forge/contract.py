@@ -106,7 +106,7 @@ def _product(
     for key in _PLACEHOLDER.findall(raw["tag"]):
         if key not in parameters:
             findings.append(
-                error(name, f"build.tag names {key}", "a parameter of the stage", nearest(key, parameters))
+                error(name, f"{key} in build.tag", "a parameter of the stage", nearest(key, parameters))
             )
     choices = parameters[raw["by"]].choices if raw["by"] in parameters else ()
     if set(choices) != set(raw["contexts"]):
@@ -124,7 +124,7 @@ def _product(
                 findings.append(
                     error(
                         name,
-                        f"build.contexts names {supplier}",
+                        f"{supplier} in build.contexts",
                         "an input of [consumes]",
                         nearest(supplier, consumes),
                     )
@@ -256,7 +256,7 @@ def load(folder: Path, types: artifact_types.Types) -> Contract:
         )
     for module in raw.get("apart", []):
         if not isinstance(module, str) or not (folder / module).is_file():
-            findings.append(error(name, f"apart names {module!r}", f"a file in stages/{folder.name}", ""))
+            findings.append(error(name, f"{module!r} in apart", f"a file in stages/{folder.name}", ""))
     sources = {key: table(Source, f"sources.{key}", values) for key, values in raw.get("sources", {}).items()}
     secrets = {
         key: table(Secret, f"secrets.{key}", values, **_files(values))

@@ -124,8 +124,8 @@ def _failure(home: Path, task: Task, code: int | None, told: dict[str, str], log
     if code in (-9, 137):
         return error(
             task.stage,
-            "the stage was killed (signal 9)",
-            "the stage to end by itself",
+            "an end by signal 9 (killed)",
+            "a stage that ends by itself",
             f"Most often this machine's memory ran out, of which the stage takes about {task.memory_gb:g} GB:"
             " stop what else runs here, and run again to go on where it stopped.",
         )

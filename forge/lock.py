@@ -68,7 +68,7 @@ def held(path: Path, wait: bool, on_wait: Callable[[dict[str, Any]], None]) -> I
                 raise Refused(
                     error(
                         "store",
-                        f"the lock is held by {describe(owner)}",
+                        f"a lock that is held by {describe(owner)}",
                         "no other run",
                         "Wait for it, or run without --no-wait.",
                     )

@@ -35,7 +35,7 @@ class Reading:
             raise Refused(
                 error(
                     f"{self.path.name}{line}",
-                    problem.removeprefix("found "),
+                    f"a fault of syntax: {problem.removeprefix('found ')}",
                     "YAML",
                     "YAML takes no tabs: indent with blanks." if "'\\t'" in problem else "Mend that line.",
                 )

@@ -299,8 +299,7 @@ class _RecipeReading(Reading):
                     if supplier not in self.raw["stages"]:
                         self.fault(
                             where,
-                            f"input {name} of {step.name} comes from {supplier}, which the recipe does not"
-                            " have",
+                            f"input {name} of {step.name} from {supplier}, which the recipe does not have",
                             "a stage of this recipe",
                             nearest_stage(supplier, steps),
                         )
@@ -309,7 +308,7 @@ class _RecipeReading(Reading):
                 ):
                     self.fault(
                         where,
-                        f"input {name} of {step.name} is the {produced} of {supplier}",
+                        f"the {produced} of {supplier} as input {name} of {step.name}",
                         consumed,
                         f"Give it a stage that produces {consumed}.",
                     )

@@ -16,4 +16,4 @@ def read(path: Path, name: str, expected: str) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise Refused(error(name, str(fault), "TOML", "Mend that line.")) from fault
+        raise Refused(error(name, f"a fault of syntax: {fault}", "TOML", "Mend that line.")) from fault

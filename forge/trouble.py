@@ -25,21 +25,21 @@ def of_fault(home: Path, fault: OSError) -> Finding:
     place = _place(home, fault)
     match fault.errno:
         case errno.ENOSPC if _inodes_are_gone(place):
-            found = f"no inodes are left at {place}: the disk is full of small files"
+            found = f"no inodes left at {place}: the disk is full of small files"
             return error("store", found, "room for more files", f"Delete some of them. {_GO_ON}")
         case errno.ENOSPC:
             free = preflight.disk_gb(_existing(place)) * GB
-            found = f"the disk is full ({size(free)} free at {place})"
+            found = f"a full disk ({size(free)} free at {place})"
             return error("store", found, "room for what is written", f"Free some space. {_GO_ON}")
         case errno.EDQUOT:
-            found = f"the quota of {_name(os.geteuid())} at {place} is used up"
+            found = f"the quota of {_name(os.geteuid())} at {place} used up"
             return error("store", found, "room for what is written", f"Delete some files. {_GO_ON}")
         case errno.EFBIG:
-            found = f"{place} may not grow any larger"
+            found = f"{place}, which may not grow any larger"
             remedy = f"It is a limit of the file system (FAT has 4 GB), or the shell's (ulimit -f). {_GO_ON}"
             return error("store", found, "files of any size", remedy)
         case errno.EROFS:
-            found = f"the file system of {place} is read-only"
+            found = f"a read-only file system at {place}"
             remedy = (
                 "Set ANNIE_HOME to another disk. If it was writable, the disk may be failing: see dmesg."
                 " plan, status, logs and path still work."
@@ -48,7 +48,7 @@ def of_fault(home: Path, fault: OSError) -> Finding:
         case errno.EACCES | errno.EPERM:
             return _forbidden(home, place)
         case errno.EIO:
-            found = f"{place} cannot be read or written (I/O error)"
+            found = f"{place}, which cannot be read or written (I/O error)"
             return error("store", found, "a disk that works", f"See dmesg, and copy what matters. {_GO_ON}")
     found = f"{type(fault).__name__}: {fault}"
     return error("store", found, "files that can be read and written", _GO_ON)

@@ -33,7 +33,7 @@ def ask(
         raise Refused(
             error(
                 MODULE,
-                f"recipe {recipe.name} has no stage {EVALUATE}",
+                f"no stage {EVALUATE} in recipe {recipe.name}",
                 "a recipe that evaluates, whose servers and inputs are used",
                 "Name another recipe with --recipe.",
             )

@@ -52,7 +52,7 @@ def refuse_taken(address: str, port: int, remedy: str) -> None:
             probe.bind((address, port))
         except OSError as fault:
             raise Refused(
-                error("serve", f"port {port} is taken ({fault.strerror})", "a free port", remedy)
+                error("serve", f"port {port}, which cannot be used ({fault.strerror})", "a free port", remedy)
             ) from fault
 
 
@@ -76,7 +76,7 @@ def wait(endpoint: Endpoint, why_dead: Callable[[], str | None], on_wait: Callab
             raise Refused(
                 error(
                     "serve",
-                    f"port {endpoint.port} is answered by {other}",
+                    f"port {endpoint.port}, on which {other} answers",
                     f"the server {endpoint.server}, which was just started",
                     "Stop the other one, or name another --port.",
                 )
@@ -101,9 +101,9 @@ def check(endpoint: Endpoint, folder: Path) -> str:
     tuned, base = shortened(answer), shortened(question["base"])
     expected = f"the tuned model's answer: {shortened(question['expected'])}"
     if spoken(answer) == question["base"]:
-        raise Refused(error("serve", f"it answers {tuned} as the base does", expected, remedy))
+        raise Refused(error("serve", f"{tuned}, which the base answers too", expected, remedy))
     if failures := _failures(folder, question, answer):
-        raise Refused(error("serve", f"it answers {tuned}: {'; '.join(failures)}", expected, remedy))
+        raise Refused(error("serve", f"{tuned}: {'; '.join(failures)}", expected, remedy))
     return f"it answers as the {server['serves']} model: {tuned} (the base: {base})"
 
 

@@ -47,7 +47,7 @@ def lacking(context: Context, executor: Executor, step: Step | None) -> list[Fin
         return [
             error(
                 TRAIN,
-                f"recipe {context.recipe.name} has no stage {TRAIN}",
+                f"no stage {TRAIN} in recipe {context.recipe.name}",
                 "a recipe that trains",
                 "Name another recipe with --recipe.",
             )
@@ -56,7 +56,7 @@ def lacking(context: Context, executor: Executor, step: Step | None) -> list[Fin
         return [
             error(
                 "gpu",
-                f"recipe {context.recipe.name} trains without a GPU",
+                f"recipe {context.recipe.name}, which trains without a GPU",
                 "one that says gpu: cuda: only what a GPU runs is compiled",
                 "Nothing needs to be warmed for this recipe; name another with --recipe.",
             )

@@ -277,8 +277,8 @@ class Docker:
             raise Refused(
                 error(
                     task.stage,
-                    f"the engine did not start its container: {fault.explanation or fault}",
-                    "a container",
+                    f"an engine that did not start it: {fault.explanation or fault}",
+                    "a started container",
                     "Run build.py doctor.",
                 )
             ) from fault

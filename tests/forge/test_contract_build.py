@@ -74,10 +74,10 @@ def test_an_engine_is_given_the_name_with_its_version_and_as_the_latest(tmp_path
 @pytest.mark.parametrize(
     ("before", "after", "found"),
     [
-        ('checkpoint = "merge"', 'checkpoint = "marge"', "build.contexts names marge"),
+        ('checkpoint = "merge"', 'checkpoint = "marge"', "marge in build.contexts"),
         ("merged = {", "mergd = {", "build.contexts for nvfp4, mergd, tuned"),
         ('by = "serves"', 'by = "max_model_len"', "build.contexts for"),
-        ("{service}", "{servce}", "build.tag names servce; .*Did you mean service"),
+        ("{service}", "{servce}", "servce in build.tag; .*Did you mean service"),
         ('by = "serves"\n', "", r"\[build\] with image, tag, contexts"),
     ],
 )

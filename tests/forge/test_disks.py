@@ -62,7 +62,7 @@ class Quota:
 class Tmpfs:
     """A tmpfs of a size, or of a number of inodes."""
 
-    says, option, most = ("the disk is full", "B free at"), "size", ROOM
+    says, option, most = ("a full disk", "B free at"), "size", ROOM
 
     def __init__(self, home):
         self.home = home
@@ -86,7 +86,7 @@ class Tmpfs:
 
 
 class Inodes(Tmpfs):
-    says, option, most = ("no inodes are left",), "nr_inodes", 2000
+    says, option, most = ("no inodes left",), "nr_inodes", 2000
 
     def used(self):
         status = os.statvfs(self.home)
@@ -172,7 +172,7 @@ def test_a_home_that_was_read_only_from_the_start(mini, ended):
         for words in READING:
             ended(*words)
         code, said = ended("run")
-        assert code == 1 and "is read-only" in said and "ANNIE_HOME" in said, said
+        assert code == 1 and "a read-only file system" in said and "ANNIE_HOME" in said, said
     finally:
         subprocess.run(["umount", "-l", mini.home], capture_output=True)
     assert mini.run().code == 0

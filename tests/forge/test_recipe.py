@@ -80,7 +80,7 @@ def faults(its):
             "  count: {}",
             "  count: {inputs: {words: wrds}}",
             (
-                "comes from wrds, which the recipe does not have; expected a stage of this recipe. Did you"
+                "from wrds, which the recipe does not have; expected a stage of this recipe. Did you"
                 " mean words?"
             ),
         ),
@@ -234,7 +234,7 @@ def test_the_recipes_that_say_image_are_told_package(mini, tmp_path):
 
 def test_an_input_of_another_type_is_refused(mini):
     toy.edit(mini.repo / "stages/count/stage.toml", 'words = "text"', 'words = "report"')
-    assert "toy.yaml:9: found input words of count is the text of words; expected report" in faults(mini)[0]
+    assert "toy.yaml:9: found the text of words as input words of count; expected report" in faults(mini)[0]
 
 
 def test_a_faulty_contract_is_named_by_its_file(mini):
@@ -253,7 +253,7 @@ def test_a_faulty_contract_is_named_by_its_file(mini):
     ("text", "said"),
     [
         (None, "found no such file; expected the types of artifacts"),
-        ("text = [", "expected TOML"),
+        ("text = [", "found a fault of syntax: Invalid value (at end of document); expected TOML"),
         ("text = []", "found text = []; expected a list of names or patterns of files, at least one"),
         ('text = "text.txt"', "found text = 'text.txt'; expected a list"),
         ("[text]\nfiles = []", "found text = {'files': []}; expected a list"),
@@ -305,5 +305,5 @@ def test_a_tab_is_named_in_one_sentence(mini):
     with pytest.raises(Refused) as refused:
         mini.context()
     said = str(refused.value)
-    assert ": found character '\\t' that cannot start any token; expected YAML." in said
+    assert ": found a fault of syntax: character '\\t' that cannot start any token; expected YAML." in said
     assert "indent with blanks" in said

@@ -189,7 +189,7 @@ def test_no_space_left_is_named_with_its_remedy(mini):
         toy.edit(mini.recipe, "steps: 3", "steps: 3\n    how: large")
         assert mini.run().code == 1
         assert (
-            "the disk is full" in mini.event("failed")["found"]
+            "a full disk (" in mini.event("failed")["found"]
             and "Free some space" in mini.event("failed")["remedy"]
         )
         assert mini.states() == {"words": "cached", "count": "cached", "slow": "run"}

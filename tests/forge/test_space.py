@@ -177,7 +177,7 @@ def test_gc_waits_for_no_run(two, command):
     from forge import lock
 
     with lock.held(two.home / "store/lock", False, print):
-        assert "the lock is held" in command("gc", "--yes", code=1)
+        assert "found a lock that is held by process" in command("gc", "--yes", code=1)
         command("gc")
 
 

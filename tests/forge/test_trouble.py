@@ -118,10 +118,10 @@ def test_torn_events_are_left_out(tmp_path):
 
 
 SAID = {
-    errno.ENOSPC: ("the disk is full", "Free some space"),
+    errno.ENOSPC: ("a full disk (", "Free some space"),
     errno.EDQUOT: ("the quota of", "Delete some files"),
     errno.EFBIG: ("may not grow any larger", "ulimit -f"),
-    errno.EROFS: ("is read-only", "ANNIE_HOME"),
+    errno.EROFS: ("a read-only file system", "ANNIE_HOME"),
     errno.EIO: ("I/O error", "dmesg"),
     errno.ENOTDIR: ("NotADirectoryError", "run again"),
 }
@@ -166,9 +166,9 @@ def test_a_home_that_turns_read_only(mini, ended, small_disk):
     for words in [*COMMANDS, ["run"]]:
         assert ended(*words)[0] == 0
     code, said = ended("run", "--force")
-    assert code == 1 and "is read-only" in said
+    assert code == 1 and "a read-only file system" in said
     toy.edit(mini.recipe, "steps: 3", "steps: 4")
-    assert "is read-only" in ended("run")[1]
+    assert "a read-only file system" in ended("run")[1]
     subprocess.run(["mount", "-o", "remount,rw", str(mini.home)], check=True)
     assert mini.run().ran == ("slow",)
 
@@ -177,7 +177,7 @@ def test_a_home_that_turns_read_only(mini, ended, small_disk):
 def test_a_disk_without_inodes(mini, ended, small_disk):
     small_disk("size=20m,nr_inodes=25")
     code, said = ended("run")
-    assert code == 1 and "no inodes are left" in said
+    assert code == 1 and "no inodes left" in said
     for words in COMMANDS:
         ended(*words)
     subprocess.run(["mount", "-o", "remount,nr_inodes=500", str(mini.home)], check=True)

@@ -45,6 +45,6 @@ def test_what_is_served_answers_as_the_tuned_model(serves, tmp_path):
         again = subprocess.run(
             [*BUILD, "serve", *its, "--port", str(port), "--detach"], capture_output=True, text=True
         )
-        assert again.returncode == 1 and f"port {port} is taken" in again.stderr
+        assert again.returncode == 1 and f"port {port}, which cannot be used" in again.stderr
     finally:
         assert "stopped" in ran(*BUILD, "serve", *its, "--stop")

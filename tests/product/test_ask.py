@@ -84,5 +84,5 @@ def test_what_is_not_built_and_what_cannot_be_asked_is_said(asked, command):
 
 
 def test_a_recipe_without_an_evaluation_is_refused(mini):
-    with pytest.raises(Refused, match="has no stage evaluate"):
+    with pytest.raises(Refused, match="no stage evaluate in recipe"):
         ask.ask(mini.context(), Local(mini.repo, mini.home), ["Hello"], mini.events.append)

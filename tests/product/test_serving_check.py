@@ -78,7 +78,7 @@ def test_the_tuned_answer_is_shown_beside_the_base_one(checked):
 
 @pytest.mark.trap("adapter-not-applied")
 def test_a_server_that_answers_as_the_base_is_refused(checked):
-    with pytest.raises(Refused, match="as the base does"):
+    with pytest.raises(Refused, match="which the base answers too"):
         checked({"content": CHECK["base"]["content"], "tool_calls": []})
 
 
@@ -132,7 +132,7 @@ def waited(endpoint, why_dead=lambda: None):
 def test_another_program_on_the_port_is_not_taken_for_the_server(headers, who):
     with (
         http_server.serving(lambda handler: handler.reply(200, b"ok", **headers)) as port,
-        pytest.raises(Refused, match=f"is answered by {who}"),
+        pytest.raises(Refused, match=f", on which {who} answers"),
     ):
         waited(Endpoint(port, "", "newer"))
 
@@ -181,7 +181,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_loads():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(Refused, match=f"port {port} is taken"):
+        with pytest.raises(Refused, match=f"port {port}, which cannot be used"):
             serving_check.refuse_taken("127.0.0.1", port, "Stop it.")
     serving_check.refuse_taken("127.0.0.1", port, "Stop it.")
 
