@@ -12,19 +12,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from model import faults, layouts, packed_audit
 from model.audit import QUANT, UNREADABLE, packed_modules
 from model.families import registry, serve
-from model.families.family import Family
+from model.families.family import Family, Linear
 from model.families.serve import Serve, ServingError
 from model.faults import Finding, unreadable
 from model.weights import quant_config
 from model.weights.checkpoint import Checkpoint
 from model.weights.quant_config import QuantConfig
+
+BEFORE_MERGE = (
+    "Only tensors that an adapter changes differ: --base is probably the base before the merge. Give it the"
+    " folder that was quantised; `python build.py path merge` prints it."
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,10 @@ def audit(
     if base:
         try:
             source = Checkpoint(base)
-            findings += faults.unchanged(checkpoint, source, unchanged, family.never_cast)
+            differing = list(faults.unchanged(checkpoint, source, unchanged, family.never_cast))
+            shapes = {name: entry.shape for name, entry in source.entries.items()}
+            compared = [name for name in unchanged if shapes.get(name) == plain[name].shape]
+            findings += before_merge(differing, compared, family.linears(config))
         except UNREADABLE as error:
             findings.append(unreadable(f"--base {base.name}", error))
         else:
@@ -130,6 +139,19 @@ def audit(
         return Audit(findings, facts)
     needs, serving_findings = serving_needs(vllm, config, facts, packed)
     return Audit([*findings, *serving_findings], facts, needs)
+
+
+def before_merge(differing: list[Finding], compared: list[str], linears: Sequence[Linear]) -> list[Finding]:
+    """Findings of `faults.unchanged`, with their likely cause if it is the wrong `base`: of the tensors
+    `compared`, only linears differ, more than one, and in every layer alike.
+    """
+    parts = {linear.weight: linear.part for linear in linears}
+    names = {finding.subject for finding in differing}
+    adapted = {parts.get(name) for name in names}
+    alike = {name for name in compared if parts.get(name) in adapted}
+    if len(names) < 2 or None in adapted or names != alike:
+        return differing
+    return [replace(finding, remedy=BEFORE_MERGE) for finding in differing]
 
 
 def whole(modules: list[str], findings: list[Finding]) -> list[str]:

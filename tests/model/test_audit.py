@@ -433,6 +433,26 @@ def test_an_adapter_may_change_projections_of_a_bf16_base_and_nothing_else(base,
     assert subjects(written(tmp_path / "broken", Checkpoint(base).config, values), base=base) == {BIAS}
 
 
+def test_the_base_before_the_merge_is_called_so(nvidia, base, tmp_path):
+    attention = [
+        linear.weight
+        for linear in NEMOTRON_H.linears(Checkpoint(base).config)
+        if linear.part in ("mixer.q_proj", "mixer.v_proj")
+    ]
+
+    def remedies(folder, *changed):
+        values = tensors(base)
+        for name in changed:
+            values[name] = torch.nextafter(values[name], torch.full_like(values[name], 1e4))
+        found = audit(nvidia, written(folder, Checkpoint(base).config, values)).findings
+        assert {finding.subject for finding in found} == set(changed)
+        return {"before the merge" in finding.remedy for finding in found}
+
+    assert remedies(tmp_path / "before", *attention) == {True}
+    assert remedies(tmp_path / "another", *attention, BIAS) == {False}
+    assert remedies(tmp_path / "one", attention[0]) == {False}  # a bit of one tensor
+
+
 def test_a_base_that_is_another_model_or_rounded_or_torn(nvidia, base, tmp_path):
     other = small.base(tmp_path / "other", "ME")
     assert "backbone.layers.3.mixer.q_proj.weight" in subjects(nvidia, base=other)
