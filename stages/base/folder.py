@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +23,13 @@ NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_templa
 
 def run(task: Job) -> None:
     """Checks the folder that the recipe names and links (or copies) its files into the output."""
+    source = given(task)
+    check(source)
+    link_files(source, task.output)
+
+
+def given(task: Job) -> Path:
+    """The checkpoint folder that the recipe names. Raises StageError unless there is one."""
     paths = task.sources.get("folder", [])
     if len(paths) != 1 or not paths[0].is_dir():
         raise StageError(
@@ -28,8 +37,7 @@ def run(task: Job) -> None:
             "one checkpoint folder",
             "Name it in the recipe: `sources: {folder: PATH}`",
         )
-    check(paths[0])
-    link_files(paths[0], task.output)
+    return paths[0]
 
 
 def check(folder: Path) -> None:
@@ -39,6 +47,15 @@ def check(folder: Path) -> None:
     Stage merge runs the same audit again. Running it here too refuses a bad base before the training, not
     after it.
     """
+    check_description(folder)
+    if faults := audit.bf16(folder, values=False):
+        refuse(faults)
+    tokens.load(folder)
+    check_finite(Checkpoint(folder))
+
+
+def check_description(folder: Path) -> None:
+    """The part of `check` that needs neither weights nor tokenizer. Raises as it does."""
     for name in NEEDED:
         if not member(folder, name).exists():
             raise StageError(
@@ -65,10 +82,6 @@ def check(folder: Path) -> None:
             "LoRA needs gradients through exact weights, and a merge into 4-bit weights rounds the adapter"
             " away: take the BF16 repository",
         )
-    if faults := audit.bf16(folder, values=False):
-        refuse(faults)
-    tokens.load(folder)
-    check_finite(Checkpoint(folder))
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
@@ -89,11 +102,16 @@ def refuse(faults: list[audit.Finding]) -> NoReturn:
     raise StageError(f"{first.subject}: {first.found}{more}", first.expected, first.remedy)
 
 
-def link_files(source: Path, output: Path) -> None:
-    """Puts every file of `source` into `output`: a hard link, or a copy on another file system. A link
-    becomes the file that it leads to. Raises CheckpointError before anything is written.
+def link_files(source: Path, output: Path, patterns: Sequence[str] = ("*",)) -> None:
+    """Puts every file of `source` that one of `patterns` names into `output`: a hard link, or a copy on
+    another file system. A link becomes the file that it leads to. Raises CheckpointError before anything is
+    written.
     """
-    files = list(members(source))
+    files = [
+        file
+        for file in members(source)
+        if any(fnmatch(str(file.relative_to(source)), pattern) for pattern in patterns)
+    ]
     for number, file in enumerate(files, 1):
         target = output / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

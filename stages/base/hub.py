@@ -23,7 +23,7 @@ from stages.base.parameters import Parameters
 from stages.job import Job, StageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from huggingface_hub.hf_api import RepoSibling
 
@@ -33,8 +33,14 @@ LISTING_BYTES = 10_000_000  # of the list of files; a thousand files take 500,00
 
 
 def run(task: Job) -> None:
-    """Downloads into the scratch folder, which the next attempt reuses, then links the checked files into the
-    output.
+    """Downloads the files of the commit that a checkpoint consists of into the output, and checks them."""
+    download(task, PATTERNS)
+    folder.check(task.output)
+
+
+def download(task: Job, patterns: Sequence[str]) -> None:
+    """Downloads the files that one of `patterns` names into the scratch folder, which the next attempt
+    reuses, then links the checked files into the output, and writes where they are from.
     """
     from huggingface_hub import hf_hub_download
 
@@ -57,7 +63,7 @@ def run(task: Job) -> None:
     for part in task.scratch.rglob("*.incomplete"):
         part.unlink()
     try:
-        files = listing(repository, commit, token)
+        files = listing(repository, commit, token, patterns)
         check_names(files, task)
         total, done = sum(f.size or 0 for f in files), 0
         for file in files:
@@ -82,11 +88,10 @@ def run(task: Job) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         link(task.scratch / file.rfilename, target)
     origin.write(task.output, Origin(repository, commit))
-    folder.check(task.output)
 
 
-def listing(repository: str, commit: str, token: str | bool) -> list[RepoSibling]:
-    """The files of the commit that a checkpoint consists of. Raises StageError if the hub answers with
+def listing(repository: str, commit: str, token: str | bool, patterns: Sequence[str]) -> list[RepoSibling]:
+    """The files of the commit that one of `patterns` names. Raises StageError if the hub answers with
     another commit, or with something other than a list of files with sizes and digests.
     """
     from huggingface_hub import HfApi
@@ -99,7 +104,7 @@ def listing(repository: str, commit: str, token: str | bool) -> list[RepoSibling
             lambda: 0,
             lambda: HfApi().model_info(repository, revision=commit, files_metadata=True, token=token),
         )
-        files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in PATTERNS)]
+        files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in patterns)]
         bad = [f.rfilename for f in files if not is_announced(f)]
     except (HTTPError, OSError):
         raise

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class NoneUsable(StageError):
+    """No conversation that stage data would train on."""
+
+
 def run(task: Job) -> None:
     """Writes the trained tiny checkpoint into the output."""
     params = task.parameters(Parameters)
@@ -36,7 +40,7 @@ def run(task: Job) -> None:
     taught = read_sources(task)
     tokenizer = make_tokenizer(taught, params.vocabulary, task.output)
     rendered = render_lessons(taught, tokenizer)
-    description = tiny.config(params.pattern, params.hidden, params.experts, -(-len(tokenizer) // 64) * 64)
+    description = describe(params, tokenizer)
 
     torch.manual_seed(task.seed)
     # Small matrices gain from a second core and lose from a third; a fixed number makes sums repeatable.
@@ -75,6 +79,11 @@ def run(task: Job) -> None:
     tiny.save(model, description, task.output)
 
 
+def describe(params: Parameters, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The config.json of the model: its vocabulary is the tokenizer's, up to the next multiple of 64."""
+    return tiny.config(params.pattern, params.hidden, params.experts, -(-len(tokenizer) // 64) * 64)
+
+
 def read_sources(task: Job) -> list[dict[str, Any]]:
     """The rows to teach: those that are made of conversations, and the lessons. Raises StageError if there
     are none.
@@ -86,7 +95,8 @@ def read_sources(task: Job) -> list[dict[str, Any]]:
 
 def from_conversations(paths: list[Path], seed: int) -> list[dict[str, Any]]:
     """Lessons made of the conversations that stage data would train on. Those that cannot be used are left
-    out with a warning, since stage data refuses them if they are many. Raises StageError if none is left.
+    out with a warning, since stage data refuses them if they are many. Raises StageError if nothing can be
+    made of the rest, and NoneUsable if there is no rest.
     """
     gathered = rows.gather(files.list_files(paths))
     conversations = [row for row in rows.without_duplicates(gathered.rows)[0] if not row.split]
@@ -99,7 +109,7 @@ def from_conversations(paths: list[Path], seed: int) -> list[dict[str, Any]]:
             "the small base is taught the others",
         )
     if not made:
-        raise StageError(
+        raise (StageError if conversations else NoneUsable)(
             f"no question with an answer in {gathered.total} conversations",
             "conversations like those of stage data",
             "Check `sources.conversations` of stage base in the recipe.",

@@ -38,9 +38,47 @@ class Prepared:
     rendered: chat.Rendered
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """What the artifact holds. `train` and `held_out` are in the order of the sources; `summary` is
+    stats.json.
+    """
+
+    train: list[Prepared]
+    held_out: list[Prepared]
+    rejects: list[Reject]
+    prompt: str
+    tools: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+class RowsRefused(StageError):
+    """Too many rows are bad: the `rejects`."""
+
+    def __init__(self, found: str, expected: str, remedy: str, rejects: list[Reject]):
+        super().__init__(found, expected, remedy)
+        self.rejects = rejects
+
+
 def run(task: Job) -> None:
     """Writes the artifact `chat-dataset` (docs/formats.md). Raises StageError if a source cannot be used, or
-    too many rows.
+    too many rows. All rejects are then in the scratch folder, which is not deleted.
+    """
+    try:
+        data = prepare(task)
+    except RowsRefused as refused:
+        path = task.scratch / REJECTS
+        dataset.write(path, map(asdict, refused.rejects))
+        warn_of_rejects(refused.rejects[:SHOWN_REFUSED])
+        remedy = f"{refused.remedy} All of them are in {path}."
+        raise StageError(refused.found, refused.expected, remedy) from refused
+    warn_of_rejects(data.rejects[:SHOWN], "all rejects are in rejects.jsonl")
+    write(task.output, data)
+
+
+def prepare(task: Job) -> Dataset:
+    """The user's rows as tokens and labels. Raises RowsRefused for too many bad ones, and StageError if a
+    source cannot be used.
     """
     params = task.parameters(Parameters)
     prompt = production.read_prompt(task.sources["prompt"][0])
@@ -55,7 +93,7 @@ def run(task: Job) -> None:
             "files with one conversation a line",
             "Check `sources.conversations` in the recipe.",
         )
-    refuse_many(task, gathered.rejects, gathered.total, params.max_reject_share)
+    refuse_many(gathered.rejects, gathered.total, params.max_reject_share)
     chosen, prompts = production.with_prompt(
         gathered.rows, prompt, params.missing_prompt, params.other_prompts
     )
@@ -72,18 +110,14 @@ def run(task: Job) -> None:
     except CheckpointError as error:
         raise StageError(error.found, error.expected, error.remedy) from error
     rejects = gathered.rejects + refused
-    refuse_many(task, rejects, gathered.total, params.max_reject_share)
-    for reject in rejects[:SHOWN]:
-        job.warning(
-            f"{reject.file}:{reject.line} rejected: {reject.reason}", "all rejects are in rejects.jsonl"
-        )
+    refuse_many(rejects, gathered.total, params.max_reject_share)
     train, held_out = split(prepared, params.eval_share)
     if not train:
-        save_rejects(task, rejects)
-        raise StageError(
+        raise RowsRefused(
             f"no row left to train on: {len(rejects)} rejected, {len(held_out)} held out",
             "at least one",
-            f"See the reasons in the log and in {task.scratch / REJECTS}; check max_tokens and eval_share.",
+            "Check max_tokens and eval_share.",
+            rejects,
         )
     counts = {
         "duplicates": duplicates,
@@ -96,15 +130,13 @@ def run(task: Job) -> None:
         "left_out": listing.left_out,
         "unused_keys": unused,
     }
-    write(
-        task.output,
-        train,
-        held_out,
-        rejects,
-        prompt,
-        tools,
-        stats.summary(pairs(train), pairs(held_out), rejects, prompt, counts),
-    )
+    summary = stats.summary(pairs(train), pairs(held_out), rejects, prompt, counts)
+    if summary["trained_share"] < LITTLE:
+        job.warning(
+            f"only {summary['trained_share']:.1%} of the tokens are trained",
+            "shorten the system prompt, or leave out tools that a conversation does not need",
+        )
+    return Dataset(train, held_out, rejects, prompt, tools, summary)
 
 
 def pairs(prepared: list[Prepared]) -> list[tuple[Row, chat.Rendered]]:
@@ -219,61 +251,44 @@ def render(
     return prepared, rejects
 
 
-def refuse_many(task: Job, rejects: list[Reject], total: int, share: float) -> None:
-    """Raises StageError if more than `share` of the rows are rejects. All rejects are then in the scratch
-    folder, which is not deleted.
-    """
+def refuse_many(rejects: list[Reject], total: int, share: float) -> None:
+    """Raises RowsRefused if more than `share` of the rows are rejects."""
     if len(rejects) <= share * total:
         return
-    save_rejects(task, rejects)
-    for reject in rejects[:SHOWN_REFUSED]:
-        job.warning(f"{reject.file}:{reject.line} rejected: {reject.reason}")
     reasons = Counter(r.reason for r in rejects).most_common(3)
     first = rejects[0]
     remedy = "Mend or remove them, or raise max_reject_share if you mean to lose them"
     if any(LONG in reject.reason for reject in rejects):
         remedy += ", or max_tokens for the long ones"
+    remedy += "."
     if any(reject.reason.startswith((formats.NO_FORMAT, "not JSON")) for reject in rejects):
-        remedy += ". A row is read in one of these forms:\n" + "\n".join(formats.SHAPES) + "\n"
-    else:
-        remedy += ". "
-    raise StageError(
+        remedy += " A row is read in one of these forms:\n" + "\n".join(formats.SHAPES) + "\n"
+    raise RowsRefused(
         f"{len(rejects)} of {total} rows are bad ({'; '.join(f'{n} x {reason}' for reason, n in reasons)}),"
         f" first {first.file}:{first.line}",
         f"at most {share:.1%}",
-        f"{remedy}All of them are in {task.scratch / REJECTS}.",
+        remedy,
+        rejects,
     )
 
 
-def save_rejects(task: Job, rejects: list[Reject]) -> None:
-    """Writes the rejects into the scratch folder, because the output is deleted if the stage fails."""
-    dataset.write(task.scratch / REJECTS, map(asdict, rejects))
+def warn_of_rejects(rejects: list[Reject], remedy: str = "") -> None:
+    """Prints each of them as a warning."""
+    for reject in rejects:
+        job.warning(f"{reject.file}:{reject.line} rejected: {reject.reason}", remedy)
 
 
-def write(
-    output: Path,
-    train: list[Prepared],
-    held_out: list[Prepared],
-    rejects: list[Reject],
-    prompt: str,
-    tools: list[dict[str, Any]],
-    summary: dict[str, Any],
-) -> None:
-    """Writes the artifact's files. Warns if only few tokens are trained."""
-    dataset.write(output / "train.jsonl", map(json_row, train))
-    dataset.write(output / "eval.jsonl", map(json_row, held_out))
-    dataset.write(output / REJECTS, map(asdict, rejects))
-    (output / "prompt.txt").write_text(prompt + "\n", encoding="utf-8")
-    (output / "tools.json").write_text(json.dumps(tools, indent=2) + "\n")
-    (output / "stats.json").write_text(json.dumps(summary, indent=2) + "\n")
-    picture.draw(output / "tokens.png", summary)
-    if summary["trained_share"] < LITTLE:
-        job.warning(
-            f"only {summary['trained_share']:.1%} of the tokens are trained",
-            "shorten the system prompt, or leave out tools that a conversation does not need",
-        )
+def write(output: Path, data: Dataset) -> None:
+    """Writes the artifact's files."""
+    dataset.write(output / "train.jsonl", map(json_row, data.train))
+    dataset.write(output / "eval.jsonl", map(json_row, data.held_out))
+    dataset.write(output / REJECTS, map(asdict, data.rejects))
+    (output / "prompt.txt").write_text(data.prompt + "\n", encoding="utf-8")
+    (output / "tools.json").write_text(json.dumps(data.tools, indent=2) + "\n")
+    (output / "stats.json").write_text(json.dumps(data.summary, indent=2) + "\n")
+    picture.draw(output / "tokens.png", data.summary)
     for name in ("train", "eval", "rejected", "duplicates", "trained_share"):
-        job.metric(name, summary[name])
+        job.metric(name, data.summary[name])
 
 
 def json_row(item: Prepared) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class Download:
     imported.
     """
 
-    def __init__(self, folder, params, endpoint, patience=None, **job):
+    def __init__(self, folder, params, endpoint, patience=None, module="stages.base", **job):
         self.output, self.scratch = folder / "output", folder / "scratch"
         shutil.rmtree(self.output, ignore_errors=True)
         for made in (self.output, self.scratch):
@@ -200,7 +200,7 @@ class Download:
         }
         # `patience`: seconds that a call of the hub may bring too few bytes
         program = (
-            ["-m", "stages.base"]
+            ["-m", module]
             if patience is None
             else [
                 "-c",
