@@ -185,6 +185,62 @@ def init(name: str, kind: str) -> None:
     print(f"wrote {file}\nnext: {shlex.join(['python', str(REPO / 'build.py'), 'plan', str(file.parent)])}")
 
 
+def as_places(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        file, _, line = value.rpartition(":")
+        if not file or not (line.isascii() and line.isdigit() and int(line)):
+            raise click.BadParameter(f"{value!r}; expected FILE:LINE, such as conversations/call.jsonl:12")
+    return values
+
+
+@command(
+    click.option(
+        "--row",
+        "places",
+        multiple=True,
+        metavar="FILE:LINE",
+        callback=as_places,
+        help="Show this row as it is trained; may be given again.",
+    ),
+    click.option(
+        "--rows", "first", type=click.IntRange(0), metavar="N", help="Show the first N. Default: 1, or --row."
+    ),
+    as_json,
+    click.option("--no-wait", is_flag=True, help="Exit if another run holds the store."),
+    on_recipe=True,
+)
+def data(
+    recipe: str,
+    executor: str | None,
+    places: tuple[str, ...],
+    first: int | None,
+    as_json: bool,
+    no_wait: bool,
+) -> None:
+    """Checks every row of your data as stage data does, and shows rows as they are trained.
+
+    Of the base it needs the tokenizer alone. Exit 1 if stage data would refuse the rows.
+    """
+    from forge import report, watch
+    from forge.finding import error
+    from product import DATA, data_shown
+    from product import data as rows
+
+    session = open_session(recipe, executor)
+    shown = first if first is not None else int(not places)
+    with watch.watcher(as_json) as watcher:
+        seen = rows.preview(session.context, session.executor, places, shown, watcher, not no_wait)
+    if seen is None:
+        sys.exit(1)
+    if as_json:
+        print(json.dumps({"event": "previewed", **seen}))
+    else:
+        show(data_shown.of_preview(seen))
+        if refused := seen["refused"]:
+            show(report.of_findings([error(DATA, **refused)]), to_stderr=True)
+    sys.exit(bool(seen["refused"]) or any(row["state"] == "absent" for row in seen["rows"]))
+
+
 @command(*selecting, as_json, on_recipe=True)
 def plan(recipe: str, executor: str | None, as_json: bool, **selected: Any) -> None:
     """What would run, why, and what it would take."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from forge import secret
 from forge.executor import Executor, Neighbour
 from forge.finding import Finding, error, note, warning
 from forge.plan import GB, Plan
-from forge.recipe import Recipe
+from forge.recipe import Recipe, Step
 from forge.report import size
 
 MEMINFO = Path("/proc/meminfo")
@@ -120,8 +121,15 @@ def findings(
                 "Install the driver, or take a recipe with gpu: none (tiny).",
             )
         )
-    secrets = {name for s in plan.pending for name in recipe.stages[s.name].contract.secrets}
-    lacking += [
+    return lacking + secret_findings(recipe, [recipe.stages[s.name] for s in plan.pending])
+
+
+def secret_findings(recipe: Recipe, steps: Iterable[Step]) -> list[Finding]:
+    """Of the secrets of `steps`: where they were found, if the recipe names none, and what is wrong with the
+    files that it names.
+    """
+    secrets = {name for step in steps for name in step.contract.secrets}
+    lacking = [
         note(f"secret {found.name}", f"from {found.place}, since the recipe names none")
         for found in secret.found(recipe)
         if found.name in secrets

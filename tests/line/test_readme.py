@@ -37,6 +37,9 @@ IN_TESTS = {  # what a command prints here, the demo having been made
 ELSEWHERE = {
     "python build.py init mine": "test_a_folder_of_ones_own",
     "python build.py plan mine": "test_a_folder_of_ones_own",
+    "python build.py data mine": "test_a_folder_of_ones_own",
+    "python build.py data mine --rows 3": "test_a_folder_of_ones_own",
+    "python build.py data mine --row conversations/yard.jsonl:12": "test_a_folder_of_ones_own",
     "python build.py diff": "tests/product/test_difference.py",
     "python build.py run": "tests/line/test_demo.py",
     'python build.py audit "$(python build.py path quantize)" --vllm 0.31.0': "test_audit",
@@ -52,7 +55,6 @@ ELSEWHERE = {
 # What takes minutes of training, and the test of make long that runs it.
 IN_LONG = {
     "python build.py run mine": "tests/line/test_evening.py",
-    "python build.py run mine --until data": "tests/line/test_evening.py",
     "python build.py serve --run RUN": "tests/line/test_evening.py",
     "python build.py path quantize --run RUN": "tests/line/test_evening.py",
 }
@@ -89,6 +91,10 @@ def test_a_folder_of_ones_own(tmp_path):
     assert "plan" in ran(*BUILD, "init", "mine", folder=tmp_path)
     text = ran(*BUILD, "plan", "mine", "--executor", "local", folder=tmp_path)
     assert "7 of 7 to run" in text and "warning" not in text.lower()
+    words = ("--rows", "3", "--row", "conversations/yard.jsonl:12")
+    text = ran(*BUILD, "data", "mine", *words, "--executor", "local", folder=tmp_path)
+    assert "held out             5" in text and text.count("tokens are trained") == 4
+    assert "conversations/yard.jsonl:12, " in text and "characters as above" in text
 
 
 @pytest.mark.parametrize(("command", "said"), IN_TESTS.items())
