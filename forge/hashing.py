@@ -169,18 +169,25 @@ class Memo:
                 return self._rebuilt()
         try:
             return _opened(f"{self.path.absolute().as_uri()}?mode=ro")
-        except sqlite3.Error:
-            return _opened(":memory:")
+        except sqlite3.Error as fault:
+            return self._in_memory(fault)
 
     def _rebuilt(self) -> sqlite3.Connection:
         try:
             for suffix in ("", "-journal", "-wal", "-shm"):
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
             database = _opened(str(self.path))
-        except (OSError, sqlite3.Error):
-            database = _opened(":memory:")
+        except (OSError, sqlite3.Error) as fault:
+            return self._in_memory(fault)
         print(f"note: {self.path} was damaged and is made anew: files are read again once", file=sys.stderr)
         return database
+
+    def _in_memory(self, fault: Exception) -> sqlite3.Connection:
+        print(
+            f"note: {self.path} cannot be used ({fault}): every command reads all files again",
+            file=sys.stderr,
+        )
+        return _opened(":memory:")
 
 
 def _row(key: Identity) -> tuple[str, str]:

@@ -272,6 +272,14 @@ def test_a_damaged_memo_is_made_anew_with_a_note(built, content, capsys):
     assert stage(built, "count").unread == ()
 
 
+def test_a_memo_that_cannot_be_used_is_told_of_once(built, capsys):
+    (built.home / "store/memo.sqlite").unlink()
+    (built.home / "store/memo.sqlite").mkdir()
+    assert set(built.states().values()) == {"cached"}
+    said = capsys.readouterr().err
+    assert said.count("memo.sqlite cannot be used (") == 1 and "made anew" not in said
+
+
 def edited(path, change):
     value = json.loads(path.read_text())
     changed = change(value)
