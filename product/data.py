@@ -61,7 +61,7 @@ def _modules(context: Context, places: Sequence[str], first: int) -> list[Module
         raise Refused(
             error(
                 DATA,
-                f"recipe {recipe.name} has no stage {DATA}",
+                f"no stage {DATA} in recipe {recipe.name}",
                 "a recipe that reads conversations",
                 "Name another recipe with --recipe.",
             )

@@ -167,7 +167,7 @@ def test_it_does_not_wait_for_a_run_where_it_must_not(given, command):
 
 
 def test_a_recipe_without_stage_data_is_refused(mini, command):
-    assert "has no stage data" in command("data", code=1)
+    assert "found no stage data in recipe" in command("data", code=1)
 
 
 def test_steps_follow_from_epochs(given, command):
