@@ -89,7 +89,7 @@ def _reasons(reasons: list[dict[str, Any]]) -> Iterator[RenderableType]:
     for each in reasons[:REASONS]:
         why = Text(printable(each["reason"]))
         for name, value in each["raise"].items():
-            why.append(f"\n{name}: {value} in stage data lets them in", style="dim")
+            why.append(f"\n{name}: {value} lets them in", style="dim")
         table.add_row(f"{each['count']:,}", printable(f"{each['file']}:{each['line']}"), why)
     yield table
     if len(reasons) > REASONS:

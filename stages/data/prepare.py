@@ -93,7 +93,8 @@ def prepare(task: Job) -> Dataset:
             "files with one conversation a line",
             "Check `sources.conversations` in the recipe.",
         )
-    refuse_many(gathered.rejects, gathered.total, params.max_reject_share)
+    if not gathered.rows:  # else all rejects are named at once, with those that cannot be rendered
+        refuse_many(gathered.rejects, gathered.total, params.max_reject_share)
     chosen, prompts = production.with_prompt(
         gathered.rows, prompt, params.missing_prompt, params.other_prompts
     )

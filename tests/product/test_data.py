@@ -145,7 +145,7 @@ def test_what_stage_data_would_refuse_is_told_and_kept(given, command):
     text = command("data", code=1)
     words = " ".join(text.split())
     assert "data: found 2 of 3 rows are bad; expected at most 1% Mend them." in words
-    assert "2 data/a.txt:7 90 tokens, max_tokens is 80 max_tokens: 95 in stage data lets them in" in words
+    assert "2 data/a.txt:7 90 tokens, max_tokens is 80 max_tokens: 95 lets them in" in words
     [kept] = given.home.glob("runs/*preview/rejects.jsonl")
     assert kept.read_text() == "{}\n{}\n" and kept.stat().st_mode & 0o777 == 0o600
     last = json.loads(command("data", "--json", code=1).splitlines()[-1])

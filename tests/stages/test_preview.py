@@ -178,5 +178,6 @@ def test_what_stage_data_refuses_is_told_in_its_words(tokenizer, tmp_path):
     assert (seen["refused"]["found"], seen["counts"]) == (refused.value.found, None)
     assert refused.value.remedy.startswith(seen["refused"]["remedy"])
     assert [row["state"] for row in seen["rows"]] == ["rejected"]
+    assert [each["line"] for each in seen["reasons"]] == [3, 2], "the one that is no JSON hides no other"
     foreign = put(tmp_path / "b.jsonl", talk("One?", prompt="You are Bert."))
     assert "1 other system prompts" in preview_of(tmp_path / "b", tokenizer, foreign)["refused"]["found"]
