@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 
 import pytest
@@ -95,3 +96,13 @@ def test_a_secret_reaches_only_a_module_with_the_network_and_no_log(mini, module
     assert [event["line"] for event in mini.events if "the token is" in event.get("line", "")] == [
         "the token is [secret]"
     ]
+
+
+def test_a_module_gets_the_stages_earlier_artifact_where_the_contract_asks_for_it(mini, modules):
+    toy.edit(mini.repo / "stages/words/stage.toml", 'image = "plain"', 'image = "plain"\nprevious = true')
+    _, task = modules()
+    assert "previous" not in json.loads((task.folder / "01-first.json").read_text())
+    mini.run(last="words")
+    _, task = modules()
+    made = json.loads((task.folder / "01-first.json").read_text())["previous"]
+    assert made == str(mini.context().store.newest("words", "toy").folder)
