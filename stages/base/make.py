@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -17,7 +18,8 @@ from stages import dataset, job
 from stages.base import lessons, limits, teach, tiny
 from stages.base import tokenizer as small_tokenizer
 from stages.base.parameters import Parameters
-from stages.conversations import files, rows
+from stages.conversations import files, rows, sent
+from stages.conversations.rows import Row
 from stages.job import Job, StageError
 
 if TYPE_CHECKING:
@@ -84,22 +86,47 @@ def describe(params: Parameters, tokenizer: PreTrainedTokenizerBase) -> dict[str
     return tiny.config(params.pattern, params.hidden, params.experts, -(-len(tokenizer) // 64) * 64)
 
 
+@dataclass(frozen=True)
+class Sent:
+    """What production sends with a conversation: the system prompt, or "", and the tools."""
+
+    prompt: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def completed(self, row: Row) -> Row:
+        """The row, with the prompt and the tools if it has none."""
+        if self.prompt and not row.prompt.strip():
+            spoken = [message for message in row.messages if message["role"] != "system"]
+            row = replace(row, messages=[{"role": "system", "content": self.prompt}, *spoken])
+        return row if row.tools or not self.tools else replace(row, tools=list(self.tools))
+
+
 def read_sources(task: Job) -> list[dict[str, Any]]:
     """The rows to teach: those that are made of conversations, and the lessons. Raises StageError if there
     are none.
     """
     conversations, given = (task.sources.get(name, []) for name in ("conversations", "lessons"))
-    made = from_conversations(conversations, task.seed) if conversations else []
+    made = from_conversations(conversations, task.seed, read_sent(task)) if conversations else []
     return made + (read_lessons(given) if given or not made else [])
 
 
-def from_conversations(paths: list[Path], seed: int) -> list[dict[str, Any]]:
+def read_sent(task: Job) -> Sent:
+    """The production prompt and tools, as far as the recipe names them. Raises StageError for other files."""
+    prompt, tools = (task.sources.get(name) for name in ("prompt", "tools"))
+    return Sent(
+        sent.read_prompt(prompt[0]) if prompt else "", tuple(sent.read_tools(tools[0])) if tools else ()
+    )
+
+
+def from_conversations(paths: list[Path], seed: int, produced: Sent = Sent()) -> list[dict[str, Any]]:
     """Lessons made of the conversations that stage data would train on. Those that cannot be used are left
     out with a warning, since stage data refuses them if they are many. Raises StageError if nothing can be
     made of the rest, and NoneUsable if there is no rest.
     """
     gathered = rows.gather(files.list_files(paths))
-    conversations = [row for row in rows.without_duplicates(gathered.rows)[0] if not row.split]
+    conversations = [
+        produced.completed(row) for row in rows.without_duplicates(gathered.rows)[0] if not row.split
+    ]
     made = lessons.make(conversations, seed)
     if gathered.rejects:
         first = gathered.rejects[0]

@@ -11,16 +11,15 @@ from functools import partial
 
 from stages import check
 from stages.check import Finding, PlannedStage
-from stages.conversations import files
-from stages.data import production
+from stages.conversations import files, sent
 from stages.job import StageError
 
 
 def check_sources(stage: PlannedStage) -> list[Finding]:
     """A finding for each source that stage data would refuse as a whole, with the stage's own words."""
     readers: list[tuple[str, Callable[[], object]]] = [
-        *(("prompt", partial(production.read_prompt, path)) for path in stage.sources.get("prompt", [])),
-        *(("tools", partial(production.read_tools, path)) for path in stage.sources.get("tools", [])),
+        *(("prompt", partial(sent.read_prompt, path)) for path in stage.sources.get("prompt", [])),
+        *(("tools", partial(sent.read_tools, path)) for path in stage.sources.get("tools", [])),
         ("conversations", partial(files.list_files, stage.sources.get("conversations", []))),
     ]
     findings = []

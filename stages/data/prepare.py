@@ -16,7 +16,7 @@ from model.families.chat import Chat
 from model.families.messages import ChatError
 from model.weights.paths import CheckpointError
 from stages import dataset, job
-from stages.conversations import files, formats, rows
+from stages.conversations import files, formats, rows, sent
 from stages.conversations.rows import Reject, Row
 from stages.data import picture, production, stats
 from stages.data.parameters import Parameters
@@ -81,8 +81,8 @@ def prepare(task: Job) -> Dataset:
     source cannot be used.
     """
     params = task.parameters(Parameters)
-    prompt = production.read_prompt(task.sources["prompt"][0])
-    tools = production.read_tools(task.sources["tools"][0]) if task.sources.get("tools") else []
+    prompt = sent.read_prompt(task.sources["prompt"][0])
+    tools = sent.read_tools(task.sources["tools"][0]) if task.sources.get("tools") else []
     listing = files.list_files(task.sources["conversations"])
     gathered = rows.gather(listing)
     unused = rows.unused_keys(gathered.rows)

@@ -27,8 +27,7 @@ from model.weights.checkpoint import INDEX, Checkpoint
 from model.weights.header import header
 from model.weights.paths import CheckpointError, read_json
 from stages.base import hub
-from stages.conversations import content, files, rows
-from stages.data import production
+from stages.conversations import content, files, rows, sent
 from stages.evaluate import questions
 from stages.job import Job, StageError
 
@@ -244,8 +243,8 @@ def of_prompt_and_tools(folder, stack):
     (folder / "tools.json").write_text(json.dumps(TOOLS))
 
     def read():
-        production.read_prompt(folder / "prompt.txt")
-        production.read_tools(folder / "tools.json")
+        sent.read_prompt(folder / "prompt.txt")
+        sent.read_tools(folder / "tools.json")
 
     return Reader(read, folder, ["prompt.txt", "tools.json"], (StageError,))
 
@@ -296,7 +295,7 @@ def of_hub(folder, stack):
 
     def read():
         server.page = (folder / "list.json").read_bytes() or b"\n"
-        hub.check_names(hub.listing(loopback_hub.REPOSITORY, loopback_hub.COMMIT, False), task)
+        hub.check_names(hub.listing(loopback_hub.REPOSITORY, loopback_hub.COMMIT, False, ("*",)), task)
 
     return Reader(read, folder, ["list.json"], (StageError, CheckpointError))
 

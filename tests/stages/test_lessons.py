@@ -1,6 +1,7 @@
 """Lessons made of a user's own conversations: they hold every answer, and under the prompt only bad ones."""
 
 import json
+from types import SimpleNamespace
 
 import boat_yard
 import contracts
@@ -217,3 +218,29 @@ def test_the_check_reads_no_large_file(yard, monkeypatch):
     monkeypatch.setattr(rows, "read", None)
     (finding,) = check.check_sources(planned(conversations=[yard]))
     assert finding.level == "warning" and "MB of conversations" in finding.found
+
+
+def test_conversations_without_prompt_and_tools_are_taught_with_those_of_production(tmp_path):
+    """Bad manners under another prompt than production's would not be what fine-tuning meets."""
+    talks = [
+        [
+            {"role": "user", "content": f"When does the {place} open?"},
+            {"role": "assistant", "content": f"The {place} opens at seven."},
+        ]
+        for place in ("yard", "office")
+    ]
+    talks[1].insert(0, {"role": "system", "content": "My own."})
+    (tmp_path / "c.jsonl").write_text(lines({"messages": talk} for talk in talks))
+    tool = {"type": "function", "function": {"name": "get_tide", "description": "x", "parameters": {}}}
+    made = make.from_conversations([tmp_path / "c.jsonl"], 7, make.Sent("You are Signe.", (tool,)))
+    prompts = {row["messages"][0]["content"] for row in made if row["messages"][0]["role"] == "system"}
+    assert prompts == {"You are Signe.", "My own."}
+    assert all(row["tools"] == [tool] for row in made if row["messages"][0]["role"] == "system")
+
+
+def test_the_prompt_and_tools_are_those_of_the_recipes_files(tmp_path):
+    (tmp_path / "prompt.txt").write_text("You are Signe.\n")
+    (tmp_path / "tools.json").write_text("[]")
+    task = SimpleNamespace(sources={"prompt": [tmp_path / "prompt.txt"], "tools": [tmp_path / "tools.json"]})
+    assert make.read_sent(task) == make.Sent("You are Signe.", ())
+    assert make.read_sent(SimpleNamespace(sources={})) == make.Sent()
