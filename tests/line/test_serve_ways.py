@@ -41,7 +41,7 @@ def test_what_is_served_answers_as_the_tuned_model(serves, tmp_path):
         )
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30) as response:
             names = {model["id"] for model in json.load(response)["data"]}
-        assert names == ({"nemotron-nano", "nemotron-nano-base"} if serves == "tuned" else {"nemotron-nano"})
+        assert names == ({"tiny", "tiny-base"} if serves == "tuned" else {"tiny"})
         again = subprocess.run(
             [*BUILD, "serve", *its, "--port", str(port), "--detach"], capture_output=True, text=True
         )
