@@ -29,6 +29,7 @@ IN_TESTS = {  # what a command prints here, the demo having been made
     "python build.py logs train": "loss",
     "python build.py report": "95 % interval",
     "python build.py runs": "base to package: never built",
+    "python build.py data": "tokens are trained",
     "python build.py path quantize": "/quantize/",
     "python build.py verify": "whole",
     "python build.py ls": "artifact",
