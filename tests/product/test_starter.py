@@ -40,7 +40,7 @@ def test_the_questions_are_in_no_conversation(init, tmp_path):
     talks = [json.loads(line) for file in folder.glob("conversations/*") for line in file.open()]
     asked = [json.loads(line) for line in (folder / "questions.jsonl").open()]
     texts = {talk["messages"][0]["content"] for talk in talks}
-    assert len(talks) == 50 and len(asked) == 10
+    assert len(talks) == 60 and len(asked) == 10
     assert not texts & {question["messages"][-1]["content"] for question in asked}
     assert asked[0]["messages"][0]["content"] == (folder / "prompt.txt").read_text().strip()
     assert (folder / "prompt.txt").read_text().startswith("You are signe,")
