@@ -94,7 +94,7 @@ def test_a_folder_of_ones_own(tmp_path):
     assert "7 of 7 to run" in text and "warning" not in text.lower()
     words = ("--rows", "3", "--row", "conversations/yard.jsonl:12")
     text = ran(*BUILD, "data", "mine", *words, "--executor", "local", folder=tmp_path)
-    assert "held out             5" in text and "conversations/yard.jsonl:12, " in text
+    assert "held out             6" in text and "conversations/yard.jsonl:12, " in text
     assert text.count("characters as above") == 3 and "get_tide>\n<parameter=harbour>\nKiel" in text
 
 
