@@ -27,10 +27,7 @@ class StageDifference:
     changes: tuple[Change, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        changes = [
-            {"component": c.component, "old": c.old, "new": c.new, "phrase": c.phrase, "details": c.details}
-            for c in self.changes
-        ]
+        changes = [change.as_json() for change in self.changes]
         keys = {name: a and a.key for name, a in (("then", self.then), ("now", self.now))}
         return {"stage": self.stage, "state": self.state, **keys, "changes": changes}
 

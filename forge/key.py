@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forge import code, hashing, image, typed_parameters
 from forge.executors import EXECUTORS
@@ -120,6 +121,10 @@ class Change:
         if not old or not new:
             return f"{self.subject} {'was edited' if self.kind == 'code' else 'has other content'}"
         return f"{self.subject} changed: {old} -> {new}"
+
+    def as_json(self) -> dict[str, Any]:
+        whole = {"component": self.component, "old": self.old, "new": self.new}
+        return {**whole, "phrase": self.phrase, "details": self.details}
 
 
 def _short(value: str | None) -> str:

@@ -280,15 +280,11 @@ class Explanation:
     run: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        changes = [
-            {"component": c.component, "old": c.old, "new": c.new, "phrase": c.phrase, "details": c.details}
-            for c in self.changes
-        ]
         return {
             **self.stage.as_json(),
             "old_key": self.old,
             "run": self.run,
-            "changes": changes,
+            "changes": [change.as_json() for change in self.changes],
             "components": self.stage.key.components,
         }
 

@@ -80,6 +80,11 @@ def counted(count: int, word: str) -> str:
     return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
+def cut(head: str, said: str) -> Text:
+    """`said` after a dim `head`, in one line that is cut where the terminal ends."""
+    return Text.assemble((head, "dim"), " ".join(said.split()), no_wrap=True, overflow="ellipsis")
+
+
 def near(path: Path | None) -> str:
     """A path as seen from here, if it lies below."""
     path = path or Path()

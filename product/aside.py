@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forge import lock, modes, plan, secret, store
+from forge import lock, modes, plan, preflight, secret, store
 from forge.executor import Executor, Task
+from forge.finding import Finding, Refused, error
 from forge.follow import StageFailed, follow
 from forge.journal import Event, Journal
 from forge.mask import Mask
@@ -39,6 +40,31 @@ class Module:
     disk_gb: float = 0.0
     given: Any = None
     keeps: str = ""
+
+
+def step_of(context: Context, name: str, expected: str) -> Step:
+    """The stage whose module is to run. Refused if the recipe has no such stage."""
+    if name not in context.recipe.stages:
+        found = f"no stage {name} in recipe {context.recipe.name}"
+        raise Refused(error(name, found, expected, "Name another recipe with --recipe."))
+    return context.recipe.stages[name]
+
+
+def lacking(context: Context, executor: Executor, name: str, steps: Sequence[Step]) -> list[Finding]:
+    """What this machine lacks for the module `name` and those before it, of the stages `steps`."""
+    recipe = context.recipe
+    images = dict.fromkeys(step.contract.image for step in steps)
+    gpu = any(recipe.on_gpu(step.name) for step in steps)
+    findings = executor.check([recipe.images[image] for image in images], gpu=gpu)
+    needed = max(step.needs.memory_gb for step in steps)
+    crowded = preflight.memory_finding(name, needed, context.store.home, executor.neighbours())
+    return [*findings, *([crowded] if crowded else [])]
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Refused with those that are errors, if any is."""
+    if errors := [finding for finding in findings if finding.level == "error"]:
+        raise Refused(errors)
 
 
 def run(

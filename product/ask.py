@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from forge import plan, preflight
+from forge import plan
 from forge.executor import Executor
-from forge.finding import Refused, error
 from forge.journal import Event
 from forge.plan import Context
+from forge.report import counted
 from product import EVALUATE, aside
 from product.aside import Module
 
@@ -29,25 +29,12 @@ def ask(
     Refused, before a server starts, if a model is not built or this machine cannot load it.
     """
     recipe = context.recipe
-    if not (step := recipe.stages.get(EVALUATE)):
-        raise Refused(
-            error(
-                MODULE,
-                f"no stage {EVALUATE} in recipe {recipe.name}",
-                "a recipe that evaluates, whose servers and inputs are used",
-                "Name another recipe with --recipe.",
-            )
-        )
+    step = aside.step_of(context, EVALUATE, "a recipe that evaluates, whose servers and inputs are used")
     for supplier in step.inputs.values():
         plan.artifact(context, supplier)
-    lacking = executor.check([recipe.images[step.contract.image]], gpu=recipe.on_gpu(EVALUATE))
-    needed, home = step.needs.memory_gb, context.store.home
-    if crowded := preflight.memory_finding(MODULE, needed, home, executor.neighbours()):
-        lacking.append(crowded)
-    if lacking := [finding for finding in lacking if finding.level == "error"]:
-        raise Refused(lacking)
+    aside.refuse(aside.lacking(context, executor, MODULE, [step]))
     again = f"python build.py ask --recipe {recipe.option} QUESTION"
-    why = f"{len(questions)} question{'s' if len(questions) > 1 else ''} to base, tuned and nvfp4"
+    why = f"{counted(len(questions), 'question')} to base, tuned and nvfp4"
     module = Module(step, MODULE, why, seconds=60 * step.needs.minutes, given=questions)
     if (ran := aside.run(context, executor, [module], again, listener, wait)) is None:
         return None

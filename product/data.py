@@ -9,7 +9,6 @@ from typing import Any
 
 from forge import plan, preflight
 from forge.executor import Executor
-from forge.finding import Refused, error
 from forge.journal import Event
 from forge.plan import Context
 from forge.recipe import Recipe
@@ -35,16 +34,9 @@ def preview(
     """
     recipe = context.recipe
     modules = _modules(context, places, first)
-    lacking = executor.check(
-        [recipe.images[name] for name in dict.fromkeys(m.step.contract.image for m in modules)],
-        gpu=any(recipe.on_gpu(module.step.name) for module in modules),
-    )
-    needed, home = max(module.step.needs.memory_gb for module in modules), context.store.home
-    if crowded := preflight.memory_finding(MODULE, needed, home, executor.neighbours()):
-        lacking.append(crowded)
-    lacking += preflight.secret_findings(recipe, [module.step for module in modules])
-    if lacking := [finding for finding in lacking if finding.level == "error"]:
-        raise Refused(lacking)
+    steps = [module.step for module in modules]
+    lacking = aside.lacking(context, executor, MODULE, steps)
+    aside.refuse(lacking + preflight.secret_findings(recipe, steps))
     again = f"python build.py data --recipe {recipe.option}"
     if (ran := aside.run(context, executor, modules, again, listener, wait)) is None:
         return None
@@ -57,15 +49,7 @@ def preview(
 def _modules(context: Context, places: Sequence[str], first: int) -> list[Module]:
     """The look at the rows, and before it what writes a tokenizer, if the base is not built."""
     recipe = context.recipe
-    if not (step := recipe.stages.get(DATA)):
-        raise Refused(
-            error(
-                DATA,
-                f"no stage {DATA} in recipe {recipe.name}",
-                "a recipe that reads conversations",
-                "Name another recipe with --recipe.",
-            )
-        )
+    step = aside.step_of(context, DATA, "a recipe that reads conversations")
     look = Module(
         step,
         MODULE,

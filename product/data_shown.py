@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from forge.report import WHOLE, near, plain_table
+from forge.report import WHOLE, counted, near, plain_table
 from product.chat import printable
 
 REASONS = 10  # that are shown; rejects.jsonl has all
@@ -75,13 +75,9 @@ def _counts(counts: dict[str, Any], steps: dict[str, Any] | None) -> RenderableT
 
 def _epochs(steps: dict[str, Any]) -> str:
     return (
-        f"an epoch is {_counted(steps['epoch'], 'step')} of {steps['batch']};"
-        f" {_counted(steps['steps'], 'step')} are {steps['epochs']:g} epochs"
+        f"an epoch is {counted(steps['epoch'], 'step')} of {steps['batch']};"
+        f" {counted(steps['steps'], 'step')} are {steps['epochs']:g} epochs"
     )
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count:,} {word}{'s' * (count != 1)}"
 
 
 def _reasons(reasons: list[dict[str, Any]]) -> Iterator[RenderableType]:

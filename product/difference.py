@@ -14,7 +14,8 @@ from forge.finding import Refused, error
 from forge.history import PastRun
 from forge.store import Store
 from product import DATA, EVALUATE, TRAIN, rows
-from product.rows import RowDifferences, text
+from product.evaluated import faults, passed, said
+from product.rows import RowDifferences
 
 Value = TypeVar("Value")
 
@@ -149,13 +150,10 @@ def _missing(stages: dict[str, StageDifference], then: PastRun, now: PastRun) ->
 def _shares(then: Path, now: Path) -> list[Figure]:
     reports = [json.loads((folder / "report.json").read_text()) for folder in (then, now)]
     questions = [int(report["questions"]) for report in reports]
-    passed = [
-        {c: round(report["pass"][c] * count) for c in report["columns"]}
-        for report, count in zip(reports, questions, strict=True)
-    ]
+    before, after = map(passed, reports)
     return [
-        Figure(f"passed, {column}", passed[0].get(column), passed[1].get(column), *questions)
-        for column in {**passed[0], **passed[1]}
+        Figure(f"passed, {column}", before.get(column), after.get(column), *questions)
+        for column in {**before, **after}
     ]
 
 
@@ -208,16 +206,8 @@ def _answer(question: str, then: dict[str, Any], now: dict[str, Any]) -> AnswerD
         id=question,
         columns=tuple(differ),
         question=new["question"] or "",
-        then=_said(old),
-        now=_said(new),
-        faults_then=_faults(old),
-        faults_now=_faults(new),
+        then=said(old),
+        now=said(new),
+        faults_then=faults(old),
+        faults_now=faults(new),
     )
-
-
-def _said(answer: dict[str, Any]) -> str:
-    return text({"content": answer["answer"], "tool_calls": answer["tool_calls"]})
-
-
-def _faults(answer: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{fault['mode']}: {fault['detail']}" for fault in answer["failures"])

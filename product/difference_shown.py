@@ -12,7 +12,7 @@ from forge.difference import StageDifference
 from forge.history import PastRun
 from forge.key import Change
 from forge.plan import age
-from forge.report import WHOLE, plain_table
+from forge.report import WHOLE, counted, cut, plain_table
 from product.difference import AnswerDifference, Answers, Figure, RunDifference
 from product.rows import ChangedRow, PlacedRow, RowDifferences
 
@@ -94,7 +94,7 @@ def _data(data: RowDifferences, most: int | None) -> Iterator[RenderableType]:
     counts = [f"{len(rows)} {word}" for word, rows in _kinds(data).items() if rows]
     moved = [f"{data.moved} moved between training and held out"] if data.moved else []
     more = [f"{data.uncompared} more in one of the two"] if data.uncompared else []
-    yield Text(f"\ndata: {_counted(data.same, 'row')} the same{_joined(counts + moved + more)}", style="bold")
+    yield Text(f"\ndata: {counted(data.same, 'row')} the same{_joined(counts + moved + more)}", style="bold")
     for word, rows in _kinds(data).items():
         alike = _alike(rows)
         for row, *others in alike[:most]:
@@ -118,11 +118,11 @@ def _alike(rows: Iterable[ChangedRow | PlacedRow]) -> list[list[ChangedRow | Pla
 def _row(word: str, row: ChangedRow | PlacedRow, others: int) -> Iterator[Text]:
     place = f"{row.file}:{row.line}"
     if isinstance(row, PlacedRow):
-        yield _cut(f"  {word:<8}", f"{place}  {row.text}")
+        yield cut(f"  {word:<8}", f"{place}  {row.text}")
         return
     was = f" (was line {row.line_then})" if row.line_then != row.line else ""
-    more = f", and {_counted(others, 'row')} more alike" if others else ""
-    yield _cut(f"  {word:<8}", f"{place}{was}  {row.what}{more}")
+    more = f", and {counted(others, 'row')} more alike" if others else ""
+    yield cut(f"  {word:<8}", f"{place}{was}  {row.what}{more}")
     yield from _then_and_now(row.then, row.now)
 
 
@@ -146,7 +146,7 @@ def _figure(value: float | None, questions: int | None) -> str:
 
 def _answers(answers: Answers, most: int | None) -> Iterator[RenderableType]:
     counts = [f"{count} {word}" for word, count in (("new", answers.new), ("gone", answers.gone)) if count]
-    said = f"{len(answers.differ)} of {_counted(answers.questions, 'question')} answered otherwise"
+    said = f"{len(answers.differ)} of {counted(answers.questions, 'question')} answered otherwise"
     yield Text(f"\nanswers: {said}{_joined(counts)}", style="bold")
     for answer in answers.differ[:most]:
         yield from _answer(answer)
@@ -160,10 +160,10 @@ def _answer(answer: AnswerDifference) -> Iterator[Text]:
         f", {', '.join(answer.columns)}",
         **WHOLE,
     )
-    yield _cut("    asked   ", answer.question)
+    yield cut("    asked   ", answer.question)
     yield from _then_and_now(answer.then, answer.now)
     if faults := answer.faults_now or answer.faults_then:
-        yield _cut("    fault   " if answer.faults_now else "    mended  ", "; ".join(faults))
+        yield cut("    fault   " if answer.faults_now else "    mended  ", "; ".join(faults))
 
 
 def _then_and_now(then: str, now: str) -> Iterator[Text]:
@@ -172,21 +172,12 @@ def _then_and_now(then: str, now: str) -> Iterator[Text]:
     alike = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
     start = one.rfind(" ", 0, max(0, alike - BEFORE)) + 1
     for word, said in (("then", one), ("now", other)):
-        yield _cut(f"    {word:<8}", ("..." if start else "") + said[start:] or "nothing")
-
-
-def _cut(head: str, said: str) -> Text:
-    """A line that is cut where the terminal ends."""
-    return Text.assemble((head, "dim"), " ".join(said.split()), no_wrap=True, overflow="ellipsis")
+        yield cut(f"    {word:<8}", ("..." if start else "") + said[start:] or "nothing")
 
 
 def _left(entries: Sequence[object], most: int | None) -> Iterator[Text]:
     if most is not None and len(entries) > most:
         yield Text(f"  and {len(entries) - most} more: --all", style="dim")
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count:,} {word}{'s' * (count != 1)}"
 
 
 def _joined(counts: list[str]) -> str:

@@ -15,6 +15,7 @@ from forge.finding import Refused, error
 from forge.plan import Context, Plan
 from product import ADAPTER, REPORT
 from product.compare import POINTS
+from product.evaluated import faults, passed, said
 
 Z = 1.96  # of the normal distribution: 95 % lie within
 
@@ -66,10 +67,10 @@ class Outcome:
     @property
     def verdict(self) -> str:
         """What is the matter, where it was seen, and what to try; empty if nothing can be said."""
-        passed = {share.column: share.share for share in self.shares}
+        shares = {share.column: share.share for share in self.shares}
         room = max(POINTS / 100, 1 / self.shares[0].questions) + 1e-9
-        before, after = (passed.get(column) for column in ("merged", "nvfp4"))
-        tuned = passed.get("tuned", before)
+        before, after = (shares.get(column) for column in ("merged", "nvfp4"))
+        tuned = shares.get("tuned", before)
         if tuned is not None and before is not None and before < tuned - room:
             return (
                 f"Lost in the merge: merged passes {before:.0%}, tuned {tuned:.0%}. Compare their answers:"
@@ -112,10 +113,7 @@ def of_folder(folder: Path, adapter: Path | None = None) -> Outcome:
     """
     try:
         report = json.loads((folder / "report.json").read_text())
-        shares = tuple(
-            Share(column, round(report["pass"][column] * report["questions"]), report["questions"])
-            for column in report["columns"]
-        )
+        shares = tuple(Share(column, count, report["questions"]) for column, count in passed(report).items())
         with (folder / "answers.jsonl").open() as lines:
             answers = [json.loads(line) for line in lines]
         training = json.loads((adapter / "training.json").read_text()) if adapter else {}
@@ -139,13 +137,10 @@ def _failed(answers: list[dict[str, Any]]) -> Iterator[Failed]:
             questions.setdefault(answer["id"], []).append(answer)
     for name, faulty in questions.items():
         last = faulty[-1]
-        calls = [
-            f"{call['function']['name']}({call['function']['arguments']})" for call in last["tool_calls"]
-        ]
         yield Failed(
             name,
             tuple(answer["column"] for answer in faulty),
             last["question"] or "",
-            " ".join([last["answer"] or "", *calls]).strip(),
-            tuple(f"{fault['mode']}: {fault['detail']}" for fault in last["failures"]),
+            said(last),
+            faults(last),
         )

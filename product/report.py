@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forge.history import PastRun
-from forge.report import WHOLE, clock, finding_line, near, plain_table, size
+from forge.report import WHOLE, clock, counted, cut, finding_line, near, plain_table, size
 from forge.store import Store
 from product import EVALUATE
 from product.compare import verdict
@@ -34,7 +34,7 @@ def of_audit(audit: dict[str, Any]) -> RenderableType:
             "format": facts["format"] + cache,
             "layout": facts["layout"],
             "dtypes": facts["dtypes"],
-            "tensors": f"{facts['tensors']:,} in {facts['files']} file{'s' if facts['files'] > 1 else ''}",
+            "tensors": f"{facts['tensors']:,} in {counted(facts['files'], 'file')}",
             "quantised": (
                 f"{facts['quantised']:,} linears, {facts['excludes']:,} excludes" if facts["layout"] else ""
             ),
@@ -140,7 +140,7 @@ def of_outcome(outcome: Outcome, most: int = 5) -> RenderableType:
         )
     parts: list[RenderableType] = [Text(), table, Text(), _gate(outcome.gate)]
     if outcome.failed:
-        parts += [Text(f"\n{_questions(len(outcome.failed))} failed", style="bold")]
+        parts += [Text(f"\n{counted(len(outcome.failed), 'question')} failed", style="bold")]
         parts += [_failed(question) for question in outcome.failed[:most]]
         if (left := len(outcome.failed) - most) > 0:
             parts.append(Text(f"  and {left} more: python build.py report --all", style="dim"))
@@ -149,10 +149,6 @@ def of_outcome(outcome: Outcome, most: int = 5) -> RenderableType:
     if outcome.verdict:
         parts.append(Text(f"\n{outcome.verdict}", style="bold"))
     return Group(*parts)
-
-
-def _questions(count: int) -> str:
-    return f"{count} question{'s' if count > 1 else ''}"
 
 
 def _failed(failed: Failed) -> RenderableType:
@@ -164,12 +160,7 @@ def _failed(failed: Failed) -> RenderableType:
     ]
     return Group(
         Text.assemble("  ", (failed.id, "yellow"), f", failed by {', '.join(failed.columns)}"),
-        *(
-            Text.assemble(
-                (f"    {word:<8}", "dim"), " ".join(said.split()), no_wrap=True, overflow="ellipsis"
-            )
-            for word, said in rows
-        ),
+        *(cut(f"    {word:<8}", said) for word, said in rows),
     )
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from forge import preflight
 from forge.executor import Executor
-from forge.finding import Finding, Refused, error
+from forge.finding import Finding, error
 from forge.journal import Event
 from forge.plan import Context
 from forge.recipe import Step
@@ -27,11 +26,8 @@ def warm(
 
     Refused, before anything runs, where no GPU would compile them.
     """
-    recipe = context.recipe
-    step = recipe.stages.get(TRAIN)
-    if findings := lacking(context, executor, step):
-        raise Refused(findings)
-    assert step
+    recipe, step = context.recipe, aside.step_of(context, TRAIN, "a recipe that trains")
+    aside.refuse(lacking(context, executor, step))
     again = f"python build.py warm --recipe {recipe.option}"
     module = Module(step, MODULE, f"kernels of stage {TRAIN}", seconds=90.0, disk_gb=0.2)
     if (ran := aside.run(context, executor, [module], again, listener, wait)) is None:
@@ -41,17 +37,8 @@ def warm(
     return kernels | {"folder": str(executor.kernels(task))}
 
 
-def lacking(context: Context, executor: Executor, step: Step | None) -> list[Finding]:
+def lacking(context: Context, executor: Executor, step: Step) -> list[Finding]:
     """Why nothing can be compiled here for this recipe."""
-    if step is None:
-        return [
-            error(
-                TRAIN,
-                f"no stage {TRAIN} in recipe {context.recipe.name}",
-                "a recipe that trains",
-                "Name another recipe with --recipe.",
-            )
-        ]
     if not context.recipe.on_gpu(TRAIN):
         return [
             error(
@@ -61,10 +48,7 @@ def lacking(context: Context, executor: Executor, step: Step | None) -> list[Fin
                 "Nothing needs to be warmed for this recipe; name another with --recipe.",
             )
         ]
-    findings = executor.check([context.recipe.images[step.contract.image]], gpu=True)
-    needed, home = step.needs.memory_gb, context.store.home
-    if crowded := preflight.memory_finding(MODULE, needed, home, executor.neighbours()):
-        findings.append(crowded)
+    findings = aside.lacking(context, executor, MODULE, [step])
     if context.gpu == "none":
         findings.append(
             error(
@@ -74,4 +58,4 @@ def lacking(context: Context, executor: Executor, step: Step | None) -> list[Fin
                 "Install the driver, or run this on the machine that will train.",
             )
         )
-    return [finding for finding in findings if finding.level == "error"]
+    return findings
