@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
 
 import pytest
-from conftest import BUILD, ran
+from conftest import BUILD, free_port, ran, serving
 
 pytestmark = pytest.mark.skipif(not os.environ.get("ANNIE_TEST_LONG"), reason="not run: make long runs it")
 LOCAL = ("--executor", "local")
@@ -33,8 +30,7 @@ def says(folder, *words):
 
 
 def test_a_changed_row_is_named_and_undone(evening):
-    """Only stage data is made of the change, since the small base is taught the conversations too."""
-    conversations = next((evening / "mine" / "conversations").iterdir())
+    conversations = evening / "mine" / "conversations" / "yard.jsonl"
     before = conversations.read_text()
     rows = [json.loads(line) for line in before.splitlines()]
     answer = next(m for m in rows[1]["messages"] if m["role"] == "assistant")
@@ -45,34 +41,21 @@ def test_a_changed_row_is_named_and_undone(evening):
     assert "nothing to do: 7 stages are built" in ran(*BUILD, "run", "mine", *LOCAL, folder=evening)
 
 
-def test_a_run_without_qat_and_one_with_are_compared_and_the_first_is_served(evening):
+def test_runs_of_two_ranks_are_compared_and_the_first_is_served(evening):
     recipe = evening / "mine" / "recipe.yaml"
     before = recipe.read_text()
     recipe.write_text(before.replace("rank: 32  ", "rank: 16  "))
-    assert "rank: 32 -> 16" in says(evening, "plan") or "parameter rank" in says(evening, "plan")
+    assert "the parameter rank changed: 32 -> 16" in says(evening, "plan")
     ran(*BUILD, "run", "mine", "--until", "train", *LOCAL, folder=evening)
     then, now = re.findall(r"^(\d{8}-\d{6}\S*)", says(evening, "runs"), re.MULTILINE)[1::-1]
     text = says(evening, "diff", then, now)
     assert "rank: 32 -> 16" in text and "then  " + then in text
     first = says(evening, "path", "quantize", "--run", then).strip()
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = str(opened.getsockname()[1])
-    server = subprocess.Popen(
-        [*BUILD, "serve", "--recipe", "mine", *LOCAL, "--run", then, "--port", port],
-        cwd=evening,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        assert server.stdout and any(f"serving {first}" in line for line in server.stdout)
+    port = free_port()
+    serve = [*BUILD, "serve", "--recipe", "mine", *LOCAL, "--run", then, "--port", port]
+    with serving(*serve, said=f"serving {first}", folder=evening):
         url = f"http://127.0.0.1:{port}"
         said = ran(*BUILD, "chat", "--url", url, "Please name the limit of the crane.", folder=evening)
         assert re.search(r"^mine  \S", said, re.MULTILINE), said
-    finally:
-        os.killpg(server.pid, signal.SIGINT)
-        server.wait(60)
     recipe.write_text(before)
     assert "nothing to do: 7 stages are built" in ran(*BUILD, "run", "mine", *LOCAL, folder=evening)

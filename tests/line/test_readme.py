@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import socket
 import subprocess
 
 import pytest
-from conftest import BUILD, REPO, ran
+from conftest import BUILD, REPO, free_port, ran, serving
 
 # Commands that are long or need an engine, and the line of .ci/run that runs them.
 IN_CI = {
@@ -132,20 +130,8 @@ def test_ask():
 
 
 def test_serve_and_chat():
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = f"PORT={opened.getsockname()[1]}"
-    # Ctrl-C is to be heard, also where these tests run in a shell's background, which ignores it.
-    server = subprocess.Popen(
-        ["make", "serve", "RECIPE=tiny", "EXECUTOR=local", port],
-        cwd=REPO,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        assert server.stdout and any("serving" in line for line in server.stdout)
+    port = f"PORT={free_port()}"
+    with serving("make", "serve", "RECIPE=tiny", "EXECUTOR=local", port, said="serving"):
         chat = subprocess.run(
             ["make", "chat", port],
             cwd=REPO,
@@ -155,6 +141,3 @@ def test_serve_and_chat():
             timeout=300,
         )
         assert chat.returncode == 0 and re.search(r"Annie  \S", chat.stdout), chat.stdout + chat.stderr
-    finally:
-        os.killpg(server.pid, signal.SIGINT)
-        server.wait(60)

@@ -5,13 +5,12 @@ answers otherwise than the base.
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import urllib.request
 
 import pytest
 import yaml
-from conftest import BUILD, HOME, REPO, ran
+from conftest import BUILD, HOME, REPO, free_port, ran
 
 from forge import last_run
 
@@ -32,9 +31,7 @@ def test_what_is_served_answers_as_the_tuned_model(serves, tmp_path):
     (tmp_path / "its.yaml").write_text(yaml.safe_dump(recipe))
     its = ("--recipe", str(tmp_path / "its.yaml"), "--executor", "local")
     ran(*BUILD, "run", *its)  # the demo has made all but the image
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
+    port = free_port()
     try:
         assert f"it answers as the {serves} model" in ran(
             *BUILD, "serve", *its, "--port", str(port), "--detach"
