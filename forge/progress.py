@@ -100,7 +100,7 @@ class Progress:
             row.state, row.started, row.phase, row.why = "running", now, now, event.get("why", "")
         elif kind == "stage_done" or event.get("state") == "ready":
             row.state, row.seconds = "done", event["seconds"]
-            made = f", {size(event['bytes'])}" if kind == "stage_done" else ""
+            made = f", {size(event['bytes'])}" if event.get("bytes") else ""
             row.note = clock(event["seconds"]) + made
         elif kind == "reading":
             row.state, row.started, row.phase = "running", now, now
