@@ -169,7 +169,7 @@ def _held_out(training: dict[str, Any]) -> str:
     there is none.
     """
     loss, kept, last = training.get("loss", {}), training.get("kept_step"), training.get("steps")
-    places = {"held_out_base": "before training", "held_out": f"at step {kept} (kept)"}
+    places = {"held_out_base": "before", "held_out": f"at step {kept} (kept)"}
     places |= {"held_out_last": f"at step {last}"} if kept != last else {}
     said = [f"{loss[key]:.3g} {place}" for key, place in places.items() if loss.get(key) is not None]
     return f"held-out loss: {', '.join(said)}" if said else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -72,7 +73,13 @@ def test_the_trainings_verdict_stands_where_nothing_was_lost_since(tmp_path):
     made = outcome.of_folder(folder(tmp_path, {"base": 0.0, "merged": 1.0, "nvfp4": 1.0}), adapter)
     text = shown(made)
     assert text.endswith("\nOverfitted: fewer epochs.\n")
-    assert "held-out loss: 2.5 before training, 1.21 at step 90 (kept), 1.48 at step 200\n" in text
+    assert "\nheld-out loss: 2.5 before, 1.21 at step 90 (kept), 1.48 at step 200\n" in text
+
+
+def test_a_last_step_that_is_kept_is_named_once(tmp_path):
+    made = outcome.of_folder(folder(tmp_path, {"base": 0.0, "merged": 1.0, "nvfp4": 1.0}))
+    training = {"kept_step": 200, "steps": 200, "loss": {"held_out": 1.214, "held_out_last": 1.214}}
+    assert "held-out loss: 1.21 at step 200 (kept)\n" in shown(replace(made, training=training))
 
 
 def test_failed_questions_say_who_failed_them_and_how(tmp_path):
