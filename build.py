@@ -178,7 +178,7 @@ def cli() -> None:
 )
 @guarded
 def init(name: str, kind: str) -> None:
-    """Writes ./NAME: a commented recipe that runs as it is, and example data to replace."""
+    """Writes ./NAME: a commented recipe and example data. It runs as it is."""
     from product import starter
 
     file = starter.write(name, kind, REPO, Path.cwd())
@@ -217,9 +217,10 @@ def data(
     as_json: bool,
     no_wait: bool,
 ) -> None:
-    """Checks every row of your data as stage data does, and shows rows as they are trained.
+    """Checks every row of your data, and shows rows as trained.
 
-    Of the base it needs the tokenizer alone. Exit 1 if stage data would refuse the rows.
+    The check is that of stage data. Of the base it needs the tokenizer alone. Exit 1 if stage data would
+    refuse the rows.
     """
     from forge import report, watch
     from forge.finding import error
@@ -321,7 +322,7 @@ def warm(recipe: str, executor: str | None, as_json: bool, no_wait: bool) -> Non
 
 @command(click.argument("questions", nargs=-1, required=True, metavar="QUESTION..."), as_json)
 def ask(recipe: str, executor: str | None, questions: tuple[str, ...], as_json: bool) -> None:
-    """What base, tuned and NVFP4 model answer to each QUESTION, side by side."""
+    """Asks the base, the tuned and the NVFP4 model each QUESTION."""
     from forge import watch
     from product import ask, report
 
@@ -406,7 +407,7 @@ def status(recipe: str, executor: str | None, as_json: bool) -> None:
     on_recipe=True,
 )
 def report(recipe: str, executor: str | None, as_json: bool, every: bool) -> None:
-    """How good the built models are: what they passed, what they failed and how, and what to try."""
+    """How good the built models are, and what to try."""
     from forge import plan
     from product import EVALUATE, outcome
     from product import report as tables
@@ -455,7 +456,7 @@ def earlier_runs(recipe: str, executor: str | None) -> tuple[Store, Recipe, list
 def diff(
     recipe: str, executor: str | None, then: str | None, now: str | None, as_json: bool, every: bool
 ) -> None:
-    """What differs between two runs: parameters, data, figures and answers.
+    """What differs between two runs: data, figures, answers and more.
 
     A RUN is named as `runs` shows it, or by the beginning of that. Default: the last two; of one, that one
     and the last.
